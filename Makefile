@@ -1,0 +1,48 @@
+# Everything a developer runs. `make help` lists the targets; ARGS goes to pytest: make test ARGS="-k routing -x".
+
+PYTHON ?= python3
+ARGS   ?=
+
+VENV  := .venv
+PY    := $(VENV)/bin/python
+STAMP := $(VENV)/.graphmoe-installed
+
+.DEFAULT_GOAL := help
+.PHONY: env demo test test-all bench check clean help
+
+env: $(STAMP)  ## build .venv, or bring it up to date (instant when nothing changed)
+
+# The stamp is newer than both files exactly when the environment holds what they ask for.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.10 or newer, or name one: make env PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "make: $$($(PYTHON) --version) is too old: GraphMoE needs Python 3.10 or newer. Name one: make env PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	    echo "make: $(PYTHON) -m venv failed. On Debian and Ubuntu the module is in a package of its own: apt install python3-venv" >&2; exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: env  ## train and compare on a small task on the CPU; writes demo_report/
+	$(PY) -m graphmoe_model.demo
+
+test: env  ## the tests, without the long sweeps
+	$(PY) -m pytest tests $(ARGS)
+
+test-all: env  ## the tests with the long sweeps
+	$(PY) -m pytest tests -m "slow or not slow" $(ARGS)
+
+bench: env  ## the benchmarks: latency of each round, profile of the layer
+	$(PY) -m pytest benchmarks $(ARGS)
+
+check: env  ## lint, format, types, import contracts
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+clean:  ## remove build products, caches and the environment's stamp (not .venv itself, not demo_report/)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis $(STAMP)
+	find graphmoe_kernels graphmoe_model benchmarks tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
