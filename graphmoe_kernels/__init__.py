@@ -1,0 +1,51 @@
+"""Operators for mixture-of-LoRA-experts layers with self-rethinking (GraphMoE): exact, folded, differentiable.
+
+Importing this package needs neither a GPU nor Triton and looks for no device.
+"""
+
+from graphmoe_kernels.activations import ACTIVATIONS, get_activation, register_activation
+from graphmoe_kernels.experts import expert_swiglu
+from graphmoe_kernels.gru import gru_step
+from graphmoe_kernels.rethinking import (
+    BaseMLP,
+    DenseMLP,
+    ExpertWeights,
+    Fold,
+    FoldCache,
+    GRUWeights,
+    LayerWeights,
+    RethinkingOutput,
+    RethinkingSpec,
+    build_fold,
+    fold_break_even,
+    rethink,
+    rethink_folded,
+    rethink_literal,
+    rethink_reference,
+)
+from graphmoe_kernels.routing import Routing, topk_softmax_routing
+
+__all__ = [
+    "ACTIVATIONS",
+    "BaseMLP",
+    "DenseMLP",
+    "ExpertWeights",
+    "Fold",
+    "FoldCache",
+    "GRUWeights",
+    "LayerWeights",
+    "RethinkingOutput",
+    "RethinkingSpec",
+    "Routing",
+    "build_fold",
+    "expert_swiglu",
+    "fold_break_even",
+    "get_activation",
+    "gru_step",
+    "register_activation",
+    "rethink",
+    "rethink_folded",
+    "rethink_literal",
+    "rethink_reference",
+    "topk_softmax_routing",
+]

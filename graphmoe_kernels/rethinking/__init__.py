@@ -1,0 +1,135 @@
+"""Self-rethinking: T rounds of routed LoRA experts over a frozen MLP, joined by a low-rank GRU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphmoe_kernels.activations import get_activation
+from graphmoe_kernels.backend import resolve_backend
+from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS
+from graphmoe_kernels.rethinking.folded import rethink_folded
+from graphmoe_kernels.rethinking.folding import Fold, FoldCache, build_fold, padded
+from graphmoe_kernels.rethinking.literal import rethink_literal
+from graphmoe_kernels.rethinking.policy import FOLD_MODES, fold_break_even
+from graphmoe_kernels.rethinking.reference import rethink_reference
+from graphmoe_kernels.rethinking.weights import (
+    BaseMLP,
+    DenseMLP,
+    ExpertWeights,
+    GRUWeights,
+    LayerWeights,
+    RethinkingOutput,
+    RethinkingSpec,
+)
+
+CANDIDATE_INPUTS = ("expert_output", "hidden_state")
+
+
+def rethink(
+    x: Tensor,
+    weights: LayerWeights,
+    spec: RethinkingSpec,
+    *,
+    fold: str = "auto",
+    cache: FoldCache | None = None,
+    token_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> RethinkingOutput:
+    """T rounds of self-rethinking (GraphMoE, Algorithm 1), folded where that is exact and pays.
+
+    Args:
+        x: [N, D], the MLP's input. The base projections decide the compute dtype (autocast included); adapters of
+            another float dtype are cast to it, the router runs in fp32 at least.
+        weights: see `LayerWeights`.
+        spec: see `RethinkingSpec`.
+        fold: ``"always"``, ``"never"`` or ``"auto"``: fold when the fold is cached, or when there are at least
+            `fold_break_even` tokens; else run the literal loop. All give the same result up to rounding.
+        cache: where the fold is kept between calls; used whenever no gradient can reach the fold's sources.
+        token_mask: [N], False where a token is padding; only the statistics read it.
+        backend: see `graphmoe_kernels.backend`.
+
+    Returns:
+        y [N, D] and the rounds' routing statistics.
+
+    Raises:
+        ValueError: settings or shapes that make no sense together (each message names them).
+    """
+    check_spec(spec, weights)
+    if fold not in FOLD_MODES:
+        raise ValueError(f"unknown fold {fold!r}; expected one of {', '.join(map(repr, FOLD_MODES))}")
+    resolve_backend(backend)
+    if spec.rounds == 1 or fold == "never":
+        return rethink_literal(x, weights, spec, token_mask, backend)
+
+    sources = fold_sources(weights)
+    differentiable = torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in sources)
+    if cache is not None and not differentiable:
+        kept = cached_fold(cache, weights, spec, sources, _compute_dtype(x))
+        return rethink_folded(x, weights, spec, token_mask, backend, kept)
+    if fold == "auto" and x.shape[0] < _break_even(weights, spec):
+        return rethink_literal(x, weights, spec, token_mask, backend)
+    return rethink_folded(x, weights, spec, token_mask, backend)
+
+
+def fold_sources(weights: LayerWeights) -> list[Tensor | None]:
+    """Every tensor that the folds are computed from."""
+    e = weights.experts
+    return [*weights.base.sources(), weights.router, e.gate_A, e.up_A, e.down_B, *(weights.gru or ())]
+
+
+def cached_fold(
+    cache: FoldCache, weights: LayerWeights, spec: RethinkingSpec, sources: list[Tensor | None], dtype: torch.dtype
+) -> Fold:
+    """The cache's fold for these weights in the compute dtype, built if it is not there or not theirs."""
+    assert weights.gru is not None
+    base, router, experts, gru = weights
+    settings = (dtype, spec.scale, spec.candidate_input)
+    return cache.get(sources, settings, lambda: build_fold(base.dense(), router, experts, gru, spec, dtype))
+
+
+def check_spec(spec: RethinkingSpec, weights: LayerWeights) -> None:
+    """`ValueError` for settings that no layer can run with."""
+    get_activation(spec.activation)
+    if spec.rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {spec.rounds}")
+    if spec.rounds > 1 and weights.gru is None:
+        raise ValueError(f"rounds={spec.rounds} needs GRU weights; there are none (rounds=1 needs none)")
+    if spec.candidate_input not in CANDIDATE_INPUTS:
+        raise ValueError(
+            f"unknown candidate_input {spec.candidate_input!r}; expected 'expert_output' or 'hidden_state'"
+        )
+    if spec.candidate_activation not in CANDIDATE_ACTIVATIONS:
+        raise ValueError(f"unknown candidate_activation {spec.candidate_activation!r}; expected 'sigmoid' or 'tanh'")
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _break_even(weights: LayerWeights, spec: RethinkingSpec) -> float:
+    assert weights.gru is not None
+    hidden, intermediate = weights.router.shape[1], weights.experts.gate_B.shape[1]
+    return fold_break_even(hidden, intermediate, padded(weights.gru.width), spec.rounds)
+
+
+__all__ = [
+    "CANDIDATE_INPUTS",
+    "FOLD_MODES",
+    "BaseMLP",
+    "DenseMLP",
+    "ExpertWeights",
+    "Fold",
+    "FoldCache",
+    "GRUWeights",
+    "LayerWeights",
+    "RethinkingOutput",
+    "RethinkingSpec",
+    "build_fold",
+    "fold_break_even",
+    "rethink",
+    "rethink_folded",
+    "rethink_literal",
+    "rethink_reference",
+]

@@ -1,0 +1,31 @@
+"""Top-k softmax routing (GraphMoE, Eq. 4 and 8; the routing of MixLoRA), in plain PyTorch.
+
+It is the oracle and the CPU path at once: a softmax over a few experts is a handful of small, fast calls.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def route(
+    logits: Tensor, top_k: int, normalize: bool, statistics: str | None, token_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """See `graphmoe_kernels.topk_softmax_routing` for the contract; arguments are validated there."""
+    accumulate = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    probabilities = torch.softmax(logits, dim=-1, dtype=accumulate)  # [N, n]
+    chosen, experts = torch.topk(probabilities, top_k, dim=-1)  # [N, k] each
+    weights = chosen / chosen.sum(dim=-1, keepdim=True) if normalize else chosen
+    if statistics is None:
+        return weights, experts, None, None
+
+    counted = torch.ones_like(chosen) if token_mask is None else token_mask.to(accumulate)[:, None].expand_as(chosen)
+    zeros = probabilities.new_zeros(probabilities.shape[-1])
+    flat = experts.reshape(-1)
+    counts = zeros.scatter_add(0, flat, counted.reshape(-1))  # [n]
+    if statistics == "topk":
+        mass = zeros.scatter_add(0, flat, (chosen * counted).reshape(-1))  # [n]
+    else:
+        mass = (probabilities * counted[:, :1]).sum(dim=0)  # [n]
+    return weights, experts, counts, mass

@@ -1,0 +1,88 @@
+"""Inputs, errors and budgets for tests and benchmarks of the operators.
+
+The budget: in any dtype below fp64, an implementation's error against the fp64 oracle is at most twice the error that the
+literal computation makes in that same dtype, plus a small absolute term. No tolerance is a matter of taste.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphmoe_kernels.rethinking.weights import DenseMLP, ExpertWeights, GRUWeights, LayerWeights
+
+# Absolute slack, relative to the oracle's norm: what is left when the literal computation happens to be exact.
+SLACK = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
+
+
+def make_layer(
+    hidden: int,
+    intermediate: int,
+    num_experts: int,
+    rank: int,
+    gru_width: int | None,
+    *,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    seed: int = 0,
+) -> LayerWeights:
+    """A layer of random weights in which every term matters: nothing is zero, all parts have like sizes.
+
+    Shapes as in `LayerWeights`; ``gru_width=None`` gives a layer without GRU. Drawn in fp64 from ``seed``, then rounded.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, std: float) -> Tensor:
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std).to(device, dtype)
+
+    D, F, n, r = hidden, intermediate, num_experts, rank
+    biases = (draw(F, std=0.3), draw(F, std=0.3), draw(D, std=0.3)) if bias else (None, None, None)
+    base = DenseMLP(draw(F, D, std=D**-0.5), draw(F, D, std=D**-0.5), draw(D, F, std=F**-0.5), *biases)
+    experts = ExpertWeights(
+        gate_A=draw(n, r, D, std=D**-0.5),
+        gate_B=draw(n, F, r, std=0.5 * r**-0.5),
+        up_A=draw(n, r, D, std=D**-0.5),
+        up_B=draw(n, F, r, std=0.5 * r**-0.5),
+        down_A=draw(n, r, F, std=F**-0.5),
+        down_B=draw(n, D, r, std=0.5 * r**-0.5),
+    )
+    gru = None
+    if gru_width is not None:
+        G = gru_width
+        gates = [draw(G, G + D, std=(G + D) ** -0.5) for _ in range(3)]
+        gru = GRUWeights(*gates, candidate_bias=draw(G, std=0.3), output=draw(D, G, std=G**-0.5))
+    return LayerWeights(base, draw(n, D, std=2 * D**-0.5), experts, gru)
+
+
+def cast_layer(weights: LayerWeights, dtype: torch.dtype, device: str = "cpu", requires_grad: bool = False) -> LayerWeights:
+    """The layer's tensors copied to ``dtype`` and ``device``; leaves of a new graph if ``requires_grad``."""
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().to(device, dtype, copy=True).requires_grad_(requires_grad)
+
+    base = weights.base.dense()
+    frozen = [None if t is None else t.detach().to(device, dtype) for t in base]
+    gru = None if weights.gru is None else GRUWeights(*map(cast, weights.gru))  # type: ignore[arg-type]
+    experts = ExpertWeights(*map(cast, weights.experts))  # type: ignore[arg-type]
+    return LayerWeights(DenseMLP(*frozen), cast(weights.router), experts, gru)  # type: ignore[arg-type]
+
+
+def trainable(weights: LayerWeights) -> dict[str, Tensor]:
+    """The layer's trainable tensors by name."""
+    named = {"router": weights.router, **weights.experts._asdict()}
+    if weights.gru is not None:
+        named |= {f"gru.{name}": tensor for name, tensor in weights.gru._asdict().items()}
+    return named
+
+
+def relative_error(value: Tensor, oracle: Tensor) -> float:
+    """Frobenius norm of the difference over that of the oracle, in fp64 (absolute where the oracle is zero)."""
+    value, oracle = value.detach().double().cpu(), oracle.detach().double().cpu()
+    norm = torch.linalg.vector_norm(oracle).item()
+    return torch.linalg.vector_norm(value - oracle).item() / (norm if norm > 0 else 1.0)
+
+
+def within_budget(error: float, literal_error: float, dtype: torch.dtype) -> bool:
+    """Whether ``error`` keeps the budget that the literal computation's own error in ``dtype`` sets."""
+    return error <= 2 * literal_error + SLACK[dtype]
