@@ -42,7 +42,7 @@ check: env  ## lint, format, types, import contracts
 
 clean:  ## remove build products, caches and the environment's stamp (not .venv itself, not demo_report/)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis $(STAMP)
-	find graphmoe_kernels graphmoe_model benchmarks tests -type d -name __pycache__ -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
