@@ -1,0 +1,162 @@
+"""The frozen MLP of a Transformers model, found by its attributes and used as the kernels' `BaseMLP`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.activations import ACT2CLS
+
+from graphmoe_kernels import ACTIVATIONS, DenseMLP
+from graphmoe_kernels.activations import ALIASES
+
+
+class MLPSizes(NamedTuple):
+    """Hidden size D, intermediate size F, the activation's name."""
+
+    hidden: int
+    intermediate: int
+    activation: str
+
+
+class SeparateMLP(NamedTuple):
+    """gate_proj, up_proj and down_proj (Llama, Mistral, Qwen, Gemma, Olmo, Granite, ...)."""
+
+    mlp: nn.Module
+
+    def project_in(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `graphmoe_kernels.BaseMLP`; the modules are called, so their hooks and quantisation count."""
+        return self.mlp.gate_proj(x), self.mlp.up_proj(x)
+
+    def project_out(self, c: Tensor) -> Tensor:
+        """See `graphmoe_kernels.BaseMLP`."""
+        return self.mlp.down_proj(c)
+
+    def dense(self) -> DenseMLP:
+        """The weights, dequantised if they are quantised."""
+        linears = (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
+        return DenseMLP(*map(dense_weight, linears), *(linear.bias for linear in linears))
+
+    def sources(self) -> list[Tensor | None]:
+        """The stored tensors: three weights and three biases."""
+        linears = (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
+        return [t for linear in linears for t in (linear.weight, linear.bias)]
+
+
+class FusedMLP(NamedTuple):
+    """gate_up_proj with the gate first, and down_proj (Phi-3, GLM)."""
+
+    mlp: nn.Module
+
+    def project_in(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `graphmoe_kernels.BaseMLP`: two views of one product."""
+        gate, up = self.mlp.gate_up_proj(x).chunk(2, dim=-1)
+        return gate, up
+
+    def project_out(self, c: Tensor) -> Tensor:
+        """See `graphmoe_kernels.BaseMLP`."""
+        return self.mlp.down_proj(c)
+
+    def dense(self) -> DenseMLP:
+        """The weights, dequantised if they are quantised; gate and up are views of one tensor."""
+        gate, up = dense_weight(self.mlp.gate_up_proj).chunk(2)
+        bias = self.mlp.gate_up_proj.bias
+        gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+        down = self.mlp.down_proj
+        return DenseMLP(gate, up, dense_weight(down), gate_bias, up_bias, down.bias)
+
+    def sources(self) -> list[Tensor | None]:
+        """The stored tensors: two weights and two biases."""
+        return [t for linear in (self.mlp.gate_up_proj, self.mlp.down_proj) for t in (linear.weight, linear.bias)]
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """A linear's weight [out, in] as a floating-point tensor: itself, or what its quantisation stands for."""
+    return dequantize_module_weight(linear)
+
+
+def wrap_mlp(mlp: nn.Module) -> SeparateMLP | FusedMLP:
+    """The MLP as a `BaseMLP`; `check_mlp` says beforehand whether it is one."""
+    return FusedMLP(mlp) if hasattr(mlp, "gate_up_proj") else SeparateMLP(mlp)
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether a module has the attributes of a gated MLP (whatever its class)."""
+    projections = hasattr(module, "gate_up_proj") or (hasattr(module, "gate_proj") and hasattr(module, "up_proj"))
+    return projections and hasattr(module, "down_proj") and _activation_module(module) is not None
+
+
+def check_mlp(mlp: nn.Module) -> MLPSizes:
+    """The sizes and activation of a gated MLP.
+
+    Raises:
+        TypeError: not a gated MLP, or one whose forward does more than act(gate) * up (a sparse activation, weights
+            spread over devices, a patched forward); the message says which and what to do.
+        ValueError: an activation that the kernels do not know.
+    """
+    kind = type(mlp).__name__
+    if not is_gated_mlp(mlp):
+        children = ", ".join(name for name, _ in mlp.named_children()) or "none"
+        raise TypeError(
+            f"{kind} is not a gated MLP: expected gate_proj, up_proj and down_proj (or gate_up_proj and down_proj) and "
+            f"act_fn or activation_fn; it has the submodules {children}. Ungated MLPs and sparse expert blocks are not "
+            "supported."
+        )
+    if getattr(mlp, "activation_sparsity", 0.0):
+        raise TypeError(f"{kind} makes its activations sparse (activation_sparsity > 0), which is not supported")
+    if "forward" in vars(mlp):
+        raise TypeError(
+            f"the forward of this {kind} was replaced on the instance (Liger-Kernel's instance patch does that), so the "
+            "replacement would bypass this layer; apply the patch without its swiglu/geglu part"
+        )
+    names = ["gate_up_proj", "down_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj", "down_proj"]
+    for name in names:
+        _check_projection(getattr(mlp, name), f"{kind}.{name}")
+    hidden, intermediate = _linear_shape(mlp.down_proj)  # type: ignore[arg-type]
+    return MLPSizes(hidden, intermediate, activation_name(mlp))
+
+
+def _check_projection(linear: nn.Module, name: str) -> None:
+    if hasattr(linear, "base_layer"):
+        raise TypeError(f"{name} is wrapped by another adapter ({type(linear).__name__}); unload that adapter first")
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} ({type(linear).__name__}) has no weight tensor")
+    if type(weight.data).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is spread over devices (DTensor, tensor parallelism), which is not supported; "
+            "load the model without tp_plan and shard whole decoder layers (FSDP) after attaching"
+        )
+
+
+def _linear_shape(linear: nn.Module) -> tuple[int, int]:
+    return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
+
+
+def _activation_module(mlp: nn.Module) -> object | None:
+    for name in ("act_fn", "activation_fn"):
+        found = getattr(mlp, name, None)
+        if found is not None:
+            return found
+    return None
+
+
+def activation_name(mlp: nn.Module) -> str:
+    """The kernels' name for the MLP's activation; ``ValueError`` if there is none."""
+    module = _activation_module(mlp)
+    if isinstance(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    if isinstance(module, nn.LeakyReLU) and module.negative_slope != 0.01:
+        raise ValueError(f"LeakyReLU with slope {module.negative_slope} is not registered; 0.01 is")
+    for name, known in ACT2CLS.items():
+        known_class = known[0] if isinstance(known, tuple) else known
+        if type(module) is known_class and (name in ACTIVATIONS or name in ALIASES):
+            return ALIASES.get(name, name)
+    for name, activation in ACTIVATIONS.items():  # plain functions, and whatever a user registered
+        if module is activation.function:
+            return name
+    raise ValueError(
+        f"the MLP's activation {type(module).__name__} is unknown to the kernels, which know {', '.join(ACTIVATIONS)}; "
+        "graphmoe_kernels.register_activation adds a pointwise function with its derivative"
+    )

@@ -1,0 +1,179 @@
+"""`FusedGraphMoEFFN`: takes the place of a gated MLP and runs T rounds of routed LoRA experts over it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from graphmoe_kernels import FoldCache, LayerWeights, rethink
+from graphmoe_model.base_mlp import check_mlp, wrap_mlp
+from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.experts import MixLoRAExperts, Router
+from graphmoe_model.gru import RethinkingGRU
+from graphmoe_model.routing_record import RoutingContext, RoutingRecord
+
+
+class GraphMoEAdapter(nn.Module):
+    """The trainable part of one layer: router, experts and (for more than one round) the GRU."""
+
+    def __init__(
+        self, config: GraphMoEConfig, hidden: int, intermediate: int, r: int | None = None, alpha: float | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.rank = config.r if r is None else r
+        self.scale = config.scaling(r, alpha)
+        neutral = bool(config.init_lora_weights)
+        self.router = Router(config.num_experts, hidden)
+        self.experts = MixLoRAExperts(config.num_experts, self.rank, hidden, intermediate, zero_B=neutral)
+        self.gru: RethinkingGRU | None = None
+        if config.rounds > 1:
+            self.gru = RethinkingGRU(hidden, config.gru_width(hidden), zero_output=neutral)
+
+
+class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
+    """A gated MLP of a Transformers model with self-rethinking LoRA experts: y = ffn(x) for x [..., D].
+
+    The MLP itself is kept, frozen, as ``base_layer``; adapters live in ``lora_graphmoe`` by name. A fresh adapter
+    leaves the MLP's output as it was.
+
+    In evaluation, products of weights (the folds, DESIGN of the kernels) are computed once and kept until a weight
+    changes. Writing to a parameter through ``.data`` is the one change that cannot be seen: call `refold` after it.
+
+    Args:
+        mlp: any MLP with gate_proj/up_proj/down_proj or gate_up_proj/down_proj, and act_fn or activation_fn.
+        config: a `GraphMoEConfig`.
+        adapter_name: the name of the adapter made from ``config``.
+
+    Raises:
+        TypeError: the MLP is of a kind that cannot be adapted (see `graphmoe_model.base_mlp.check_mlp`), or wrapped
+            already.
+        ValueError: its activation is unknown, or the GRU's width would be 0.
+    """
+
+    adapter_layer_names = ("lora_graphmoe",)
+
+    def __init__(self, mlp: nn.Module, config: GraphMoEConfig, adapter_name: str = "default", **kwargs: Any) -> None:
+        super().__init__()
+        if isinstance(mlp, BaseTunerLayer):
+            raise TypeError(f"this MLP is wrapped already ({type(mlp).__name__}); use update_layer to add an adapter")
+        self.sizes = check_mlp(mlp)
+        self.base_layer = mlp
+        self.lora_graphmoe = nn.ModuleDict()
+        self.routing_context = RoutingContext()
+        self.routing: RoutingRecord | None = None
+        self._folds: dict[str, FoldCache] = {}
+        mlp.requires_grad_(False)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, **kwargs)
+
+    def update_layer(
+        self, adapter_name: str, config: GraphMoEConfig, r: int | None = None, lora_alpha: float | None = None
+    ) -> None:
+        """Add an adapter; ``r`` and ``lora_alpha`` stand in for the config's (rank and alpha patterns)."""
+        adapter = GraphMoEAdapter(config, self.sizes.hidden, self.sizes.intermediate, r, lora_alpha)
+        self.lora_graphmoe[adapter_name] = adapter
+        self._folds[adapter_name] = FoldCache()
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., D] for x [..., D] of a floating dtype, on the MLP's device.
+
+        A non-finite x gives a non-finite y for its token and leaves the other tokens alone.
+
+        Raises:
+            TypeError: x is not floating point. ValueError: x has another width or is on another device.
+        """
+        adapter = self._active()
+        if adapter is None:
+            return self.base_layer(x)
+        self._check_input(x)
+        record = self._records(adapter.config)
+        spec = adapter.config.spec(
+            self.sizes.activation, adapter.scale, training=self.training, statistics=record
+        )
+        mask = self._token_mask(x) if record else None
+        base = wrap_mlp(self.base_layer)
+        experts = adapter.experts.tensors()
+        gru = None if adapter.gru is None else adapter.gru.tensors()
+        output = rethink(
+            x.reshape(-1, x.shape[-1]),  # [N, D]
+            LayerWeights(base, adapter.router.weight, experts, gru),
+            spec,
+            fold=adapter.config.fold,
+            cache=None if self.training else self._folds[self.active_adapters[0]],
+            token_mask=mask,
+            backend=adapter.config.backend,
+        )
+        if output.counts is not None and output.mass is not None:
+            tokens = mask.sum() if mask is not None else torch.full((), x.numel() // x.shape[-1], device=x.device)
+            self.routing = RoutingRecord(output.counts, output.mass, tokens)
+        return output.y.view(*x.shape[:-1], output.y.shape[-1])
+
+    def refold(self) -> None:
+        """Forget the cached folds; the next forward in evaluation builds them anew."""
+        for cache in self._folds.values():
+            cache.drop()
+
+    def train(self, mode: bool = True) -> FusedGraphMoEFFN:
+        """As ``nn.Module.train``; drops the cached folds, also on eval()."""
+        self.refold()
+        return super().train(mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its folds; the next one by name becomes active if it was."""
+        self._folds.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: the layer is not a linear map of its input, so no MLP weights can hold it."""
+        raise NotImplementedError(
+            "GraphMoE adapters cannot be merged into the base MLP: which experts run depends on the input, and later "
+            "rounds are nonlinear in it. Keep the adapter (its folds are cached for inference), or unload() it."
+        )
+
+    def unmerge(self) -> None:
+        """Refused, as nothing can have been merged."""
+        raise NotImplementedError("GraphMoE adapters are never merged, so there is nothing to unmerge")
+
+    def _active(self) -> GraphMoEAdapter | None:
+        """The adapter to run, or None for the base MLP alone."""
+        if self.disable_adapters:
+            return None
+        present = [name for name in self.active_adapters if name in self.lora_graphmoe]
+        if len(present) > 1:
+            raise ValueError(
+                f"one GraphMoE adapter can be active at a time, got {', '.join(present)}: rounds of different adapters "
+                "do not add up; activate one with set_adapter"
+            )
+        return self.lora_graphmoe[present[0]] if present else None  # type: ignore[return-value]
+
+    def _check_input(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point, got {x.dtype}; pass hidden states, not token ids")
+        if x.shape[-1] != self.sizes.hidden:
+            raise ValueError(
+                f"x must have the MLP's hidden size {self.sizes.hidden} as its last dimension, got {list(x.shape)}"
+            )
+        device = self.base_layer.down_proj.weight.device  # type: ignore[union-attr]
+        if x.device != device:
+            raise ValueError(f"x is on {x.device}, the layer on {device}; move one of them")
+
+    def _records(self, config: GraphMoEConfig) -> bool:
+        return self.routing_context.collecting or (self.training and config.router_aux_loss_coef > 0)
+
+    def _token_mask(self, x: Tensor) -> Tensor | None:
+        """The batch's padding mask for the tokens of x, flattened to [N], or None if all count."""
+        mask = self.routing_context.token_mask
+        if mask is None or x.dim() != 3:
+            return None
+        if mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
+            return None
+        return mask[:, -x.shape[1] :].reshape(-1).bool().to(x.device)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        return super()._get_base_layer_device_and_dtype(base_layer.down_proj)
