@@ -1,6 +1,10 @@
-"""The GraphMoE layer, its configuration, and the method as PEFT knows it."""
+"""The GraphMoE layer, its configuration, and the method as PEFT knows it. Importing it registers the method."""
 
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
 from graphmoe_model.ffn import FusedGraphMoEFFN
+from graphmoe_model.registration import register
+from graphmoe_model.tuner import GraphMoEModel
 
-__all__ = ["FusedGraphMoEFFN", "GraphMoEConfig", "GraphMoEPeftType"]
+register()
+
+__all__ = ["FusedGraphMoEFFN", "GraphMoEConfig", "GraphMoEModel", "GraphMoEPeftType"]
