@@ -73,7 +73,8 @@ class FusedMLP(NamedTuple):
 
 def dense_weight(linear: nn.Module) -> Tensor:
     """A linear's weight [out, in] as a floating-point tensor: itself, or what its quantisation stands for."""
-    return dequantize_module_weight(linear)
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return weight if type(weight) is nn.Parameter else dequantize_module_weight(linear)
 
 
 def wrap_mlp(mlp: nn.Module) -> SeparateMLP | FusedMLP:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
         """Add an adapter; ``r`` and ``lora_alpha`` stand in for the config's (rank and alpha patterns)."""
         adapter = GraphMoEAdapter(config, self.sizes.hidden, self.sizes.intermediate, r, lora_alpha)
         self.lora_graphmoe[adapter_name] = adapter
-        self._folds[adapter_name] = FoldCache()
+        self._folds[adapter_name] = FoldCache(partial(self._weights, adapter_name))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -97,12 +98,9 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
             self.sizes.activation, adapter.scale, training=self.training, statistics=record
         )
         mask = self._token_mask(x) if record else None
-        base = wrap_mlp(self.base_layer)
-        experts = adapter.experts.tensors()
-        gru = None if adapter.gru is None else adapter.gru.tensors()
         output = rethink(
             x.reshape(-1, x.shape[-1]),  # [N, D]
-            LayerWeights(base, adapter.router.weight, experts, gru),
+            self._weights(self.active_adapters[0]),
             spec,
             fold=adapter.config.fold,
             cache=None if self.training else self._folds[self.active_adapters[0]],
@@ -151,6 +149,12 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
                 "do not add up; activate one with set_adapter"
             )
         return self.lora_graphmoe[present[0]] if present else None  # type: ignore[return-value]
+
+    def _weights(self, adapter_name: str) -> LayerWeights:
+        """The base and an adapter's parameters as they are now, as the kernels take them."""
+        adapter: GraphMoEAdapter = self.lora_graphmoe[adapter_name]  # type: ignore[assignment]
+        gru = None if adapter.gru is None else adapter.gru.tensors()
+        return LayerWeights(wrap_mlp(self.base_layer), adapter.router.weight, adapter.experts.tensors(), gru)
 
     def _check_input(self, x: Tensor) -> None:
         if not x.is_floating_point():

@@ -8,8 +8,9 @@ from torch import Tensor
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.backend import resolve_backend
 from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS
+from graphmoe_kernels.rethinking.cache import FoldCache, fold_sources
 from graphmoe_kernels.rethinking.folded import rethink_folded
-from graphmoe_kernels.rethinking.folding import Fold, FoldCache, build_fold, padded
+from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, build_fold, padded
 from graphmoe_kernels.rethinking.literal import rethink_literal
 from graphmoe_kernels.rethinking.policy import FOLD_MODES, fold_break_even
 from graphmoe_kernels.rethinking.reference import rethink_reference
@@ -62,30 +63,13 @@ def rethink(
     if spec.rounds == 1 or fold == "never":
         return rethink_literal(x, weights, spec, token_mask, backend)
 
-    sources = fold_sources(weights)
-    differentiable = torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in sources)
+    differentiable = torch.is_grad_enabled() and any(s.requires_grad for s in fold_sources(weights))
     if cache is not None and not differentiable:
-        kept = cached_fold(cache, weights, spec, sources, _compute_dtype(x))
+        kept = cache.get(weights, FoldSettings(_compute_dtype(x), spec.scale, spec.candidate_input))
         return rethink_folded(x, weights, spec, token_mask, backend, kept)
     if fold == "auto" and x.shape[0] < _break_even(weights, spec):
         return rethink_literal(x, weights, spec, token_mask, backend)
     return rethink_folded(x, weights, spec, token_mask, backend)
-
-
-def fold_sources(weights: LayerWeights) -> list[Tensor | None]:
-    """Every tensor that the folds are computed from."""
-    e = weights.experts
-    return [*weights.base.sources(), weights.router, e.gate_A, e.up_A, e.down_B, *(weights.gru or ())]
-
-
-def cached_fold(
-    cache: FoldCache, weights: LayerWeights, spec: RethinkingSpec, sources: list[Tensor | None], dtype: torch.dtype
-) -> Fold:
-    """The cache's fold for these weights in the compute dtype, built if it is not there or not theirs."""
-    assert weights.gru is not None
-    base, router, experts, gru = weights
-    settings = (dtype, spec.scale, spec.candidate_input)
-    return cache.get(sources, settings, lambda: build_fold(base.dense(), router, experts, gru, spec, dtype))
 
 
 def check_spec(spec: RethinkingSpec, weights: LayerWeights) -> None:
@@ -122,6 +106,7 @@ __all__ = [
     "ExpertWeights",
     "Fold",
     "FoldCache",
+    "FoldSettings",
     "GRUWeights",
     "LayerWeights",
     "RethinkingOutput",

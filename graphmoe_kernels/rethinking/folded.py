@@ -8,7 +8,7 @@ from torch import Tensor
 
 from graphmoe_kernels.gru import gru_step
 from graphmoe_kernels.rethinking import rounds
-from graphmoe_kernels.rethinking.folding import Fold, build_fold
+from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, build_fold
 from graphmoe_kernels.rethinking.weights import LayerWeights, RethinkingOutput, RethinkingSpec
 from graphmoe_kernels.routing import Routing
 
@@ -25,12 +25,11 @@ def rethink_folded(
 
     Without a ``fold`` it is built here, inside the autograd graph.
     """
-    base, router, experts, gru = weights
+    base, router, experts, _ = weights
     gate, up = base.project_in(x)  # [N, F] each, read by every round
     x = x.to(gate.dtype)
     if fold is None and spec.rounds > 1:
-        assert gru is not None
-        fold = build_fold(base.dense(), router, experts, gru, spec, gate.dtype)
+        fold = build_fold(weights, FoldSettings(gate.dtype, spec.scale, spec.candidate_input))
 
     logits_1 = rounds.router_logits(x, router)
     dropped = F.dropout(x, spec.dropout)

@@ -9,7 +9,6 @@ of every product suits the hardware.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.rethinking import rounds
-from graphmoe_kernels.rethinking.weights import DenseMLP, ExpertWeights, GRUWeights, RethinkingSpec
+from graphmoe_kernels.rethinking.weights import GRUWeights, LayerWeights
 
 ALIGNMENT = 16
 
@@ -57,6 +56,10 @@ class Fold(NamedTuple):
     candidate_x: Tensor | None
     candidate_state: Tensor | None
 
+    def tensors(self) -> list[Tensor]:
+        """Those that are there, in order."""
+        return [t for t in self if t is not None]
+
 
 def widen(gru: GRUWeights) -> GRUWeights:
     """The same GRU with its width padded to a multiple of 16 by units of zero weight that nothing reads."""
@@ -78,20 +81,32 @@ def widen(gru: GRUWeights) -> GRUWeights:
     )
 
 
-def build_fold(
-    base: DenseMLP, router: Tensor, experts: ExpertWeights, gru: GRUWeights, spec: RethinkingSpec, dtype: torch.dtype
-) -> Fold:
-    """The fold of these weights, differentiable in all of them. Products accumulate in fp32 at least.
+class FoldSettings(NamedTuple):
+    """What a fold depends on besides the weights; ``dtype`` is the compute dtype, that of the activations."""
 
-    ``dtype`` is the compute dtype, that of the activations; the sources may have others (fp32 adapters on a bf16 base).
+    dtype: torch.dtype
+    scale: float
+    candidate_input: str
+
+
+def build_fold(weights: LayerWeights, settings: FoldSettings) -> Fold:
+    """The fold of a layer's weights, differentiable in all of them. Products accumulate in fp32 at least.
+
+    The sources may have other dtypes than the fold (fp32 adapters on a bf16 base).
+
+    Raises:
+        ValueError: a layer without GRU has no later rounds to fold.
     """
-    gru = widen(gru)
+    if weights.gru is None:
+        raise ValueError("there is nothing to fold in a layer without GRU (rounds=1)")
+    base, router, experts = weights.base.dense(), weights.router, weights.experts
+    gru, dtype = widen(weights.gru), settings.dtype
     with torch.autocast(router.device.type, enabled=False):
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         out = gru.output.to(dtype)  # [D, G']
-        columns = gru.input_columns()  # [3G', D]
+        columns = gru.input_columns()  # [3G', D], W^y
         candidate_x = candidate_state = None
-        if spec.candidate_input == "hidden_state":
+        if settings.candidate_input == "hidden_state":
             columns, reads_x = columns.split([2 * out.shape[1], out.shape[1]])
             candidate_x = reads_x.to(dtype)
             candidate_state = candidate_x @ out
@@ -103,7 +118,7 @@ def build_fold(
             low_up=experts.up_A.flatten(0, 1).to(dtype) @ out,
             router=router.to(exact) @ gru.output.to(exact),
             inputs=columns @ base.down.to(dtype),
-            inputs_low=columns @ (spec.scale * rounds.wide_B(experts.down_B)).to(dtype),
+            inputs_low=columns @ (settings.scale * rounds.wide_B(experts.down_B)).to(dtype),
             inputs_bias=None if base.down_bias is None else columns @ base.down_bias.to(dtype),
             recurrent_gates=gru.recurrent_gates().to(dtype),
             recurrent_candidate=gru.recurrent_candidate().to(dtype),
@@ -112,46 +127,3 @@ def build_fold(
             candidate_x=candidate_x,
             candidate_state=candidate_state,
         )
-
-
-Source = tuple[int, int, torch.dtype, torch.device, tuple[int, ...]]
-
-
-def fingerprint(tensors: list[Tensor | None]) -> tuple[Source | None, ...]:
-    """What tells these tensors, as they are now, from any others: storage, version, dtype, device, shape.
-
-    A write through ``.data`` moves none of it; see `FoldCache.drop`.
-    """
-    return tuple(
-        None if t is None else (t.data_ptr(), t._version, t.dtype, t.device, tuple(t.shape)) for t in tensors
-    )
-
-
-class FoldCache:
-    """One layer's fold for inference, rebuilt when any of its sources has changed.
-
-    The sources are held, so that a freed tensor's address cannot come back as another tensor's.
-    """
-
-    def __init__(self) -> None:
-        self._key: tuple[object, ...] | None = None
-        self._held: list[Tensor | None] = []
-        self._fold: Fold | None = None
-
-    def get(self, sources: list[Tensor | None], settings: tuple[object, ...], build: Callable[[], Fold]) -> Fold:
-        """The fold for these ``sources`` under these ``settings``; ``build`` is called if there is none yet."""
-        key = (settings, fingerprint(sources))
-        if self._fold is None or key != self._key:
-            self.drop()
-            with torch.no_grad():
-                self._fold = build()
-            self._key, self._held = key, list(sources)
-        return self._fold
-
-    def drop(self) -> None:
-        """Forget the fold (after a write that no version counter shows, or to free its memory)."""
-        self._key, self._held, self._fold = None, [], None
-
-    def __getstate__(self) -> dict[str, object]:
-        """A cache is never pickled or deep-copied with its content: a copy's sources are other tensors."""
-        return {"_key": None, "_held": [], "_fold": None}

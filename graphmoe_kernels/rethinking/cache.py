@@ -1,0 +1,135 @@
+"""The fold kept between forwards in inference, and rebuilt when any of its sources has changed.
+
+A stale fold is a wrong answer, so every use compares the sources' fingerprints, also inside a compiled graph: there the
+comparison is a registered operator that refreshes the kept tensors in place when it has to.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, build_fold
+from graphmoe_kernels.rethinking.weights import LayerWeights
+
+Source = tuple[int, int, torch.dtype, torch.device, tuple[int, ...]]
+
+_serial = itertools.count()
+_caches: weakref.WeakValueDictionary[int, FoldCache] = weakref.WeakValueDictionary()
+
+
+def fold_sources(weights: LayerWeights) -> list[Tensor]:
+    """Every tensor that a layer's fold is computed from."""
+    e = weights.experts
+    found = [*weights.base.sources(), weights.router, e.gate_A, e.up_A, e.down_B, *(weights.gru or ())]
+    return [t for t in found if t is not None]
+
+
+def fingerprint(tensors: list[Tensor]) -> tuple[Source, ...]:
+    """What tells these tensors, as they are now, from any others: storage, version, dtype, device, shape.
+
+    Two writes leave no trace in it: through ``.data``, and to a tensor created inside ``torch.inference_mode`` (such
+    tensors count no versions). See `FoldCache.drop`.
+    """
+    return tuple(
+        (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device, tuple(t.shape)) for t in tensors
+    )
+
+
+class FoldCache:
+    """One layer's fold for inference.
+
+    It holds its sources, so that a freed tensor's address cannot come back as another tensor's. A copy (deepcopy,
+    pickle) starts empty.
+
+    Args:
+        weights: gives the layer's weights as they are at the time of the call.
+    """
+
+    def __init__(self, weights: Callable[[], LayerWeights]) -> None:
+        self.weights = weights
+        self._start()
+
+    def _start(self) -> None:
+        self.fold: Fold | None = None
+        self._key: tuple[FoldSettings, tuple[Source, ...]] | None = None
+        self._held: list[Tensor] = []
+        self._compiled = False
+        serial = next(_serial)
+        _caches[serial] = self
+        self.handle = torch.tensor(serial)  # a tensor, so that no compiled graph is specialised to one layer
+
+    def get(self, weights: LayerWeights, settings: FoldSettings) -> Fold:
+        """The fold of ``weights`` under ``settings``: the kept one if it is theirs, else a new one, then kept."""
+        sources = fold_sources(weights)
+        if not torch.compiler.is_compiling():
+            return self.refresh(sources, weights, settings)
+        if self.fold is None:  # the first compiled call computes its fold in the graph; nothing vouches for it later
+            self.fold, self._compiled = build_fold(weights, settings), True
+            return self.fold
+        refresh_fold(self.handle, self.fold.tensors(), sources, settings.scale, settings.candidate_input)
+        return self.fold
+
+    def refresh(self, sources: list[Tensor], weights: LayerWeights, settings: FoldSettings) -> Fold:
+        """`get` outside of a compiled graph. Tensors of the right size are written in place and keep their address."""
+        key = (settings, fingerprint(sources))
+        if self.fold is not None and key == self._key:
+            return self.fold
+        with torch.inference_mode(False), torch.no_grad():
+            fold = build_fold(weights, settings)
+            if self.fold is not None and _alike(self.fold, fold):
+                for kept, new in zip(self.fold.tensors(), fold.tensors(), strict=True):
+                    kept.copy_(new)
+            else:
+                self.fold = fold
+        self._key, self._held = key, list(sources)
+        return self.fold
+
+    def drop(self) -> None:
+        """Forget the fold: after a write that leaves no trace in `fingerprint`, or to free its memory.
+
+        A compiled graph keeps reading the fold's tensors, so in that case they stay and are filled again at next use.
+        """
+        self._key, self._held = None, []
+        if not self._compiled:
+            self.fold = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"weights": self.weights}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.weights = state["weights"]
+        self._start()
+
+
+def _alike(kept: Fold, new: Fold) -> bool:
+    return all(
+        a is b or (a is not None and b is not None and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device))
+        for a, b in zip(kept, new, strict=True)
+    )
+
+
+@torch.library.custom_op("graphmoe::refresh_fold", mutates_args=("fold",))
+def refresh_fold(
+    handle: Tensor, fold: list[Tensor], sources: list[Tensor], scale: float, candidate_input: str
+) -> None:
+    """Bring the tensors of a cache's fold up to date with ``sources``; does nothing if they are.
+
+    ``handle`` is `FoldCache.handle`. ``fold`` are that cache's tensors, or copies that a functionalised graph made.
+    """
+    cache = _caches[int(handle)]
+    settings = FoldSettings(fold[0].dtype, scale, candidate_input)
+    kept = cache.refresh(sources, cache.weights(), settings)
+    for mine, theirs in zip(fold, kept.tensors(), strict=True):
+        if mine.data_ptr() != theirs.data_ptr():
+            mine.copy_(theirs)
+
+
+@refresh_fold.register_fake
+def _(handle, fold, sources, scale, candidate_input):  # type: ignore[no-untyped-def]
+    return None
