@@ -1,11 +1,14 @@
-"""What a layer leaves behind about its routing, and what it must know about the batch to do so."""
+"""What a layer leaves behind about its routing, what it must know about the batch to do so, and how to collect it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 class RoutingRecord(NamedTuple):
@@ -22,6 +25,39 @@ class RoutingRecord(NamedTuple):
     mass: Tensor
     tokens: Tensor
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutingRecord:
+        """Detached: a model can be copied after a forward, the forward's graph cannot."""
+        return RoutingRecord(*(tensor.detach().clone() for tensor in self))
+
+
+class ExpertLoad:
+    """How many tokens each expert got, per layer and round, summed over forwards (`collect_routing`).
+
+    Attributes:
+        counts: layer name -> [T, n] int64, on the layer's device; layers that have not run are absent.
+    """
+
+    def __init__(self, names: dict[nn.Module, str]) -> None:
+        self.counts: dict[str, Tensor] = {}
+        self._names = names
+
+    def load(self) -> dict[str, Tensor]:
+        """Layer name -> [T, n]: each expert's share of a round's choices; rows sum to 1, or to 0 without tokens."""
+        return {name: _shares(counts.double()) for name, counts in self.counts.items()}
+
+    def add(self, layer: nn.Module, counts: Tensor) -> None:
+        """Count one forward of a layer; ``ValueError`` if it ran with other rounds or experts than before."""
+        name, counts = self._names[layer], counts.detach().to(torch.int64)
+        if name not in self.counts:
+            self.counts[name] = counts
+            return
+        if self.counts[name].shape != counts.shape:
+            raise ValueError(
+                f"{name} ran with [rounds, experts] = {list(self.counts[name].shape)} and now with "
+                f"{list(counts.shape)}; collect each adapter in a collect_routing of its own"
+            )
+        self.counts[name] = self.counts[name] + counts
+
 
 @dataclass
 class RoutingContext:
@@ -29,8 +65,76 @@ class RoutingContext:
 
     Attributes:
         token_mask: [B, P] or None; 0 where a token is padding.
-        collecting: record routing although no loss needs it (`collect_routing`).
+        loads: the open `collect_routing` blocks; routing is recorded for them although no loss needs it.
+        in_loss: the last forward's router loss is part of that forward's ``outputs.loss``.
+        unused: the last training forward's router loss is part of no loss so far.
     """
 
     token_mask: Tensor | None = None
-    collecting: bool = False
+    loads: list[ExpertLoad] = field(default_factory=list)
+    in_loss: bool = False
+    unused: bool = False
+
+    @property
+    def collecting(self) -> bool:
+        """Whether routing is wanted although no loss needs it."""
+        return bool(self.loads)
+
+    def record(self, layer: Any, record: RoutingRecord) -> None:
+        """Leave a forward's record on the layer, in place of the one before.
+
+        Activation checkpointing runs a layer again inside the backward pass. That run is not recorded: it would count
+        the tokens twice, and its record would keep alive the activations that checkpointing is there to free.
+        """
+        if _in_backward():
+            return
+        layer.routing = record
+        for load in self.loads:
+            load.add(layer, record.counts)
+
+
+def routed_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers that leave routing records, by their names in the base model (PEFT's own prefix removed)."""
+    named = model.named_modules()
+    return {name.rpartition("base_model.model.")[2]: m for name, m in named if hasattr(m, "routing_context")}
+
+
+@contextmanager
+def collect_routing(model: nn.Module) -> Iterator[ExpertLoad]:
+    """Count which experts the tokens go to, in every forward inside the block, training or not.
+
+        with collect_routing(model) as routing:
+            model.generate(**inputs)
+        routing.counts["model.layers.0.mlp"]  # [T, n]
+
+    Padding is left out where the model gets a 2-D ``attention_mask`` [B, P]; without one, or with a 4-D mask (which
+    ``generate`` makes for a static cache), every token counts. Blocks may be nested; each counts for itself. Under data
+    parallelism every process counts its own tokens.
+
+    Args:
+        model: anything that contains GraphMoE layers: a PEFT model, a wrapped one, or a single layer.
+
+    Raises:
+        TypeError: there is no GraphMoE layer in ``model``.
+    """
+    layers = routed_layers(model)
+    if not layers:
+        raise TypeError(f"no GraphMoE layer in this {type(model).__name__}, so there is no routing to collect")
+    load = ExpertLoad({layer: name for name, layer in layers.items()})
+    contexts = list({id(layer.routing_context): layer.routing_context for layer in layers.values()}.values())
+    for context in contexts:
+        context.loads.append(load)
+    try:
+        yield load
+    finally:
+        for context in contexts:
+            context.loads.remove(load)
+
+
+def _shares(counts: Tensor) -> Tensor:
+    return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def _in_backward() -> bool:
+    # The check that torch.utils.checkpoint itself uses; a compiled graph keeps its own account of what it recomputes.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
