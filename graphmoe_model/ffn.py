@@ -109,7 +109,7 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
         )
         if output.counts is not None and output.mass is not None:
             tokens = mask.sum() if mask is not None else torch.full((), x.numel() // x.shape[-1], device=x.device)
-            self.routing = RoutingRecord(output.counts, output.mass, tokens)
+            self.routing_context.record(self, RoutingRecord(output.counts, output.mass, tokens))
         return output.y.view(*x.shape[:-1], output.y.shape[-1])
 
     def refold(self) -> None:
