@@ -40,24 +40,35 @@ def gru_step(
 
     Raises:
         TypeError: ``inputs`` is not floating point.
-        ValueError: shapes that do not belong together, an unknown activation or backend.
+        ValueError: shapes that do not belong together, tensors on several devices, an unknown activation or backend.
     """
     resolve_backend(backend)
     if candidate_activation not in CANDIDATE_ACTIVATIONS:
-        raise ValueError(f"unknown candidate_activation {candidate_activation!r}; expected 'sigmoid' or 'tanh'")
+        raise ValueError(
+            f"unknown candidate_activation {candidate_activation!r}; expected 'sigmoid' or 'tanh'"
+        )
     if not inputs.is_floating_point():
         raise TypeError(f"inputs must be floating point, got {inputs.dtype}")
-    width = candidate_bias.shape[0]
+    if candidate_bias.dim() != 1:
+        raise ValueError(f"candidate_bias must be [G], the GRU's width; got {list(candidate_bias.shape)}")
+    tokens, width = inputs.shape[0] if inputs.dim() else 0, candidate_bias.shape[0]
     expected = {
-        "inputs": (inputs, (inputs.shape[0], 3 * width)),
-        "state": (state, (inputs.shape[0], width)),
+        "inputs": (inputs, (tokens, 3 * width)),
+        "state": (state, (tokens, width)),
         "recurrent_gates": (recurrent_gates, (2 * width, width)),
         "recurrent_candidate": (recurrent_candidate, (width, width)),
+        "candidate_bias": (candidate_bias, (width,)),
     }
     for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name} must be {list(shape)} for a GRU of width {width} (candidate_bias), got {list(tensor.shape)}"
+            )
+        if tensor.device != inputs.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, inputs on {inputs.device}; put them on one device"
             )
     dtype = inputs.dtype
     with torch.autocast(inputs.device.type, enabled=False):
