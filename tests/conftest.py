@@ -1,0 +1,25 @@
+"""Settings that every test shares: seed, threads, and how hypothesis draws its examples."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# No deadline: a busy machine is no failure. Derandomised, so that a change is judged by the same examples as the one
+# before it; HYPOTHESIS_PROFILE=explore draws fresh ones.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    """Two threads whatever the machine has: the tests are small, and workers of pytest-xdist share the cores."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Every test starts from one seed, whichever ran before it."""
+    torch.manual_seed(0)

@@ -1,0 +1,89 @@
+"""The activations' names, their values against Transformers, and their derivatives against autograd."""
+
+import pytest
+import torch
+from transformers.activations import ACT2FN
+
+from graphmoe_kernels import ACTIVATIONS, expert_swiglu, get_activation, register_activation, rethink_folded
+from graphmoe_kernels.activations import ALIASES
+from graphmoe_kernels.rethinking import RethinkingSpec, rethink_reference
+from tests.kernels.cases import assert_equal_to, gradients, layer
+
+NAMES = sorted([*ACTIVATIONS, *ALIASES])
+
+
+def away_from_kinks() -> torch.Tensor:
+    """fp64 points from -8 to 8, none nearer than 0.01 to a kink of any activation (-3, 0, 3, 6)."""
+    x = torch.linspace(-8, 8, 1601, dtype=torch.float64) + 0.005
+    kinks = torch.tensor([-3.0, 0.0, 3.0, 6.0], dtype=torch.float64)
+    return x[(x[:, None] - kinks).abs().amin(dim=1) > 0.01]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_derivative_is_that_of_the_function(name):
+    """Backward multiplies with the hand-written derivative: a wrong one trains silently in a wrong direction."""
+    function, derivative = ACTIVATIONS[name]
+    x = away_from_kinks().requires_grad_()
+    (exact,) = torch.autograd.grad(function(x).sum(), x)
+    torch.testing.assert_close(derivative(x.detach()), exact, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name != "gelu_tanh"]
+)  # ours; Transformers has its aliases
+def test_name_means_what_transformers_means_by_it(name):
+    """A model's configuration names its activation: ours of that name must be the same function."""
+    x = torch.cat([away_from_kinks(), torch.tensor([-3.0, 0.0, 3.0, 6.0], dtype=torch.float64)])
+    # 1e-9: gelu_fast and gelu_python_tanh write sqrt(2/pi) with ten digits.
+    torch.testing.assert_close(get_activation(name).function(x), ACT2FN[name](x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_function_and_derivative_keep_dtype_and_shape(name, dtype):
+    """A Python scalar or a comparison inside an activation must not widen what the operator computes in."""
+    x = torch.randn(3, 4).to(dtype)
+    for part in ACTIVATIONS[name]:
+        assert part(x).dtype == dtype
+        assert part(x).shape == x.shape
+
+
+@pytest.fixture
+def _cubic():
+    """An activation of our own, registered for one test."""
+    register_activation("test_cubic", lambda x: x**3, lambda x: 3 * x**2)
+    yield
+    del ACTIVATIONS["test_cubic"]
+
+
+@pytest.mark.usefixtures("_cubic")
+def test_registered_activation_works_end_to_end():
+    """A registered name runs through operator, recurrence and backward like a built-in one."""
+    spec = RethinkingSpec(rounds=2, top_k=2, scale=1.5, activation="test_cubic")
+    weights, x = layer(spec), torch.randn(6, 13, dtype=torch.float64)
+    upstream = torch.randn_like(x)
+    oracle = gradients(lambda x, w: rethink_reference(x, w, spec), x, weights, upstream)
+    found = gradients(lambda x, w: rethink_folded(x, w, spec).y, x, weights, upstream)
+    assert_equal_to(found, oracle, upstream)
+
+
+@pytest.mark.parametrize("taken", ["silu", "swish", "gelu_pytorch_tanh"])
+def test_taken_name_is_refused(taken):
+    """A registered activation never changes its meaning, whether the name is an entry or an alias."""
+    before = get_activation(taken)
+    with pytest.raises(ValueError, match=f"'{taken}' is registered already; choose another"):
+        register_activation(taken, torch.sin, torch.cos)
+    assert get_activation(taken) is before
+
+
+def test_unknown_name_lists_the_known_ones():
+    """A typo is answered with what there is, and with the way to add what is not."""
+    with pytest.raises(ValueError, match=r"unknown activation 'sliu'; known are .*silu.*register_activation"):
+        get_activation("sliu")
+    x = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="unknown activation 'sliu'"):
+        expert_swiglu(
+            x, x, torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 2, 1), torch.zeros(1, 2, 1),
+            torch.zeros(1, 1, 2), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long), activation="sliu",
+        )  # fmt: skip

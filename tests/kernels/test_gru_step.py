@@ -1,0 +1,132 @@
+"""`gru_step`: Eq. 5 and 6 written out, gradients, budgets and every refusal."""
+
+import pytest
+import torch
+
+from graphmoe_kernels import gru_step
+from graphmoe_kernels.testing import relative_error, within_budget
+
+WIDTH = 5
+
+
+def arguments(
+    tokens: int = 4, width: int = WIDTH, dtype: torch.dtype = torch.float64, state: bool = True
+) -> dict:
+    """Random arguments of `gru_step`."""
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+    return {
+        "inputs": draw(tokens, 3 * width),
+        "state": draw(tokens, width) if state else None,
+        "recurrent_gates": draw(2 * width, width),
+        "recurrent_candidate": draw(width, width),
+        "candidate_bias": draw(width),
+    }
+
+
+def by_definition(inputs, state, recurrent_gates, recurrent_candidate, candidate_bias, squash):
+    """The paper's equations in the dtype of the arguments, with a zero state in the first round."""
+    width = candidate_bias.shape[0]
+    h = inputs.new_zeros(inputs.shape[0], width) if state is None else state
+    u_z, u_r, u_o = inputs.split(width, dim=1)
+    z = torch.sigmoid(u_z + h @ recurrent_gates[:width].T)
+    q = torch.sigmoid(u_r + h @ recurrent_gates[width:].T)
+    c = squash(u_o + (q * h) @ recurrent_candidate.T + candidate_bias)
+    return (1 - z) * h + z * c
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
+@pytest.mark.parametrize("tokens, width", [(4, 5), (0, 5), (1, 1), (33, 16)])
+def test_equals_the_equations(tokens, width, activation, state):
+    """h' for a given and for the zero state, at a padded width and at none."""
+    given = arguments(tokens, width, state=state)
+    exact = by_definition(*given.values(), getattr(torch, activation))
+    found = gru_step(**given, candidate_activation=activation)
+    assert found.shape == (tokens, width)
+    assert relative_error(found, exact) <= 1e-14
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
+def test_gradcheck(activation, state):
+    """Every floating input gets its gradient, with a state and without."""
+    given = {
+        name: None if tensor is None else tensor.requires_grad_()
+        for name, tensor in arguments(state=state).items()
+    }
+    names = [name for name, tensor in given.items() if tensor is not None]
+
+    def run(*tensors):
+        return gru_step(**(given | dict(zip(names, tensors, strict=True))), candidate_activation=activation)
+
+    assert torch.autograd.gradcheck(run, [given[name] for name in names])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("state", [True, False])
+def test_error_is_within_budget(dtype, state):
+    """Error against fp64 on the same rounded inputs: at most twice that of the equations in the dtype itself."""
+    given = arguments(64, 24, dtype, state)
+    wide = {name: None if tensor is None else tensor.double() for name, tensor in given.items()}
+    exact = by_definition(*wide.values(), torch.sigmoid)
+    literal = by_definition(*given.values(), torch.sigmoid)
+    found = gru_step(**given)
+    assert found.dtype == dtype
+    assert within_budget(relative_error(found, exact), relative_error(literal, exact), dtype)
+
+
+def test_half_precision_inputs_with_fp32_weights():
+    """Adapters stay fp32 on a bf16 model: they are cast to the inputs' dtype, and their gradients come back in fp32."""
+    given = arguments(8, dtype=torch.float32) | {"inputs": torch.randn(8, 3 * WIDTH).bfloat16()}
+    for name in ("recurrent_gates", "recurrent_candidate", "candidate_bias"):
+        given[name].requires_grad_()
+    found = gru_step(**given)
+    assert found.dtype == torch.bfloat16
+    found.float().sum().backward()
+    assert given["recurrent_gates"].grad.dtype == torch.float32
+
+
+def test_autocast_changes_nothing():
+    """Dtypes are the caller's choice: fp32 inputs are computed in fp32 inside autocast too."""
+    given = arguments(8, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gru_step(**given)
+    assert torch.equal(found, gru_step(**given))
+
+
+def test_non_finite_token_stays_its_own_problem():
+    """NaN in one token's inputs reaches that token's state only."""
+    given = arguments(5, dtype=torch.float32)
+    clean = gru_step(**given)
+    given["inputs"][3] = float("nan")
+    found = gru_step(**given)
+    others = torch.tensor([0, 1, 2, 4])
+    assert found[3].isnan().all()
+    assert torch.equal(found[others], clean[others])
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"inputs": torch.zeros(4, 14)}, ValueError, r"inputs must be \[4, 15\] for a GRU of width 5.*got \[4, 14\]"),
+        ({"inputs": torch.zeros(15)}, ValueError, r"inputs must be .*got \[15\]"),
+        ({"inputs": torch.zeros(4, 15, dtype=torch.long)}, TypeError, "inputs must be floating point, got torch.int64"),
+        ({"state": torch.zeros(4, 6)}, ValueError, r"state must be \[4, 5\].*got \[4, 6\]"),
+        ({"state": torch.zeros(3, 5)}, ValueError, r"state must be \[4, 5\].*got \[3, 5\]"),
+        ({"state": torch.zeros(4, 5, device="meta")}, ValueError, "state is on meta, inputs on cpu"),
+        ({"recurrent_gates": torch.zeros(5, 5)}, ValueError, r"recurrent_gates must be \[10, 5\].*got \[5, 5\]"),
+        ({"recurrent_candidate": torch.zeros(5, 4)}, ValueError, r"recurrent_candidate must be \[5, 5\].*got \[5, 4\]"),
+        ({"candidate_bias": torch.zeros(1, 5)}, ValueError, r"candidate_bias must be \[G\].*got \[1, 5\]"),
+        ({"candidate_activation": "relu"}, ValueError, "unknown candidate_activation 'relu'; expected 'sigmoid' or 'tanh'"),
+        ({"backend": "numpy"}, ValueError, "unknown backend 'numpy'"),
+    ],
+)  # fmt: skip
+def test_refusals_name_argument_and_expectation(change, error, message):
+    """Every wrong argument is answered by what was wrong and what was expected."""
+    with pytest.raises(error, match=message):
+        gru_step(**(arguments(dtype=torch.float32) | change))
