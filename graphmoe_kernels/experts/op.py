@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.experts import pytorch
-from graphmoe_kernels.experts.pytorch import Inputs
+from graphmoe_kernels.experts.pytorch import Inputs, Settings
 
 
 @torch.library.custom_op("graphmoe::expert_swiglu", mutates_args=())
@@ -38,7 +38,7 @@ def expert_swiglu_op(
     inputs = Inputs(
         gate, up, state, fold_gate, fold_up, low_gate, low_up, gate_B, up_B, down_A, weights, experts
     )
-    return pytorch.forward(inputs, scale, activation, dropout, seed)
+    return pytorch.forward(inputs, Settings(scale, activation, dropout, seed))
 
 
 @expert_swiglu_op.register_fake
@@ -71,7 +71,7 @@ def expert_swiglu_backward_op(
     inputs = Inputs(
         gate, up, state, fold_gate, fold_up, low_gate, low_up, gate_B, up_B, down_A, weights, experts
     )
-    grads = pytorch.backward(grad_c, grad_z, inputs, scale, activation, dropout, seed)
+    grads = pytorch.backward(grad_c, grad_z, inputs, Settings(scale, activation, dropout, seed))
     return [g.to(x.dtype) for g, x in zip(grads, inputs) if g is not None and x is not None]
 
 

@@ -2,25 +2,27 @@
 
 Tokens are taken in blocks small enough that the wide intermediates of one block stay in cache and in memory that the
 allocator hands out again at once; a fresh [N, 2F] tensor costs a CPU more in page faults than the arithmetic on it.
-Inside a block, the (token, slot) pairs are grouped by expert, so the low-rank products touch only the experts that were
-chosen and the cost does not grow with the number of experts. Backward recomputes the pre-activation block by block.
+Inside a block the (token, slot) pairs are sorted by expert: pointwise work runs on all pairs at once, the low-rank
+products on each chosen expert's own rows, so the cost does not grow with the number of experts. Backward recomputes the
+pre-activation block by block.
 
 Half-precision inputs are computed in fp32 within a block and rounded once on the way out.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts.reference import draw_dropout_mask, dropout_generator
 
-# Bytes of one block's [tokens, 2F] pre-activation in the dtype of the computation; measured on 2-core CPUs, where 2 to
-# 6 MB differ by a few per cent and 20 MB costs half as much again.
+# Bytes of one block's wide intermediate [tokens * k, 2F] in the dtype of the computation.
 BLOCK_BYTES = 4 * 2**20
 MIN_BLOCK_TOKENS = 16
 
@@ -42,12 +44,17 @@ class Inputs(NamedTuple):
     experts: Tensor  # [N, k]
 
 
-class Group(NamedTuple):
-    """The (token, slot) pairs of one block that chose one expert."""
+class Settings(NamedTuple):
+    """The operator's arguments that are no tensors, and the dropout's seed."""
 
-    expert: int
-    rows: Tensor  # [m] token, counted from the block's start
-    slots: Tensor  # [m]
+    scale: float
+    activation: str
+    dropout: float
+    seed: Tensor | None
+
+    def generator(self) -> torch.Generator | None:
+        """The stream of this call's dropout masks, or None without dropout."""
+        return dropout_generator(self.seed) if self.dropout > 0 and self.seed is not None else None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,102 +62,104 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def blocks(tokens: int, width: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Slices of tokens whose [tokens, 2 * width] pre-activation takes about `BLOCK_BYTES`."""
-    size = max(MIN_BLOCK_TOKENS, BLOCK_BYTES // (2 * width * dtype.itemsize))
+def blocks(inputs: Inputs) -> Iterator[slice]:
+    """Slices of tokens whose wide intermediate takes about `BLOCK_BYTES`."""
+    tokens, width = inputs.gate.shape
+    token_bytes = inputs.experts.shape[1] * 2 * width * compute_dtype(inputs.gate.dtype).itemsize
+    size = max(MIN_BLOCK_TOKENS, BLOCK_BYTES // token_bytes)
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
 
 
-def groups(experts: Tensor, num_experts: int) -> Iterator[Group]:
-    """The groups of one block's expert ids, [block, k]; experts that nobody chose have none."""
-    slots = experts.shape[1]
-    flat = experts.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=num_experts).tolist()
-    for expert, pairs in enumerate(order.split(counts)):
-        if pairs.numel():
-            yield Group(expert, pairs // slots, pairs % slots)
+class Block:
+    """One block of b tokens with its p = b * k (token, slot) pairs sorted by expert.
 
+    Attributes:
+        tokens: the block's slice of the batch.
+        rows, slots, experts: [p], each pair's token (counted from the block's start), slot and expert.
+        position: [b, k], where a token's slots stand among the sorted pairs.
+        groups: (expert, slice of the sorted pairs) for every expert that somebody chose.
+        mask: [p, F] dropout mask or None.
+    """
 
-class _Block:
-    """One block of tokens: its pre-activation and what a group reads from it, in the dtype of the computation."""
-
-    def __init__(self, inputs: Inputs, tokens: slice, scale: float, generator: torch.Generator | None, dropout: float):
-        self.inputs, self.tokens, self.scale = inputs, tokens, scale
+    def __init__(self, inputs: Inputs, tokens: slice, settings: Settings, generator: torch.Generator | None) -> None:
+        self.inputs, self.tokens, self.scale = inputs, tokens, settings.scale
         self.dtype = compute_dtype(inputs.gate.dtype)
-        self.rank = inputs.down_A.shape[1]
-        self.experts = inputs.experts[tokens]
-        self.weights = inputs.weights[tokens].to(self.dtype)
-        self.gate, self.up = inputs.gate[tokens], inputs.up[tokens]
-        if inputs.state is not None and inputs.fold_gate is not None and inputs.fold_up is not None:
-            state = inputs.state[tokens]
-            self.gate = torch.addmm(self.gate, state, inputs.fold_gate.T)
-            self.up = torch.addmm(self.up, state, inputs.fold_up.T)
+        chosen = inputs.experts[tokens]  # [b, k]
+        flat = chosen.reshape(-1)
+        order = torch.argsort(flat, stable=True)
+        k = chosen.shape[1]
+        self.rows, self.slots = order // k, order % k
+        self.experts = flat[order]
+        self.position = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        self.position = self.position.view_as(chosen)
+        counts = torch.bincount(flat, minlength=inputs.gate_B.shape[0]).tolist()
+        stops = list(itertools.accumulate(counts))
+        self.groups = [(e, slice(stop - m, stop)) for e, (m, stop) in enumerate(zip(counts, stops, strict=True)) if m]
         self.mask: Tensor | None = None
         if generator is not None:
-            shape = (*self.experts.shape, self.gate.shape[1])
-            self.mask = draw_dropout_mask(generator, dropout, shape).to(self.gate.device, self.dtype)
+            drawn = draw_dropout_mask(generator, settings.dropout, (*chosen.shape, inputs.gate.shape[1]))
+            self.mask = drawn.to(flat.device, self.dtype).flatten(0, 1)[order]
 
-    def columns(self, group: Group) -> slice:
-        """Where this group's expert stands in an [N, n*r] tensor."""
-        return slice(group.expert * self.rank, (group.expert + 1) * self.rank)
+    def pairs(self, x: Tensor) -> Tensor:
+        """Each pair's row of x [b, ...], in the dtype of the computation: [p, ...]."""
+        return x.index_select(0, self.rows).to(self.dtype)
 
-    def low_rank(self, group: Group) -> tuple[Tensor, Tensor]:
-        """The group's low-rank activations of gate and up, [m, r] each."""
-        columns, rows = self.columns(group), group.rows
-        low_gate = self.inputs.low_gate[self.tokens, columns].index_select(0, rows)
-        low_up = self.inputs.low_up[self.tokens, columns].index_select(0, rows)
-        return low_gate.to(self.dtype), low_up.to(self.dtype)
+    def combine(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """sum_j w_j x_j over each token's slots, for x [p, F] and weights [b, k] (1 if None): [b, F]."""
+        return F.embedding_bag(self.position, x, mode="sum", per_sample_weights=weights)
 
-    def pre_activation(self, group: Group, low_gate: Tensor, low_up: Tensor) -> tuple[Tensor, Tensor]:
-        """g and u of the group's pairs, [m, F] each: the base pre-activation plus s B (A x)."""
-        e = group.expert
-        g = self.gate.index_select(0, group.rows).to(self.dtype)
-        u = self.up.index_select(0, group.rows).to(self.dtype)
-        g.addmm_(low_gate, self.inputs.gate_B[e].to(self.dtype).T, alpha=self.scale)
-        u.addmm_(low_up, self.inputs.up_B[e].to(self.dtype).T, alpha=self.scale)
-        return g, u
+    def weights(self) -> Tensor:
+        """The routing weights [b, k] in the dtype of the computation."""
+        return self.inputs.weights[self.tokens].to(self.dtype)
 
-    def keep(self, group: Group) -> Tensor | None:
-        """The group's dropout mask, [m, F], or None."""
-        return None if self.mask is None else self.mask[group.rows, group.slots]
+    def low_rank(self, low: Tensor) -> Tensor:
+        """Each pair's own expert's part of a low-rank activation [N, n*r]: [p, r]."""
+        rank = self.inputs.down_A.shape[1]
+        own = low[self.tokens].unflatten(1, (-1, rank))[self.rows, self.experts]
+        return own.to(self.dtype)
+
+    def pre_activation(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """g and u [p, F], base plus update plus s B (A x), and the low-rank activations [p, r] they were made with."""
+        inputs = self.inputs
+        gate, up = inputs.gate[self.tokens], inputs.up[self.tokens]
+        if inputs.state is not None and inputs.fold_gate is not None and inputs.fold_up is not None:
+            state = inputs.state[self.tokens]
+            gate = torch.addmm(gate, state, inputs.fold_gate.T)
+            up = torch.addmm(up, state, inputs.fold_up.T)
+        g, u = self.pairs(gate), self.pairs(up)
+        low_gate, low_up = self.low_rank(inputs.low_gate), self.low_rank(inputs.low_up)
+        for e, group in self.groups:
+            g[group].addmm_(low_gate[group], inputs.gate_B[e].to(self.dtype).T, alpha=self.scale)
+            u[group].addmm_(low_up[group], inputs.up_B[e].to(self.dtype).T, alpha=self.scale)
+        return g, u, low_gate, low_up
 
 
-def _generator(dropout: float, seed: Tensor | None) -> torch.Generator | None:
-    return dropout_generator(seed) if dropout > 0 and seed is not None else None
-
-
-def forward(
-    inputs: Inputs, scale: float, activation: str, dropout: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """c [N, F] and z [N, n*r]; see `graphmoe_kernels.expert_swiglu`."""
-    act = get_activation(activation).function
-    tokens, width = inputs.gate.shape
-    num_experts = inputs.gate_B.shape[0]
-    dtype = compute_dtype(inputs.gate.dtype)
-    generator = _generator(dropout, seed)
-    c = inputs.gate.new_empty(tokens, width)
+    act = get_activation(settings.activation).function
+    rank = inputs.down_A.shape[1]
+    generator = settings.generator()
+    c = torch.empty_like(inputs.gate, memory_format=torch.contiguous_format)
     z = inputs.low_gate.new_zeros(inputs.low_gate.shape)
-    for span in blocks(tokens, width, dtype):
-        block = _Block(inputs, span, scale, generator, dropout)
-        c_block = torch.zeros_like(c[span], dtype=dtype)
-        for group in groups(block.experts, num_experts):
-            low_gate, low_up = block.low_rank(group)
-            g, u = block.pre_activation(group, low_gate, low_up)
-            hidden = act(g).mul_(u)  # [m, F]
-            w = block.weights[group.rows, group.slots, None]  # [m, 1]
-            mask = block.keep(group)
-            read = hidden if mask is None else hidden * mask
-            narrow = (read @ inputs.down_A[group.expert].to(dtype).T) * w  # [m, r]
-            z[span, block.columns(group)] = z[span, block.columns(group)].index_add(0, group.rows, narrow.to(z.dtype))
-            c_block.index_add_(0, group.rows, hidden.mul_(w))
-        c[span] = c_block
+    for span in blocks(inputs):
+        block = Block(inputs, span, settings, generator)
+        g, u, _, _ = block.pre_activation()
+        hidden = act(g).mul_(u)  # [p, F]
+        weights = block.weights()
+        c[span] = block.combine(hidden, weights)
+        if block.mask is not None:
+            hidden.mul_(block.mask)
+        narrow = g.new_empty(hidden.shape[0], rank)
+        for e, group in block.groups:
+            torch.mm(hidden[group], inputs.down_A[e].to(g.dtype).T, out=narrow[group])
+        narrow.mul_(weights[block.rows, block.slots, None])
+        z[span].unflatten(1, (-1, rank))[block.rows, block.experts] = narrow.to(z.dtype)
     return c, z
 
 
 class Gradients(NamedTuple):
-    """What `backward` fills; the folds' gradients are accumulated in fp32 (fp64 for fp64 inputs)."""
+    """The gradients that `backward` fills, in the inputs' order; sums over tokens are in the dtype of the computation."""
 
     gate: Tensor
     up: Tensor
@@ -164,94 +173,71 @@ class Gradients(NamedTuple):
     down_A: Tensor
     weights: Tensor
 
-    @classmethod
-    def zeros(cls, inputs: Inputs, dtype: torch.dtype) -> Gradients:
-        """Zeros like the inputs; what is summed over tokens is in the accumulation dtype."""
 
-        def summed(x: Tensor | None) -> Tensor | None:
-            return None if x is None else torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
-        def each(x: Tensor) -> Tensor:
-            return torch.zeros_like(x, memory_format=torch.contiguous_format)
-
-        return cls(
-            torch.empty_like(inputs.gate, memory_format=torch.contiguous_format),
-            torch.empty_like(inputs.up, memory_format=torch.contiguous_format),
-            None if inputs.state is None else torch.empty_like(inputs.state),
-            summed(inputs.fold_gate),
-            summed(inputs.fold_up),
-            each(inputs.low_gate),
-            each(inputs.low_up),
-            summed(inputs.gate_B),  # type: ignore[arg-type]
-            summed(inputs.up_B),  # type: ignore[arg-type]
-            summed(inputs.down_A),  # type: ignore[arg-type]
-            torch.zeros_like(inputs.weights),
-        )
-
-
-def backward(
-    grad_c: Tensor,
-    grad_z: Tensor,
-    inputs: Inputs,
-    scale: float,
-    activation: str,
-    dropout: float,
-    seed: Tensor | None,
-) -> Gradients:
-    """The gradient of every floating input; recomputes each block's pre-activation."""
-    width = inputs.gate.shape[1]
+def _new_gradients(inputs: Inputs) -> Gradients:
     dtype = compute_dtype(inputs.gate.dtype)
-    generator = _generator(dropout, seed)
-    grads = Gradients.zeros(inputs, dtype)
-    for span in blocks(inputs.gate.shape[0], width, dtype):
-        block = _Block(inputs, span, scale, generator, dropout)
-        d_pre = grad_c.new_zeros(2, span.stop - span.start, width, dtype=dtype)
-        for group in groups(block.experts, inputs.gate_B.shape[0]):
-            _group_backward(block, group, activation, grad_c[span], grad_z[span], grads, d_pre)
-        d_gate, d_up = d_pre.to(grad_c.dtype)
+
+    def like(x: Tensor, summed: bool) -> Tensor:
+        return torch.zeros(x.shape, dtype=dtype if summed else x.dtype, device=x.device)
+
+    summed = {"fold_gate", "fold_up", "gate_B", "up_B", "down_A"}
+    floating = zip(Gradients._fields, inputs, strict=False)
+    return Gradients(*(None if x is None else like(x, name in summed) for name, x in floating))  # type: ignore[arg-type]
+
+
+def backward(grad_c: Tensor, grad_z: Tensor, inputs: Inputs, settings: Settings) -> Gradients:
+    """The gradient of every floating input; recomputes each block's pre-activation."""
+    generator = settings.generator()
+    grads = _new_gradients(inputs)
+    for span in blocks(inputs):
+        block = Block(inputs, span, settings, generator)
+        d_gate, d_up = _block_backward(block, settings.activation, grad_c[span], grad_z[span], grads)
         grads.gate[span], grads.up[span] = d_gate, d_up
         if grads.state is not None and grads.fold_gate is not None and grads.fold_up is not None:
             assert inputs.state is not None and inputs.fold_gate is not None and inputs.fold_up is not None
-            state = inputs.state[span]
-            torch.addmm(d_gate @ inputs.fold_gate, d_up, inputs.fold_up, out=grads.state[span])
-            grads.fold_gate.add_(d_gate.T @ state)
-            grads.fold_up.add_(d_up.T @ state)
+            state = inputs.state[span].to(block.dtype)
+            d_state = torch.addmm(d_gate @ inputs.fold_gate.to(block.dtype), d_up, inputs.fold_up.to(block.dtype))
+            grads.state[span] = d_state
+            grads.fold_gate.addmm_(d_gate.T, state)
+            grads.fold_up.addmm_(d_up.T, state)
     return grads
 
 
-def _group_backward(
-    block: _Block, group: Group, activation: str, grad_c: Tensor, grad_z: Tensor, grads: Gradients, d_pre: Tensor
-) -> None:
-    """Adds one group's part to ``grads`` and to the block's pre-activation gradient ``d_pre`` [2, block, F]."""
+def _block_backward(
+    block: Block, activation: str, grad_c: Tensor, grad_z: Tensor, grads: Gradients
+) -> tuple[Tensor, Tensor]:
+    """Adds one block's part to ``grads``; returns the gradients of its gate and up pre-activations, [b, F] each."""
     act = get_activation(activation)
     inputs, dtype, span = block.inputs, block.dtype, block.tokens
-    e, rows, columns = group.expert, group.rows, block.columns(group)
-    low_gate, low_up = block.low_rank(group)
-    g, u = block.pre_activation(group, low_gate, low_up)
+    rank = inputs.down_A.shape[1]
+    g, u, low_gate, low_up = block.pre_activation()
     active = act.function(g)
-    hidden = active * u  # [m, F]
-    mask = block.keep(group)
+    hidden = active * u  # [p, F]
+    read = hidden if block.mask is None else hidden * block.mask
 
-    dz = grad_z[:, columns].index_select(0, rows).to(dtype)  # [m, r]
-    d_hidden = dz @ inputs.down_A[e].to(dtype)  # [m, F]
-    read = hidden
-    if mask is not None:
-        d_hidden *= mask
-        read = hidden * mask
-    d_hidden += grad_c.index_select(0, rows).to(dtype)
-    w = block.weights[rows, group.slots, None]  # [m, 1]
-    grads.down_A[e] += (dz * w).T @ read
-    grads.weights[span].index_put_(
-        (rows, group.slots), torch.linalg.vecdot(hidden, d_hidden).to(grads.weights.dtype), accumulate=True
-    )
-    d_hidden *= w
+    dz = grad_z.unflatten(1, (-1, rank))[block.rows, block.experts].to(dtype)  # [p, r]
+    w = block.weights()[block.rows, block.slots, None]  # [p, 1]
+    d_hidden = torch.empty_like(hidden)
+    for e, group in block.groups:
+        torch.mm(dz[group], inputs.down_A[e].to(dtype), out=d_hidden[group])
+        grads.down_A[e].addmm_((dz[group] * w[group]).T, read[group])
+    if block.mask is not None:
+        d_hidden.mul_(block.mask)
+    d_hidden.add_(block.pairs(grad_c))
+    d_weights = torch.linalg.vecdot(hidden, d_hidden).to(grads.weights.dtype)
+    grads.weights[span].index_put_((block.rows, block.slots), d_weights)
+
+    d_hidden.mul_(w)
     d_g = act.derivative(g).mul_(d_hidden).mul_(u)
     d_u = d_hidden.mul_(active)
-    d_pre[0].index_add_(0, rows, d_g)
-    d_pre[1].index_add_(0, rows, d_u)
-    grads.gate_B[e].addmm_(d_g.T, low_gate, alpha=block.scale)
-    grads.up_B[e].addmm_(d_u.T, low_up, alpha=block.scale)
-    for d_low, d, B in ((grads.low_gate, d_g, inputs.gate_B), (grads.low_up, d_u, inputs.up_B)):
-        d_low[span, columns] = d_low[span, columns].index_add(
-            0, rows, (d @ B[e].to(dtype)).mul_(block.scale).to(d_low.dtype)
-        )
+    for d, B, d_B, low, d_low in (
+        (d_g, inputs.gate_B, grads.gate_B, low_gate, grads.low_gate),
+        (d_u, inputs.up_B, grads.up_B, low_up, grads.low_up),
+    ):
+        narrow = torch.empty_like(low)
+        for e, group in block.groups:
+            d_B[e].addmm_(d[group].T, low[group], alpha=block.scale)
+            torch.mm(d[group], B[e].to(dtype), out=narrow[group])
+        narrow.mul_(block.scale)
+        d_low[span].unflatten(1, (-1, rank))[block.rows, block.experts] = narrow.to(d_low.dtype)
+    return block.combine(d_g), block.combine(d_u)
