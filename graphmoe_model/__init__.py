@@ -1,4 +1,4 @@
-"""The GraphMoE layer, its configuration, and the method as PEFT knows it. Importing it registers the method."""
+"""The GraphMoE layer, its configuration, and the method as PEFT knows it, which importing this registers."""
 
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
 from graphmoe_model.ffn import FusedGraphMoEFFN

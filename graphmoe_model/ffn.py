@@ -16,12 +16,22 @@ from graphmoe_model.experts import MixLoRAExperts, Router
 from graphmoe_model.gru import RethinkingGRU
 from graphmoe_model.routing_record import RoutingContext, RoutingRecord
 
+NOT_MERGEABLE = (
+    "GraphMoE adapters cannot be merged into the base MLP: which experts run depends on the input, and later "
+    "rounds are nonlinear in it. Keep the adapter (its folds are cached for inference), or unload() it."
+)
+
 
 class GraphMoEAdapter(nn.Module):
     """The trainable part of one layer: router, experts and (for more than one round) the GRU."""
 
     def __init__(
-        self, config: GraphMoEConfig, hidden: int, intermediate: int, r: int | None = None, alpha: float | None = None
+        self,
+        config: GraphMoEConfig,
+        hidden: int,
+        intermediate: int,
+        r: int | None = None,
+        alpha: float | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -38,11 +48,12 @@ class GraphMoEAdapter(nn.Module):
 class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
     """A gated MLP of a Transformers model with self-rethinking LoRA experts: y = ffn(x) for x [..., D].
 
-    The MLP itself is kept, frozen, as ``base_layer``; adapters live in ``lora_graphmoe`` by name. A fresh adapter
-    leaves the MLP's output as it was.
+    The MLP itself is kept, frozen, as ``base_layer``; adapters live in ``lora_graphmoe`` by name. A fresh
+    adapter leaves the MLP's output as it was.
 
-    In evaluation, products of weights (the folds, DESIGN of the kernels) are computed once and kept until a weight
-    changes. Writing to a parameter through ``.data`` is the one change that cannot be seen: call `refold` after it.
+    In evaluation, products of weights (`graphmoe_kernels.Fold`) are computed once and kept until a weight
+    changes. Writing to a parameter through ``.data`` is the one change that cannot be seen: call `refold` after
+    it.
 
     Args:
         mlp: any MLP with gate_proj/up_proj/down_proj or gate_up_proj/down_proj, and act_fn or activation_fn.
@@ -50,8 +61,8 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
         adapter_name: the name of the adapter made from ``config``.
 
     Raises:
-        TypeError: the MLP is of a kind that cannot be adapted (see `graphmoe_model.base_mlp.check_mlp`), or wrapped
-            already.
+        TypeError: the MLP is of a kind that cannot be adapted (see `graphmoe_model.base_mlp.check_mlp`), or
+            wrapped already.
         ValueError: its activation is unknown, or the GRU's width would be 0.
     """
 
@@ -89,21 +100,20 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
         Raises:
             TypeError: x is not floating point. ValueError: x has another width or is on another device.
         """
-        adapter = self._active()
-        if adapter is None:
+        name = self._active_name()
+        if name is None:
             return self.base_layer(x)
         self._check_input(x)
+        adapter: GraphMoEAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
         record = self._records(adapter.config)
-        spec = adapter.config.spec(
-            self.sizes.activation, adapter.scale, training=self.training, statistics=record
-        )
+        spec = adapter.config.spec(self.sizes.activation, adapter.scale, training=self.training, statistics=record)
         mask = self._token_mask(x) if record else None
         output = rethink(
             x.reshape(-1, x.shape[-1]),  # [N, D]
-            self._weights(self.active_adapters[0]),
+            self._weights(name),
             spec,
             fold=adapter.config.fold,
-            cache=None if self.training else self._folds[self.active_adapters[0]],
+            cache=None if self.training else self._folds[name],
             token_mask=mask,
             backend=adapter.config.backend,
         )
@@ -129,26 +139,23 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: the layer is not a linear map of its input, so no MLP weights can hold it."""
-        raise NotImplementedError(
-            "GraphMoE adapters cannot be merged into the base MLP: which experts run depends on the input, and later "
-            "rounds are nonlinear in it. Keep the adapter (its folds are cached for inference), or unload() it."
-        )
+        raise NotImplementedError(NOT_MERGEABLE)
 
     def unmerge(self) -> None:
         """Refused, as nothing can have been merged."""
         raise NotImplementedError("GraphMoE adapters are never merged, so there is nothing to unmerge")
 
-    def _active(self) -> GraphMoEAdapter | None:
+    def _active_name(self) -> str | None:
         """The adapter to run, or None for the base MLP alone."""
         if self.disable_adapters:
             return None
         present = [name for name in self.active_adapters if name in self.lora_graphmoe]
         if len(present) > 1:
             raise ValueError(
-                f"one GraphMoE adapter can be active at a time, got {', '.join(present)}: rounds of different adapters "
-                "do not add up; activate one with set_adapter"
+                f"one GraphMoE adapter can be active at a time, got {', '.join(present)}: rounds of different "
+                "adapters do not add up; activate one with set_adapter"
             )
-        return self.lora_graphmoe[present[0]] if present else None  # type: ignore[return-value]
+        return present[0] if present else None
 
     def _weights(self, adapter_name: str) -> LayerWeights:
         """The base and an adapter's parameters as they are now, as the kernels take them."""
@@ -164,6 +171,11 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
                 f"x must have the MLP's hidden size {self.sizes.hidden} as its last dimension, got {list(x.shape)}"
             )
         device = self.base_layer.down_proj.weight.device  # type: ignore[union-attr]
+        if device.type == "meta":
+            raise ValueError(
+                "this layer's weights hold no data (meta device): weights offloaded to CPU or disk are not "
+                "supported; load the model with a device_map that keeps decoder layers on a device"
+            )
         if x.device != device:
             raise ValueError(f"x is on {x.device}, the layer on {device}; move one of them")
 
@@ -178,6 +190,15 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
         if mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
             return None
         return mask[:, -x.shape[1] :].reshape(-1).bool().to(x.device)
+
+    def __getattr__(self, name: str) -> Any:
+        """As ``nn.Module``; who looks for the MLP's projections here is told where they are."""
+        if name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj"):
+            raise AttributeError(
+                f"FusedGraphMoEFFN has no {name} of its own: the MLP is its base_layer. If this comes from a "
+                "forward that Liger-Kernel put on the layer, apply its patches without swiglu/geglu."
+            )
+        return super().__getattr__(name)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         return super()._get_base_layer_device_and_dtype(base_layer.down_proj)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from typing import Any
 
+from peft import PeftModel, mapping
+
+from graphmoe_model.checkpoints import save_whole
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
 from graphmoe_model.tuner import GraphMoEModel
 
 
 def register() -> None:
-    """Enter the method into PEFT's mappings, which ``get_peft_model`` and every loader look up."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[GraphMoEPeftType.GRAPHMOE] = GraphMoEConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[GraphMoEPeftType.GRAPHMOE] = GraphMoEModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[GraphMoEPeftType.GRAPHMOE] = GraphMoEModel.prefix
+    """Enter the method into PEFT's mappings, which ``get_peft_model`` and every loader look up.
+
+    PEFT chooses the class of model by task, not by method, so there is no class of ours whose
+    ``save_pretrained`` could be overridden: PEFT's own is wrapped, and acts differently for GraphMoE only.
+    """
+    method: Any = GraphMoEPeftType.GRAPHMOE
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[method] = GraphMoEConfig
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[method] = GraphMoEModel
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[method] = GraphMoEModel.prefix
+    PeftModel.save_pretrained = save_whole(PeftModel.save_pretrained)  # type: ignore[method-assign]

@@ -1,52 +1,106 @@
-"""GraphMoE as a PEFT method: routed experts with rethinking on the MLPs, plain LoRA on the attention projections."""
+"""GraphMoE as a PEFT method: routed experts with rethinking on MLPs, LoRA on attention projections."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
-from graphmoe_model.attention import find_targets
 from graphmoe_model.base_mlp import is_gated_mlp
+from graphmoe_model.checkpoints import check_adapter_state
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.ffn import FusedGraphMoEFFN
+from graphmoe_model.ffn import NOT_MERGEABLE, FusedGraphMoEFFN
+from graphmoe_model.targets import check_targets, default_targets
+
+# Every path component that an adapter's own parameters have below its name.
+ADAPTER_COMPONENTS = frozenset(
+    [
+        *("router", "experts", "gate_proj", "up_proj", "down_proj", "A", "B", "weight", "bias"),
+        *(
+            "gru",
+            "update_gate",
+            "reset_gate",
+            "candidate",
+            "output_proj",
+            "lora_graphmoe",
+            "lora_A",
+            "lora_B",
+        ),
+    ]
+)
 
 
 class GraphMoEModel(LoraModel):
-    """The tuner behind ``get_peft_model(model, GraphMoEConfig(...))``."""
+    """The tuner behind ``get_peft_model(model, GraphMoEConfig(...))``.
 
-    tuner_layer_cls = (LoraLayer, FusedGraphMoEFFN)
+    Attention projections get LoRA layers by ``LoraModel``'s own machinery, gated MLPs become
+    `FusedGraphMoEFFN`. Without ``target_modules`` both are found from the model's modules
+    (`graphmoe_model.targets`).
 
-    def _prepare_adapter_config(
-        self, peft_config: GraphMoEConfig, model_config: dict[str, Any]
-    ) -> GraphMoEConfig:
+    What LoRA can and this method cannot do raises an error before anything has changed: merging, weighted
+    sums of adapters, more than one active adapter, batches that mix adapters.
+    """
+
+    prefix = "lora_"
+    tuner_layer_cls: Any = (LoraLayer, FusedGraphMoEFFN)  # PEFT only ever passes it to isinstance
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)  # type: ignore[arg-type]
+        for name, other in self.peft_config.items():
+            if not isinstance(other, GraphMoEConfig):
+                raise ValueError(
+                    f"GraphMoE cannot be combined with the {type(other).__name__} adapter {name!r} on this "
+                    "model; unload() that one first"
+                )
+            if other is config:
+                other.check_supported()
+                self._check_adapter_name(name)
+
+    def _check_adapter_name(self, adapter_name: str) -> None:
+        """PEFT filters checkpoints by path component: an adapter named like one would cost others weights."""
+        used = {part for name, _ in self.model.named_modules() for part in name.split(".")}
+        if adapter_name in ADAPTER_COMPONENTS or adapter_name in used - set(self.peft_config):
+            raise ValueError(
+                f"the adapter name {adapter_name!r} is also the name of a module; PEFT could not tell their "
+                "weights apart in a checkpoint: choose another"
+            )
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        assert isinstance(peft_config, GraphMoEConfig)
         if peft_config.target_modules is None:
-            peft_config.target_modules = find_targets(self.model)
+            targets: Any = default_targets(self.model, peft_config)  # a set, as PEFT itself makes it
+            peft_config.target_modules = targets
+        check_targets(self.model, peft_config)
         return peft_config
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # LoraModel's differs from BaseTuner's
         self,
-        lora_config: GraphMoEConfig,
+        lora_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **kwargs: Any,
+        *,
+        parameter_name: str | None = None,
     ) -> None:
         if not isinstance(target, FusedGraphMoEFFN) and not is_gated_mlp(target):
             super()._create_and_replace(
-                lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
+                lora_config,
+                adapter_name,
+                target,
+                target_name,
+                parent,
+                current_key,
+                parameter_name=parameter_name,
             )
             return
-        r = lora_config.rank_pattern.get(
-            get_pattern_key(lora_config.rank_pattern, current_key), lora_config.r
-        )
-        alpha = lora_config.alpha_pattern.get(
-            get_pattern_key(lora_config.alpha_pattern, current_key), lora_config.lora_alpha
-        )
+        assert isinstance(lora_config, GraphMoEConfig)
+        r = _by_pattern(lora_config.rank_pattern, current_key, lora_config.r)
+        alpha = _by_pattern(lora_config.alpha_pattern, current_key, lora_config.lora_alpha)
         if isinstance(target, FusedGraphMoEFFN):
             target.update_layer(adapter_name, lora_config, r=r, lora_alpha=alpha)
             return
@@ -55,6 +109,33 @@ class GraphMoEModel(LoraModel):
             ffn.requires_grad_(False)  # a further adapter is not trainable until it is made active
         self._replace_module(parent, target_name, ffn, target)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one; ``ValueError`` for more than one."""
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise ValueError(
+                f"one GraphMoE adapter can be active at a time, got {', '.join(adapter_name)}: rounds of "
+                "different adapters do not add up"
+            )
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: averaged routers, experts and GRUs do not compute the average of what they compute."""
+        raise NotImplementedError(
+            "GraphMoE adapters cannot be combined by weights: routing and rethinking are nonlinear in them"
+        )
+
+    def _check_merge_allowed(self) -> None:
+        """Refused here, where PEFT asks before it merges the first layer."""
+        raise NotImplementedError(NOT_MERGEABLE)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names (a batch that mixes adapters) is not supported by GraphMoE; run one batch an "
+                "adapter, with set_adapter before each"
+            )
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """The adapter's name stands right behind its container, where every PEFT loader puts it back."""
@@ -62,3 +143,23 @@ class GraphMoEModel(LoraModel):
         if container in key:
             return key.replace(container, ".lora_graphmoe.")
         return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        raise ValueError(
+            "path_initial_model_for_weight_conversion is for LoRA initialisations that change the base model "
+            "(PiSSA, CorDA, OLoRA); GraphMoE has none: leave it out"
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_adapter_state(model, adapter_name, remapped)
+        return remapped
+
+
+def _by_pattern(pattern: dict[str, int] | None, key: str, default: int) -> int:
+    """A module's entry in rank_pattern or alpha_pattern, as PEFT matches them."""
+    return (pattern or {}).get(get_pattern_key(list(pattern or ()), key), default)

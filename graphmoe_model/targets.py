@@ -1,0 +1,230 @@
+"""Which modules of a model are adapted: attention projections and gated MLPs of the decoder layers.
+
+Everything is found from the modules' attributes; there is no table of model types. What a config selects is
+decided by PEFT's own matching, so that a saved adapter finds the same modules again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+
+from graphmoe_model.base_mlp import check_mlp, is_gated_mlp
+from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.ffn import FusedGraphMoEFFN
+
+# A module with children of the first kind is an attention; it is adapted in all children of both kinds.
+QUERY_KEY_VALUE = frozenset(
+    [
+        *("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"),
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    ]
+)
+ATTENTION_OUTPUT = frozenset({"o_proj", "out_proj", "dense"})
+
+
+class DecoderLayer(NamedTuple):
+    """What one decoder layer holds, by full module names.
+
+    Attributes:
+        projections: linears of its attention.
+        mlps: its gated MLPs.
+        others: further modules with submodules: ungated MLPs, sparse expert blocks, state-space mixers.
+    """
+
+    projections: list[str]
+    mlps: list[str]
+    others: list[str]
+
+
+def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """As ``named_modules``, without the inside of layers that an adapter wraps already."""
+    yield name, module
+    if isinstance(module, BaseTunerLayer):
+        return
+    for child_name, child in module.named_children():
+        yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+
+def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
+    """The layers of the model's language model (not of its vision or audio tower).
+
+    They are the elements of every ``nn.ModuleList`` in which some element has an attention.
+    """
+    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    prefix = next((name for name, module in walk(model) if module is decoder), "")
+    return [
+        _decoder_layer(f"{name}.{index}", layer)
+        for name, layers in walk(decoder, prefix)
+        if isinstance(layers, nn.ModuleList) and any(map(_has_attention, layers))
+        for index, layer in enumerate(layers)
+    ]
+
+
+def default_targets(model: nn.Module, config: GraphMoEConfig) -> set[str]:
+    """The ``target_modules`` of a config without any: the decoder layers' attention projections and MLPs.
+
+    Suffixes (``"q_proj"``, ``"mlp"``) where these select just the decoder layers' modules, else full names.
+
+    Raises:
+        ValueError: there are no decoder layers, or one that the config selects has no supported MLP; the
+            message names the modules seen, and why each was refused.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        raise ValueError(
+            f"found no decoder layers in {type(model).__name__}: no nn.ModuleList whose elements have an "
+            f"attention with {', '.join(sorted(QUERY_KEY_VALUE))}. Seen: {_seen(model)}. Name the modules in "
+            "target_modules."
+        )
+    modules = dict(walk(model))
+    refused = {}
+    for layer in layers:
+        for name in layer.mlps or layer.others:
+            reason = _reason_against(modules[name])
+            if reason is not None and _selects(config, name):
+                refused[name] = reason
+    found = [name for layer in layers for name in layer.mlps if _selects(config, name)]
+    if refused or not found:
+        raise ValueError(_no_mlp(model, refused, any(layer.mlps for layer in layers)))
+    found += [name for layer in layers for name in layer.projections if _selects(config, name)]
+    return _condensed(found, list(modules), config)
+
+
+def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
+    """Refuse what could not be adapted, before anything in the model has changed.
+
+    Raises:
+        TypeError: a selected module is neither an MLP of a supported kind nor a single layer.
+        ValueError: no MLP is selected; a module inside a selected one is selected too;
+            ``layers_to_transform`` names a layer that does not exist.
+    """
+    modules = dict(walk(model))
+    selected = {name: modules[name] for name in modules if name and check_target_module_exists(config, name)}
+    for name, module in selected.items():
+        inside = next((other for other in selected if name.startswith(other + ".")), None)
+        if inside is not None:
+            raise ValueError(
+                f"target_modules select {name}, which lies inside {inside}, selected too; a GraphMoE layer "
+                "adapts an MLP as a whole: leave its linears out"
+            )
+        if isinstance(module, BaseTunerLayer) or (not is_gated_mlp(module) and not any(module.children())):
+            continue  # a further adapter, or a single layer for LoRA
+        try:
+            check_mlp(module)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+    if not any(is_gated_mlp(module) or isinstance(module, FusedGraphMoEFFN) for module in selected.values()):
+        raise ValueError(_no_mlp_selected(modules, selected, config))
+    _check_layer_indices(selected, config)
+
+
+def _has_attention(layer: nn.Module) -> bool:
+    return any(map(_is_attention, layer.children()))
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return any(name in QUERY_KEY_VALUE for name, _ in module.named_children())
+
+
+def _decoder_layer(name: str, layer: nn.Module) -> DecoderLayer:
+    found = DecoderLayer([], [], [])
+    for child_name, child in layer.named_children():
+        full = f"{name}.{child_name}"
+        if _is_attention(child):
+            names = (n for n, _ in child.named_children() if n in QUERY_KEY_VALUE | ATTENTION_OUTPUT)
+            found.projections.extend(f"{full}.{n}" for n in names)
+        elif is_gated_mlp(child) or isinstance(child, FusedGraphMoEFFN):
+            found.mlps.append(full)
+        elif any(child.children()):
+            found.others.append(full)
+    return found
+
+
+def _reason_against(mlp: nn.Module) -> str | None:
+    if isinstance(mlp, FusedGraphMoEFFN):
+        return None
+    try:
+        check_mlp(mlp)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _selects(config: GraphMoEConfig, name: str) -> bool:
+    """Whether the config's other fields (exclude_modules, layers_to_transform, ...) let a name pass."""
+    return bool(check_target_module_exists(_with_targets(config, {name.rpartition(".")[2]}), name))
+
+
+def _with_targets(config: GraphMoEConfig, targets: set[str]) -> GraphMoEConfig:
+    config = copy.copy(config)
+    config.target_modules = targets  # type: ignore[assignment]  # PEFT itself makes it a set
+    return config
+
+
+def _condensed(chosen: list[str], names: list[str], config: GraphMoEConfig) -> set[str]:
+    """``chosen`` with a suffix in place of all names that end in it, where it selects no module besides."""
+    targets: set[str] = set()
+    for suffix in sorted({name.rpartition(".")[2] for name in chosen}):
+        own = {name for name in chosen if name.rpartition(".")[2] == suffix}
+        by_suffix = _with_targets(config, {suffix})
+        matched = {name for name in names if name and check_target_module_exists(by_suffix, name)}
+        targets |= {suffix} if matched == own else own
+    return targets
+
+
+def _no_mlp(model: nn.Module, refused: dict[str, str], has_mlps: bool) -> str:
+    kind = type(model).__name__
+    if not refused and has_mlps:
+        return (
+            f"no MLP of {kind} is left to adapt after exclude_modules, layers_to_transform and "
+            "modules_to_save; for LoRA on the attention alone use peft.LoraConfig"
+        )
+    if not refused:
+        return f"the decoder layers of {kind} have no MLP module to adapt. Seen: {_seen(model)}"
+    reasons: dict[str, list[str]] = {}  # the layers' modules are alike: one line a reason, not one a layer
+    for name, reason in refused.items():
+        reasons.setdefault(reason, []).append(name)
+    lines = [f"- {_first_and_count(names)}: {reason}" for reason, names in reasons.items()]
+    return "\n".join(
+        [
+            f"{kind} has decoder layers without an MLP that GraphMoE supports:",
+            *lines,
+            "Leave such layers out with layers_to_transform or exclude_modules if others are supported.",
+        ]
+    )
+
+
+def _seen(model: nn.Module) -> str:
+    """The kinds of layers in the model's module lists, with their submodules."""
+    layers = [layer for _, module in walk(model) if isinstance(module, nn.ModuleList) for layer in module]
+    kinds = {type(layer).__name__: [name for name, _ in layer.named_children()] for layer in layers}
+    return ", ".join(f"{kind}({', '.join(children)})" for kind, children in sorted(kinds.items()))
+
+
+def _first_and_count(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+
+
+def _no_mlp_selected(modules: dict[str, nn.Module], selected: dict[str, Any], config: GraphMoEConfig) -> str:
+    mlps = [name for name, module in modules.items() if is_gated_mlp(module)]
+    text = f"target_modules={config.target_modules!r} selects no gated MLP"
+    if any(name.startswith(f"{mlp}.") for name in selected for mlp in mlps):
+        text += ", only linears inside one; a GraphMoE layer adapts an MLP as a whole: name the MLP"
+    suffixes = sorted({name.rpartition(".")[2] for name in mlps})
+    hint = f"the model's gated MLPs are called {', '.join(suffixes)}" if suffixes else "the model has none"
+    return f"{text} ({hint}). Without target_modules, all MLPs and attention projections are selected."
+
+
+def _check_layer_indices(selected: dict[str, nn.Module], config: GraphMoEConfig) -> None:
+    wanted = config.layers_to_transform
+    if wanted is None or isinstance(config.target_modules, str):
+        return
+    indices = {wanted} if isinstance(wanted, int) else set(wanted)
+    missing = sorted(i for i in indices if not any(f".{i}." in f".{name}." for name in selected))
+    if missing:
+        raise ValueError(f"layers_to_transform names layers without any target module: {missing}")
