@@ -1,7 +1,7 @@
 """Inputs, errors and budgets for tests and benchmarks of the operators.
 
-The budget: in any dtype below fp64, an implementation's error against the fp64 oracle is at most twice the error that the
-literal computation makes in that same dtype, plus a small absolute term. No tolerance is a matter of taste.
+The budget: in any dtype below fp64, an implementation's error against the fp64 oracle is at most twice the error that
+the literal computation makes in that same dtype, plus a small absolute term. No tolerance is a matter of taste.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def make_layer(
 ) -> LayerWeights:
     """A layer of random weights in which every term matters: nothing is zero, all parts have like sizes.
 
-    Shapes as in `LayerWeights`; ``gru_width=None`` gives a layer without GRU. Drawn in fp64 from ``seed``, then rounded.
+    Shapes as in `LayerWeights`; ``gru_width=None`` gives a layer without GRU. Drawn in fp64, then rounded.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -50,12 +50,14 @@ def make_layer(
     gru = None
     if gru_width is not None:
         G = gru_width
-        gates = [draw(G, G + D, std=(G + D) ** -0.5) for _ in range(3)]
-        gru = GRUWeights(*gates, candidate_bias=draw(G, std=0.3), output=draw(D, G, std=G**-0.5))
+        update, reset, candidate = (draw(G, G + D, std=(G + D) ** -0.5) for _ in range(3))
+        gru = GRUWeights(update, reset, candidate, draw(G, std=0.3), draw(D, G, std=G**-0.5))
     return LayerWeights(base, draw(n, D, std=2 * D**-0.5), experts, gru)
 
 
-def cast_layer(weights: LayerWeights, dtype: torch.dtype, device: str = "cpu", requires_grad: bool = False) -> LayerWeights:
+def cast_layer(
+    weights: LayerWeights, dtype: torch.dtype, device: str = "cpu", requires_grad: bool = False
+) -> LayerWeights:
     """The layer's tensors copied to ``dtype`` and ``device``; leaves of a new graph if ``requires_grad``."""
 
     def cast(t: Tensor | None) -> Tensor | None:

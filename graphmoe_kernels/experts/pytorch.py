@@ -22,8 +22,9 @@ from torch import Tensor
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts.reference import draw_dropout_mask, dropout_generator
 
-# Bytes of one block's wide intermediate [tokens * k, 2F] in the dtype of the computation.
-BLOCK_BYTES = 4 * 2**20
+# Bytes of one block's wide intermediate [tokens * k, 2F] in the dtype of the computation. 6 to 8 MB are best at 256 and
+# 1024 tokens (F = 5632); 2 MB and 48 MB cost half as much again.
+BLOCK_BYTES = 6 * 2**20
 MIN_BLOCK_TOKENS = 16
 
 
@@ -42,6 +43,13 @@ class Inputs(NamedTuple):
     down_A: Tensor  # [n, r, F]
     weights: Tensor  # [N, k]
     experts: Tensor  # [N, k]
+
+    @property
+    def update(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """state, fold_gate and fold_up, which are there together or not at all."""
+        if self.state is None or self.fold_gate is None or self.fold_up is None:
+            return None
+        return self.state, self.fold_gate, self.fold_up
 
 
 class Settings(NamedTuple):
@@ -123,10 +131,10 @@ class Block:
         """g and u [p, F], base plus update plus s B (A x), and the low-rank activations [p, r] they were made with."""
         inputs = self.inputs
         gate, up = inputs.gate[self.tokens], inputs.up[self.tokens]
-        if inputs.state is not None and inputs.fold_gate is not None and inputs.fold_up is not None:
-            state = inputs.state[self.tokens]
-            gate = torch.addmm(gate, state, inputs.fold_gate.T)
-            up = torch.addmm(up, state, inputs.fold_up.T)
+        if inputs.update is not None:
+            state, fold_gate, fold_up = inputs.update
+            gate = torch.addmm(gate, state[self.tokens], fold_gate.T)
+            up = torch.addmm(up, state[self.tokens], fold_up.T)
         g, u = self.pairs(gate), self.pairs(up)
         low_gate, low_up = self.low_rank(inputs.low_gate), self.low_rank(inputs.low_up)
         for e, group in self.groups:
@@ -158,53 +166,37 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     return c, z
 
 
-class Gradients(NamedTuple):
-    """The gradients that `backward` fills, in the inputs' order; sums over tokens are in the dtype of the computation."""
-
-    gate: Tensor
-    up: Tensor
-    state: Tensor | None
-    fold_gate: Tensor | None
-    fold_up: Tensor | None
-    low_gate: Tensor
-    low_up: Tensor
-    gate_B: Tensor
-    up_B: Tensor
-    down_A: Tensor
-    weights: Tensor
-
-
-def _new_gradients(inputs: Inputs) -> Gradients:
+def _new_gradients(inputs: Inputs) -> Inputs:
+    """Zeros in the place of every input; sums over tokens are in the dtype of the computation."""
     dtype = compute_dtype(inputs.gate.dtype)
 
-    def like(x: Tensor, summed: bool) -> Tensor:
+    def zeros(name: str, x: Tensor) -> Tensor:
+        summed = name in ("fold_gate", "fold_up", "gate_B", "up_B", "down_A")
         return torch.zeros(x.shape, dtype=dtype if summed else x.dtype, device=x.device)
 
-    summed = {"fold_gate", "fold_up", "gate_B", "up_B", "down_A"}
-    floating = zip(Gradients._fields, inputs, strict=False)
-    return Gradients(*(None if x is None else like(x, name in summed) for name, x in floating))  # type: ignore[arg-type]
+    given = {name: x for name, x in inputs._asdict().items() if x is not None}
+    return inputs._replace(**{name: zeros(name, x) for name, x in given.items()})
 
 
-def backward(grad_c: Tensor, grad_z: Tensor, inputs: Inputs, settings: Settings) -> Gradients:
-    """The gradient of every floating input; recomputes each block's pre-activation."""
+def backward(grad_c: Tensor, grad_z: Tensor, inputs: Inputs, settings: Settings) -> Inputs:
+    """The gradient of every floating input, in its place in `Inputs`; recomputes each block's pre-activation."""
     generator = settings.generator()
     grads = _new_gradients(inputs)
     for span in blocks(inputs):
         block = Block(inputs, span, settings, generator)
         d_gate, d_up = _block_backward(block, settings.activation, grad_c[span], grad_z[span], grads)
         grads.gate[span], grads.up[span] = d_gate, d_up
-        if grads.state is not None and grads.fold_gate is not None and grads.fold_up is not None:
-            assert inputs.state is not None and inputs.fold_gate is not None and inputs.fold_up is not None
-            state = inputs.state[span].to(block.dtype)
-            d_state = torch.addmm(d_gate @ inputs.fold_gate.to(block.dtype), d_up, inputs.fold_up.to(block.dtype))
-            grads.state[span] = d_state
-            grads.fold_gate.addmm_(d_gate.T, state)
-            grads.fold_up.addmm_(d_up.T, state)
+        if inputs.update is not None and grads.update is not None:
+            state, fold_gate, fold_up = (t.to(block.dtype) for t in inputs.update)
+            d_state, d_fold_gate, d_fold_up = grads.update
+            d_state[span] = torch.addmm(d_gate @ fold_gate, d_up, fold_up)
+            d_fold_gate.addmm_(d_gate.T, state[span])
+            d_fold_up.addmm_(d_up.T, state[span])
     return grads
 
 
 def _block_backward(
-    block: Block, activation: str, grad_c: Tensor, grad_z: Tensor, grads: Gradients
+    block: Block, activation: str, grad_c: Tensor, grad_z: Tensor, grads: Inputs
 ) -> tuple[Tensor, Tensor]:
     """Adds one block's part to ``grads``; returns the gradients of its gate and up pre-activations, [b, F] each."""
     act = get_activation(activation)

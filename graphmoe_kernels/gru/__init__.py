@@ -44,9 +44,7 @@ def gru_step(
     """
     resolve_backend(backend)
     if candidate_activation not in CANDIDATE_ACTIVATIONS:
-        raise ValueError(
-            f"unknown candidate_activation {candidate_activation!r}; expected 'sigmoid' or 'tanh'"
-        )
+        raise ValueError(f"unknown candidate_activation {candidate_activation!r}; expected 'sigmoid' or 'tanh'")
     if not inputs.is_floating_point():
         raise TypeError(f"inputs must be floating point, got {inputs.dtype}")
     if candidate_bias.dim() != 1:
@@ -67,9 +65,7 @@ def gru_step(
                 f"{name} must be {list(shape)} for a GRU of width {width} (candidate_bias), got {list(tensor.shape)}"
             )
         if tensor.device != inputs.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, inputs on {inputs.device}; put them on one device"
-            )
+            raise ValueError(f"{name} is on {tensor.device}, inputs on {inputs.device}; put them on one device")
     dtype = inputs.dtype
     with torch.autocast(inputs.device.type, enabled=False):
         return reference.step(

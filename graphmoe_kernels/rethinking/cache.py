@@ -115,9 +115,7 @@ def _alike(kept: Fold, new: Fold) -> bool:
 
 
 @torch.library.custom_op("graphmoe::refresh_fold", mutates_args=("fold",))
-def refresh_fold(
-    handle: Tensor, fold: list[Tensor], sources: list[Tensor], scale: float, candidate_input: str
-) -> None:
+def refresh_fold(handle: Tensor, fold: list[Tensor], sources: list[Tensor], scale: float, candidate_input: str) -> None:
     """Bring the tensors of a cache's fold up to date with ``sources``; does nothing if they are.
 
     ``handle`` is `FoldCache.handle`. ``fold`` are that cache's tensors, or copies that a functionalised graph made.
@@ -131,5 +129,5 @@ def refresh_fold(
 
 
 @refresh_fold.register_fake
-def _(handle, fold, sources, scale, candidate_input):  # type: ignore[no-untyped-def]
+def _(handle, fold, sources, scale, candidate_input):
     return None

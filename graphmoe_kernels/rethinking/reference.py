@@ -19,13 +19,13 @@ def rethink_reference(x: Tensor, weights: LayerWeights, spec: RethinkingSpec) ->
     if spec.dropout:
         raise ValueError("rethink_reference has no dropout; pass a spec with dropout=0")
     squash = torch.sigmoid if spec.candidate_activation == "sigmoid" else torch.tanh
-    h = x.new_zeros(x.shape[0], weights.gru.width) if weights.gru is not None else None  # [N, G]
+    gru = weights.gru
+    h = x.new_zeros(x.shape[0], 0 if gru is None else gru.width)  # [N, G]
     for t in range(1, spec.rounds + 1):
         y = _mixture(x, weights, spec)
         if t == spec.rounds:
             return y
-        assert h is not None and weights.gru is not None
-        gru = weights.gru
+        assert gru is not None
         z = torch.sigmoid(F.linear(torch.cat([h, y], dim=1), gru.update))
         q = torch.sigmoid(F.linear(torch.cat([h, y], dim=1), gru.reset))
         read = y if spec.candidate_input == "expert_output" else x

@@ -60,9 +60,7 @@ def topk_softmax_routing(
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() != 2:
-        raise ValueError(
-            f"logits must be [tokens, experts], got shape {tuple(logits.shape)}; flatten the batch first"
-        )
+        raise ValueError(f"logits must be [tokens, experts], got shape {tuple(logits.shape)}; flatten the batch first")
     num_experts = logits.shape[1]
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must lie in 1..{num_experts} (the number of experts), got {top_k}")
@@ -71,8 +69,6 @@ def topk_softmax_routing(
     if token_mask is not None and token_mask.shape != logits.shape[:1]:
         raise ValueError(f"token_mask must be [{logits.shape[0]}], got shape {tuple(token_mask.shape)}")
     if token_mask is not None and token_mask.device != logits.device:
-        raise ValueError(
-            f"token_mask is on {token_mask.device}, logits on {logits.device}; put them on one device"
-        )
+        raise ValueError(f"token_mask is on {token_mask.device}, logits on {logits.device}; put them on one device")
     with torch.autocast(logits.device.type, enabled=False):
         return Routing(*reference.route(logits, top_k, normalize, statistics, token_mask))
