@@ -13,6 +13,7 @@ from graphmoe_model.base_mlp import is_gated_mlp
 from graphmoe_model.checkpoints import check_adapter_state
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.ffn import NOT_MERGEABLE, FusedGraphMoEFFN
+from graphmoe_model.router_loss import attach_router_loss, detach_router_loss
 from graphmoe_model.targets import check_targets, default_targets
 
 # Every path component that an adapter's own parameters have below its name.
@@ -135,6 +136,17 @@ class GraphMoEModel(LoraModel):
                 "adapter, with set_adapter before each"
             )
         return super()._enable_peft_forward_hooks(*args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, also for a further adapter; the model's loss then has the router loss in it."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        attach_router_loss(self.model)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was before any adapter."""
+        model = super().unload()
+        detach_router_loss(model)
+        return model
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
