@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-# No deadline: a busy machine is no failure. Derandomised, so that a change is judged by the same examples as the one
-# before it; HYPOTHESIS_PROFILE=explore draws fresh ones.
+# No deadline: a busy machine is no failure. Derandomised, so that a change is judged by the same examples as
+# the one before it; HYPOTHESIS_PROFILE=explore draws fresh ones.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
@@ -15,7 +15,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
-    """Two threads whatever the machine has: the tests are small, and workers of pytest-xdist share the cores."""
+    """Two threads whatever the machine has: the tests are small, and pytest-xdist shares the cores."""
     torch.set_num_threads(2)
 
 

@@ -14,8 +14,8 @@ from graphmoe_kernels import LayerWeights, RethinkingSpec, rethink_literal
 from graphmoe_kernels.rethinking import rounds
 from graphmoe_kernels.testing import cast_layer, make_layer, trainable
 
-# Below this share of the upstream gradient's norm a gradient is judged by its absolute error: some are exactly zero in
-# real arithmetic (the router's, when one renormalised weight is always 1) and rounding noise in any computation.
+# Below this share of the upstream gradient's norm a gradient is judged by its absolute error: some are zero
+# in real arithmetic (the router's, when one renormalised weight is always 1) and mere rounding when computed.
 ZERO = 1e-3
 
 
@@ -29,7 +29,10 @@ class Sizes(NamedTuple):
     width: int = 6
 
 
-def layer(spec: RethinkingSpec, sizes: Sizes = Sizes(), *, bias: bool = False, seed: int = 0) -> LayerWeights:
+ODD = Sizes()
+
+
+def layer(spec: RethinkingSpec, sizes: Sizes = ODD, *, bias: bool = False, seed: int = 0) -> LayerWeights:
     """A random fp64 layer for these settings; a GRU only if there is a second round."""
     *shape, width = sizes
     return make_layer(*shape, width if spec.rounds > 1 else None, bias=bias, seed=seed)
@@ -59,7 +62,7 @@ def gradients(
 
 
 def errors(found: dict[str, Tensor], oracle: dict[str, Tensor], upstream: Tensor) -> dict[str, float]:
-    """Relative error by name; a gradient that is all but zero is measured against `ZERO` times the upstream's norm."""
+    """Relative error by name, against `ZERO` times the upstream's norm where the oracle is smaller."""
     assert found.keys() == oracle.keys()
     floor = ZERO * torch.linalg.vector_norm(upstream.double()).item()
     result = {}
@@ -69,9 +72,7 @@ def errors(found: dict[str, Tensor], oracle: dict[str, Tensor], upstream: Tensor
     return result
 
 
-def assert_equal_to(
-    found: dict[str, Tensor], oracle: dict[str, Tensor], upstream: Tensor, bound: float = 1e-12
-):
+def assert_equal_to(found: dict[str, Tensor], oracle: dict[str, Tensor], upstream: Tensor, bound: float = 1e-12):
     """Every entry within ``bound`` of the oracle; the message lists those that are not."""
     off = {name: error for name, error in errors(found, oracle, upstream).items() if not error <= bound}
     assert not off, f"relative errors above {bound}: {off}"

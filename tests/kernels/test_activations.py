@@ -22,16 +22,14 @@ def away_from_kinks() -> torch.Tensor:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_derivative_is_that_of_the_function(name):
-    """Backward multiplies with the hand-written derivative: a wrong one trains silently in a wrong direction."""
+    """Backward multiplies with the hand-written derivative: a wrong one trains in a wrong direction."""
     function, derivative = ACTIVATIONS[name]
     x = away_from_kinks().requires_grad_()
     (exact,) = torch.autograd.grad(function(x).sum(), x)
     torch.testing.assert_close(derivative(x.detach()), exact, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in NAMES if name != "gelu_tanh"]
-)  # ours; Transformers has its aliases
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "gelu_tanh"])  # ours; Transformers has its aliases
 def test_name_means_what_transformers_means_by_it(name):
     """A model's configuration names its activation: ours of that name must be the same function."""
     x = torch.cat([away_from_kinks(), torch.tensor([-3.0, 0.0, 3.0, 6.0], dtype=torch.float64)])

@@ -8,7 +8,7 @@ from graphmoe_kernels.testing import SLACK
 
 
 def logits_with_margin(tokens: int, experts: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """[N, n] logits of which no two in a row are nearer than 0.2: half precision and gradcheck flip nothing."""
+    """[N, n] logits, no two in a row nearer than 0.2: half precision and gradcheck flip nothing."""
     rows = [torch.randperm(experts) for _ in range(tokens)]
     base = torch.stack(rows) if rows else torch.zeros(0, experts)
     return (0.4 * base + 0.1 * torch.rand(tokens, experts)).to(dtype)
@@ -69,7 +69,7 @@ def test_autocast_does_not_lower_the_routing():
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("statistics", ["topk", "full"])
 def test_statistics_count_what_they_say(statistics, normalize, masked):
-    """Eq. 8: counts and probability mass over the counted tokens; the mass is never of renormalised weights."""
+    """Eq. 8: counts and probability mass of the counted tokens; the mass is never renormalised."""
     logits = logits_with_margin(13, 5)
     mask = torch.rand(13) < 0.6 if masked else None
     found = topk_softmax_routing(logits, 2, normalize=normalize, statistics=statistics, token_mask=mask)
@@ -101,9 +101,7 @@ def test_gradcheck(experts, top_k, statistics, normalize):
     mask = torch.tensor([True, False, True, True])
 
     def run(logits):
-        found = topk_softmax_routing(
-            logits, top_k, normalize=normalize, statistics=statistics, token_mask=mask
-        )
+        found = topk_softmax_routing(logits, top_k, normalize=normalize, statistics=statistics, token_mask=mask)
         return found.weights, found.mass
 
     assert torch.autograd.gradcheck(run, logits)
@@ -124,7 +122,7 @@ def test_no_tokens(statistics):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_token_stays_its_own_problem(bad):
-    """A broken token gets non-finite weights and valid, distinct experts; the others' routing does not move a bit."""
+    """A broken token gets non-finite weights and valid, distinct experts; no other token moves a bit."""
     logits = logits_with_margin(5, 4, torch.float32)
     broken = logits.clone()
     broken[2] = bad
