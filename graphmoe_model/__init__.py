@@ -3,8 +3,18 @@
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
 from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.registration import register
+from graphmoe_model.router_loss import RouterLossCallback, router_loss
+from graphmoe_model.routing_record import collect_routing
 from graphmoe_model.tuner import GraphMoEModel
 
 register()
 
-__all__ = ["FusedGraphMoEFFN", "GraphMoEConfig", "GraphMoEModel", "GraphMoEPeftType"]
+__all__ = [
+    "FusedGraphMoEFFN",
+    "GraphMoEConfig",
+    "GraphMoEModel",
+    "GraphMoEPeftType",
+    "RouterLossCallback",
+    "collect_routing",
+    "router_loss",
+]
