@@ -1,0 +1,109 @@
+"""The arithmetic of the running code, read by PyTorch's FLOP counter: what the model of it is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from graphmoe_kernels.cost.model import fold_build, multiply_adds
+from graphmoe_kernels.cost.sizes import Sizes
+from graphmoe_kernels.experts import pytorch
+from graphmoe_kernels.rethinking.folded import rethink_folded
+from graphmoe_kernels.rethinking.folding import FoldSettings, build_fold
+from graphmoe_kernels.rethinking.literal import rethink_literal
+from graphmoe_kernels.rethinking.weights import RethinkingSpec
+from graphmoe_kernels.testing import make_layer
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """The floating-point operations of the matrix products (two per multiply-add) that ``run`` executes.
+
+    `graphmoe_kernels.expert_swiglu` is one opaque operator to the counter, so it is executed once more under a counter
+    of its own: what counts are the products that its implementation runs, not a formula.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_OPERATORS) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _raw(formula: Callable[..., int]) -> Callable[..., int]:
+    """Marks a formula that wants the operator's tensors, not their shapes."""
+    formula._get_raw = True  # type: ignore[attr-defined]
+    return formula
+
+
+def _reading(implementation: Callable[..., object]) -> Callable[..., int]:
+    """A formula that runs ``implementation`` on the operator's own arguments and counts that."""
+    return _raw(lambda *args, out_val: count_flops(lambda: implementation(*args)))
+
+
+@_raw
+def _product_in_place(target: Tensor, a: Tensor, b: Tensor, **_: object) -> int:
+    """target += a b: the counter knows ``addmm`` and not its in-place form."""
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1]
+
+
+def _forward(*args: Any) -> object:
+    return pytorch.forward(pytorch.Inputs(*args[:12]), pytorch.Settings(*args[12:]))
+
+
+def _backward(grad_c: Tensor, grad_z: Tensor, *args: Any) -> object:
+    return pytorch.backward(grad_c, grad_z, pytorch.Inputs(*args[:12]), pytorch.Settings(*args[12:]))
+
+
+_OPERATORS = {
+    torch.ops.graphmoe.expert_swiglu: _reading(_forward),
+    torch.ops.graphmoe.expert_swiglu_backward: _reading(_backward),
+    torch.ops.aten.addmm_: _product_in_place,
+}
+
+
+class Reading(NamedTuple):
+    """FLOP of one call of a piece of code at some sizes: as the model has them, and as counted."""
+
+    code: str
+    modelled: int
+    counted: int
+
+    @property
+    def deviation(self) -> float:
+        """Of the model from the count, relative to the count."""
+        return abs(self.modelled - self.counted) / self.counted
+
+
+def count_layer(sizes: Sizes) -> list[Reading]:
+    """Runs both recurrences, and the building of the fold, at ``sizes`` on the CPU in fp32, and counts.
+
+    A layer of these sizes is made of random weights, so take small ones.
+    """
+    sizes = replace(sizes, dtype="fp32")
+    spec = RethinkingSpec(sizes.rounds, sizes.top_k, scale=2.0)
+    weights = make_layer(
+        sizes.hidden, sizes.intermediate, sizes.experts, sizes.rank, sizes.gru_width, dtype=torch.float32
+    )
+    x = torch.randn(sizes.tokens, sizes.hidden, generator=torch.Generator().manual_seed(0))
+    settings = FoldSettings(x.dtype, spec.scale, spec.candidate_input)
+    with torch.no_grad():
+        fold = build_fold(weights, settings)
+        return [
+            Reading(
+                "rethink_literal",
+                2 * sizes.tokens * multiply_adds("literal", sizes, "executed"),
+                count_flops(lambda: rethink_literal(x, weights, spec)),
+            ),
+            Reading(
+                "rethink_folded",
+                2 * sizes.tokens * multiply_adds("folded", sizes, "executed"),
+                count_flops(lambda: rethink_folded(x, weights, spec, fold=fold)),
+            ),
+            Reading(
+                "build_fold",
+                2 * sum(fold_build(sizes, "executed").values()),
+                count_flops(lambda: build_fold(weights, settings)),
+            ),
+        ]

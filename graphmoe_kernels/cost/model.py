@@ -1,0 +1,85 @@
+"""Sums over the terms: a layer's multiply-adds and bytes, and what the fold costs to build and to keep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from graphmoe_kernels.cost.sizes import Sizes
+from graphmoe_kernels.cost.terms import Term, round_terms
+from graphmoe_kernels.rethinking.folding import padded
+
+
+def layer_terms(form: str, sizes: Sizes, count: str = "needed") -> list[Term]:
+    """The terms of all rounds, equal names added up, in order of first appearance."""
+    found: dict[str, Term] = {}
+    for t in range(1, sizes.rounds + 1):
+        for term in round_terms(form, sizes, t, count):
+            so_far = found.get(term.name, Term(term.name))
+            sums = (a + b for a, b in zip(so_far[1:], term[1:], strict=True))
+            found[term.name] = Term(term.name, *sums)
+    return list(found.values())
+
+
+def multiply_adds(form: str, sizes: Sizes, count: str = "needed") -> int:
+    """A token's multiply-adds through all rounds."""
+    return sum(term.multiply_adds for term in layer_terms(form, sizes, count))
+
+
+def further_round(form: str, sizes: Sizes, count: str = "needed") -> int:
+    """A token's multiply-adds for each round after the second."""
+    two, three = replace(sizes, rounds=2), replace(sizes, rounds=3)
+    return multiply_adds(form, three, count) - multiply_adds(form, two, count)
+
+
+class Traffic(NamedTuple):
+    """Bytes read (weights and activations) and written by one call over all its tokens and rounds."""
+
+    read: int
+    written: int
+
+
+def traffic(form: str, sizes: Sizes, count: str = "needed") -> Traffic:
+    """The bytes of one call; see `round_terms` for what they assume.
+
+    Weights are read again in every round that uses them: a layer's do not fit into a cache. At least as many tokens as
+    experts are assumed to use all experts.
+    """
+    terms = layer_terms(form, sizes, count)
+    read = sum(term.weights + sizes.tokens * term.read for term in terms)
+    return Traffic(read, sizes.tokens * sum(term.written for term in terms))
+
+
+def fold_build(sizes: Sizes, count: str = "needed") -> dict[str, int]:
+    """Multiply-adds of building the fold once, by product. M and Q need them all; the rest is a hundredth."""
+    D, F, G = sizes.hidden, sizes.intermediate, _fold_width(sizes, count)
+    low = sizes.experts * sizes.rank
+    return {
+        "M = [W_G; W_U] W_g": 2 * F * D * G,
+        "Q = W^y W_D": 3 * G * D * F,
+        "A W_g": 2 * low * D * G,
+        "W^y B_D": 3 * G * D * low,
+        "R W_g": sizes.experts * D * G,
+    }
+
+
+def fold_bytes(sizes: Sizes, count: str = "needed") -> dict[str, int]:
+    """Bytes that a kept fold holds, by tensor. Only M and Q are large.
+
+    ``executed`` also has what the code keeps at hand with it: the GRU's own matrices at their padded width.
+    """
+    F, G, e = sizes.intermediate, _fold_width(sizes, count), sizes.element
+    low = sizes.experts * sizes.rank
+    found = {
+        "M": 2 * F * G * e,
+        "Q": 3 * G * F * e,
+        "A W_g, W^y B_D": 5 * low * G * e,
+        "R W_g": sizes.experts * G * sizes.router_element,
+    }
+    if count == "executed":
+        found["GRU, padded"] = (3 * G * G + G + sizes.hidden * G) * e
+    return found
+
+
+def _fold_width(sizes: Sizes, count: str) -> int:
+    return padded(sizes.gru_width) if count == "executed" else sizes.gru_width

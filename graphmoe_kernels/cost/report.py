@@ -1,0 +1,126 @@
+"""The cost model as text: what ``python -m graphmoe_kernels.cost`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from graphmoe_kernels.cost.counter import Reading
+from graphmoe_kernels.cost.model import fold_build, fold_bytes, further_round, layer_terms, multiply_adds, traffic
+from graphmoe_kernels.cost.sizes import Sizes
+from graphmoe_kernels.cost.terms import COUNTS, FORMS
+from graphmoe_kernels.rethinking.folding import padded
+from graphmoe_kernels.rethinking.policy import fold_break_even
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell; the first to the left, numbers to the right."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  "
+        + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def _mega(value: float) -> str:
+    return f"{value / 1e6:,.1f}"
+
+
+def report(sizes: Sizes) -> str:
+    """All of it but the readings of the counter."""
+    parts = [_heading(sizes), _arithmetic(sizes), _totals(sizes), _traffic(sizes)]
+    if sizes.rounds > 1:
+        parts.append(_fold(sizes))
+    return "\n\n".join(parts)
+
+
+def _heading(s: Sizes) -> str:
+    return (
+        f"D={s.hidden} F={s.intermediate} experts={s.experts} top-k={s.top_k} rank={s.rank} GRU={s.gru_width} "
+        f"(padded {padded(s.gru_width)}) rounds={s.rounds} tokens={s.tokens} {s.dtype}\n"
+        "needed: chosen experts only; executed: what the PyTorch path multiplies"
+    )
+
+
+def _arithmetic(s: Sizes) -> str:
+    rows = []
+    for form in FORMS:
+        row = [form]
+        for count in COUNTS:
+            row.append(_mega(multiply_adds(form, replace(s, rounds=1), count)))
+            row += (
+                ["-", "-"]
+                if form == "dense"
+                else [
+                    _mega(multiply_adds(form, s, count)),
+                    _mega(further_round(form, s, count)),
+                ]
+            )
+        rows.append(row)
+    header = ["form", "T=1", f"T={s.rounds}", "further round"]
+    return "Million multiply-adds a token (needed, then executed)\n" + table(header + header[1:], rows)
+
+
+def _totals(s: Sizes) -> str:
+    literal = multiply_adds("literal", s)
+    rows = [
+        [
+            form,
+            *(f"{2 * s.tokens * multiply_adds(form, s, count) / 1e9:,.1f}" for count in COUNTS),
+            f"{multiply_adds(form, s) / literal:.2f}",
+        ]
+        for form in FORMS
+    ]
+    title = f"GFLOP of {s.tokens} tokens, T={s.rounds} (dense: the frozen MLP once)"
+    return title + "\n" + table(["form", *COUNTS, "needed, over literal"], rows)
+
+
+def _traffic(s: Sizes) -> str:
+    rows = []
+    for form in FORMS:
+        decode, prefill = traffic(form, replace(s, tokens=1)), traffic(form, s)
+        rows.append([form, *map(_mega, (*decode, *prefill))])
+    header = ["form", "1 token, read", "written", f"{s.tokens} tokens, read", "written"]
+    return f"MB that an ideal execution moves, T={s.rounds} (needed; weights once a round)\n" + table(header, rows)
+
+
+def _fold(s: Sizes) -> str:
+    build = {count: 2 * sum(fold_build(s, count).values()) / 1e9 for count in COUNTS}
+    kept = {count: fold_bytes(s, count) for count in COUNTS}
+    both = {count: kept[count]["M"] + kept[count]["Q"] for count in COUNTS}
+    tokens = fold_break_even(s.hidden, s.intermediate, padded(s.gru_width), s.rounds)
+    return "\n".join(
+        [
+            "The fold",
+            f"  building it: {build['needed']:,.1f} GFLOP ({build['executed']:,.1f} executed)",
+            f"  pays in a training step from {tokens:,.0f} tokens on; in inference it is kept",
+            f"  M and Q: {_mega(both['needed'])} MB ({_mega(both['executed'])} padded); "
+            f"everything that is kept: {_mega(sum(kept['executed'].values()))} MB",
+        ]
+    )
+
+
+def terms(sizes: Sizes) -> str:
+    """One table a form: every term's multiply-adds a token and bytes, over all rounds."""
+    parts = []
+    for form in FORMS:
+        rows = []
+        for needed, executed in zip(*(layer_terms(form, sizes, count) for count in COUNTS), strict=True):
+            moved = (needed.weights, sizes.tokens * needed.read, sizes.tokens * needed.written)
+            rows.append([needed.name, *map(_mega, (needed.multiply_adds, executed.multiply_adds, *moved))])
+        header = [form, "needed M", "executed M", "MB weights", "MB read", "MB written"]
+        parts.append(table(header, rows))
+    title = f"Terms over T={sizes.rounds} rounds: million multiply-adds a token, MB of {sizes.tokens} tokens"
+    return title + "\n" + "\n\n".join(parts)
+
+
+def readings(sizes: Sizes, found: list[Reading]) -> str:
+    """The model beside PyTorch's FLOP counter."""
+    rows = [[r.code, f"{r.modelled / 1e6:,.3f}", f"{r.counted / 1e6:,.3f}", f"{100 * r.deviation:.2f}%"] for r in found]
+    title = (
+        f"MFLOP executed by the code at D={sizes.hidden} F={sizes.intermediate} GRU={sizes.gru_width} "
+        f"tokens={sizes.tokens} rounds={sizes.rounds}, by this model and by torch.utils.flop_counter"
+    )
+    return title + "\n" + table(["code", "model", "counter", "deviation"], rows)

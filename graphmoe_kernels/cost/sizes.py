@@ -1,0 +1,63 @@
+"""The sizes that a layer's cost depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Bytes of an element, by the names that the command line takes.
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A layer and the tokens that run through it.
+
+    Attributes:
+        hidden, intermediate: D and F.
+        gru_width: G, int(gru_hidden_scale * D).
+        experts, top_k, rank: n, k, r.
+        rounds: T.
+        tokens: N in one call.
+        dtype: of weights and activations, a name of `DTYPES`; the router's weights and logits are fp32 at least.
+
+    Raises:
+        TypeError: a size that is no int.
+        ValueError: a size below 1, more experts a token than there are, an unknown dtype.
+    """
+
+    hidden: int
+    intermediate: int
+    gru_width: int
+    experts: int = 8
+    top_k: int = 2
+    rank: int = 16
+    rounds: int = 3
+    tokens: int = 1
+    dtype: str = "bf16"
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "intermediate", "gru_width", "experts", "top_k", "rank", "rounds", "tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k must lie in 1..{self.experts} (the number of experts), got {self.top_k}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+
+    @property
+    def element(self) -> int:
+        """Bytes of an element."""
+        return DTYPES[self.dtype]
+
+    @property
+    def router_element(self) -> int:
+        """Bytes of an element of the router's weights and logits."""
+        return max(4, self.element)
+
+    @property
+    def used_experts(self) -> int:
+        """How many experts' weights a round reads: the most that the tokens can choose."""
+        return min(self.experts, self.tokens * self.top_k)

@@ -1,0 +1,186 @@
+"""The terms of one round, in each form: where the multiply-adds and the bytes are.
+
+Letters as everywhere: N tokens, D hidden, F intermediate, n experts, k of them a token, r rank, G GRU width, T rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from graphmoe_kernels.cost.sizes import Sizes
+from graphmoe_kernels.rethinking.folding import padded
+
+FORMS = ("dense", "peers", "literal", "folded")
+COUNTS = ("needed", "executed")
+
+
+class Term(NamedTuple):
+    """One product, or one piece of pointwise work that has to move bytes.
+
+    Attributes:
+        name: what it computes.
+        multiply_adds: a token.
+        weights: bytes of weights read, once for all tokens of a call.
+        read, written: bytes of activations a token, each tensor once per term.
+    """
+
+    name: str
+    multiply_adds: int = 0
+    weights: int = 0
+    read: int = 0
+    written: int = 0
+
+
+class _Widths(NamedTuple):
+    """The sizes as one form and count of it has them; ``low`` is the width of a token's low-rank activations."""
+
+    D: int
+    F: int
+    G: int
+    k: int
+    r: int
+    low: int  # k*r, or n*r where all experts run as one product
+    low_weights: int  # rows of A (columns of B) read for it: r times the experts that are read
+    used: int  # experts that a round reads at most
+    e: int  # bytes of an element
+
+
+def _widths(form: str, sizes: Sizes, count: str) -> _Widths:
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}; expected one of {', '.join(FORMS)}")
+    if count not in COUNTS:
+        raise ValueError(f"unknown count {count!r}; expected 'needed' or 'executed'")
+    all_experts = count == "executed" and form in ("literal", "folded")
+    width = padded(sizes.gru_width) if count == "executed" and form == "folded" else sizes.gru_width
+    return _Widths(
+        D=sizes.hidden,
+        F=sizes.intermediate,
+        G=width,
+        k=sizes.top_k,
+        r=sizes.rank,
+        low=sizes.rank * (sizes.experts if all_experts else sizes.top_k),
+        low_weights=sizes.rank * (sizes.experts if all_experts else sizes.used_experts),
+        used=sizes.used_experts,
+        e=sizes.element,
+    )
+
+
+def round_terms(form: str, sizes: Sizes, t: int, count: str = "needed") -> list[Term]:
+    """The terms of round ``t`` of 1..T in ``form``; for ``"dense"`` its only round.
+
+    Counted: products, and the bytes of an ideal execution in which each term reads its inputs once and writes its
+    output once, nothing stays in a cache from one term to the next, and pointwise work rides on the product beside it.
+    Not counted: pointwise arithmetic, softmax and top-k (n values a token).
+
+    The GRU's first step has a zero state, so no recurrent products. The folded form never forms x_t (it would only with
+    LoRA dropout active). The candidate reads the experts' output (``candidate_input="expert_output"``).
+
+    Raises:
+        ValueError: an unknown ``form`` or ``count``, or a round outside 1..T.
+    """
+    w = _widths(form, sizes, count)
+    if not 1 <= t <= sizes.rounds:
+        raise ValueError(f"round must lie in 1..{sizes.rounds}, got {t}")
+    if form == "dense":
+        return [_base_in(w), Term("SwiGLU", read=2 * w.F * w.e, written=w.F * w.e), _base_down(w)] if t == 1 else []
+    make: dict[str, Callable[[Sizes, _Widths, int], list[Term]]] = {
+        "peers": _peers_round,
+        "literal": _literal_round,
+        "folded": _folded_round,
+    }
+    return make[form](sizes, w, t)
+
+
+def _base_in(w: _Widths) -> Term:
+    return Term("base gate, up", 2 * w.F * w.D, 2 * w.F * w.D * w.e, w.D * w.e, 2 * w.F * w.e)
+
+
+def _base_down(w: _Widths) -> Term:
+    return Term("base down", w.D * w.F, w.D * w.F * w.e, w.F * w.e, w.D * w.e)
+
+
+def _router(sizes: Sizes, inner: int, name: str) -> Term:
+    n, wide = sizes.experts, sizes.router_element
+    return Term(name, n * inner, n * inner * wide, inner * sizes.element, n * wide)
+
+
+def _low_rank_A(w: _Widths) -> Term:
+    return Term("low-rank A (gate, up)", 2 * w.low * w.D, 2 * w.low_weights * w.D * w.e, w.D * w.e, 2 * w.low * w.e)
+
+
+def _experts(w: _Widths) -> list[Term]:
+    """One `graphmoe_kernels.expert_swiglu` without the folds' update: grouped by expert, chosen experts only."""
+    k_r, used = w.k * w.r, w.used * w.r
+    return [
+        Term("low-rank B (gate, up)", 2 * k_r * w.F, 2 * used * w.F * w.e, 2 * k_r * w.e),
+        Term("SwiGLU, combine", read=2 * w.F * w.e, written=w.F * w.e),
+        Term("down A", k_r * w.F, used * w.F * w.e, written=w.low * w.e),
+    ]
+
+
+def _down_B(w: _Widths) -> Term:
+    return Term("down B", w.low * w.D, w.low_weights * w.D * w.e, w.low * w.e)
+
+
+def _gru_recurrent(w: _Widths, t: int) -> Term:
+    """The GRU's step: its products with the state (none while the state is zero) and the gates."""
+    products = 0 if t == 1 else 3 * w.G * w.G
+    state = 0 if t == 1 else w.G * w.e
+    return Term("GRU recurrent", products, products * w.e, 3 * w.G * w.e + state, w.G * w.e)
+
+
+def _join(w: _Widths, t: int) -> list[Term]:
+    """From y_t to x_{t+1}: the GRU reads y, and x_{t+1} = x_t + W_g h is formed."""
+    return [
+        Term("GRU input", 3 * w.G * w.D, 3 * w.G * w.D * w.e, w.D * w.e, 3 * w.G * w.e),
+        _gru_recurrent(w, t),
+        Term("next x (W_g h)", w.D * w.G, w.D * w.G * w.e, (w.G + w.D) * w.e, w.D * w.e),
+    ]
+
+
+def _literal_round(sizes: Sizes, w: _Widths, t: int) -> list[Term]:
+    terms = [_router(sizes, w.D, "router"), _base_in(w), _low_rank_A(w), *_experts(w), _base_down(w), _down_B(w)]
+    return terms + (_join(w, t) if t < sizes.rounds else [])
+
+
+def _peers_round(sizes: Sizes, w: _Widths, t: int) -> list[Term]:
+    """Every expert gathers its tokens, runs its own down projection over the shared W_D, and is added to the output."""
+    k_r, used = w.k * w.r, w.used * w.r
+    terms = [
+        _router(sizes, w.D, "router"),
+        _base_in(w),
+        Term("low-rank A (gate, up)", 2 * k_r * w.D, 2 * used * w.D * w.e, w.k * w.D * w.e, 2 * k_r * w.e),
+        Term("low-rank B (gate, up)", 2 * k_r * w.F, 2 * used * w.F * w.e, 2 * k_r * w.e),
+        Term("SwiGLU", read=2 * w.k * w.F * w.e, written=w.k * w.F * w.e),
+        Term("base down", w.k * w.D * w.F, w.used * w.D * w.F * w.e, w.k * w.F * w.e, w.k * w.D * w.e),
+        Term("down A", k_r * w.F, used * w.F * w.e, w.k * w.F * w.e, k_r * w.e),
+        Term("down B", k_r * w.D, used * w.D * w.e, k_r * w.e),
+        Term("combine", read=w.k * w.D * w.e, written=w.D * w.e),
+    ]
+    return terms + (_join(w, t) if t < sizes.rounds else [])
+
+
+def _folded_round(sizes: Sizes, w: _Widths, t: int) -> list[Term]:
+    if t == 1:
+        terms = [_router(sizes, w.D, "router"), _base_in(w), _low_rank_A(w)]
+    else:
+        low = Term(
+            "low-rank A update",
+            2 * w.low * w.G,
+            2 * w.low_weights * w.G * w.e,
+            (w.G + 2 * w.low) * w.e,
+            2 * w.low * w.e,
+        )
+        update = Term("fold update H M^T", 2 * w.F * w.G, 2 * w.F * w.G * w.e, w.G * w.e)
+        terms = [_router(sizes, w.G, "router update"), low, update]
+    terms += _experts(w)
+    if t == sizes.rounds:
+        return [*terms, _base_down(w), _down_B(w)]
+    return [
+        *terms,
+        Term("GRU input Q c", 3 * w.G * w.F, 3 * w.G * w.F * w.e, w.F * w.e, 3 * w.G * w.e),
+        Term("GRU input of z", 3 * w.G * w.low, 3 * w.G * w.low_weights * w.e, w.low * w.e),
+        _gru_recurrent(w, t),
+        Term("sum of states H", read=0 if t == 1 else 2 * w.G * w.e, written=0 if t == 1 else w.G * w.e),
+    ]

@@ -1,0 +1,185 @@
+"""The cost model: its figures at a known size, its agreement with what the code executes, its errors, its command."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from graphmoe_kernels import FoldSettings, build_fold, expert_swiglu
+from graphmoe_kernels.cost import (
+    COUNTS,
+    FORMS,
+    Sizes,
+    count_flops,
+    count_layer,
+    fold_build,
+    fold_bytes,
+    further_round,
+    layer_terms,
+    multiply_adds,
+    round_terms,
+    traffic,
+)
+from graphmoe_kernels.cost.__main__ import main
+from graphmoe_kernels.testing import make_layer
+
+LLAMA_8B = Sizes(hidden=4096, intermediate=14336, gru_width=409, tokens=8192)
+SMALL = Sizes(hidden=64, intermediate=176, gru_width=6, experts=8, top_k=2, rank=4, tokens=33, dtype="fp32")
+
+
+def mega(value: float) -> int:
+    return round(value / 1e6)
+
+
+@pytest.mark.parametrize(
+    "form, one, three, further",
+    # peers: 4 D F a round and its low-rank terms; literal: 3 D F. Joining two rounds: 4 D G + 3 G^2. A folded round:
+    # 5 F G + 3 G^2 + 3 k r F.
+    [("dense", 176, 176, 0), ("peers", 237, 724, 244), ("literal", 178, 548, 185), ("folded", 178, 240, 31)],
+)
+def test_multiply_adds_of_an_8b_layer(form, one, three, further):
+    """The figures that the speed targets stand on: a changed term shows here."""
+    found = multiply_adds(form, replace(LLAMA_8B, rounds=1)), multiply_adds(form, LLAMA_8B)
+    assert (*map(mega, found), mega(further_round(form, LLAMA_8B))) == (one, three, further)
+
+
+@pytest.mark.parametrize("form, read", [("dense", 352), ("literal", 1096), ("folded", 480)])
+def test_bytes_of_one_token_are_the_weights_it_needs(form, read):
+    """Decoding is bound by weights: three base matrices once (dense, folded) or once a round, in bf16."""
+    assert mega(traffic(form, replace(LLAMA_8B, tokens=1)).read) == read
+
+
+def test_building_and_keeping_the_fold_of_an_8b_layer():
+    """5 F D G multiply-adds and 5 F G elements for M and Q, about a hundredth more for the rest."""
+    kept = fold_bytes(LLAMA_8B)
+    assert kept["M"] + kept["Q"] == 5 * 14336 * 409 * 2
+    assert sum(fold_build(LLAMA_8B).values()) / (5 * 14336 * 4096 * 409) == pytest.approx(1.01, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        replace(SMALL, rounds=1),
+        replace(SMALL, rounds=3),
+        replace(SMALL, rounds=5, tokens=1),
+        replace(SMALL, top_k=8),
+        replace(SMALL, experts=1, top_k=1),
+        replace(SMALL, experts=7, top_k=3, rank=5, gru_width=16, intermediate=97),
+    ],
+    ids=["T=1", "T=3", "T=5, one token", "k=n", "n=1", "odd sizes"],
+)
+def test_executed_arithmetic_is_what_the_code_executes(sizes):
+    """The model describes this code, not an idea of it: PyTorch's FLOP counter decides, to 2%."""
+    readings = count_layer(sizes)
+    assert [r.code for r in readings] == ["rethink_literal", "rethink_folded", "build_fold"]
+    for reading in readings:
+        assert reading.deviation <= 0.02, reading
+
+
+def test_the_counter_sees_into_the_expert_operator():
+    """An opaque operator would read as zero FLOP, and any model of it would pass."""
+    layer = make_layer(8, 48, 4, 2, None, dtype=torch.float32)
+    e = layer.experts
+    tokens, k = 5, 2
+    gate, up = torch.randn(2, tokens, 48).unbind()
+    low = torch.randn(tokens, 8, requires_grad=True)
+    experts = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 3], [1, 0]])
+
+    def run():
+        return expert_swiglu(
+            gate, up, low, low, e.gate_B, e.up_B, e.down_A, torch.full((tokens, k), 0.5), experts, scale=2.0
+        )
+
+    forward = count_flops(run)
+    assert forward == 3 * 2 * tokens * k * 48 * 2  # B of gate and up and A of down, on chosen experts
+    both = count_flops(lambda: sum(t.sum() for t in run()).backward())
+    assert both - forward >= 2 * forward  # every product of the forward has two in the backward
+
+
+def test_kept_bytes_are_the_folds_own():
+    """What the model says a kept fold takes is what a fold's tensors take."""
+    layer = make_layer(64, 176, 8, 4, 6, dtype=torch.float32)
+    fold = build_fold(layer, FoldSettings(torch.float32, 2.0, "expert_output"))
+    found = sum(t.numel() * t.element_size() for t in fold.tensors() if t is not fold.candidate_bias)
+    assert found + 16 * 4 == sum(fold_bytes(SMALL, "executed").values())
+    assert fold.candidate_bias.numel() == 16
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_cost_in_rounds_and_experts(count):
+    """Linear in T from the second round on; folded below literal below peers; flat in n but for the router."""
+    for form in ("peers", "literal", "folded"):
+        per_round = [multiply_adds(form, replace(LLAMA_8B, rounds=t), count) for t in (2, 3, 4, 9)]
+        further = further_round(form, LLAMA_8B, count)
+        assert per_round == [per_round[0] + i * further for i in (0, 1, 2, 7)]
+    costs = [multiply_adds(form, LLAMA_8B, count) for form in ("folded", "literal", "peers")]
+    assert costs == sorted(costs)
+    if count == "needed":
+        more = multiply_adds("literal", replace(LLAMA_8B, experts=64)) - multiply_adds("literal", LLAMA_8B)
+        assert more == LLAMA_8B.rounds * (64 - 8) * LLAMA_8B.hidden
+
+
+def test_terms_of_all_rounds_are_the_sum():
+    """A table by term must add up to the totals printed beside it."""
+    for form in FORMS:
+        rounds = [term for t in (1, 2, 3) for term in round_terms(form, LLAMA_8B, t)]
+        assert sum(t.multiply_adds for t in layer_terms(form, LLAMA_8B)) == sum(t.multiply_adds for t in rounds)
+        assert sum(t.weights for t in layer_terms(form, LLAMA_8B)) == sum(t.weights for t in rounds)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"hidden": -4096}, ValueError, "hidden must be at least 1, got -4096"),
+        ({"tokens": 0}, ValueError, "tokens must be at least 1, got 0"),
+        ({"rank": 1.5}, TypeError, "rank must be an int, got 1.5"),
+        ({"top_k": 9}, ValueError, r"top_k must lie in 1..8 \(the number of experts\), got 9"),
+        ({"dtype": "int8"}, ValueError, "unknown dtype 'int8'; expected one of bf16, fp16, fp32, fp64"),
+    ],
+)
+def test_wrong_sizes_are_named(change, error, message):
+    """A cost of sizes that no layer has would be a silent nonsense."""
+    with pytest.raises(error, match=message):
+        replace(LLAMA_8B, **change)
+
+
+def test_wrong_forms_counts_and_rounds_are_named():
+    """A misspelt form must not cost nothing."""
+    with pytest.raises(ValueError, match="unknown form 'fold'; expected one of dense, peers, literal, folded"):
+        multiply_adds("fold", LLAMA_8B)
+    with pytest.raises(ValueError, match="unknown count 'real'; expected 'needed' or 'executed'"):
+        multiply_adds("folded", LLAMA_8B, "real")
+    with pytest.raises(ValueError, match=r"round must lie in 1..3, got 4"):
+        round_terms("literal", LLAMA_8B, 4)
+
+
+def test_command_prints_figures_and_the_counters_reading(capsys):
+    """The command is how people get the figures; its last table says whether the model holds."""
+    main(["--hidden", "4096", "--intermediate", "14336", "--tokens", "8192", "--rounds", "3", "--terms"])
+    printed = capsys.readouterr().out
+    for figure in ("724.0", "547.8", "240.0", "58.6 MB", "399 tokens", "fold update H M^T"):
+        assert figure in printed
+    deviations = re.findall(r"^ +(?:rethink_\w+|build_fold) .* ([\d.]+)%$", printed, re.MULTILINE)
+    assert len(deviations) == 3
+    assert max(map(float, deviations)) <= 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--hidden", "-1", "--intermediate", "64"], "hidden must be at least 1"),
+        (["--hidden", "64", "--intermediate", "64", "--top-k", "9"], "top_k must lie in 1..8"),
+        (["--hidden", "64", "--intermediate", "64", "--dtype", "int4"], "invalid choice"),
+        (["--hidden", "64", "--intermediate", "64", "--gru-scale", "2"], r"gru-scale must lie in \(0, 1\]"),
+        (["--hidden", "5", "--intermediate", "64"], "a GRU of width 0"),
+    ],
+)
+def test_command_refuses_wrong_arguments(arguments, message, capsys):
+    """A wrong argument ends with a sentence, not with a traceback."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
