@@ -71,8 +71,9 @@ def default_targets(model: nn.Module, config: GraphMoEConfig) -> set[str]:
     Suffixes (``"q_proj"``, ``"mlp"``) where these select just the decoder layers' modules, else full names.
 
     Raises:
-        ValueError: there are no decoder layers, or one that the config selects has no supported MLP; the
-            message names the modules seen, and why each was refused.
+        ValueError: there are no decoder layers, or one that the config selects has no supported MLP (the message
+            names the modules seen, and why each was refused); ``layers_to_transform`` names a layer that does not
+            exist.
     """
     layers = decoder_layers(model)
     if not layers:
@@ -92,11 +93,12 @@ def default_targets(model: nn.Module, config: GraphMoEConfig) -> set[str]:
     if refused or not found:
         raise ValueError(_no_mlp(model, refused, any(layer.mlps for layer in layers)))
     found += [name for layer in layers for name in layer.projections if _selects(config, name)]
+    _check_layer_indices(found, config)
     return _condensed(found, list(modules), config)
 
 
 def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
-    """Refuse what could not be adapted, before anything in the model has changed.
+    """Refuse ``target_modules`` that could not be adapted, before anything in the model has changed.
 
     Raises:
         TypeError: a selected module is neither an MLP of a supported kind nor a single layer.
@@ -120,7 +122,7 @@ def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
             raise type(error)(f"{name}: {error}") from error
     if not any(is_gated_mlp(module) or isinstance(module, FusedGraphMoEFFN) for module in selected.values()):
         raise ValueError(_no_mlp_selected(modules, selected, config))
-    _check_layer_indices(selected, config)
+    _check_layer_indices(list(selected), config)
 
 
 def _has_attention(layer: nn.Module) -> bool:
@@ -220,7 +222,7 @@ def _no_mlp_selected(modules: dict[str, nn.Module], selected: dict[str, Any], co
     return f"{text} ({hint}). Without target_modules, all MLPs and attention projections are selected."
 
 
-def _check_layer_indices(selected: dict[str, nn.Module], config: GraphMoEConfig) -> None:
+def _check_layer_indices(selected: list[str], config: GraphMoEConfig) -> None:
     wanted = config.layers_to_transform
     if wanted is None or isinstance(config.target_modules, str):
         return

@@ -14,7 +14,7 @@ from graphmoe_model.checkpoints import check_adapter_state
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.ffn import NOT_MERGEABLE, FusedGraphMoEFFN
 from graphmoe_model.router_loss import attach_router_loss, detach_router_loss
-from graphmoe_model.targets import check_targets, default_targets
+from graphmoe_model.targets import check_targets, default_targets, walk
 
 # Every path component that an adapter's own parameters have below its name.
 ADAPTER_COMPONENTS = frozenset(
@@ -62,8 +62,8 @@ class GraphMoEModel(LoraModel):
 
     def _check_adapter_name(self, adapter_name: str) -> None:
         """PEFT filters checkpoints by path component: an adapter named like one would cost others weights."""
-        used = {part for name, _ in self.model.named_modules() for part in name.split(".")}
-        if adapter_name in ADAPTER_COMPONENTS or adapter_name in used - set(self.peft_config):
+        used = {part for name, _ in walk(self.model) for part in name.split(".")}
+        if adapter_name in ADAPTER_COMPONENTS | used:
             raise ValueError(
                 f"the adapter name {adapter_name!r} is also the name of a module; PEFT could not tell their "
                 "weights apart in a checkpoint: choose another"
@@ -74,7 +74,8 @@ class GraphMoEModel(LoraModel):
         if peft_config.target_modules is None:
             targets: Any = default_targets(self.model, peft_config)  # a set, as PEFT itself makes it
             peft_config.target_modules = targets
-        check_targets(self.model, peft_config)
+        else:
+            check_targets(self.model, peft_config)
         return peft_config
 
     def _create_and_replace(  # type: ignore[override]  # LoraModel's differs from BaseTuner's
