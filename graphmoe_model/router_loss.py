@@ -162,30 +162,36 @@ class RouterLossHooks:
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         """Add the router loss to a training forward's loss."""
-        context = self.context
+        layers = list(routed_layers(model).values()) if model.training else []
         differentiable = model.training and torch.is_grad_enabled()
-        if not differentiable:
-            context.token_mask = None
-        has_labels = _argument(model, args, kwargs, "labels") is not None
         reports = getattr(outputs, "aux_loss", 0) is None  # a field that stands open: TRL's
-        loss = None
-        if model.training:
-            layers = list(routed_layers(model).values())
-            if has_labels or reports:
-                loss = _last_loss(layers)
-            else:
-                context.unused = differentiable and any(_coefficient(layer) > 0 for layer in layers)
+        has_loss = _argument(model, args, kwargs, "labels") is not None and _holds_loss(outputs)
+        loss = _last_loss(layers) if has_loss or reports else None
+        if differentiable:
+            self.context.unused = not (has_loss or reports) and any(_coefficient(layer) > 0 for layer in layers)
+        else:
+            self.context.token_mask = None
         if reports:
             outputs["aux_loss"] = outputs.loss.new_zeros(()) if loss is None else loss.balance
         if loss is None:
             return outputs
-        if self.running is not None:
-            seen = loss.balance.detach().float()
-            self.running = self.running.to(seen.device) + torch.stack([seen, torch.ones_like(seen)])
-        if not has_labels:
+        self._note(loss.balance)
+        if not has_loss:
             return outputs
-        context.in_loss = True
+        self.context.in_loss = True
+        for layer in layers:  # the loss has the graph; a record that kept it too would outlive a discarded loss
+            layer.routing = None if layer.routing is None else layer.routing.detach()
         return _add_to_loss(outputs, loss.weighted * _batch_share(model, args, kwargs))
+
+    def _note(self, balance: Tensor) -> None:
+        if self.running is not None:
+            seen = balance.detach().float()
+            self.running = self.running.to(seen.device) + torch.stack([seen, torch.ones_like(seen)])
+
+
+def _holds_loss(outputs: Any) -> bool:
+    """Whether outputs of a forward with labels are of a form whose loss can be found."""
+    return isinstance(outputs, tuple) or (isinstance(outputs, dict) and outputs.get("loss") is not None)
 
 
 def _add_to_loss(outputs: Any, loss: Tensor) -> Any:

@@ -25,6 +25,10 @@ class RoutingRecord(NamedTuple):
     mass: Tensor
     tokens: Tensor
 
+    def detach(self) -> RoutingRecord:
+        """The same numbers without the graph behind ``mass``."""
+        return RoutingRecord(self.counts, self.mass.detach(), self.tokens)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingRecord:
         """Detached: a model can be copied after a forward, the forward's graph cannot."""
         return RoutingRecord(*(tensor.detach().clone() for tensor in self))
