@@ -140,7 +140,11 @@ class GraphMoEModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, also for a further adapter; the model's loss then has the router loss in it."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)  # PEFT enters the config first; a refused one must not stay
+            raise
         attach_router_loss(self.model)
 
     def unload(self) -> nn.Module:

@@ -332,6 +332,7 @@ def test_a_wrapped_mlp_is_refused():
         pytest.raises(ValueError, match=r"cannot be combined with the LoraConfig adapter.*unload\(\)"),
     ):
         get_peft_model(model, tiny_config(), adapter_name="second")
+    assert list(model.peft_config) == ["default"]
 
     layer = tiny_model().model.layers[0].mlp
     layer.gate_proj = get_peft_model(nn.Sequential(layer.gate_proj), LoraConfig(target_modules=["0"])).base_model.model[
