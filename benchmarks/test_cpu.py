@@ -82,7 +82,7 @@ def groups(
 
 @pytest.mark.timeout(3600)  # a case's oracle, judging and turns all fall on its first test
 @pytest.mark.benchmark(timer=REPLAY)
-@pytest.mark.parametrize("rounds", SIZES, ids="T={}".format)
+@pytest.mark.parametrize("rounds", SIZES, ids="T{}".format)
 @pytest.mark.parametrize("mode", MODES)
 def test_cpu(benchmark: BenchmarkFixture, groups: Groups, mode: str, rounds: int, provider: str) -> None:
     group = groups[Case(SIZES[rounds], mode)]
