@@ -65,6 +65,7 @@ def save_whole(save: Callable[..., None]) -> Callable[..., None]:
             return
         folder = Path(save_directory)
         created = not folder.exists()
+        modes = [(config, config.inference_mode) for config in self.peft_config.values()]
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
@@ -73,6 +74,8 @@ def save_whole(save: Callable[..., None]) -> Callable[..., None]:
                 save(self, temporary, *args, **kwargs)
                 _move_into(Path(temporary), folder)
         except BaseException:
+            for config, mode in modes:  # PEFT sets inference_mode for the file, and back only when all went well
+                config.inference_mode = mode
             if created:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
