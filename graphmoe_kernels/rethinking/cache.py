@@ -87,7 +87,8 @@ class FoldCache:
                     kept.copy_(new)
             else:
                 self.fold = fold
-        self._key, self._held = key, list(sources)
+        # Detached: a parameter given other storage (`.to`, `param.data = ...`) would let go of the old one.
+        self._key, self._held = key, [t.detach() for t in sources]
         return self.fold
 
     def drop(self) -> None:

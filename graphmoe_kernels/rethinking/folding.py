@@ -103,7 +103,8 @@ def build_fold(weights: LayerWeights, settings: FoldSettings) -> Fold:
     gru, dtype = widen(weights.gru), settings.dtype
     with torch.autocast(router.device.type, enabled=False):
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        out = gru.output.to(dtype)  # [D, G']
+        # Copies, where a cast may change nothing: a kept fold is written into, and must not be a weight itself.
+        out = gru.output.to(dtype, copy=True)  # [D, G']
         columns = gru.input_columns()  # [3G', D], W^y
         candidate_x = candidate_state = None
         if settings.candidate_input == "hidden_state":
@@ -121,8 +122,8 @@ def build_fold(weights: LayerWeights, settings: FoldSettings) -> Fold:
             inputs_low=columns @ (settings.scale * rounds.wide_B(experts.down_B)).to(dtype),
             inputs_bias=None if base.down_bias is None else columns @ base.down_bias.to(dtype),
             recurrent_gates=gru.recurrent_gates().to(dtype),
-            recurrent_candidate=gru.recurrent_candidate().to(dtype),
-            candidate_bias=gru.candidate_bias,
+            recurrent_candidate=gru.recurrent_candidate().to(dtype, copy=True),
+            candidate_bias=gru.candidate_bias.clone(),
             output=out,
             candidate_x=candidate_x,
             candidate_state=candidate_state,
