@@ -26,12 +26,12 @@ def rethink_folded(
     Without a ``fold`` it is built here, inside the autograd graph.
     """
     base, router, experts, _ = weights
+    logits_1 = rounds.router_logits(x, router)  # before the cast: autocast does not lower what the router reads
     gate, up = base.project_in(x)  # [N, F] each, read by every round
     x = x.to(gate.dtype)
     if fold is None and spec.rounds > 1:
         fold = build_fold(weights, FoldSettings(gate.dtype, spec.scale, spec.candidate_input))
 
-    logits_1 = rounds.router_logits(x, router)
     dropped = F.dropout(x, spec.dropout)
     low_1 = rounds.low_rank(dropped, experts.gate_A), rounds.low_rank(dropped, experts.up_A)
     candidate_1 = F.linear(x, fold.candidate_x) if fold is not None and fold.candidate_x is not None else None
