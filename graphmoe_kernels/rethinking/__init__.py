@@ -54,9 +54,11 @@ def rethink(
         y [N, D] and the rounds' routing statistics.
 
     Raises:
-        ValueError: settings or shapes that make no sense together (each message names them).
+        TypeError: x is not floating point.
+        ValueError: settings or shapes that make no sense together, x on another device (each message names them).
     """
     check_spec(spec, weights)
+    check_input(x, weights.router)
     if fold not in FOLD_MODES:
         raise ValueError(f"unknown fold {fold!r}; expected one of {', '.join(map(repr, FOLD_MODES))}")
     resolve_backend(backend)
@@ -85,11 +87,25 @@ def check_spec(spec: RethinkingSpec, weights: LayerWeights) -> None:
         )
     if spec.candidate_activation not in CANDIDATE_ACTIVATIONS:
         raise ValueError(f"unknown candidate_activation {spec.candidate_activation!r}; expected 'sigmoid' or 'tanh'")
+    if not 0 <= spec.dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {spec.dropout}")
+
+
+def check_input(x: Tensor, router: Tensor) -> None:
+    """`TypeError` or `ValueError` for an x that is no batch of hidden states for this router [n, D]."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if x.dim() != 2 or x.shape[1] != router.shape[1]:
+        raise ValueError(f"x must be [tokens, {router.shape[1]}], got {list(x.shape)}; flatten a batch first")
+    if x.device != router.device:
+        raise ValueError(f"x is on {x.device}, the router on {router.device}; put them on one device")
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):  # autocast leaves fp64 alone
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _break_even(weights: LayerWeights, spec: RethinkingSpec) -> float:
