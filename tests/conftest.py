@@ -15,8 +15,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
-    """Two threads whatever the machine has: the tests are small, and pytest-xdist shares the cores."""
-    torch.set_num_threads(2)
+    """One thread: the tensors are tiny, and on a busy machine a second one costs a hundred times what it gains."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
