@@ -34,7 +34,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def tiny_model(model_type: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A causal language model of two layers with random weights, in evaluation mode.
 
-    Its weights are large enough that logits differ by far more than rounding.
+    Its weights are large enough that logits differ by far more than rounding, and the output embedding is not the
+    input's, which at this size would have every model repeat its last token.
     """
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -45,6 +46,7 @@ def tiny_model(model_type: str = "llama", *, seed: int = 0, **overrides: Any) ->
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
         "initializer_range": 0.2,
+        "tie_word_embeddings": False,
         "pad_token_id": PADDING,
         "bos_token_id": 1,
         "eos_token_id": 2,
