@@ -132,6 +132,11 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
         self.refold()
         return super().train(mode)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedGraphMoEFFN:
+        # `.to(...)` gives the weights other storage; a fold that holds the old one would keep it in memory.
+        self.refold()
+        return super()._apply(fn, recurse)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its folds; the next one by name becomes active if it was."""
         self._folds.pop(adapter_name, None)
