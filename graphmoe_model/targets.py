@@ -120,7 +120,7 @@ def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
             check_mlp(module)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
-    if not any(is_gated_mlp(module) or isinstance(module, FusedGraphMoEFFN) for module in selected.values()):
+    if not any(map(_is_mlp, selected.values())):
         raise ValueError(_no_mlp_selected(modules, selected, config))
     _check_layer_indices(list(selected), config)
 
@@ -133,6 +133,10 @@ def _is_attention(module: nn.Module) -> bool:
     return any(name in QUERY_KEY_VALUE for name, _ in module.named_children())
 
 
+def _is_mlp(module: nn.Module) -> bool:
+    return is_gated_mlp(module) or isinstance(module, FusedGraphMoEFFN)
+
+
 def _decoder_layer(name: str, layer: nn.Module) -> DecoderLayer:
     found = DecoderLayer([], [], [])
     for child_name, child in layer.named_children():
@@ -140,7 +144,7 @@ def _decoder_layer(name: str, layer: nn.Module) -> DecoderLayer:
         if _is_attention(child):
             names = (n for n, _ in child.named_children() if n in QUERY_KEY_VALUE | ATTENTION_OUTPUT)
             found.projections.extend(f"{full}.{n}" for n in names)
-        elif is_gated_mlp(child) or isinstance(child, FusedGraphMoEFFN):
+        elif _is_mlp(child):
             found.mlps.append(full)
         elif any(child.children()):
             found.others.append(full)
@@ -213,7 +217,7 @@ def _first_and_count(names: list[str]) -> str:
 
 
 def _no_mlp_selected(modules: dict[str, nn.Module], selected: dict[str, Any], config: GraphMoEConfig) -> str:
-    mlps = [name for name, module in modules.items() if is_gated_mlp(module)]
+    mlps = [name for name, module in modules.items() if _is_mlp(module)]
     text = f"target_modules={config.target_modules!r} selects no gated MLP"
     if any(name.startswith(f"{mlp}.") for name in selected for mlp in mlps):
         text += ", only linears inside one; a GraphMoE layer adapts an MLP as a whole: name the MLP"

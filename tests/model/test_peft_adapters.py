@@ -210,6 +210,23 @@ def test_pissa_conversion_is_refused(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"target_modules": ["q_proj"]}, "selects no gated MLP .the model's gated MLPs are called mlp"),
+        ({"layers_to_transform": [4]}, "no MLP of LlamaForCausalLM is left to adapt"),
+    ],
+)
+def test_a_refused_further_adapter_leaves_no_trace(settings, message):
+    model = random_model()
+    expected, names = logits(model), list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("second", tiny_config(**settings))
+    assert list(model.peft_config) == ["default"]
+    assert list(model.state_dict()) == names
+    assert torch.equal(logits(model), expected)
+
+
 # --- folds must never be stale ---------------------------------------------------------------------------------------
 
 

@@ -200,6 +200,12 @@ def test_an_adapter_with_another_config_is_refused(saved, tmp_path):
         PeftModel.from_pretrained(tiny_model(), tmp_path)
 
 
+def test_offloading_of_adapters_is_refused(saved):
+    """An option that is set after the config has been checked."""
+    with pytest.raises(ValueError, match="ephemeral_gpu_offload=True"):
+        PeftModel.from_pretrained(tiny_model(), saved[0] / "adapter", ephemeral_gpu_offload=True)
+
+
 # --- saving as a whole -----------------------------------------------------------------------------------------------
 
 
