@@ -83,12 +83,9 @@ def default_targets(model: nn.Module, config: GraphMoEConfig) -> set[str]:
             "target_modules."
         )
     modules = dict(walk(model))
-    refused = {}
-    for layer in layers:
-        for name in layer.mlps or layer.others:
-            reason = _reason_against(modules[name])
-            if reason is not None and _selects(config, name):
-                refused[name] = reason
+    candidates = [name for layer in layers for name in layer.mlps or layer.others if _selects(config, name)]
+    reasons = {name: _reason_against(modules[name]) for name in candidates}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
     found = [name for layer in layers for name in layer.mlps if _selects(config, name)]
     if refused or not found:
         raise ValueError(_no_mlp(model, refused, any(layer.mlps for layer in layers)))

@@ -19,17 +19,8 @@ from graphmoe_model.targets import check_targets, default_targets, walk
 # Every path component that an adapter's own parameters have below its name.
 ADAPTER_COMPONENTS = frozenset(
     [
-        *("router", "experts", "gate_proj", "up_proj", "down_proj", "A", "B", "weight", "bias"),
-        *(
-            "gru",
-            "update_gate",
-            "reset_gate",
-            "candidate",
-            "output_proj",
-            "lora_graphmoe",
-            "lora_A",
-            "lora_B",
-        ),
+        *("lora_graphmoe", "router", "experts", "gate_proj", "up_proj", "down_proj", "A", "B", "weight", "bias"),
+        *("gru", "update_gate", "reset_gate", "candidate", "output_proj", "lora_A", "lora_B"),
     ]
 )
 
