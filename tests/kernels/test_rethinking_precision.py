@@ -3,6 +3,10 @@
 The oracle is Algorithm 1 in fp64 on the same rounded weights and inputs. A token whose top-k is a near tie may go to
 other experts in low precision, which is no error of arithmetic: budgets are measured on tokens with a margin, and
 flips are counted apart.
+
+The literal computation has two forms here, the loop over the operators' references and Algorithm 1 word for word; the
+larger of their errors is the budget's. One form alone is a coin: now and then a single token is so ill-conditioned
+that it makes the whole error, and one form happens to be lucky there.
 """
 
 from __future__ import annotations
@@ -47,9 +51,18 @@ def decided_inputs(weights: LayerWeights, spec: RethinkingSpec, dtype: torch.dty
     return x
 
 
-def assert_within_budget(found, literal, oracle, upstream, dtype):
-    """Every entry's error at most twice the literal one's; the message lists those that are not."""
-    mine, allowed = errors(found, oracle, upstream), errors(literal, oracle, upstream)
+def literal_forms(differentiate, spec: RethinkingSpec) -> list[dict[str, Tensor]]:
+    """What both literal forms give: y and every gradient, by name; ``differentiate`` takes run(x, weights) -> y."""
+    return [
+        differentiate(lambda x, w: rethink_literal(x, w, spec, backend="reference").y),
+        differentiate(lambda x, w: rethink_reference(x, w, spec)),
+    ]
+
+
+def assert_within_budget(found, literals, oracle, upstream, dtype):
+    """Every entry's error at most twice the literal forms'; the message lists those that are not."""
+    mine, of_literals = errors(found, oracle, upstream), [errors(form, oracle, upstream) for form in literals]
+    allowed = {name: max(form[name] for form in of_literals) for name in oracle}
     off = {
         name: f"{mine[name]:.2e}, literal {allowed[name]:.2e}"
         for name in oracle
@@ -65,11 +78,11 @@ def check(spec: RethinkingSpec, dtype: torch.dtype, bias: bool = False) -> None:
     upstream = torch.randn_like(x).to(dtype).double()
     oracle = gradients(lambda x, w: rethink_reference(x, w, spec), x, exact, upstream)
     low, weights = x.to(dtype), cast_layer(exact, dtype)
-    literal = gradients(lambda x, w: rethink_literal(x, w, spec, backend="reference").y, low, weights, upstream)
+    literals = literal_forms(lambda run: gradients(run, low, weights, upstream), spec)
     for run in IMPLEMENTATIONS.values():
         found = gradients(lambda x, w, run=run: run(x, w, spec).y, low, weights, upstream)
         assert found["y"].dtype == dtype
-        assert_within_budget(found, literal, oracle, upstream, dtype)
+        assert_within_budget(found, literals, oracle, upstream, dtype)
 
 
 @pytest.mark.oracle
@@ -121,7 +134,7 @@ def test_routing_flips_are_near_ties_only(run, dtype):
         y = run(x.to(dtype), cast_layer(exact, dtype), BASE).y
     agree = (chosen_experts(wide, 2) == chosen_experts(narrow, 2)).all(dim=-1).all(dim=0)  # [N]
     flipped = int((~agree).sum())
-    assert flipped <= {torch.bfloat16: 20, torch.float16: 4}[dtype], f"{flipped} of 400 tokens flipped"
+    assert flipped <= 4, f"{flipped} of 400 tokens flipped"
     assert agree[decided_tokens(x, exact, BASE, MARGIN)].all(), "a token with a margin flipped"
     literal = rethink_literal(x.to(dtype), cast_layer(exact, dtype), BASE, backend="reference").y
     mine, allowed = ((v.double() - oracle)[agree].norm().item() / oracle[agree].norm().item() for v in (y, literal))
@@ -138,19 +151,19 @@ def test_autocast_is_within_budget(rounds):
     oracle = gradients(lambda x, w: rethink_reference(x, w, spec), x, exact, upstream)
     low, weights = x.float(), cast_layer(exact, torch.float32)
 
-    def autocast(run, **options):
+    def autocast(run):
         def call(x, w):
             with torch.autocast("cpu", torch.bfloat16):
-                return run(x, w, spec, **options).y
+                return run(x, w)
 
         return gradients(call, low, weights, upstream)
 
-    literal = autocast(rethink_literal, backend="reference")
+    literals = literal_forms(autocast, spec)
     for run in IMPLEMENTATIONS.values():
-        found = autocast(run)
+        found = autocast(lambda x, w, run=run: run(x, w, spec).y)
         assert found["y"].dtype == torch.bfloat16
         assert found["gate_A"].dtype == torch.float32
-        assert_within_budget(found, literal, oracle, upstream, torch.bfloat16)
+        assert_within_budget(found, literals, oracle, upstream, torch.bfloat16)
 
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
@@ -185,18 +198,22 @@ def test_fp32_adapters_on_a_bf16_model_are_within_budget():
     upstream = torch.randn_like(x).bfloat16().double()
     oracle = gradients(lambda x, w: rethink_reference(x, w, BASE), x, exact, upstream)
 
-    def mixed(run, **options):
+    def mixed(run, adapters=torch.float32):
         def call(x, w):
-            return run(x, w._replace(base=base), BASE, **options).y
+            return run(x, w._replace(base=base))
 
-        return gradients(call, x.bfloat16(), cast_layer(exact, torch.float32), upstream)
+        return gradients(call, x.bfloat16(), cast_layer(exact, adapters), upstream)
 
-    literal = mixed(rethink_literal, backend="reference")
+    # Algorithm 1 takes one dtype: its literal form is that of adapters in bf16.
+    literals = [
+        mixed(lambda x, w: rethink_literal(x, w, BASE, backend="reference").y),
+        mixed(lambda x, w: rethink_reference(x, w, BASE), torch.bfloat16),
+    ]
     for run in IMPLEMENTATIONS.values():
-        found = mixed(run)
+        found = mixed(lambda x, w, run=run: run(x, w, BASE).y)
         assert found["y"].dtype == torch.bfloat16
         assert found["gru.output"].dtype == torch.float32
-        assert_within_budget(found, literal, oracle, upstream, torch.bfloat16)
+        assert_within_budget(found, literals, oracle, upstream, torch.bfloat16)
 
 
 def test_budget_can_be_exceeded():
@@ -211,4 +228,4 @@ def test_budget_can_be_exceeded():
 
     for dtype, lower in ((torch.float32, torch.float16), (torch.float16, torch.bfloat16)):
         with pytest.raises(AssertionError, match="above the budget"):
-            assert_within_budget(run(lower), run(dtype), oracle, upstream, dtype)
+            assert_within_budget(run(lower), [run(dtype)], oracle, upstream, dtype)
