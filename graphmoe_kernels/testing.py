@@ -58,7 +58,7 @@ def make_layer(
 def cast_layer(
     weights: LayerWeights, dtype: torch.dtype, device: str | None = None, requires_grad: bool = False
 ) -> LayerWeights:
-    """The layer's tensors copied to ``dtype``, on ``device`` or where they are; leaves of a new graph if ``requires_grad``."""
+    """The layer's tensors copied to ``dtype``, on ``device`` or where they are; new leaves if ``requires_grad``."""
 
     def cast(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().to(device, dtype, copy=True).requires_grad_(requires_grad)
