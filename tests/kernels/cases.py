@@ -68,7 +68,7 @@ def errors(found: dict[str, Tensor], oracle: dict[str, Tensor], upstream: Tensor
     result = {}
     for name, exact in oracle.items():
         difference = torch.linalg.vector_norm(found[name].double() - exact.double()).item()
-        result[name] = difference / max(torch.linalg.vector_norm(exact.double()).item(), floor)
+        result[name] = difference / (max(torch.linalg.vector_norm(exact.double()).item(), floor) or 1.0)
     return result
 
 
