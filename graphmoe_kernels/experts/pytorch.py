@@ -1,10 +1,9 @@
 """The expert SwiGLU round as it runs on PyTorch: blocks of tokens, grouped by expert, nothing wide saved.
 
-Tokens are taken in blocks small enough that the wide intermediates of one block stay in cache and in memory that the
-allocator hands out again at once; a fresh [N, 2F] tensor costs a CPU more in page faults than the arithmetic on it.
-Inside a block the (token, slot) pairs are sorted by expert: pointwise work runs on all pairs at once, the low-rank
-products on each chosen expert's own rows, so the cost does not grow with the number of experts. Backward recomputes the
-pre-activation block by block.
+Tokens are taken in blocks whose (token, slot) pairs are sorted by expert, and each chosen expert works on its own rows:
+the cost does not grow with the number of experts, and the wide intermediates of one expert's rows stay in cache and in
+memory that the allocator hands out again at once. (A fresh tensor of some megabytes costs a CPU more in page faults
+than pointwise arithmetic on it.) Backward recomputes the pre-activation.
 
 Half-precision inputs are computed in fp32 within a block and rounded once on the way out.
 """
@@ -81,15 +80,34 @@ def blocks(inputs: Inputs) -> Iterator[slice]:
         yield slice(start, min(start + size, tokens))
 
 
+class Rows(NamedTuple):
+    """The pairs of one block that chose one expert: the expert, and where they stand among the sorted pairs."""
+
+    expert: int
+    span: slice
+
+
+class PreActivation(NamedTuple):
+    """g and u [m, F] of one expert's rows, and the low-rank activations [m, r] that went into them."""
+
+    g: Tensor
+    u: Tensor
+    low_gate: Tensor
+    low_up: Tensor
+
+
 class Block:
     """One block of b tokens with its p = b * k (token, slot) pairs sorted by expert.
 
     Attributes:
         tokens: the block's slice of the batch.
-        rows, slots, experts: [p], each pair's token (counted from the block's start), slot and expert.
+        gate, up: [b, F], the block's pre-activations with a later round's update in them.
+        order: [p], the sorted pairs as indices into [b * k].
+        token: [p], each sorted pair's token, counted from the block's start.
         position: [b, k], where a token's slots stand among the sorted pairs.
-        groups: (expert, slice of the sorted pairs) for every expert that somebody chose.
-        mask: [p, F] dropout mask or None.
+        rows: one `Rows` for every expert that somebody chose.
+        weights: [p, 1], each sorted pair's routing weight.
+        mask: [b * k, F] dropout mask in token order, or None.
     """
 
     def __init__(self, inputs: Inputs, tokens: slice, settings: Settings, generator: torch.Generator | None) -> None:
@@ -97,74 +115,72 @@ class Block:
         self.dtype = compute_dtype(inputs.gate.dtype)
         chosen = inputs.experts[tokens]  # [b, k]
         flat = chosen.reshape(-1)
-        order = torch.argsort(flat, stable=True)
-        k = chosen.shape[1]
-        self.rows, self.slots = order // k, order % k
-        self.experts = flat[order]
-        self.position = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        self.position = self.position.view_as(chosen)
+        self.order = torch.argsort(flat, stable=True)
+        self.token = self.order // chosen.shape[1]
+        self.position = torch.argsort(self.order).view_as(chosen)
         counts = torch.bincount(flat, minlength=inputs.gate_B.shape[0]).tolist()
-        stops = list(itertools.accumulate(counts))
-        self.groups = [(e, slice(stop - m, stop)) for e, (m, stop) in enumerate(zip(counts, stops, strict=True)) if m]
+        stops = itertools.accumulate(counts)
+        self.rows = [Rows(e, slice(stop - m, stop)) for e, (m, stop) in enumerate(zip(counts, stops, strict=True)) if m]
+        self.weights = inputs.weights[tokens].reshape(-1, 1)[self.order].to(self.dtype)
         self.mask: Tensor | None = None
         if generator is not None:
             drawn = draw_dropout_mask(generator, settings.dropout, (*chosen.shape, inputs.gate.shape[1]))
-            self.mask = drawn.to(flat.device, self.dtype).flatten(0, 1)[order]
-
-    def pairs(self, x: Tensor) -> Tensor:
-        """Each pair's row of x [b, ...], in the dtype of the computation: [p, ...]."""
-        return x.index_select(0, self.rows).to(self.dtype)
-
-    def combine(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """sum_j w_j x_j over each token's slots, for x [p, F] and weights [b, k] (1 if None): [b, F]."""
-        return F.embedding_bag(self.position, x, mode="sum", per_sample_weights=weights)
-
-    def weights(self) -> Tensor:
-        """The routing weights [b, k] in the dtype of the computation."""
-        return self.inputs.weights[self.tokens].to(self.dtype)
-
-    def low_rank(self, low: Tensor) -> Tensor:
-        """Each pair's own expert's part of a low-rank activation [N, n*r]: [p, r]."""
-        rank = self.inputs.down_A.shape[1]
-        own = low[self.tokens].unflatten(1, (-1, rank))[self.rows, self.experts]
-        return own.to(self.dtype)
-
-    def pre_activation(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """g and u [p, F], base plus update plus s B (A x), and the low-rank activations [p, r] they were made with."""
-        inputs = self.inputs
-        gate, up = inputs.gate[self.tokens], inputs.up[self.tokens]
+            self.mask = drawn.to(flat.device, self.dtype).flatten(0, 1)
+        self.gate, self.up = inputs.gate[tokens], inputs.up[tokens]
         if inputs.update is not None:
             state, fold_gate, fold_up = inputs.update
-            gate = torch.addmm(gate, state[self.tokens], fold_gate.T)
-            up = torch.addmm(up, state[self.tokens], fold_up.T)
-        g, u = self.pairs(gate), self.pairs(up)
-        low_gate, low_up = self.low_rank(inputs.low_gate), self.low_rank(inputs.low_up)
-        for e, group in self.groups:
-            g[group].addmm_(low_gate[group], inputs.gate_B[e].to(self.dtype).T, alpha=self.scale)
-            u[group].addmm_(low_up[group], inputs.up_B[e].to(self.dtype).T, alpha=self.scale)
-        return g, u, low_gate, low_up
+            self.gate = torch.addmm(self.gate, state[tokens], fold_gate.T)
+            self.up = torch.addmm(self.up, state[tokens], fold_up.T)
+
+    def own(self, x: Tensor, rows: Rows) -> Tensor:
+        """The rows' own lines of x [b, ...], in the dtype of the computation: [m, ...]."""
+        return x.index_select(0, self.token[rows.span]).to(self.dtype)
+
+    def columns(self, rows: Rows) -> slice:
+        """Where the rows' expert stands in an [N, n*r] tensor."""
+        rank = self.inputs.down_A.shape[1]
+        return slice(rows.expert * rank, (rows.expert + 1) * rank)
+
+    def pre_activation(self, rows: Rows) -> PreActivation:
+        """Base plus update plus s B (A x) of one expert's rows."""
+        inputs, e, columns = self.inputs, rows.expert, self.columns(rows)
+        low_gate = self.own(inputs.low_gate[self.tokens, columns], rows)
+        low_up = self.own(inputs.low_up[self.tokens, columns], rows)
+        g, u = self.own(self.gate, rows), self.own(self.up, rows)
+        g.addmm_(low_gate, inputs.gate_B[e].to(self.dtype).T, alpha=self.scale)
+        u.addmm_(low_up, inputs.up_B[e].to(self.dtype).T, alpha=self.scale)
+        return PreActivation(g, u, low_gate, low_up)
+
+    def drop(self, x: Tensor, rows: Rows) -> Tensor:
+        """x [m, F] with the rows' dropout mask on it; x itself without dropout."""
+        return x if self.mask is None else x * self.mask[self.order[rows.span]]
+
+    def combine(self, x: Tensor, weighted: bool = False) -> Tensor:
+        """The sum over each token's slots of x [p, F], times the routing weights if asked for: [b, F]."""
+        weights = self.weights[self.position].squeeze(-1) if weighted else None
+        return F.embedding_bag(self.position, x, mode="sum", per_sample_weights=weights)
+
+    def scatter(self, x: Tensor, rows: Rows, out: Tensor) -> None:
+        """Write x [m, r] to the rows' tokens and their expert's columns of ``out`` [N, n*r]."""
+        out[self.tokens, self.columns(rows)].index_copy_(0, self.token[rows.span], x.to(out.dtype))
 
 
 def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """c [N, F] and z [N, n*r]; see `graphmoe_kernels.expert_swiglu`."""
     act = get_activation(settings.activation).function
-    rank = inputs.down_A.shape[1]
     generator = settings.generator()
     c = torch.empty_like(inputs.gate, memory_format=torch.contiguous_format)
     z = inputs.low_gate.new_zeros(inputs.low_gate.shape)
     for span in blocks(inputs):
         block = Block(inputs, span, settings, generator)
-        g, u, _, _ = block.pre_activation()
-        hidden = act(g).mul_(u)  # [p, F]
-        weights = block.weights()
-        c[span] = block.combine(hidden, weights)
-        if block.mask is not None:
-            hidden.mul_(block.mask)
-        narrow = g.new_empty(hidden.shape[0], rank)
-        for e, group in block.groups:
-            torch.mm(hidden[group], inputs.down_A[e].to(g.dtype).T, out=narrow[group])
-        narrow.mul_(weights[block.rows, block.slots, None])
-        z[span].unflatten(1, (-1, rank))[block.rows, block.experts] = narrow.to(z.dtype)
+        hidden = c.new_empty(block.order.numel(), c.shape[1], dtype=block.dtype)  # [p, F]
+        for rows in block.rows:
+            g, u, _, _ = block.pre_activation(rows)
+            own = act(g).mul_(u)  # [m, F]
+            narrow = block.drop(own, rows) @ inputs.down_A[rows.expert].to(block.dtype).T  # [m, r]
+            block.scatter(narrow.mul_(block.weights[rows.span]), rows, z)
+            hidden[rows.span] = own
+        c[span] = block.combine(hidden, weighted=True)
     return c, z
 
 
@@ -202,36 +218,26 @@ def _block_backward(
 ) -> tuple[Tensor, Tensor]:
     """Adds one block's part to ``grads``; returns the gradients of its gate and up pre-activations, [b, F] each."""
     act = get_activation(activation)
-    inputs, dtype, span = block.inputs, block.dtype, block.tokens
-    rank = inputs.down_A.shape[1]
-    g, u, low_gate, low_up = block.pre_activation()
-    active = act.function(g)
-    hidden = active * u  # [p, F]
-    read = hidden if block.mask is None else hidden * block.mask
-
-    dz = grad_z.unflatten(1, (-1, rank))[block.rows, block.experts].to(dtype)  # [p, r]
-    w = block.weights()[block.rows, block.slots, None]  # [p, 1]
-    d_hidden = torch.empty_like(hidden)
-    for e, group in block.groups:
-        torch.mm(dz[group], inputs.down_A[e].to(dtype), out=d_hidden[group])
-        grads.down_A[e].addmm_((dz[group] * w[group]).T, read[group])
-    if block.mask is not None:
-        d_hidden.mul_(block.mask)
-    d_hidden.add_(block.pairs(grad_c))
-    d_weights = torch.linalg.vecdot(hidden, d_hidden).to(grads.weights.dtype)
-    grads.weights[span].index_put_((block.rows, block.slots), d_weights)
-
-    d_hidden.mul_(w)
-    d_g = act.derivative(g).mul_(d_hidden).mul_(u)
-    d_u = d_hidden.mul_(active)
-    for d, B, d_B, low, d_low in (
-        (d_g, inputs.gate_B, grads.gate_B, low_gate, grads.low_gate),
-        (d_u, inputs.up_B, grads.up_B, low_up, grads.low_up),
-    ):
-        narrow = torch.empty_like(low)
-        for e, group in block.groups:
-            d_B[e].addmm_(d[group].T, low[group], alpha=block.scale)
-            torch.mm(d[group], B[e].to(dtype), out=narrow[group])
-        narrow.mul_(block.scale)
-        d_low[span].unflatten(1, (-1, rank))[block.rows, block.experts] = narrow.to(d_low.dtype)
-    return block.combine(d_g), block.combine(d_u)
+    inputs, pairs = block.inputs, block.order.numel()
+    d_gate, d_up = grad_c.new_empty(2, pairs, grad_c.shape[1], dtype=block.dtype)  # [p, F] each
+    d_weights = torch.empty_like(block.weights)
+    for rows in block.rows:
+        e, span, w = rows.expert, rows.span, block.weights[rows.span]
+        pre = block.pre_activation(rows)
+        active = act.function(pre.g)
+        hidden = active * pre.u  # [m, F]
+        dz = block.own(grad_z[:, block.columns(rows)], rows)  # [m, r]
+        d_hidden = block.drop(dz @ inputs.down_A[e].to(block.dtype), rows).add_(block.own(grad_c, rows))  # [m, F]
+        grads.down_A[e].addmm_((dz * w).T, block.drop(hidden, rows))
+        d_weights[span, 0] = torch.linalg.vecdot(hidden, d_hidden)
+        d_hidden.mul_(w)
+        torch.mul(act.derivative(pre.g).mul_(d_hidden), pre.u, out=d_gate[span])
+        torch.mul(d_hidden, active, out=d_up[span])
+        for d, B, d_B, low, d_low in (
+            (d_gate[span], inputs.gate_B, grads.gate_B, pre.low_gate, grads.low_gate),
+            (d_up[span], inputs.up_B, grads.up_B, pre.low_up, grads.low_up),
+        ):
+            d_B[e].addmm_(d.T, low, alpha=block.scale)
+            block.scatter((d @ B[e].to(block.dtype)).mul_(block.scale), rows, d_low)
+    grads.weights[block.tokens] = d_weights[block.position].squeeze(-1).to(grads.weights.dtype)
+    return block.combine(d_gate), block.combine(d_up)
