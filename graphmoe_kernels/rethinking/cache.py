@@ -6,6 +6,7 @@ comparison is a registered operator that refreshes the kept tensors in place whe
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, build_fold
 from graphmoe_kernels.rethinking.weights import LayerWeights
@@ -20,6 +22,7 @@ from graphmoe_kernels.rethinking.weights import LayerWeights
 Source = tuple[int, int, torch.dtype, torch.device, tuple[int, ...]]
 
 _serial = itertools.count()
+_optimizer_steps = 0
 _caches: weakref.WeakValueDictionary[int, FoldCache] = weakref.WeakValueDictionary()
 
 
@@ -41,11 +44,23 @@ def fingerprint(tensors: list[Tensor]) -> tuple[Source, ...]:
     )
 
 
+@functools.cache
+def _watch_optimizers() -> None:
+    """Count the steps of every optimizer from now on; once for all caches, and not at import."""
+
+    def count(*_: object) -> None:
+        global _optimizer_steps
+        _optimizer_steps += 1
+
+    register_optimizer_step_post_hook(count)
+
+
 class FoldCache:
     """One layer's fold for inference.
 
-    It holds its sources, so that a freed tensor's address cannot come back as another tensor's. A copy (deepcopy,
-    pickle) starts empty.
+    It holds its sources, so that a freed tensor's address cannot come back as another tensor's. Any optimizer's step
+    ends it: PyTorch's fused optimizers, and others with kernels of their own, write without moving version counters. A
+    copy (deepcopy, pickle) starts empty.
 
     Args:
         weights: gives the layer's weights as they are at the time of the call.
@@ -56,8 +71,9 @@ class FoldCache:
         self._start()
 
     def _start(self) -> None:
+        _watch_optimizers()
         self.fold: Fold | None = None
-        self._key: tuple[FoldSettings, tuple[Source, ...]] | None = None
+        self._key: tuple[FoldSettings, int, tuple[Source, ...]] | None = None
         self._held: list[Tensor] = []
         self._compiled = False
         serial = next(_serial)
@@ -77,7 +93,7 @@ class FoldCache:
 
     def refresh(self, sources: list[Tensor], weights: LayerWeights, settings: FoldSettings) -> Fold:
         """`get` outside of a compiled graph. Tensors of the right size are written in place and keep their address."""
-        key = (settings, fingerprint(sources))
+        key = (settings, _optimizer_steps, fingerprint(sources))
         if self.fold is not None and key == self._key:
             return self.fold
         with torch.inference_mode(False), torch.no_grad():
