@@ -89,13 +89,37 @@ def random_state(layer: FusedGraphMoEFFN) -> dict[str, Tensor]:
     return {name: 0.3 * torch.randn_like(t) for name, t in layer.state_dict().items()}
 
 
-def optimizer_step(layer: FusedGraphMoEFFN, training: bool = True, **options) -> None:
-    """One step of AdamW, in training mode or (as when dropout is unwanted) in evaluation mode."""
-    layer.train(training)
-    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, **options)
+def optimizer_step(layer: FusedGraphMoEFFN, kind: type = torch.optim.AdamW, **options) -> None:
+    """One step without leaving evaluation mode, with an evaluation between forward and step.
+
+    Nothing calls train() or eval(), which would drop the fold; and the fold is kept again when the step comes.
+    """
+    optimizer = kind([p for p in layer.parameters() if p.requires_grad], lr=0.1, **options)
+    loss = layer(hidden_states()).square().sum()
+    run(layer)
+    loss.backward()
+    optimizer.step()
+
+
+def training_step(layer: FusedGraphMoEFFN) -> None:
+    """One step as a trainer takes it: Transformers' default is the fused AdamW."""
+    layer.train()
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, fused=True)
     layer(hidden_states()).square().sum().backward()
     optimizer.step()
-    layer.eval() if training else None
+    layer.eval()
+
+
+class ForeignOptimizer(torch.optim.Optimizer):
+    """Writes past PyTorch's eyes, as optimizers with kernels of their own do (8-bit Adam, fused kernels)."""
+
+    def __init__(self, parameters: list[Tensor], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(group["lr"] * p.grad.sign())
 
 
 @torch.no_grad()
@@ -184,10 +208,12 @@ def setting(name: str, value: object) -> Callable[[FusedGraphMoEFFN], None]:
 
 OUTPUT = "lora_graphmoe.default.gru.output_proj.weight"
 CHANGES: dict[str, Callable[[FusedGraphMoEFFN], object]] = {
-    "optimizer step": optimizer_step,
-    "optimizer step in evaluation mode": lambda layer: optimizer_step(layer, False, foreach=False),
-    "foreach optimizer step": lambda layer: optimizer_step(layer, False, foreach=True),
-    "fused optimizer step": lambda layer: optimizer_step(layer, False, fused=True),
+    "training step": training_step,
+    "optimizer step": lambda layer: optimizer_step(layer, foreach=False),
+    "foreach optimizer step": lambda layer: optimizer_step(layer, foreach=True),
+    "fused optimizer step": lambda layer: optimizer_step(layer, fused=True),
+    "fused SGD step": lambda layer: optimizer_step(layer, torch.optim.SGD, fused=True),
+    "foreign optimizer step": lambda layer: optimizer_step(layer, ForeignOptimizer),
     "load_state_dict": lambda layer: layer.load_state_dict(random_state(layer)),
     "load_state_dict, assign": lambda layer: layer.load_state_dict(random_state(layer), assign=True),
     "copy_": lambda layer: in_place(layer, OUTPUT, lambda w: w.copy_(torch.randn_like(w))),
