@@ -1,0 +1,108 @@
+"""Training with Trainer, and scoring by the first token of the answer."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from graphmoe_model.demo.base import IGNORED
+from graphmoe_model.demo.task import LABELS, Question
+
+
+class ProgressBar(TrainerCallback):
+    """One line: steps done, time left, the last loss."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.losses: list[tuple[int, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        self.bar = tqdm(total=state.max_steps, desc=self.title, unit="step", leave=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step further."""
+        self.bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Show and keep the loss."""
+        if "loss" in logs:
+            self.losses.append((state.global_step, float(logs["loss"])))
+            self.bar.set_postfix(loss=f"{self.losses[-1][1]:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        self.bar.close()
+
+
+def train(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    data: Dataset,
+    *,
+    title: str,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> list[tuple[int, float]]:
+    """Train what is trainable in ``model`` with transformers' Trainer; returns (step, loss) as logged."""
+    progress = ProgressBar(title)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            adam_beta2=0.98,
+            warmup_steps=max(1, steps // 15),
+            lr_scheduler_type="linear",
+            logging_steps=max(1, steps // 50),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=seed,
+        )
+        collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+        trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[progress])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return progress.losses
+
+
+@torch.no_grad()
+def answer_logits(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, questions: list[Question], batch_size: int = 100
+) -> Tensor:
+    """The four labels' logits after each prompt, [questions, 4]."""
+    labels = torch.tensor([tokenizer.encode(f" {label}")[-1] for label in LABELS])
+    model.eval()
+    found = []
+    for start in range(0, len(questions), batch_size):
+        prompts = [tokenizer.bos_token + question.prompt for question in questions[start : start + batch_size]]
+        batch = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
+        found.append(model(**batch, logits_to_keep=1).logits[:, -1, labels])
+    return torch.cat(found)
+
+
+def accuracy(logits: Tensor, questions: list[Question]) -> dict[str, float]:
+    """The share of questions whose right label has the largest logit, by skill."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for choice, question in zip(logits.argmax(dim=-1).tolist(), questions, strict=True):
+        right[question.skill].append(choice == question.answer)
+    return {skill: sum(hits) / len(hits) for skill, hits in right.items()}
