@@ -1,0 +1,68 @@
+"""Random operands of `expert_swiglu`, and its results and gradients by name."""
+
+from __future__ import annotations
+
+import torch
+
+from graphmoe_kernels import expert_swiglu
+
+FLOATING = ["gate", "up", "low_gate", "low_up", "gate_B", "up_B", "down_A", "weights"]
+LATER_ROUND = ["state", "fold_gate", "fold_up"]
+SETTINGS = {"scale": 1.5, "activation": "silu"}
+
+
+def operands(
+    tokens: int = 9,
+    width: int = 21,
+    experts: int = 5,
+    rank: int = 3,
+    top_k: int = 2,
+    inner: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """Random fp64 operands; ``inner`` is the GRU's width in a later round, None in the first."""
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    ids = [torch.randperm(experts)[:top_k] for _ in range(tokens)]
+    found = {
+        "gate": draw(tokens, width),
+        "up": draw(tokens, width),
+        "low_gate": draw(tokens, experts * rank),
+        "low_up": draw(tokens, experts * rank),
+        "gate_B": draw(experts, width, rank),
+        "up_B": draw(experts, width, rank),
+        "down_A": draw(experts, rank, width) * width**-0.5,
+        "weights": torch.rand(tokens, top_k, dtype=torch.float64),
+        "experts": torch.stack(ids) if ids else torch.zeros(0, top_k, dtype=torch.long),
+    }
+    if inner is not None:
+        found |= {
+            "state": draw(tokens, inner),
+            "fold_gate": draw(width, inner) * inner**-0.5,
+            "fold_up": draw(width, inner) * inner**-0.5,
+        }
+    return found
+
+
+def cast(given: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The floating operands in ``dtype``; routing weights in fp32 at least, as routing gives them."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return {
+        name: t if not t.is_floating_point() else t.to(wide if name == "weights" else dtype)
+        for name, t in given.items()
+    }
+
+
+def results(given: dict[str, torch.Tensor], backend: str = "auto", **settings) -> dict[str, torch.Tensor]:
+    """c, z and the gradient of every floating operand under fixed random upstream gradients, by name."""
+    generator = torch.Generator().manual_seed(1)
+    leaves = {
+        name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        for name, t in given.items()
+        if t.is_floating_point()
+    }
+    c, z = expert_swiglu(**(given | leaves), **(SETTINGS | settings), backend=backend)
+    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (c, z)]
+    torch.autograd.backward([c, z], upstream)
+    return {"c": c.detach(), "z": z.detach(), **{name: t.grad for name, t in leaves.items()}}

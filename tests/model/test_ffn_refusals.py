@@ -1,0 +1,95 @@
+"""What `FusedGraphMoEFFN` refuses, and how it says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from graphmoe_model import FusedGraphMoEFFN
+from tests.model.small_mlps import D, F, config, ffn, hidden_states, llama_mlp
+
+
+def test_two_active_adapters_are_refused():
+    """Rounds of two adapters do not add up, so there is no sum of adapters here."""
+    layer = ffn()
+    layer.update_layer("second", config())
+    layer.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="one GraphMoE adapter can be active at a time, got default, second"):
+        layer(hidden_states())
+
+
+@pytest.mark.parametrize("refused", ["merge", "unmerge"])
+def test_merging_is_refused(refused):
+    """The layer is no linear map of its input: merging would be a silent lie."""
+    with pytest.raises(NotImplementedError, match="merged"):
+        getattr(ffn(), refused)()
+
+
+@pytest.mark.parametrize(
+    "x, error, message",
+    [
+        (torch.zeros(2, D, dtype=torch.long), TypeError, "x must be floating point, got torch.int64; pass hidden"),
+        (torch.zeros(2, D + 1), ValueError, rf"hidden size {D} as its last dimension, got \[2, {D + 1}\]"),
+        (torch.zeros(D, 2), ValueError, rf"hidden size {D} as its last dimension, got \[{D}, 2\]"),
+        (torch.zeros(2, D, device="meta"), ValueError, "x is on meta, the layer on cpu"),
+    ],
+)
+def test_wrong_inputs_are_named(x, error, message):
+    """A wrong x is answered by what was wrong and what was expected."""
+    with pytest.raises(error, match=message):
+        ffn(dtype=torch.float32)(x)
+
+
+class Ungated(nn.Module):
+    """Two projections, as GPT-NeoX has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj, self.act_fn = nn.Linear(D, F), nn.Linear(F, D), nn.SiLU()
+
+
+def _with(**parts) -> nn.Module:
+    """Llama's MLP with some attributes replaced."""
+    mlp = llama_mlp()
+    for name, value in parts.items():
+        setattr(mlp, name, value)
+    return mlp
+
+
+def _wrapped_projection() -> nn.Module:
+    wrapped = nn.Module()
+    wrapped.base_layer = nn.Linear(D, F)
+    return _with(gate_proj=wrapped)
+
+
+def _patched() -> nn.Module:
+    mlp = llama_mlp()
+    mlp.forward = lambda x: x
+    return mlp
+
+
+REFUSED_MLPS = {
+    "ungated": (Ungated, TypeError, "Ungated is not a gated MLP.*gate_proj.*submodules up_proj, down_proj, act_fn"),
+    "a linear": (lambda: nn.Linear(D, D), TypeError, "Linear is not a gated MLP.*submodules none"),
+    "sparse": (lambda: _with(activation_sparsity=0.9), TypeError, "makes its activations sparse"),
+    "patched": (_patched, TypeError, "forward of this LlamaMLP was replaced on the instance"),
+    "wrapped projection": (_wrapped_projection, TypeError, "LlamaMLP.gate_proj is wrapped by another adapter"),
+    "no weight": (
+        lambda: _with(gate_proj=nn.Identity()),
+        TypeError,
+        r"gate_proj \(Identity\) is not a linear layer with a weight",
+    ),
+    "unknown activation": (lambda: _with(act_fn=nn.Softsign()), ValueError, "activation Softsign is unknown"),
+    "another slope": (lambda: _with(act_fn=nn.LeakyReLU(0.2)), ValueError, "LeakyReLU with slope 0.2"),
+    "wrapped already": (ffn, TypeError, "wrapped already .FusedGraphMoEFFN.; use update_layer"),
+    "GRU of width 0": (llama_mlp, ValueError, "GRU of width 0 at hidden size 24"),
+}
+
+
+@pytest.mark.parametrize("make, error, message", REFUSED_MLPS.values(), ids=REFUSED_MLPS)
+def test_mlps_that_cannot_be_adapted_are_refused(make, error, message):
+    """Each refusal names the MLP, the reason and what was expected; nothing is adapted by half."""
+    scale = 0.01 if "width 0" in message else 0.3
+    with pytest.raises(error, match=message):
+        FusedGraphMoEFFN(make(), config(gru_hidden_scale=scale))
