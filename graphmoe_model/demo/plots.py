@@ -1,0 +1,135 @@
+"""The four plots of the demo's report, drawn with matplotlib and without a display."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+if TYPE_CHECKING:
+    from graphmoe_model.demo.report import DemoResults
+
+CHANCE = 0.25  # four options a question
+SMOOTHING = 0.9  # of the moving average of the loss
+
+BLUE, ORANGE = "#2f5fd0", "#e0803a"  # GraphMoE as it is after the demo, and what it is compared with
+INK, MUTED, PALE = "#1f2933", "#6b7785", "#dfe5ec"
+STYLE = {
+    **{"font.size": 10, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.edgecolor": PALE},
+    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": PALE, "grid.linewidth": 0.8, "axes.axisbelow": True},
+    **{"xtick.major.size": 0, "ytick.major.size": 0, "axes.titlelocation": "left", "axes.titlesize": 11},
+}
+
+
+def draw_plots(results: DemoResults) -> dict[str, bytes]:
+    """The plots as PNG files, by name: loss, accuracy, expert_load and latency."""
+    plots = {"loss": _loss, "accuracy": _accuracy, "expert_load": _expert_load, "latency": _latency}
+    drawn = {}
+    with matplotlib.rc_context(STYLE):
+        for name, plot in plots.items():
+            figure = Figure(figsize=(7, 3.5), layout="constrained")  # not pyplot: no window, no global state
+            plot(results, figure)
+            png = BytesIO()
+            figure.savefig(png, format="png", dpi=200)
+            drawn[name] = png.getvalue()
+    return drawn
+
+
+def _loss(results: DemoResults, figure: Figure) -> None:
+    axes = figure.subplots()
+    steps, losses = zip(*results.losses, strict=True)
+    axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1, label="each logged step")
+    axes.plot(steps, _smooth(losses), color=BLUE, linewidth=2, label="moving average")
+    axes.set(title="Training loss", xlabel="step")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    axes.legend(frameon=False, loc="upper right")
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """Exponential moving average without the pull of its start towards zero."""
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = SMOOTHING * total + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def _accuracy(results: DemoResults, figure: Figure) -> None:
+    axes = figure.subplots()
+    skills = list(results.accuracy_before)
+    series = [("before", ORANGE, results.accuracy_before), ("after", BLUE, results.accuracy_after)]
+    for side, (label, colour, accuracy) in zip((-1, 1), series, strict=True):
+        positions = [index + side * 0.19 for index in range(len(skills))]
+        bars = axes.bar(positions, [accuracy[skill] for skill in skills], 0.36, color=colour, label=label)
+        axes.bar_label(bars, fmt="{:.0%}", padding=2, fontsize=9)
+    axes.axhline(CHANCE, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="chance")
+    axes.set_xticks(range(len(skills)), [skill.replace("_", " ").replace(" ", "\n") for skill in skills])
+    axes.set_ylim(0, 1.05)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_title("Right answers on held-out questions")
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+
+
+def _expert_load(results: DemoResults, figure: Figure) -> None:
+    loads = {layer: load.tolist() for layer, load in results.expert_load.items()}
+    columns = min(2, len(loads))
+    rows = -(-len(loads) // columns)
+    rounds = max(map(len, loads.values()))
+    figure.set_size_inches(7, 0.6 + rows * (0.9 + 0.36 * rounds))
+    figure.suptitle("Expert load: % of routed tokens, by round and expert", x=0.01, ha="left", fontsize=11)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    top = max(share for load in loads.values() for row in load for share in row)
+    for panel, (layer, load) in zip(panels, loads.items(), strict=False):
+        _heatmap(panel, layer, load, top)
+    for panel in panels:  # what is left of the last row
+        panel.axis("off")
+
+
+def _heatmap(axes: Axes, layer: str, load: list[list[float]], top: float) -> None:
+    colours = LinearSegmentedColormap.from_list("load", ["#f5f8fd", BLUE])
+    axes.imshow(load, cmap=colours, vmin=0, vmax=top, aspect="auto")
+    for t, row in enumerate(load):
+        for expert, share in enumerate(row):
+            ink = "white" if share > 0.6 * top else INK
+            axes.text(expert, t, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=ink)
+    axes.set_title(layer, fontsize=10, color=MUTED)
+    axes.set_xticks(range(len(load[0])))
+    axes.set_yticks(range(len(load)), [f"round {t}" for t in range(1, len(load) + 1)])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+
+
+def _latency(results: DemoResults, figure: Figure) -> None:
+    axes = figure.subplots()
+    rounds = [entry.rounds for entry in results.latency]
+    literal = [entry.literal_ms for entry in results.latency]
+    folded = [entry.folded_ms for entry in results.latency]
+    for label, colour, times in (("literal", ORANGE, literal), ("folded", BLUE, folded)):
+        axes.plot(rounds, times, color=colour, linewidth=2, marker="o", markersize=6, label=label)
+        axes.annotate(
+            label,
+            (rounds[-1], times[-1]),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontweight="bold",
+        )
+    for entry in results.latency:
+        if entry.rounds > 1:
+            ratio = f"{entry.literal_ms / entry.folded_ms:.1f}× faster"
+            below = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(ratio, (entry.rounds, entry.folded_ms), color=BLUE, fontsize=9, **below)
+    axes.set(title="One layer, median milliseconds", xlabel="rounds T")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(rounds[0] - 0.25, rounds[-1] + 0.55)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

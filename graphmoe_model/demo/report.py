@@ -1,0 +1,219 @@
+"""What the demo found: tables on the console, and a report in Markdown with four plots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+from torch import Tensor
+
+from graphmoe_model.demo.latency import RoundLatency
+
+
+@dataclass(frozen=True)
+class DemoResults:
+    """Everything the report says.
+
+    Attributes:
+        conditions: what the figures depend on (torch version, threads, date ...), by name.
+        base_parameters: of the frozen base model.
+        parameters: trainable parameters by component.
+        accuracy_before, accuracy_after: share of right answers, 0..1, by skill, on held-out questions.
+        questions: how many held-out questions there are over all skills.
+        losses: (step, training loss).
+        expert_load: layer name -> [T, n], the share of tokens each expert gets in each round; rows sum to 1.
+        latency_conditions: of what, on what, the latencies were measured.
+        examples: (prompt, right answer, answer before, answer after).
+        reload_difference: the largest difference of a logit after saving and loading.
+        seconds: wall time by stage.
+    """
+
+    seed: int
+    conditions: dict[str, str]
+    base_parameters: int
+    parameters: dict[str, int]
+    accuracy_before: dict[str, float]
+    accuracy_after: dict[str, float]
+    questions: int
+    losses: list[tuple[int, float]]
+    expert_load: dict[str, Tensor]
+    latency: list[RoundLatency]
+    latency_conditions: str
+    examples: list[tuple[str, str, str, str]]
+    reload_difference: float
+    seconds: dict[str, float]
+
+
+class _Table(NamedTuple):
+    title: str
+    header: Sequence[str]
+    rows: list[list[str]]
+
+
+def print_results(results: DemoResults, console: Console) -> None:
+    """Print the tables of the report to a rich console."""
+    for table in _tables(results):
+        rich = RichTable(title=escape(table.title), title_justify="left", title_style="bold")
+        for index, name in enumerate(table.header):
+            rich.add_column(escape(name), justify="right" if index else "left")
+        for row in table.rows:
+            rich.add_row(*map(escape, row))
+        console.print(rich)
+    console.print(_reload_sentence(results), markup=False)
+
+
+def write_report(results: DemoResults, folder: Path) -> Path:
+    """Write report.md and its four plots into ``folder`` (made if missing), and return the report's path.
+
+    Each file is written beside its place and then moved there; other files in the folder are left alone.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        NotADirectoryError: ``folder`` is a file.
+    """
+    try:
+        from graphmoe_model.demo.plots import draw_plots
+    except ImportError as error:
+        raise ImportError("the demo's plots need matplotlib: pip install graphmoe[demo]") from error
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"the report needs a folder, but {folder} is a file; name another one")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, png in draw_plots(results).items():
+        _replace(folder / f"{name}.png", png)
+    _replace(folder / "report.md", _markdown(results).encode())
+    return folder / "report.md"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _tables(results: DemoResults) -> list[_Table]:
+    return [_parameter_table(results), _accuracy_table(results), _load_table(results), _latency_table(results)]
+
+
+def _parameter_table(results: DemoResults) -> _Table:
+    base, trainable = results.base_parameters, sum(results.parameters.values())
+
+    def row(name: str, count: int) -> list[str]:
+        return [name, f"{count:,}", f"{count / base:.2%}", f"{count / (base + trainable):.2%}"]
+
+    rows = [row(name, count) for name, count in results.parameters.items()]
+    rows += [row("all trainable", trainable), row("base model (frozen)", base)]
+    return _Table("Parameters", ("component", "parameters", "share of base", "share of total"), rows)
+
+
+def _accuracy_table(results: DemoResults) -> _Table:
+    pairs = {skill: (before, results.accuracy_after[skill]) for skill, before in results.accuracy_before.items()}
+    pairs["mean of the skills"] = (fmean(results.accuracy_before.values()), fmean(results.accuracy_after.values()))
+    rows = [[name, f"{b:.1%}", f"{a:.1%}", f"{100 * (a - b):+.1f}"] for name, (b, a) in pairs.items()]
+    title = f"Accuracy on {results.questions:,} held-out questions"
+    return _Table(title, ("skill", "before", "after", "points"), rows)
+
+
+def _load_table(results: DemoResults) -> _Table:
+    experts = max(load.shape[1] for load in results.expert_load.values())
+    header = ("layer", "round", *map(str, range(experts)))
+    rows = [
+        [layer, str(t), *(f"{share:.1%}" for share in shares)]
+        for layer, load in results.expert_load.items()
+        for t, shares in enumerate(load.tolist(), start=1)
+    ]
+    return _Table("Expert load: share of routed tokens by expert", header, rows)
+
+
+def _latency_table(results: DemoResults) -> _Table:
+    first = results.latency[0]
+    rows = []
+    for entry in results.latency:
+        times = [f"{entry.literal_ms:.2f}", f"{entry.folded_ms:.2f}", f"{entry.literal_ms / entry.folded_ms:.2f}×"]
+        further = entry.rounds - first.rounds
+        if further:
+            times.append(f"{(entry.literal_ms - first.literal_ms) / further:.2f}")
+            times.append(f"{(entry.folded_ms - first.folded_ms) / further:.2f}")
+        rows.append([str(entry.rounds), *times, *(() if further else ("–", "–"))])
+    header = ("rounds T", "literal ms", "folded ms", "times faster", "further round, literal", "further round, folded")
+    return _Table(f"Latency: {results.latency_conditions}", header, rows)
+
+
+def _reload_sentence(results: DemoResults) -> str:
+    difference = results.reload_difference
+    same = "the same logits, to the bit" if difference == 0 else f"logits that differ by at most {difference:.1e}"
+    return f"Saved and loaded again, the adapter gives {same}."
+
+
+# --- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def _markdown(results: DemoResults) -> str:
+    parameters, accuracy, load, latency = map(_markdown_table, _tables(results))
+    before, after = fmean(results.accuracy_before.values()), fmean(results.accuracy_after.values())
+    sections = [
+        "# GraphMoE demo report",
+        f"GraphMoE adapters took a small base model from **{before:.1%}** to **{after:.1%}** right answers on "
+        f"{results.questions:,} held-out multiple-choice questions; guessing gives 25%.",
+        "> **What this is not.** The task is synthetic: the questions, the world they are about and the base model "
+        "were made by this project to be small enough for a CPU. The figures show that the method trains, saves, "
+        "loads and routes as it should. They are no benchmark and say nothing about real language models.",
+        "## Conditions",
+        _markdown_table(_Table("", ("", ""), _condition_rows(results))),
+        "## Parameters",
+        "Trainable parameters of the adapter, against the frozen base model and against both together.",
+        parameters,
+        "## Accuracy",
+        "Before: the base model with a fresh adapter, which leaves its output as it was. After: fine-tuned. "
+        "No question was seen in training. The mean weighs every skill alike.",
+        *("![Accuracy by skill](accuracy.png)", accuracy),
+        "## Training loss",
+        "![Training loss](loss.png)",
+        "## Expert load",
+        "The share of routed tokens that each expert gets in each round. The load-balance loss pulls towards an even "
+        "load and does not enforce it.",
+        *("![Expert load](expert_load.png)", load),
+        "## Latency",
+        "One layer, computed literally and folded: the same function, so the same output. With one round there is "
+        "nothing to fold and both run the same code; a difference there is the noise of the measurement. "
+        "*Further round* is the mean cost in ms of each round after the first.",
+        *("![Latency by rounds](latency.png)", latency),
+        "## Saving and loading",
+        _reload_sentence(results),
+        "## Sample questions",
+        *(_markdown_example(*example) for example in results.examples),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _condition_rows(results: DemoResults) -> list[list[str]]:
+    seconds = [[f"time, {stage}", f"{taken:.1f} s"] for stage, taken in results.seconds.items()]
+    return [["seed", str(results.seed)], *([name, text] for name, text in results.conditions.items()), *seconds]
+
+
+def _markdown_table(table: _Table) -> str:
+    ruler = [":--", *("--:" if name else ":--" for name in table.header[1:])]
+    title = [f"**{table.title}**", ""] if table.title else []
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (table.header, ruler, *table.rows)]
+    return "\n".join([*title, *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def _markdown_example(prompt: str, right: str, before: str, after: str) -> str:
+    def verdict(answer: str) -> str:
+        # A base model may answer with any byte.
+        shown = answer if answer.isalnum() else repr(answer)
+        return f"**{shown}** ({'right' if answer == right else 'wrong'})"
+
+    return f"```text\n{prompt}\n```\n\nRight: **{right}** · before: {verdict(before)} · after: {verdict(after)}"
