@@ -46,6 +46,17 @@ def test_collect_during_generate():
         model.generate(input_ids=IDS, attention_mask=LEFT_PADDED, max_new_tokens=5, do_sample=False, eos_token_id=None)
     expected = 2 * (int(LEFT_PADDED.sum()) + 4 * len(IDS))
     assert routing.counts["model.layers.0.mlp"].sum(dim=1).tolist() == [expected] * 3
+    assert ffn_layers(model)[0].routing_context.token_mask is None, "a mask must not outlive its forward"
+
+
+def test_collect_during_generate_with_a_static_cache():
+    """generate then makes a 4-D mask, from which padding cannot be read: every token counts, as documented."""
+    model = tiny_peft_model().eval()
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+    with collect_routing(model) as routing:
+        model.generate(input_ids=IDS, attention_mask=LEFT_PADDED, **settings)
+    expected = 2 * (IDS.numel() + 4 * len(IDS))
+    assert routing.counts["model.layers.0.mlp"].sum(dim=1).tolist() == [expected] * 3
 
 
 def test_collect_in_training_with_coefficient_zero():

@@ -223,6 +223,17 @@ def test_disabled_adapter_leaves_no_stale_loss():
     torch.testing.assert_close(loss, tiny_model()(input_ids=IDS, labels=IDS).loss)
 
 
+def test_skipped_layer_leaves_no_stale_loss():
+    """Models that drop layers in training: the loss is that of the layers that ran."""
+    model = tiny_peft_model().train()
+    model(input_ids=IDS, labels=IDS)
+    model.config.num_hidden_layers = 1  # Llama runs as many of its layers
+    model(input_ids=IDS)
+    ran, skipped = ffn_layers(model)
+    assert skipped.routing is None
+    torch.testing.assert_close(router_loss(model), 0.01 * balance_loss(ran.routing))
+
+
 def test_model_loaded_by_transformers_has_it(tmp_path):
     """Transformers' own adapter loader drops the tuner object, so the loss must not depend on its forward."""
     saved = tiny_peft_model()
@@ -291,8 +302,8 @@ def test_unused_loss_is_reported():
         model(input_ids=IDS, labels=IDS)
 
 
-def checkpointed(use_reentrant: bool, **overrides: object) -> nn.Module:
-    model = tiny_peft_model(init_lora_weights=False, lora_dropout=0.1, **overrides).train()
+def checkpointed(use_reentrant: bool, model_type: str = "llama", **overrides: object) -> nn.Module:
+    model = tiny_peft_model(model_type, init_lora_weights=False, lora_dropout=0.1, **overrides).train()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     return model
@@ -318,13 +329,15 @@ def test_reentrant_checkpointing_works_without_the_loss():
     assert all(p.grad is not None for n, p in model.named_parameters() if "router.weight" in n)
 
 
-def test_checkpointing_changes_no_gradient_and_no_count():
-    """The second forward sees the same padding, is not counted, and leaves no activations behind on the layer."""
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_checkpointing_changes_no_gradient_and_no_count(model_type):
+    """The second forward sees the same padding, is not counted, and leaves no activations behind on the layer.
+
+    In Llama it stops before the MLP is done, in Gemma 2 a norm behind the MLP makes it go on.
+    """
     results = []
-    for model in (
-        tiny_peft_model(init_lora_weights=False, lora_dropout=0.1).train(),
-        checkpointed(use_reentrant=False),
-    ):
+    plain = tiny_peft_model(model_type, init_lora_weights=False, lora_dropout=0.1).train()
+    for model in (plain, checkpointed(use_reentrant=False, model_type=model_type)):
         torch.manual_seed(1)
         with collect_routing(model) as routing:
             model(input_ids=IDS, attention_mask=LEFT_PADDED, labels=IDS).loss.backward()
