@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from graphmoe_model.demo.report import DemoResults
 
 CHANCE = 0.25  # four options a question
-SMOOTHING = 0.9  # of the moving average of the loss
 
 BLUE, ORANGE = "#2f5fd0", "#e0803a"  # GraphMoE as it is after the demo, and what it is compared with
 INK, MUTED, PALE = "#1f2933", "#6b7785", "#dfe5ec"
-STYLE = {
+STYLE: Any = {  # matplotlib types its settings by a list of literal names
     **{"font.size": 10, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.edgecolor": PALE},
     **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": PALE, "grid.linewidth": 0.8, "axes.axisbelow": True},
@@ -53,11 +52,12 @@ def _loss(results: DemoResults, figure: Figure) -> None:
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:
-    """Exponential moving average without the pull of its start towards zero."""
+    """Exponential moving average over a fortieth of the curve, without the pull of its start towards zero."""
+    keep = 1 - 1 / max(2.0, len(values) / 40)
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
-        total = SMOOTHING * total + (1 - SMOOTHING) * value
-        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        total = keep * total + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
         smoothed.append(total / weight)
     return smoothed
 
@@ -66,17 +66,19 @@ def _accuracy(results: DemoResults, figure: Figure) -> None:
     axes = figure.subplots()
     skills = list(results.accuracy_before)
     series = [("before", ORANGE, results.accuracy_before), ("after", BLUE, results.accuracy_after)]
+    backing = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line runs through a figure
     for side, (label, colour, accuracy) in zip((-1, 1), series, strict=True):
         positions = [index + side * 0.19 for index in range(len(skills))]
         bars = axes.bar(positions, [accuracy[skill] for skill in skills], 0.36, color=colour, label=label)
-        axes.bar_label(bars, fmt="{:.0%}", padding=2, fontsize=9)
+        axes.bar_label(bars, fmt="{:.0%}", padding=2, fontsize=9, bbox=backing)
     axes.axhline(CHANCE, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="chance")
     axes.set_xticks(range(len(skills)), [skill.replace("_", " ").replace(" ", "\n") for skill in skills])
     axes.set_ylim(0, 1.05)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_title("Right answers on held-out questions")
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    chance, *pair = axes.get_legend_handles_labels()[0]
+    figure.legend(handles=[*pair, chance], frameon=False, loc="outside lower center", ncols=3)
 
 
 def _expert_load(results: DemoResults, figure: Figure) -> None:
@@ -86,11 +88,11 @@ def _expert_load(results: DemoResults, figure: Figure) -> None:
     rounds = max(map(len, loads.values()))
     figure.set_size_inches(7, 0.6 + rows * (0.9 + 0.36 * rounds))
     figure.suptitle("Expert load: % of routed tokens, by round and expert", x=0.01, ha="left", fontsize=11)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
     top = max(share for load in loads.values() for row in load for share in row)
     for panel, (layer, load) in zip(panels, loads.items(), strict=False):
         _heatmap(panel, layer, load, top)
-    for panel in panels:  # what is left of the last row
+    for panel in panels[len(loads) :]:  # what is left of the last row
         panel.axis("off")
 
 
@@ -126,9 +128,9 @@ def _latency(results: DemoResults, figure: Figure) -> None:
         )
     for entry in results.latency:
         if entry.rounds > 1:
-            ratio = f"{entry.literal_ms / entry.folded_ms:.1f}× faster"
-            below = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(ratio, (entry.rounds, entry.folded_ms), color=BLUE, fontsize=9, **below)
+            ratio = f"{entry.literal_ms / entry.folded_ms:.1f}× as fast"
+            point = (entry.rounds, entry.folded_ms)
+            axes.annotate(ratio, point, xytext=(7, -13), textcoords="offset points", color=BLUE, fontsize=9)
     axes.set(title="One layer, median milliseconds", xlabel="rounds T")
     axes.set_ylim(bottom=0)
     axes.set_xlim(rounds[0] - 0.25, rounds[-1] + 0.55)

@@ -147,7 +147,7 @@ def _latency_table(results: DemoResults) -> _Table:
             times.append(f"{(entry.literal_ms - first.literal_ms) / further:.2f}")
             times.append(f"{(entry.folded_ms - first.folded_ms) / further:.2f}")
         rows.append([str(entry.rounds), *times, *(() if further else ("–", "–"))])
-    header = ("rounds T", "literal ms", "folded ms", "times faster", "further round, literal", "further round, folded")
+    header = ("rounds T", "literal ms", "folded ms", "times as fast", "further round, literal", "further round, folded")
     return _Table(f"Latency: {results.latency_conditions}", header, rows)
 
 
@@ -176,7 +176,7 @@ def _markdown(results: DemoResults) -> str:
         "Trainable parameters of the adapter, against the frozen base model and against both together.",
         parameters,
         "## Accuracy",
-        "Before: the base model with a fresh adapter, which leaves its output as it was. After: fine-tuned. "
+        "Before: the base model, whose output a fresh adapter leaves as it is. After: fine-tuned. "
         "No question was seen in training. The mean weighs every skill alike.",
         *("![Accuracy by skill](accuracy.png)", accuracy),
         "## Training loss",
