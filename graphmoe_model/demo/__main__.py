@@ -39,7 +39,7 @@ class Scale(NamedTuple):
     latency: dict[str, int]
 
 
-FULL = Scale(base_steps=900, steps=500, questions=100, latency=LATENCY_SIZES)
+FULL = Scale(base_steps=900, steps=600, questions=100, latency=LATENCY_SIZES)
 QUICK = Scale(
     base_steps=4, steps=4, questions=5, latency={"hidden": 64, "intermediate": 160, "tokens": 16, "repeats": 2}
 )

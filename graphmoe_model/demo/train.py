@@ -38,8 +38,9 @@ class ProgressBar(TrainerCallback):
         """One step further."""
         self.bar.update(1)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show and keep the loss."""
+        logs = kwargs["logs"]
         if "loss" in logs:
             self.losses.append((state.global_step, float(logs["loss"])))
             self.bar.set_postfix(loss=f"{self.losses[-1][1]:.3f}")
@@ -70,7 +71,7 @@ def train(
             learning_rate=learning_rate,
             adam_beta2=0.98,
             warmup_steps=max(1, steps // 15),
-            lr_scheduler_type="linear",
+            lr_scheduler_type="cosine",
             logging_steps=max(1, steps // 50),
             save_strategy="no",
             report_to="none",
