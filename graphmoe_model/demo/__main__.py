@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import sys
 import time
 import warnings
@@ -27,6 +28,7 @@ from graphmoe_model.demo.task import LABELS, held_out_questions
 from graphmoe_model.demo.train import accuracy, answer_logits, train
 
 GOAL = 0.9
+BASE_BATCH, BATCH = 32, 16
 LATENCY_SIZES = {"hidden": 768, "intermediate": 2304, "tokens": 256}
 
 
@@ -39,7 +41,7 @@ class Scale(NamedTuple):
     latency: dict[str, int]
 
 
-FULL = Scale(base_steps=900, steps=600, questions=100, latency=LATENCY_SIZES)
+FULL = Scale(base_steps=1900, steps=900, questions=100, latency=LATENCY_SIZES)
 QUICK = Scale(
     base_steps=4, steps=4, questions=5, latency={"hidden": 64, "intermediate": 160, "tokens": 16, "repeats": 2}
 )
@@ -91,14 +93,14 @@ def run(scale: Scale, seed: int, folder: Path, console: Console) -> DemoResults:
     with _timed(seconds, "base model"):
         tokenizer = make_tokenizer(seed)
         base = make_base(tokenizer)
-        texts = BaseTexts(tokenizer, 64 * scale.base_steps, seed)
+        texts = BaseTexts(tokenizer, BASE_BATCH * scale.base_steps, seed)
         train(
             base,
             tokenizer,
             texts,
             title="reading facts and finding words",
             steps=scale.base_steps,
-            batch_size=64,
+            batch_size=BASE_BATCH,
             learning_rate=3e-3,
             seed=seed,
         )
@@ -108,14 +110,14 @@ def run(scale: Scale, seed: int, folder: Path, console: Console) -> DemoResults:
     console.rule("Fine-tuning GraphMoE adapters, the base frozen")
     model = get_peft_model(base, adapter_config())
     with _timed(seconds, "fine-tuning"):
-        questions = TrainingQuestions(tokenizer, 32 * scale.steps, seed, held_out)
+        questions = TrainingQuestions(tokenizer, BATCH * scale.steps, seed, held_out)
         losses = train(
             model,
             tokenizer,
             questions,
             title="answering questions",
             steps=scale.steps,
-            batch_size=32,
+            batch_size=BATCH,
             learning_rate=3e-3,
             seed=seed,
         )
@@ -144,7 +146,7 @@ def run(scale: Scale, seed: int, folder: Path, console: Console) -> DemoResults:
         losses=losses,
         expert_load=routing.load(),
         latency=latency,
-        latency_conditions=f"one layer, {sizes}, 8 experts, top-2, fp32, {torch.get_num_threads()} threads",
+        latency_conditions=f"one layer, {sizes}, 8 experts, top-2, fp32, one thread",
         examples=examples,
         reload_difference=difference,
         seconds=seconds,
@@ -187,6 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     scale = QUICK if options.quick else FULL
     scale = scale._replace(steps=options.steps or scale.steps)
+    if importlib.util.find_spec("matplotlib") is None:  # said now, not after the training
+        print("The demo draws plots with matplotlib, which is missing: pip install graphmoe[demo]", file=sys.stderr)
+        return 1
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # said on every machine without a GPU
     torch.set_num_threads(1)  # the model is tiny: a second thread gains nothing, and costs a lot on a busy machine

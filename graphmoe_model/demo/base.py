@@ -75,7 +75,7 @@ def encode_facts(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> dict
 
 
 class BaseTexts(Dataset):
-    """What the base model reads: item i is always the same text, two in three to find a word, one of facts."""
+    """What the base model reads: item i is always the same text, mostly to find a word, some of facts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> None:
         self.tokenizer, self.size, self.seed = tokenizer, size, seed
@@ -85,7 +85,7 @@ class BaseTexts(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, list[int]]:
         rng = random.Random(f"base {self.seed} {i}")
-        if rng.random() < 0.7:
+        if rng.random() < 0.85:
             return encode_question(self.tokenizer, find_word(rng))
         return encode_facts(self.tokenizer, rng)
 
