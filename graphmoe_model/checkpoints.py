@@ -44,7 +44,7 @@ def check_adapter_state(model: nn.Module, adapter_name: str, state: dict[str, Te
         lines = "\n".join(f"- {problem}" for problem in problems)
         raise ValueError(
             f"the checkpoint does not fit the adapter {adapter_name!r}: was it made for another model or "
-            "configuration? (ignore_mismatched_sizes does not help: part of an adapter is none.)\n"
+            "configuration? (An adapter is loaded whole or not at all, also with ignore_mismatched_sizes.)\n"
             f"{lines}"
         )
 

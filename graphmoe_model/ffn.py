@@ -62,7 +62,7 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
 
     Raises:
         TypeError: the MLP is of a kind that cannot be adapted (see `graphmoe_model.base_mlp.check_mlp`), or
-            wrapped already.
+            wrapped already, or ``config`` is no `GraphMoEConfig`.
         ValueError: its activation is unknown, or the GRU's width would be 0.
     """
 
@@ -70,6 +70,8 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
 
     def __init__(self, mlp: nn.Module, config: GraphMoEConfig, adapter_name: str = "default", **kwargs: Any) -> None:
         super().__init__()
+        if not isinstance(config, GraphMoEConfig):
+            raise TypeError(f"config must be a GraphMoEConfig, got {type(config).__name__}")
         if isinstance(mlp, BaseTunerLayer):
             raise TypeError(f"this MLP is wrapped already ({type(mlp).__name__}); use update_layer to add an adapter")
         self.sizes = check_mlp(mlp)
@@ -98,7 +100,8 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
         A non-finite x gives a non-finite y for its token and leaves the other tokens alone.
 
         Raises:
-            TypeError: x is not floating point. ValueError: x has another width or is on another device.
+            TypeError: x is not floating point, or of another dtype than the MLP's weights outside of autocast.
+            ValueError: x has another width or is on another device.
         """
         name = self._active_name()
         if name is None:
@@ -175,7 +178,8 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"x must have the MLP's hidden size {self.sizes.hidden} as its last dimension, got {list(x.shape)}"
             )
-        device = self.base_layer.down_proj.weight.device  # type: ignore[union-attr]
+        weight: Tensor = self.base_layer.down_proj.weight  # type: ignore[union-attr, assignment]
+        device, dtype = weight.device, weight.dtype
         if device.type == "meta":
             raise ValueError(
                 "this layer's weights hold no data (meta device): weights offloaded to CPU or disk are not "
@@ -183,6 +187,8 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
             )
         if x.device != device:
             raise ValueError(f"x is on {x.device}, the layer on {device}; move one of them")
+        if dtype.is_floating_point and x.dtype != dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(f"x is {x.dtype}, the MLP's weights are {dtype}; cast one of them or use torch.autocast")
 
     def _records(self, config: GraphMoEConfig) -> bool:
         return self.routing_context.collecting or (self.training and config.router_aux_loss_coef > 0)

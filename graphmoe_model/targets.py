@@ -99,10 +99,11 @@ def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
 
     Raises:
         TypeError: a selected module is neither an MLP of a supported kind nor a single layer.
-        ValueError: no MLP is selected; a module inside a selected one is selected too;
-            ``layers_to_transform`` names a layer that does not exist.
+        ValueError: an entry is no module's name; no MLP is selected; a module inside a selected one is
+            selected too; ``layers_to_transform`` names a layer that does not exist.
     """
     modules = dict(walk(model))
+    _check_entries(modules, config)
     selected = {name: modules[name] for name in modules if name and check_target_module_exists(config, name)}
     for name, module in selected.items():
         inside = next((other for other in selected if name.startswith(other + ".")), None)
@@ -120,6 +121,20 @@ def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
     if not any(map(_is_mlp, selected.values())):
         raise ValueError(_no_mlp_selected(modules, selected, config))
     _check_layer_indices(list(selected), config)
+
+
+def _check_entries(modules: dict[str, nn.Module], config: GraphMoEConfig) -> None:
+    """PEFT passes over an entry that matches nothing; a typo would cost the user those adapters unseen."""
+    if isinstance(config.target_modules, str):
+        return
+    unknown = [
+        entry
+        for entry in sorted(config.target_modules or ())
+        if not any(name == entry or name.endswith("." + entry) for name in modules)
+    ]
+    if unknown:
+        last = sorted({name.rpartition(".")[2] for name in modules if name and not name[-1].isdigit()})
+        raise ValueError(f"target_modules: no module is called {', '.join(unknown)}; there are {', '.join(last)}")
 
 
 def _has_attention(layer: nn.Module) -> bool:

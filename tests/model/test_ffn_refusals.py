@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from graphmoe_model import FusedGraphMoEFFN
@@ -29,6 +30,11 @@ def test_merging_is_refused(refused):
 @pytest.mark.parametrize(
     "x, error, message",
     [
+        (
+            torch.zeros(2, D, dtype=torch.bfloat16),
+            TypeError,
+            "x is torch.bfloat16, the MLP's weights are torch.float32",
+        ),
         (torch.zeros(2, D, dtype=torch.long), TypeError, "x must be floating point, got torch.int64; pass hidden"),
         (torch.zeros(2, D + 1), ValueError, rf"hidden size {D} as its last dimension, got \[2, {D + 1}\]"),
         (torch.zeros(D, 2), ValueError, rf"hidden size {D} as its last dimension, got \[{D}, 2\]"),
@@ -93,3 +99,9 @@ def test_mlps_that_cannot_be_adapted_are_refused(make, error, message):
     scale = 0.01 if "width 0" in message else 0.3
     with pytest.raises(error, match=message):
         FusedGraphMoEFFN(make(), config(gru_hidden_scale=scale))
+
+
+def test_another_methods_config_is_refused():
+    """LoraConfig is the parent class, so it gets far before anything fails."""
+    with pytest.raises(TypeError, match="config must be a GraphMoEConfig, got LoraConfig"):
+        FusedGraphMoEFFN(llama_mlp(), LoraConfig())

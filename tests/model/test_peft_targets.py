@@ -234,7 +234,7 @@ def test_a_model_of_dense_and_sparse_layers_can_be_adapted_in_part():
         (["q_proj"], ValueError, "selects no gated MLP.*the model's gated MLPs are called mlp"),
         (["mlp", "gate_proj"], ValueError, "model.layers.0.mlp.gate_proj, which lies inside model.layers.0.mlp"),
         (["mlp", "self_attn"], TypeError, "model.layers.0.self_attn: LlamaAttention is not a gated MLP"),
-        (["nothing"], ValueError, "selects no gated MLP"),
+        (["nothing"], ValueError, "no module is called nothing"),
     ],
 )
 def test_targets_that_make_no_graphmoe_model_are_refused(targets, error, message):
@@ -358,3 +358,9 @@ def test_tensor_parallel_weights_are_refused(tmp_path):
         refuse(model, ValueError, "LlamaMLP.up_proj is spread over devices.*tp_plan")
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_misspelt_target_is_refused_by_name():
+    """PEFT passes over what matches nothing, and the attention would silently get no adapter."""
+    with pytest.raises(ValueError, match=r"no module is called q_prj; there are .*q_proj"):
+        attach(tiny_model(), target_modules=["q_prj", "mlp"])
