@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
 
 from tests.model.tiny_models import VOCABULARY, tiny_model, tiny_peft_model
 from tests.model.training import (
@@ -24,6 +22,9 @@ from tests.model.training import (
     trained_model,
 )
 
+datasets = pytest.importorskip("datasets")  # the train extra; a machine may run the other tests without it
+trl = pytest.importorskip("trl")
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
@@ -32,13 +33,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def sft(model: Any, ids: Tensor, tmp_path: Path, accumulation: int, **overrides: Any) -> tuple[SFTTrainer, Tensor]:
+def sft(model: Any, ids: Tensor, tmp_path: Path, accumulation: int, **overrides: Any) -> tuple[Any, Tensor]:
     """One optimizer step over ids, in fp32 unless asked; the trainer and the router's gradient."""
     kept = KeepRouterGradients()
-    rows = Dataset.from_dict({"input_ids": ids.tolist()})
-    trainer = SFTTrainer(
+    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()})
+    trainer = trl.SFTTrainer(
         model,
-        args=SFTConfig(
+        args=trl.SFTConfig(
             **arguments(tmp_path, len(ids), accumulation, **{"max_length": None, "bf16": False, **overrides})
         ),
         train_dataset=rows,
