@@ -1,24 +1,87 @@
 """Which implementation of an operator runs.
 
-``"auto"`` is the PyTorch implementation on every device, for as long as this package holds no Triton kernels; an
-explicit backend that cannot run is an error that says why, never another path. ``"reference"`` runs the plain
-definition of each operator: slow, in any float dtype, the oracle of the tests.
+``"auto"`` is Triton for CUDA tensors in fp32, fp16 and bf16, and PyTorch for everything else (other devices, and fp64,
+in which the Triton kernels do not compute). An explicit backend that cannot run is an error that says why, and so is
+``"auto"`` on a GPU where Triton cannot run: never another path. ``"reference"`` is the plain definition of each
+operator: slow, in any float dtype, the oracle of the tests.
 """
 
 from __future__ import annotations
 
-BACKENDS = ("auto", "torch", "reference")
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_CAPABILITY = (8, 0)
 
 
-def resolve_backend(backend: str) -> str:
-    """``"torch"`` or ``"reference"`` for a requested ``backend``; ``ValueError`` names what there is otherwise."""
+def check_backend(backend: str) -> None:
+    """`ValueError` for a name that is no backend's."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+
+
+def resolve_backend(backend: str, name: str, tensor: Tensor) -> str:
+    """``"triton"``, ``"torch"`` or ``"reference"`` for the requested ``backend`` and an operator's main argument.
+
+    Args:
+        backend: what was asked for.
+        name: the name of ``tensor`` in messages.
+        tensor: the operator's main argument; its device and dtype decide.
+
+    Raises:
+        ValueError: an unknown name; Triton asked for where it cannot run (device, dtype, GPU, or not installed).
+    """
+    check_backend(backend)
     if backend == "auto":
-        return "torch"
-    if backend in BACKENDS:
-        return backend
+        backend = "triton" if tensor.is_cuda and tensor.dtype != torch.float64 else "torch"
     if backend == "triton":
+        _check_triton(name, tensor)
+    return backend
+
+
+def _check_triton(name: str, tensor: Tensor) -> None:
+    if not _triton_installed():
+        raise ValueError("backend 'triton' needs the triton package, which is not installed; use backend='torch'")
+    if tensor.dtype not in TRITON_DTYPES:
         raise ValueError(
-            "backend='triton': this version of graphmoe_kernels has no Triton kernels yet; "
-            "use backend='auto' or backend='torch'"
+            f"{name} is {tensor.dtype}: the Triton kernels take float32, float16 and bfloat16; use backend='torch'"
         )
-    raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+    if not tensor.is_cuda:
+        if interpreting() and tensor.device.type == "cpu":
+            return
+        raise ValueError(
+            f"{name} is on {tensor.device}, and backend='triton' runs on CUDA devices; move the tensors there or use "
+            "backend='torch' (TRITON_INTERPRET=1, set before the program starts, interprets the kernels on the CPU)"
+        )
+    if interpreting():
+        return
+    capability = device_capability(tensor.device.index or 0)
+    if torch.version.hip is None and capability < MIN_CAPABILITY:
+        raise ValueError(
+            f"{name} is on a GPU of compute capability {capability[0]}.{capability[1]}; the Triton kernels need 8.0 "
+            "(Ampere) or newer; use backend='torch'"
+        )
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def device_capability(index: int) -> tuple[int, int]:
+    """The compute capability of a CUDA device, asked for once."""
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1 when it was first imported)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from graphmoe_kernels.backend import resolve_backend
+from graphmoe_kernels.backend import check_backend
 from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS
 from graphmoe_kernels.rethinking import CANDIDATE_INPUTS, FOLD_MODES, RethinkingSpec
 
@@ -80,7 +80,7 @@ class GraphMoEConfig(LoraConfig):
     router_aux_loss_coef: float = _option(0.01, "weight of the load-balance loss; 0 turns it off")
     router_aux_loss: str = _option("paper", "'paper' (Eq. 8, top-k entries) or 'switch' (full softmax)")
     fold: str = _option("auto", "'auto', 'always' or 'never': how later rounds are computed, not what")
-    backend: str = _option("auto", "'auto' or 'torch': which implementation runs")
+    backend: str = _option("auto", "'auto', 'triton' or 'torch': which implementation of the operators runs")
 
     def __post_init__(self) -> None:
         self.check_supported()
@@ -136,7 +136,7 @@ class GraphMoEConfig(LoraConfig):
         for name in ("norm_topk_prob", "use_rslora"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        resolve_backend(self.backend)
+        check_backend(self.backend)
 
     def gru_width(self, hidden_size: int) -> int:
         """G for a model of this hidden size; ``ValueError`` if it is 0 while there are rounds to join."""

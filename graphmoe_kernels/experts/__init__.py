@@ -69,7 +69,7 @@ def expert_swiglu(
     _check_shapes(gate, up, low_gate, low_up, gate_B, up_B, down_A, weights, experts, state, fold_gate, fold_up)
 
     dtype = gate.dtype
-    run = reference.expert_swiglu if resolve_backend(backend) == "reference" else expert_swiglu_op
+    run = reference.expert_swiglu if resolve_backend(backend, "gate", gate) == "reference" else expert_swiglu_op
     with torch.autocast(gate.device.type, enabled=False):
         return run(
             gate,

@@ -42,7 +42,7 @@ def gru_step(
         TypeError: ``inputs`` is not floating point.
         ValueError: shapes that do not belong together, tensors on several devices, an unknown activation or backend.
     """
-    resolve_backend(backend)
+    resolve_backend(backend, "inputs", inputs)
     if candidate_activation not in CANDIDATE_ACTIVATIONS:
         raise ValueError(f"unknown candidate_activation {candidate_activation!r}; expected 'sigmoid' or 'tanh'")
     if not inputs.is_floating_point():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
-from graphmoe_kernels.backend import resolve_backend
+from graphmoe_kernels.backend import check_backend
 from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS
 from graphmoe_kernels.rethinking.cache import FoldCache, fold_sources
 from graphmoe_kernels.rethinking.folded import rethink_folded
@@ -61,7 +61,7 @@ def rethink(
     check_input(x, weights.router)
     if fold not in FOLD_MODES:
         raise ValueError(f"unknown fold {fold!r}; expected one of {', '.join(map(repr, FOLD_MODES))}")
-    resolve_backend(backend)
+    check_backend(backend)
     if spec.rounds == 1 or fold == "never":
         return rethink_literal(x, weights, spec, token_mask, backend)
 

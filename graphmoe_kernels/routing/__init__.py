@@ -56,7 +56,7 @@ def topk_softmax_routing(
         ValueError: a wrong rank, ``top_k`` outside 1..n, an unknown ``statistics`` or backend, a mask of another shape
             or on another device.
     """
-    resolve_backend(backend)
+    resolve_backend(backend, "logits", logits)
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() != 2:
