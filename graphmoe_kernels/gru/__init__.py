@@ -5,74 +5,105 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.backend import resolve_backend
-from graphmoe_kernels.gru import reference
+from graphmoe_kernels.backend import TRITON_DTYPES, resolve_backend
+from graphmoe_kernels.gru import op, reference
 
 CANDIDATE_ACTIVATIONS = ("sigmoid", "tanh")
 
 
 def gru_step(
     inputs: Tensor,
+    recurrent: Tensor | None,
     state: Tensor | None,
-    recurrent_gates: Tensor,
-    recurrent_candidate: Tensor,
+    total: Tensor | None,
+    candidate_weight: Tensor,
     candidate_bias: Tensor,
     *,
     candidate_activation: str = "sigmoid",
     backend: str = "auto",
 ) -> Tensor:
-    """One step h -> h' of the rethinking GRU (GraphMoE, Eq. 5 and 6).
+    """One step h -> h' of the rethinking GRU (GraphMoE, Eq. 5 and 6), and the running sum of its states.
 
-    With u = ``inputs`` split in three, z = sigmoid(u_z + W_z h), q = sigmoid(u_r + W_r h),
-    c = sigma(u_o + W_o (q * h) + b_o) and h' = (1 - z) * h + z * c. Gates and state update run in fp32 at least.
+    With u = ``inputs`` split in three and v = ``recurrent`` split in two, z = sigmoid(u_z + v_z),
+    q = sigmoid(u_r + v_r), c = sigma(u_o + W_o (q * h) + b_o), h' = (1 - z) * h + z * c and H' = H + h'. Gates, state
+    update and sum run in fp32 at least; q * h is rounded to the dtype of ``inputs`` before its product.
+
+    The gates' own product with the state is left to the caller, who can merge it with others that read the state. In
+    the first round h = 0 and H = 0: ``recurrent``, ``state`` and ``total`` are None, all three.
 
     Args:
-        inputs: [N, 3G], what the gates read from outside, in the order update, reset, candidate.
-        state: [N, G], or None for h = 0 (the first round).
-        recurrent_gates: [2G, G], the state's columns of W_z over those of W_r.
-        recurrent_candidate: [G, G], the state's columns of W_o.
+        inputs: [N, 3G], what the gates read from outside, in the order update, reset, candidate. Its dtype is the
+            operator's: tensors of another floating dtype are cast to it (the bias is read as it is).
+        recurrent: [N, 2G], W_z h beside W_r h, or None.
+        state: [N, G], h, or None.
+        total: [N, G], H, the sum of the states before h', or None.
+        candidate_weight: [G, G], the state's columns of W_o.
         candidate_bias: [G].
         candidate_activation: ``"sigmoid"`` (as the paper writes) or ``"tanh"``.
         backend: see `graphmoe_kernels.backend`.
 
     Returns:
-        [N, G] in the dtype of ``inputs``.
+        [N, 2G] in the dtype of ``inputs``: h' beside H'. One tensor, because one product reads both.
 
     Raises:
-        TypeError: ``inputs`` is not floating point.
-        ValueError: shapes that do not belong together, tensors on several devices, an unknown activation or backend.
+        TypeError: a tensor that is not floating point.
+        ValueError: shapes that do not belong together, some but not all of ``recurrent``, ``state`` and ``total``,
+            tensors on several devices, an unknown activation or backend.
     """
-    resolve_backend(backend, "inputs", inputs)
+    backend = resolve_backend(backend, "inputs", inputs)
     if candidate_activation not in CANDIDATE_ACTIVATIONS:
         raise ValueError(f"unknown candidate_activation {candidate_activation!r}; expected 'sigmoid' or 'tanh'")
-    if not inputs.is_floating_point():
-        raise TypeError(f"inputs must be floating point, got {inputs.dtype}")
+    _check(inputs, recurrent, state, total, candidate_weight, candidate_bias)
+    dtype = inputs.dtype
+    recurrent, state, total = _cast(recurrent, dtype), _cast(state, dtype), _cast(total, dtype)
+    weight = candidate_weight if candidate_weight.dtype == dtype else candidate_weight.to(dtype)
+    if backend != "triton":
+        with torch.autocast(inputs.device.type, enabled=False):
+            return reference.step(inputs, recurrent, state, total, weight, candidate_bias, candidate_activation)
+    bias = candidate_bias if candidate_bias.dtype in TRITON_DTYPES else candidate_bias.float()
+    tensors = (inputs, recurrent, state, total, weight, bias)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return op.step(*tensors, candidate_activation, save)[0]
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _check(
+    inputs: Tensor,
+    recurrent: Tensor | None,
+    state: Tensor | None,
+    total: Tensor | None,
+    candidate_weight: Tensor,
+    candidate_bias: Tensor,
+) -> None:
+    """The exceptions of `gru_step` that tell of its tensors."""
+    missing = [name for name, t in (("recurrent", recurrent), ("state", state), ("total", total)) if t is None]
+    if 0 < len(missing) < 3:
+        raise ValueError(
+            f"{' and '.join(missing)} missing: recurrent, state and total are given together, or all None in the first "
+            "round"
+        )
     if candidate_bias.dim() != 1:
         raise ValueError(f"candidate_bias must be [G], the GRU's width; got {list(candidate_bias.shape)}")
     tokens, width = inputs.shape[0] if inputs.dim() else 0, candidate_bias.shape[0]
-    expected = {
-        "inputs": (inputs, (tokens, 3 * width)),
-        "state": (state, (tokens, width)),
-        "recurrent_gates": (recurrent_gates, (2 * width, width)),
-        "recurrent_candidate": (recurrent_candidate, (width, width)),
-        "candidate_bias": (candidate_bias, (width,)),
-    }
-    for name, (tensor, shape) in expected.items():
+    expected = (
+        ("inputs", inputs, (tokens, 3 * width)),
+        ("recurrent", recurrent, (tokens, 2 * width)),
+        ("state", state, (tokens, width)),
+        ("total", total, (tokens, width)),
+        ("candidate_weight", candidate_weight, (width, width)),
+        ("candidate_bias", candidate_bias, (width,)),
+    )
+    for name, tensor, shape in expected:
         if tensor is None:
             continue
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name} must be {list(shape)} for a GRU of width {width} (candidate_bias), got {list(tensor.shape)}"
             )
         if tensor.device != inputs.device:
             raise ValueError(f"{name} is on {tensor.device}, inputs on {inputs.device}; put them on one device")
-    dtype = inputs.dtype
-    with torch.autocast(inputs.device.type, enabled=False):
-        return reference.step(
-            inputs,
-            None if state is None else state.to(dtype),
-            recurrent_gates.to(dtype),
-            recurrent_candidate.to(dtype),
-            candidate_bias,
-            candidate_activation,
-        )

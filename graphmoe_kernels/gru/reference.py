@@ -1,7 +1,7 @@
 """The GRU step of self-rethinking (GraphMoE, Eq. 5 and 6), in plain PyTorch: the oracle and the CPU path.
 
-The products with the wide expert output happen outside; what is left is three [N, G] x [G, G] products and pointwise
-work, which plain PyTorch does in a few calls.
+The products with the wide expert output and the gates' product with the state happen outside; what is left is one
+[N, G] x [G, G] product and pointwise work, which plain PyTorch does in a few calls.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import Tensor
 
 def step(
     inputs: Tensor,
+    recurrent: Tensor | None,
     state: Tensor | None,
-    recurrent_gates: Tensor,
-    recurrent_candidate: Tensor,
+    total: Tensor | None,
+    candidate_weight: Tensor,
     candidate_bias: Tensor,
     candidate_activation: str,
 ) -> Tensor:
@@ -25,12 +26,13 @@ def step(
     width = candidate_bias.shape[0]
     update, reset, candidate = inputs.to(compute).split(width, dim=-1)  # [N, G] each
     bias = candidate_bias.to(compute)
-    if state is None:  # h = 0: the recurrent products vanish and the reset gate has nothing to act on
-        return (torch.sigmoid(update) * squash(candidate + bias)).to(inputs.dtype)
+    if recurrent is None or state is None or total is None:  # h = 0: nothing for the reset gate to act on
+        new = (torch.sigmoid(update) * squash(candidate + bias)).to(inputs.dtype)
+        return torch.cat([new, new], dim=1)
 
-    gates = F.linear(state, recurrent_gates).to(compute)  # [N, 2G]
+    gates, h = recurrent.to(compute), state.to(compute)
     z = torch.sigmoid(update + gates[:, :width])
     q = torch.sigmoid(reset + gates[:, width:])
-    h = state.to(compute)
-    c = squash(candidate + F.linear((q * h).to(state.dtype), recurrent_candidate).to(compute) + bias)
-    return ((1 - z) * h + z * c).to(inputs.dtype)
+    c = squash(candidate + F.linear((q * h).to(inputs.dtype), candidate_weight).to(compute) + bias)
+    new = (1 - z) * h + z * c
+    return torch.cat([new, total.to(compute) + new], dim=1).to(inputs.dtype)

@@ -43,16 +43,18 @@ def rethink_folded(
     for _ in range(1, spec.rounds):
         assert fold is not None
         inputs = _gru_inputs(c, z, routing, candidate_1, total, spec, fold)
-        state = gru_step(
+        recurrent = None if state is None else F.linear(state, fold.recurrent_gates)
+        joined = gru_step(
             inputs,
+            recurrent,
             state,
-            fold.recurrent_gates,
+            total,
             fold.recurrent_candidate,
             fold.candidate_bias,
             candidate_activation=spec.candidate_activation,
             backend=backend,
         )
-        total = state if total is None else total + state  # H, [N, G']
+        state, total = joined.chunk(2, dim=1)  # h and H, [N, G'] each
         logits = logits_1 + rounds.router_logits(total, fold.router)
         routing = rounds.route(logits, spec, token_mask, backend)
         routings.append(routing)

@@ -20,7 +20,7 @@ def rethink_literal(
 ) -> RethinkingOutput:
     """y_T for x [N, D] by the literal loop; arguments as in `graphmoe_kernels.rethink`."""
     base, router, experts, gru = weights
-    state, routings = None, []
+    state, total, routings = None, None, []
     for t in range(spec.rounds):
         routing = rounds.route(rounds.router_logits(x, router), spec, token_mask, backend)
         routings.append(routing)
@@ -39,14 +39,17 @@ def rethink_literal(
             width = gru.width
             reads_y, reads_x = columns[: 2 * width], columns[2 * width :]
             inputs = torch.cat([F.linear(y, reads_y), F.linear(x.to(y.dtype), reads_x)], dim=1)
-        state = gru_step(
+        recurrent = None if state is None else F.linear(state, gru.recurrent_gates().to(state.dtype))
+        joined = gru_step(
             inputs,
+            recurrent,
             state,
-            gru.recurrent_gates(),
+            total,
             gru.recurrent_candidate(),
             gru.candidate_bias,
             candidate_activation=spec.candidate_activation,
             backend=backend,
         )
+        state, total = joined.chunk(2, dim=1)  # [N, G] each
         x = x + F.linear(state, gru.output.to(state.dtype))
     return rounds.collect(y, routings)

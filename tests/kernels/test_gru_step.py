@@ -17,22 +17,25 @@ def arguments(tokens: int = 4, width: int = WIDTH, dtype: torch.dtype = torch.fl
 
     return {
         "inputs": draw(tokens, 3 * width),
+        "recurrent": draw(tokens, 2 * width) if state else None,
         "state": draw(tokens, width) if state else None,
-        "recurrent_gates": draw(2 * width, width),
-        "recurrent_candidate": draw(width, width),
+        "total": draw(tokens, width) if state else None,
+        "candidate_weight": draw(width, width),
         "candidate_bias": draw(width),
     }
 
 
-def by_definition(inputs, state, recurrent_gates, recurrent_candidate, candidate_bias, squash):
-    """The paper's equations in the dtype of the arguments, with a zero state in the first round."""
+def by_definition(inputs, recurrent, state, total, candidate_weight, candidate_bias, squash):
+    """The paper's equations in the dtype of the arguments, with h = 0 and H = 0 in the first round."""
     width = candidate_bias.shape[0]
     h = inputs.new_zeros(inputs.shape[0], width) if state is None else state
+    v_z, v_r = (h, h) if recurrent is None else recurrent.split(width, dim=1)
     u_z, u_r, u_o = inputs.split(width, dim=1)
-    z = torch.sigmoid(u_z + h @ recurrent_gates[:width].T)
-    q = torch.sigmoid(u_r + h @ recurrent_gates[width:].T)
-    c = squash(u_o + (q * h) @ recurrent_candidate.T + candidate_bias)
-    return (1 - z) * h + z * c
+    z = torch.sigmoid(u_z + v_z)
+    q = torch.sigmoid(u_r + v_r)
+    c = squash(u_o + (q * h) @ candidate_weight.T + candidate_bias)
+    new = (1 - z) * h + z * c
+    return torch.cat([new, new if total is None else total + new], dim=1)
 
 
 @pytest.mark.oracle
@@ -40,11 +43,11 @@ def by_definition(inputs, state, recurrent_gates, recurrent_candidate, candidate
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
 @pytest.mark.parametrize("tokens, width", [(4, 5), (0, 5), (1, 1), (33, 16)])
 def test_equals_the_equations(tokens, width, activation, state):
-    """h' for a given and for the zero state, at a padded width and at none."""
+    """h' and H + h' for a given and for the zero state, at a padded width and at none."""
     given = arguments(tokens, width, state=state)
     exact = by_definition(*given.values(), getattr(torch, activation))
     found = gru_step(**given, candidate_activation=activation)
-    assert found.shape == (tokens, width)
+    assert found.shape == (tokens, 2 * width)
     assert relative_error(found, exact) <= 1e-14
 
 
@@ -80,12 +83,13 @@ def test_error_is_within_budget(dtype, state):
 def test_half_precision_inputs_with_fp32_weights():
     """fp32 adapters on a bf16 model are cast to the inputs' dtype; their gradients come back in fp32."""
     given = arguments(8, dtype=torch.float32) | {"inputs": torch.randn(8, 3 * WIDTH).bfloat16()}
-    for name in ("recurrent_gates", "recurrent_candidate", "candidate_bias"):
+    for name in ("recurrent", "candidate_weight", "candidate_bias"):
         given[name].requires_grad_()
     found = gru_step(**given)
     assert found.dtype == torch.bfloat16
     found.float().sum().backward()
-    assert given["recurrent_gates"].grad.dtype == torch.float32
+    assert given["candidate_weight"].grad.dtype == torch.float32
+    assert given["recurrent"].grad.dtype == torch.float32
 
 
 def test_autocast_changes_nothing():
@@ -114,12 +118,12 @@ REFUSALS = [
     ({"state": torch.zeros(4, 6)}, ValueError, r"state must be \[4, 5\].*got \[4, 6\]"),
     ({"state": torch.zeros(3, 5)}, ValueError, r"state must be \[4, 5\].*got \[3, 5\]"),
     ({"state": torch.zeros(4, 5, device="meta")}, ValueError, "state is on meta, inputs on cpu"),
-    ({"recurrent_gates": torch.zeros(5, 5)}, ValueError, r"recurrent_gates must be \[10, 5\].*got \[5, 5\]"),
-    (
-        {"recurrent_candidate": torch.zeros(5, 4)},
-        ValueError,
-        r"recurrent_candidate must be \[5, 5\].*\[5, 4\]",
-    ),
+    ({"recurrent": torch.zeros(4, 5)}, ValueError, r"recurrent must be \[4, 10\].*got \[4, 5\]"),
+    ({"total": torch.zeros(4, 10)}, ValueError, r"total must be \[4, 5\].*got \[4, 10\]"),
+    ({"total": torch.zeros(4, 5).int()}, TypeError, "total must be floating point, got torch.int32"),
+    ({"recurrent": None}, ValueError, "recurrent missing: recurrent, state and total are given together"),
+    ({"state": None, "total": None}, ValueError, "state and total missing: .* or all None in the first round"),
+    ({"candidate_weight": torch.zeros(5, 4)}, ValueError, r"candidate_weight must be \[5, 5\].*\[5, 4\]"),
     ({"candidate_bias": torch.zeros(1, 5)}, ValueError, r"candidate_bias must be \[G\].*got \[1, 5\]"),
     (
         {"candidate_activation": "relu"},
