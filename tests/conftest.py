@@ -1,10 +1,20 @@
 """Settings that every test shares: seed, threads, and how hypothesis draws its examples."""
 
+import importlib.util
 import os
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which transformers does
+
+import pytest
 from hypothesis import settings
+
+from tests import interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    interpreter.install()
 
 # No deadline: a busy machine is no failure. Derandomised, so that a change is judged by the same examples as
 # the one before it; HYPOTHESIS_PROFILE=explore draws fresh ones.
