@@ -1,0 +1,61 @@
+"""Readings as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from graphmoe_kernels.aot.reading import Reading
+
+# A table in a file or a pipe has no window to fit into.
+UNBOUNDED_WIDTH = 200
+
+
+def console(stderr: bool = False) -> Console:
+    """A console as wide as the terminal, or wide enough for the table where there is none."""
+    made = Console(stderr=stderr)
+    return made if made.is_terminal else Console(stderr=stderr, width=UNBOUNDED_WIDTH)
+
+
+def table(readings: Sequence[Reading]) -> Table:
+    """A row for each reading; a reading with faults is red."""
+    made = Table(title=f"Kernels as Triton {readings[0].triton} compiles them" if readings else None)
+    for header in ("kernel", "configuration"):
+        made.add_column(header, overflow="fold")
+    made.add_column("target")
+    for header in ("shared KiB", "registers", "spill B", "HGMMA", "other MMA", "blocks/SM", "s"):
+        made.add_column(header, justify="right")
+    for reading in readings:
+        made.add_row(*_cells(reading), style="red" if reading.faults else None)
+    return made
+
+
+def _cells(reading: Reading) -> list[str]:
+    head = [escape(reading.name), escape(reading.configuration), reading.target]
+    if reading.error is not None:
+        return [*head, *["–"] * 6, f"{reading.seconds:.1f}"]
+    return [
+        *head,
+        f"{reading.shared_bytes / 1024:.1f}",
+        str(reading.registers),
+        str(reading.spill_bytes),
+        str(reading.hgmma),
+        str(reading.hmma + reading.tcgen05 + reading.mfma),
+        "–" if reading.blocks_per_sm is None else str(reading.blocks_per_sm),
+        f"{reading.seconds:.1f}",
+    ]
+
+
+def fault_lines(readings: Sequence[Reading]) -> list[str]:
+    """One line for each fault."""
+    return [f"{reading.name} for {reading.target}: {fault}" for reading in readings for fault in reading.faults]
+
+
+def write_json(readings: Sequence[Reading], path: Path) -> None:
+    """The readings as a list of objects."""
+    path.write_text(json.dumps([reading._asdict() for reading in readings], indent=1) + "\n")
