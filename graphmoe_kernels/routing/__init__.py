@@ -9,6 +9,9 @@ from torch import Tensor
 
 from graphmoe_kernels.backend import resolve_backend
 from graphmoe_kernels.routing import reference
+from graphmoe_kernels.routing.launch import MAX_EXPERTS
+from graphmoe_kernels.routing.op import route_op
+from graphmoe_kernels.routing.order import expert_order as expert_order
 
 STATISTICS = ("topk", "full")
 
@@ -18,16 +21,21 @@ class Routing(NamedTuple):
 
     Attributes:
         weights: [N, k] fp32 (fp64 for fp64 logits), differentiable.
-        experts: [N, k] int64, distinct within a row, by falling probability.
+        experts: [N, k] integer (int32 from Triton, else int64), distinct within a row, by falling probability.
         counts: [n], how many counted tokens chose each expert; None unless statistics were asked for.
         mass: [n], differentiable; each expert's routing probability summed over the counted tokens, from the top-k
             entries alone (``statistics="topk"``, the paper's Eq. 8) or from the whole softmax (``"full"``).
+        logits: [N, n] fp32 (fp64 where routing ran in it), differentiable.
+        tickets: int32 zeros [ceil(N / 16)] from Triton, else empty: counters for the kernels that follow, which leave
+            them at zero. They are made here because that takes no launch of its own.
     """
 
     weights: Tensor
     experts: Tensor
     counts: Tensor | None
     mass: Tensor | None
+    logits: Tensor
+    tickets: Tensor
 
 
 def topk_softmax_routing(
@@ -41,7 +49,8 @@ def topk_softmax_routing(
 ) -> Routing:
     """Softmax over the experts, the ``top_k`` largest, optionally renormalised (GraphMoE, section 3 and Eq. 4).
 
-    A row with a non-finite logit gets non-finite weights and experts that are still valid indices.
+    A row with NaN, +inf or nothing but -inf gets NaN weights and experts that are still valid, distinct indices.
+    Among equal logits Triton chooses the lower index; the other backends choose any.
 
     Args:
         logits: [N, n], any float dtype; the softmax runs in fp32 at least.
@@ -54,21 +63,117 @@ def topk_softmax_routing(
     Raises:
         TypeError: ``logits`` is not floating point.
         ValueError: a wrong rank, ``top_k`` outside 1..n, an unknown ``statistics`` or backend, a mask of another shape
-            or on another device.
+            or on another device, or more than 256 experts with Triton.
     """
-    resolve_backend(backend, "logits", logits)
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be floating point, got {logits.dtype}")
-    if logits.dim() != 2:
-        raise ValueError(f"logits must be [tokens, experts], got shape {tuple(logits.shape)}; flatten the batch first")
-    num_experts = logits.shape[1]
+    backend = resolve_backend(backend, "logits", logits)
+    _check_matrix("logits", logits, "[tokens, experts]")
+    _check_options(backend, "logits", logits, logits.shape[1], top_k, statistics, token_mask)
+    with torch.autocast(logits.device.type, enabled=False):
+        if backend == "triton":
+            return _triton(None, None, logits, top_k, normalize, statistics, token_mask)
+        return _plain(logits, top_k, normalize, statistics, token_mask)
+
+
+def route_tokens(
+    x: Tensor,
+    router: Tensor,
+    top_k: int,
+    *,
+    offset: Tensor | None = None,
+    normalize: bool = True,
+    statistics: str | None = None,
+    token_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Routing:
+    """`topk_softmax_routing` of the logits ``offset + x router^T`` (GraphMoE, Eq. 4), which run in fp32 at least.
+
+    With Triton product, routing and statistics are one kernel, and half-precision ``x`` is not copied to fp32.
+
+    Args:
+        x: [N, D] token states, any float dtype.
+        router: [n, D], any float dtype.
+        top_k: experts a token, 1 <= top_k <= n.
+        offset: [N, n], any float dtype, or None: logits to which the product is added.
+        normalize: as in `topk_softmax_routing`; so are ``statistics``, ``token_mask`` and ``backend``.
+
+    Raises:
+        TypeError: ``x``, ``router`` or ``offset`` is not floating point.
+        ValueError: shapes that do not fit, tensors on different devices, and what `topk_softmax_routing` refuses.
+    """
+    backend = resolve_backend(backend, "x", x)
+    _check_matrix("x", x, "[tokens, hidden]")
+    _check_matrix("router", router, "[experts, hidden]")
+    num_tokens, num_experts = x.shape[0], router.shape[0]
+    if router.shape[1] != x.shape[1]:
+        raise ValueError(f"router must be [experts, {x.shape[1]}] (the width of x), got shape {tuple(router.shape)}")
+    _check_device("router", router, "x", x)
+    if offset is not None:
+        _check_matrix("offset", offset, "[tokens, experts]")
+        if offset.shape != (num_tokens, num_experts):
+            raise ValueError(f"offset must be [{num_tokens}, {num_experts}], got shape {tuple(offset.shape)}")
+        _check_device("offset", offset, "x", x)
+    _check_options(backend, "x", x, num_experts, top_k, statistics, token_mask)
+    with torch.autocast(x.device.type, enabled=False):
+        if backend == "triton":
+            return _triton(x, router, offset, top_k, normalize, statistics, token_mask)
+        return _plain(reference.project(x, router, offset), top_k, normalize, statistics, token_mask)
+
+
+def _triton(
+    x: Tensor | None,
+    router: Tensor | None,
+    offset: Tensor | None,
+    top_k: int,
+    normalize: bool,
+    statistics: str | None,
+    token_mask: Tensor | None,
+) -> Routing:
+    logits, weights, experts, counts, mass, tickets = route_op(
+        x, router, offset, token_mask, top_k, normalize, statistics
+    )
+    if x is None and offset is not None and offset.dtype == torch.float32:
+        logits = offset
+    if statistics is None:
+        counts = mass = None
+    return Routing(weights, experts, counts, mass, logits, tickets)
+
+
+def _plain(logits: Tensor, top_k: int, normalize: bool, statistics: str | None, token_mask: Tensor | None) -> Routing:
+    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    found = reference.route(logits, top_k, normalize, statistics, token_mask)
+    return Routing(*found, logits, torch.empty(0, dtype=torch.int32, device=logits.device))
+
+
+def _check_matrix(name: str, tensor: Tensor, shape: str) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} must be {shape}, got shape {tuple(tensor.shape)}; flatten the batch first")
+
+
+def _check_device(name: str, tensor: Tensor, main_name: str, main: Tensor) -> None:
+    if tensor.device != main.device:
+        raise ValueError(f"{name} is on {tensor.device}, {main_name} on {main.device}; put them on one device")
+
+
+def _check_options(
+    backend: str,
+    name: str,
+    main: Tensor,
+    num_experts: int,
+    top_k: int,
+    statistics: str | None,
+    token_mask: Tensor | None,
+) -> None:
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must lie in 1..{num_experts} (the number of experts), got {top_k}")
+    if backend == "triton" and num_experts > MAX_EXPERTS:
+        raise ValueError(
+            f"{num_experts} experts: the Triton kernels route up to {MAX_EXPERTS}; use fewer or backend='torch'"
+        )
     if statistics is not None and statistics not in STATISTICS:
         raise ValueError(f"unknown statistics {statistics!r}; expected None, 'topk' or 'full'")
-    if token_mask is not None and token_mask.shape != logits.shape[:1]:
-        raise ValueError(f"token_mask must be [{logits.shape[0]}], got shape {tuple(token_mask.shape)}")
-    if token_mask is not None and token_mask.device != logits.device:
-        raise ValueError(f"token_mask is on {token_mask.device}, logits on {logits.device}; put them on one device")
-    with torch.autocast(logits.device.type, enabled=False):
-        return Routing(*reference.route(logits, top_k, normalize, statistics, token_mask))
+    if token_mask is not None and token_mask.shape != main.shape[:1]:
+        raise ValueError(f"token_mask must be [{main.shape[0]}], got shape {tuple(token_mask.shape)}")
+    if token_mask is not None:
+        _check_device("token_mask", token_mask, name, main)
