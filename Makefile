@@ -1,14 +1,15 @@
-# Everything a developer runs. `make help` lists the targets; ARGS goes to pytest: make test ARGS="-k routing -x".
+# Everything a developer runs. `make help` lists the targets; ARGS goes to what is run: make test ARGS="-k routing -x".
 
 PYTHON ?= python3
 ARGS   ?=
+TRITON ?=
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.graphmoe-installed
 
 .DEFAULT_GOAL := help
-.PHONY: env demo test test-all bench check clean help
+.PHONY: env demo test test-all aot bench check clean help
 
 env: $(STAMP)  ## build .venv, or bring it up to date (instant when nothing changed)
 
@@ -31,6 +32,17 @@ test: env  ## the tests, without the long sweeps
 test-all: env  ## the tests with the long sweeps
 	$(PY) -m pytest tests -m "slow or not slow" $(ARGS)
 
+# Another Triton lies in a folder of its own, before .venv's on the path: .venv stays as it is.
+OTHER_TRITON := $(if $(TRITON),.venv-triton-$(TRITON))
+
+aot: env $(OTHER_TRITON:%=%/.installed)  ## compile every kernel for every device class, without a GPU (TRITON=3.6.0: by that Triton)
+	$(if $(TRITON),PYTHONPATH=$(OTHER_TRITON)) $(PY) -m graphmoe_kernels.aot $(ARGS)
+
+.venv-triton-%/.installed: | env
+	rm -rf $(@D)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$*
+	@touch $@
+
 bench: env  ## the benchmarks: latency of each round, profile of the layer
 	$(PY) -m pytest benchmarks $(ARGS)
 
@@ -42,7 +54,7 @@ check: env  ## lint, format, types, import contracts
 
 clean:  ## remove build products, caches and the environment's stamp (not .venv itself, not demo_report/)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis $(STAMP)
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	find . -path './$(VENV)*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         "and on sm_90 where one spills or a matrix kernel has no HGMMA instructions.",
     )
     p.add_argument("--target", action="append", choices=DEVICE_CLASSES, help="may be repeated (default: all)")
-    p.add_argument("--kernel", default="", metavar="TEXT", help="only the cases whose name contains TEXT")
+    p.add_argument("--kernel", action="append", metavar="TEXT", help="cases with TEXT in their name; may be repeated")
     p.add_argument("--cases", action="append", metavar="MODULE", help="module of cases (default: all operators)")
     p.add_argument("--processes", type=int, default=2, help="compilations at a time (%(default)s)")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the readings to FILE")
@@ -41,19 +41,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         p.error("the triton package is not installed")
     if interpreting():
         p.error("TRITON_INTERPRET is set: Triton interprets the kernels and compiles none; unset it and run this again")
-    work = jobs(a.cases or MODULES, a.target or DEVICE_CLASSES, a.kernel)
+    work = jobs(a.cases or MODULES, a.target or DEVICE_CLASSES, a.kernel or [""])
     if not work:
-        p.error(f"no kernel's case has a name that contains {a.kernel!r}")
+        p.error(f"no case's name contains {' or '.join(map(repr, a.kernel))}")
     readings = _compile(work, a.processes)
     out = report.console()
     out.print(report.table(readings))
     if a.json is not None:
         report.write_json(readings, a.json)
-    lines = report.fault_lines(readings)
-    for line in lines:
+    for line in report.fault_lines(readings):
         out.print(line, style="red", markup=False, highlight=False)
-    out.print(f"{len(readings)} compiled, {len({line.split(': ')[0] for line in lines})} with faults")
-    return 1 if lines else 0
+    faulty = sum(bool(reading.faults) for reading in readings)
+    out.print(f"{len(readings)} cases, {faulty} with faults")
+    return 1 if faulty else 0
 
 
 def _compile(work: Sequence[Job], processes: int) -> list[Reading]:

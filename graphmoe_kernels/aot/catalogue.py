@@ -42,14 +42,14 @@ def cases(module: str, target: str) -> list[CompileCase]:
     return list(importlib.import_module(module).compile_cases(configs))
 
 
-def jobs(modules: Sequence[str], targets: Sequence[str], name: str = "") -> list[Job]:
-    """The cases whose name contains ``name``, of all modules, for all targets."""
+def jobs(modules: Sequence[str], targets: Sequence[str], names: Sequence[str] = ("",)) -> list[Job]:
+    """The cases of all modules whose name contains one of ``names``, for all targets."""
     return [
         Job(module, target, number, case.name)
         for module in modules
         for target in targets
         for number, case in enumerate(cases(module, target))
-        if name in case.name
+        if any(name in case.name for name in names)
     ]
 
 
