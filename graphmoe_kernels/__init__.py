@@ -24,7 +24,7 @@ from graphmoe_kernels.rethinking import (
     rethink_literal,
     rethink_reference,
 )
-from graphmoe_kernels.routing import Routing, topk_softmax_routing
+from graphmoe_kernels.routing import Routing, expert_order, route_tokens, topk_softmax_routing
 
 __all__ = [
     "ACTIVATIONS",
@@ -40,6 +40,7 @@ __all__ = [
     "RethinkingSpec",
     "Routing",
     "build_fold",
+    "expert_order",
     "expert_swiglu",
     "fold_break_even",
     "get_activation",
@@ -49,5 +50,6 @@ __all__ = [
     "rethink_folded",
     "rethink_literal",
     "rethink_reference",
+    "route_tokens",
     "topk_softmax_routing",
 ]

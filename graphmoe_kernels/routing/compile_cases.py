@@ -9,8 +9,8 @@ from graphmoe_kernels.routing.launch import MAX_EXPERTS, STATISTICS, TICKET_TOKE
 from graphmoe_kernels.routing.order import ORDER_WINDOW
 
 DTYPES = {"bf16": "half", "fp16": "half", "fp32": "float"}
-# experts, experts a token: the paper's, one expert, a prime, the most
-SIZES = ((8, 2), (1, 1), (37, 3), (MAX_EXPERTS, 8), (MAX_EXPERTS, MAX_EXPERTS))
+# Experts, and experts a token: one, a prime, the most, and two that fill a block.
+LIMITS = ((1, 1), (37, 3), (64, 6), (128, 8), (MAX_EXPERTS, 8), (MAX_EXPERTS, MAX_EXPERTS))
 
 Configs = Callable[[str, str, str], dict]
 
@@ -61,7 +61,6 @@ def _forward(
         "STATISTICS": STATISTICS[statistics if asked else None],
         "NUM_EXPERTS": n,
         "TOP_K": k,
-        "PRECISION": "ieee" if main == "fp32" else "tf32x3",
         "TICKET_TOKENS": TICKET_TOKENS,
         "BLOCK_S": power_of_two(k),
     }
@@ -120,7 +119,7 @@ def compile_cases(configs: Configs) -> Iterator[CompileCase]:
                 yield _forward(configs, size, dtype, router, "fp32", 8, 2, "topk")
             yield _forward(configs, size, None, None, dtype, 8, 2, "full")
             yield _backward(configs, size, dtype, 8, 2, True, "topk")
-        for n, k in SIZES:
+        for n, k in LIMITS:
             for dtype in ("bf16", "fp32"):
                 yield _forward(configs, size, dtype, "fp32", "fp32", n, k, "topk")
             yield _backward(configs, size, "fp32", n, k, False, "full")

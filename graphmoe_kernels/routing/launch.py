@@ -33,15 +33,12 @@ def _mask(token_mask: Tensor | None, statistics: str | None) -> Tensor | None:
 
 
 def blocks(config: Config, num_experts: int) -> Config:
-    """A kernel's configuration with BLOCK_E, which holds all experts; no block over it has more than 4096 elements."""
+    """A kernel's configuration with BLOCK_E, which holds all experts; no block over it has more than 2048 elements."""
     block_experts = max(16, power_of_two(num_experts))
-    bounded = {name: min(size, 4096 // block_experts) for name, size in config.items() if name.startswith("BLOCK_")}
+    bounded = {
+        name: min(size, max(16, 2048 // block_experts)) for name, size in config.items() if name.startswith("BLOCK_")
+    }
     return {**config, **bounded, "BLOCK_E": block_experts}
-
-
-def _precision(x: Tensor) -> str:
-    """How the matrix units multiply fp32: three TF32 products keep all of it where x, being half, is exact in TF32."""
-    return "ieee" if x.dtype == torch.float32 or torch.version.hip is not None else "tf32x3"
 
 
 def allocate(main: Tensor, num_experts: int, top_k: int, stores_logits: bool, statistics: str | None) -> Outputs:
@@ -99,7 +96,6 @@ def forward(
         STATISTICS=STATISTICS[statistics],
         NUM_EXPERTS=num_experts,
         TOP_K=top_k,
-        PRECISION=_precision(main),
         TICKET_TOKENS=TICKET_TOKENS,
         BLOCK_S=power_of_two(top_k),
         **config,

@@ -5,6 +5,33 @@ import triton.language as tl
 
 
 @triton.jit
+def exact_dot(x, router, acc):
+    """acc + x router, accurate as in fp32, whatever the two dtypes are."""
+    if x.dtype == router.dtype:  # two fp16 or bf16 numbers have an exact product in fp32
+        acc = tl.dot(x, router, acc, input_precision="ieee")
+    elif x.dtype == tl.float32:
+        acc = tl.dot(x, router.to(tl.float32), acc, input_precision="ieee")
+    else:
+        # Three bf16 numbers hold the 24 bits of an fp32 one, and two those of an fp16 one: so all products are exact,
+        # on matrix units that do not multiply fp32.
+        wide = router.to(tl.float32)
+        high = wide.to(tl.bfloat16)
+        rest = wide - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        x_high = x.to(tl.float32).to(tl.bfloat16)
+        if x.dtype == tl.float16:
+            x_low = (x.to(tl.float32) - x_high.to(tl.float32)).to(tl.bfloat16)
+            acc = tl.dot(x_low, low, acc)
+            acc = tl.dot(x_low, middle, acc)
+            acc = tl.dot(x_low, high, acc)
+        acc = tl.dot(x_high, low, acc)
+        acc = tl.dot(x_high, middle, acc)
+        acc = tl.dot(x_high, high, acc)
+    return acc
+
+
+@triton.jit
 def project(
     x_ptr,
     router_ptr,
@@ -15,7 +42,6 @@ def project(
     x_stride,
     router_stride,
     NUM_EXPERTS: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -29,10 +55,7 @@ def project(
         inside = columns < hidden
         x = tl.load(x_rows + columns, mask=(tokens < num_tokens)[:, None] & inside, other=0.0)
         router = tl.load(router_rows + columns, mask=(experts < NUM_EXPERTS)[:, None] & inside, other=0.0)
-        if x.dtype != router.dtype:  # products of two fp16 or two bf16 numbers are exact in fp32 as they are
-            x = x.to(tl.float32)
-            router = router.to(tl.float32)
-        acc = tl.dot(x, tl.trans(router), acc, input_precision=PRECISION)
+        acc = exact_dot(x, tl.trans(router), acc)
     return acc
 
 
@@ -93,7 +116,6 @@ def route_forward(
     STATISTICS: tl.constexpr,  # 0 none, 1 top-k, 2 full
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
-    PRECISION: tl.constexpr,
     TICKET_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -114,7 +136,7 @@ def route_forward(
     if HAS_X:
         logits = project(
             x_ptr, router_ptr, tokens, lanes, num_tokens, hidden, x_stride, router_stride,
-            NUM_EXPERTS, PRECISION, BLOCK_N, BLOCK_E, BLOCK_K,
+            NUM_EXPERTS, BLOCK_N, BLOCK_E, BLOCK_K,
         )  # fmt: skip
     if HAS_OFFSET:
         logits += tl.load(offset_ptr + rows * offset_stride + lanes[None, :], mask=valid, other=0.0).to(tl.float32)
