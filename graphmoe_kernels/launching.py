@@ -49,6 +49,12 @@ def device_class(device: torch.device) -> str:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a device has; a few for the interpreter, so that work is cut there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
 def config_table(device: str, operator: str) -> dict[str, dict[str, dict[str, Config]]]:
     """Kernel -> size class -> dtype class -> configuration, for a device class and an operator."""
     return json.loads((CONFIGS / device / f"{operator}.json").read_text())

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.backend import resolve_backend
-from graphmoe_kernels.experts import reference
+from graphmoe_kernels.experts import launch, reference
 from graphmoe_kernels.experts.op import expert_swiglu_op
+from graphmoe_kernels.experts.operands import Inputs, Settings
 
 
 def expert_swiglu(
     gate: Tensor,
     up: Tensor,
-    low_gate: Tensor,
-    low_up: Tensor,
+    low: Tensor,
     gate_B: Tensor,
     up_B: Tensor,
     down_A: Tensor,
@@ -27,84 +27,96 @@ def expert_swiglu(
     state: Tensor | None = None,
     fold_gate: Tensor | None = None,
     fold_up: Tensor | None = None,
+    low_update: Tensor | None = None,
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    order: Tensor | None = None,
+    tickets: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """c = sum_j w_j act(g_j) * u_j and z = sum_j w_j A_D,e_j (act(g_j) * u_j) over a token's k slots.
 
-    g_j = ``gate`` + ``state`` ``fold_gate``^T + s B_G,e_j a_G,e_j, and u_j likewise: the experts of MixLoRA, with their
-    outputs combined before the (linear, shared) down projection. The caller gets y = W_D c + s B_D z. A method whose
-    experts are mixed inside each linear (LoRAMoE, MoLA) is one expert of rank n*r with its gates multiplied into the
-    low-rank activations.
+    g_j = m_G,e_j * (``gate`` + ``state`` ``fold_gate``^T + s B_G,e_j a_G,e_j), and u_j likewise: the experts of MixLoRA,
+    with their outputs combined before the (linear, shared) down projection. The caller gets y = W_D c + s B_D z. A
+    method whose experts are mixed inside each linear (LoRAMoE, MoLA) is one expert of rank n*r with its gates
+    multiplied into the low-rank activations.
 
     Args:
-        gate, up: [N, F], the frozen projections' output; each row contiguous, any row stride.
-        low_gate, low_up: [N, n*r], A x of every expert, expert-major.
+        gate, up: [N, F], the frozen projections' output.
+        low: [N, 2nr], A x of every expert, expert-major, for the gate projection and then for the up projection.
         gate_B, up_B: [n, F, r].
         down_A: [n, r, F].
         weights: [N, k]; experts: [N, k] integers in 0..n-1, distinct within a row.
         scale: s = alpha / r.
         activation: a name of `graphmoe_kernels.ACTIVATIONS`.
         state, fold_gate, fold_up: [N, G], [F, G], [F, G]: the later rounds' update of the pre-activation; all or none.
-        dropout, seed: LoRA dropout on the input of ``down_A``; the seed (one int64) names the mask, so that backward
-            and a recomputation draw the same one.
-        backend: see `graphmoe_kernels.backend`.
+        low_update: [N, 2nr], what a later round adds to ``low``, or None.
+        gate_scale, up_scale: [n, F], the experts' scale vectors m (DoRA's magnitude over norm); both or none.
+        dropout, seed: LoRA dropout on the input of ``down_A``; the seed (one int64) names the mask
+            (`graphmoe_kernels.experts.dropout`), so that backward and a recomputation draw the same one.
+        order: [N] int32, a permutation of the tokens in which neighbours share experts (`expert_order`). It changes
+            the Triton kernels' speed and nothing else.
+        tickets: int32 zeros, ceil(N / 16) or more: counters of the Triton kernel, zero again when it ends
+            (`Routing.tickets`); without them it makes its own.
+        backend: see `graphmoe_kernels.backend`. Triton takes F * G and F * r below 2^31, and k times r (rounded up to a
+            power of two, at least 16) up to 256.
 
     Returns:
-        c [N, F] in the dtype of ``gate`` and z [N, n*r]. Parameters of another float dtype are cast to it.
+        c [N, F] and z [N, n*r] in the dtype of ``gate``. Parameters of another float dtype are cast to it. Row strides
+        of activations are free; all else is made contiguous.
 
     Raises:
         TypeError: a floating tensor that is not, or integer ids that are not.
         ValueError: shapes that do not belong together, tensors on several devices, dropout outside [0, 1) or without
-            a seed, a state without its folds, an unknown activation or backend.
+            a seed, a state without its folds, one scale vector, an unknown activation, a backend that cannot run this.
     """
     get_activation(activation)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     if dropout > 0 and seed is None:
         raise ValueError("dropout > 0 needs a seed: one int64 tensor, from which the mask is drawn")
-    if len({state is None, fold_gate is None, fold_up is None}) != 1:
+    if len({x is None for x in (state, fold_gate, fold_up)}) != 1:
         raise ValueError("state, fold_gate and fold_up belong together: pass all three or none")
-    _check_shapes(gate, up, low_gate, low_up, gate_B, up_B, down_A, weights, experts, state, fold_gate, fold_up)
+    if (gate_scale is None) != (up_scale is None):
+        raise ValueError("gate_scale and up_scale belong together: pass both or none")
+    inputs = Inputs(
+        gate,
+        up,
+        state,
+        fold_gate,
+        fold_up,
+        low,
+        low_update,
+        gate_B,
+        up_B,
+        down_A,
+        gate_scale,
+        up_scale,
+        weights,
+        experts,
+    )
+    _check_shapes(inputs)
+    resolved = resolve_backend(backend, "gate", gate)
+    if resolved == "triton":
+        launch.check_supported(inputs, activation)
+        _check_scratch(order, tickets, gate)
 
-    dtype = gate.dtype
-    run = reference.expert_swiglu if resolve_backend(backend, "gate", gate) == "reference" else expert_swiglu_op
+    settings = Settings(float(scale), activation, float(dropout), seed if dropout > 0 else None, order, tickets)
     with torch.autocast(gate.device.type, enabled=False):
-        return run(
-            gate,
-            up.to(dtype),
-            None if state is None else state.to(dtype),
-            None if fold_gate is None else fold_gate.to(dtype),
-            None if fold_up is None else fold_up.to(dtype),
-            low_gate.to(dtype),
-            low_up.to(dtype),
-            gate_B.to(dtype),
-            up_B.to(dtype),
-            down_A.to(dtype),
-            weights,
-            experts,
-            float(scale),
-            activation,
-            float(dropout) if seed is not None else 0.0,
-            seed if dropout > 0 else None,
-        )
+        inputs = Inputs(*(_cast(x, gate.dtype, name) for name, x in inputs._asdict().items()))
+        if resolved == "reference":
+            return reference.expert_swiglu(inputs, settings)
+        return expert_swiglu_op(*inputs, *settings, resolved)
 
 
-def _check_shapes(
-    gate: Tensor,
-    up: Tensor,
-    low_gate: Tensor,
-    low_up: Tensor,
-    gate_B: Tensor,
-    up_B: Tensor,
-    down_A: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    state: Tensor | None,
-    fold_gate: Tensor | None,
-    fold_up: Tensor | None,
-) -> None:
+def _cast(x: Tensor | None, dtype: torch.dtype, name: str) -> Tensor | None:
+    return x if x is None or name in ("weights", "experts") else x.to(dtype)
+
+
+def _check_shapes(inputs: Inputs) -> None:
+    gate, down_A, experts = inputs.gate, inputs.down_A, inputs.experts
     if gate.dim() != 2 or down_A.dim() != 3 or experts.dim() != 2:
         raise ValueError(
             "expected gate [tokens, F], down_A [experts, rank, F] and experts [tokens, k]; "
@@ -113,22 +125,13 @@ def _check_shapes(
     tokens, width = gate.shape
     n, r, _ = down_A.shape
     k = experts.shape[1]
-    inner = state.shape[-1] if state is not None else 0
-    expected = {
-        "gate": (gate, (tokens, width)),
-        "up": (up, (tokens, width)),
-        "low_gate": (low_gate, (tokens, n * r)),
-        "low_up": (low_up, (tokens, n * r)),
-        "gate_B": (gate_B, (n, width, r)),
-        "up_B": (up_B, (n, width, r)),
-        "down_A": (down_A, (n, r, width)),
-        "weights": (weights, (tokens, k)),
-        "experts": (experts, (tokens, k)),
-        "state": (state, (tokens, inner)),
-        "fold_gate": (fold_gate, (width, inner)),
-        "fold_up": (fold_up, (width, inner)),
-    }
-    for name, (tensor, shape) in expected.items():
+    inner = inputs.state.shape[-1] if inputs.state is not None else 0
+    expected = Inputs(
+        *((tokens, width), (tokens, width), (tokens, inner), (width, inner), (width, inner)),  # type: ignore[arg-type]
+        *((tokens, 2 * n * r), (tokens, 2 * n * r), (n, width, r), (n, width, r), (n, r, width)),  # type: ignore[arg-type]
+        *((n, width), (n, width), (tokens, k), (tokens, k)),  # type: ignore[arg-type]
+    )
+    for name, tensor, shape in zip(Inputs._fields, inputs, expected, strict=True):
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape:
@@ -142,3 +145,15 @@ def _check_shapes(
             raise TypeError(f"{name} has dtype {tensor.dtype}; experts are integers, all else is floating point")
     if not 1 <= k <= n:
         raise ValueError(f"each token needs 1..{n} experts (there are {n}), got k={k}")
+
+
+def _check_scratch(order: Tensor | None, tickets: Tensor | None, gate: Tensor) -> None:
+    tokens = gate.shape[0]
+    for name, tensor, least in (("order", order, tokens), ("tickets", tickets, -(-tokens // launch.SMALLEST_TILE))):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.int32 or tensor.dim() != 1 or tensor.shape[0] < least or tensor.device != gate.device:
+            raise ValueError(
+                f"{name} must be int32 [{least}] on {gate.device}, "
+                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )

@@ -1,7 +1,7 @@
 """Registration of `graphmoe::expert_swiglu` with torch: schema, fake (shapes only) and backward.
 
-As a registered operator the blocked loop is one opaque node for torch.compile and export: no graph break, whatever the
-token count.
+As a registered operator a backend's loop or launch is one opaque node for torch.compile and export: no graph break,
+whatever the token count. The schemas are made from `Inputs`, so that the tensors are listed once.
 """
 
 from __future__ import annotations
@@ -11,82 +11,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.experts import pytorch
-from graphmoe_kernels.experts.pytorch import Inputs, Settings
+from graphmoe_kernels.experts import launch, pytorch
+from graphmoe_kernels.experts.operands import FLOATING, OPTIONAL, Inputs, Settings
+
+_TENSORS = ", ".join(f"Tensor{'?' if name in OPTIONAL else ''} {name}" for name in Inputs._fields)
+_SETTINGS = "float scale, str activation, float dropout, Tensor? seed, Tensor? order, Tensor? tickets"
+_COUNT = len(Inputs._fields)
+_FLOATING = len(FLOATING)  # they come first
+
+_BACKENDS: dict[str, Any] = {"torch": pytorch, "triton": launch}
 
 
-@torch.library.custom_op("graphmoe::expert_swiglu", mutates_args=())
-def expert_swiglu_op(
-    gate: Tensor,
-    up: Tensor,
-    state: Tensor | None,
-    fold_gate: Tensor | None,
-    fold_up: Tensor | None,
-    low_gate: Tensor,
-    low_up: Tensor,
-    gate_B: Tensor,
-    up_B: Tensor,
-    down_A: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    scale: float,
-    activation: str,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `graphmoe_kernels.expert_swiglu`."""
-    inputs = Inputs(gate, up, state, fold_gate, fold_up, low_gate, low_up, gate_B, up_B, down_A, weights, experts)
-    return pytorch.forward(inputs, Settings(scale, activation, dropout, seed))
+@torch.library.custom_op(
+    "graphmoe::expert_swiglu",
+    mutates_args=(),
+    schema=f"({_TENSORS}, {_SETTINGS}, str backend) -> (Tensor, Tensor)",
+)
+def expert_swiglu_op(*args: Any) -> tuple[Tensor, Tensor]:
+    """See `graphmoe_kernels.expert_swiglu`. The tickets are counted in, and are zero again afterwards."""
+    *rest, backend = args
+    return _BACKENDS[backend].forward(Inputs(*rest[:_COUNT]), Settings(*rest[_COUNT:]))
 
 
 @expert_swiglu_op.register_fake
-def _(gate, up, state, fold_gate, fold_up, low_gate, *rest):
-    return gate.new_empty(gate.shape), low_gate.new_empty(low_gate.shape)
+def _(*args):
+    inputs = Inputs(*args[:_COUNT])
+    n, r, _ = inputs.down_A.shape
+    return inputs.gate.new_empty(inputs.gate.shape), inputs.gate.new_empty(inputs.gate.shape[0], n * r)
 
 
-@torch.library.custom_op("graphmoe::expert_swiglu_backward", mutates_args=())
-def expert_swiglu_backward_op(
-    grad_c: Tensor,
-    grad_z: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    state: Tensor | None,
-    fold_gate: Tensor | None,
-    fold_up: Tensor | None,
-    low_gate: Tensor,
-    low_up: Tensor,
-    gate_B: Tensor,
-    up_B: Tensor,
-    down_A: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    scale: float,
-    activation: str,
-    dropout: float,
-    seed: Tensor | None,
-) -> list[Tensor]:
-    """The gradients of the floating inputs in order; those of ``state`` and the folds only if there is a state."""
-    inputs = Inputs(gate, up, state, fold_gate, fold_up, low_gate, low_up, gate_B, up_B, down_A, weights, experts)
-    with torch.autocast(gate.device.type, enabled=False):  # whoever calls backward() inside autocast
-        grads = pytorch.backward(grad_c, grad_z, inputs, Settings(scale, activation, dropout, seed))
-    return [g.to(x.dtype) for g, x in zip(grads[:11], inputs[:11], strict=True) if g is not None and x is not None]
+@torch.library.custom_op(
+    "graphmoe::expert_swiglu_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_c, Tensor grad_z, {_TENSORS}, {_SETTINGS}, str backend, bool[] needed) -> Tensor[]",
+)
+def expert_swiglu_backward_op(*args: Any) -> list[Tensor]:
+    """The gradients of those floating inputs that are ``needed``, in their order."""
+    grad_c, grad_z, *rest, backend, needed = args
+    inputs, settings = Inputs(*rest[:_COUNT]), Settings(*rest[_COUNT:])
+    with torch.autocast(inputs.gate.device.type, enabled=False):  # whoever calls backward() inside autocast
+        grads = _BACKENDS[backend].backward(grad_c, grad_z, inputs, settings, needed)
+    return [g.to(x.dtype).contiguous() for g, x, asked in zip(grads, inputs[:_FLOATING], needed, strict=False) if asked]
 
 
 @expert_swiglu_backward_op.register_fake
 def _(grad_c, grad_z, *rest):
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in rest[:11] if x is not None]
+    *tensors, needed = rest
+    floating = zip(tensors[:_FLOATING], needed, strict=True)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, asked in floating if asked]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.scale, ctx.activation, ctx.dropout, seed = inputs
-    ctx.save_for_backward(*tensors, seed)
+    *rest, ctx.backend = inputs
+    settings = Settings(*rest[_COUNT:])
+    ctx.plain = settings.scale, settings.activation, settings.dropout
+    ctx.save_for_backward(*rest[:_COUNT], settings.seed, settings.order)
 
 
 def _backward(ctx: Any, grad_c: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, seed = ctx.saved_tensors
-    found = iter(expert_swiglu_backward_op(grad_c, grad_z, *tensors, ctx.scale, ctx.activation, ctx.dropout, seed))
-    floating = [None if x is None else next(found) for x in tensors[:11]]
-    return (*floating, None, None, None, None, None)
+    *tensors, seed, order = ctx.saved_tensors
+    needed = [asked and x is not None for asked, x in zip(ctx.needs_input_grad, tensors[:_FLOATING], strict=False)]
+    found = iter(
+        expert_swiglu_backward_op(grad_c, grad_z, *tensors, *ctx.plain, seed, order, None, ctx.backend, needed)
+    )
+    return *(next(found) if asked else None for asked in needed), *(None,) * 8
 
 
 expert_swiglu_op.register_autograd(_backward, setup_context=_setup_context)

@@ -20,49 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
-from graphmoe_kernels.experts.reference import draw_dropout_mask, dropout_generator
+from graphmoe_kernels.experts.dropout import dropout_mask
+from graphmoe_kernels.experts.operands import FLOATING, Inputs, Settings
 
 # Bytes of one block's wide intermediate [tokens * k, 2F] in the dtype of the computation. Measured on a 2-core CPU with
 # F = 5632, at 256 and at 1024 tokens: an eighth of it costs about twice the time, twice of it gains nothing.
 BLOCK_BYTES = 12 * 2**20
 MIN_BLOCK_TOKENS = 16
-
-
-class Inputs(NamedTuple):
-    """The operator's tensors under short names; shapes as in `graphmoe_kernels.expert_swiglu`."""
-
-    gate: Tensor  # [N, F]
-    up: Tensor  # [N, F]
-    state: Tensor | None  # [N, G]
-    fold_gate: Tensor | None  # [F, G]
-    fold_up: Tensor | None  # [F, G]
-    low_gate: Tensor  # [N, n*r]
-    low_up: Tensor  # [N, n*r]
-    gate_B: Tensor  # [n, F, r]
-    up_B: Tensor  # [n, F, r]
-    down_A: Tensor  # [n, r, F]
-    weights: Tensor  # [N, k]
-    experts: Tensor  # [N, k]
-
-    @property
-    def update(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """state, fold_gate and fold_up, which are there together or not at all."""
-        if self.state is None or self.fold_gate is None or self.fold_up is None:
-            return None
-        return self.state, self.fold_gate, self.fold_up
-
-
-class Settings(NamedTuple):
-    """The operator's arguments that are no tensors, and the dropout's seed."""
-
-    scale: float
-    activation: str
-    dropout: float
-    seed: Tensor | None
-
-    def generator(self) -> torch.Generator | None:
-        """The stream of this call's dropout masks, or None without dropout."""
-        return dropout_generator(self.seed) if self.dropout > 0 and self.seed is not None else None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -88,7 +52,7 @@ class Rows(NamedTuple):
 
 
 class PreActivation(NamedTuple):
-    """g and u [m, F] of one expert's rows, and the low-rank activations [m, r] that went into them."""
+    """g and u [m, F] of one expert's rows before its scale vectors, and the low-rank activations [m, r] in them."""
 
     g: Tensor
     u: Tensor
@@ -101,7 +65,7 @@ class Block:
 
     Attributes:
         tokens: the block's slice of the batch.
-        gate, up: [b, F], the block's pre-activations with a later round's update in them.
+        gate, up, low: [b, F], [b, F], [b, 2nr], the block's activations with a later round's update in them.
         order: [p], the sorted pairs as indices into [b * k].
         token: [p], each sorted pair's token, counted from the block's start.
         position: [b, k], where a token's slots stand among the sorted pairs.
@@ -110,7 +74,7 @@ class Block:
         mask: [b * k, F] dropout mask in token order, or None.
     """
 
-    def __init__(self, inputs: Inputs, tokens: slice, settings: Settings, generator: torch.Generator | None) -> None:
+    def __init__(self, inputs: Inputs, tokens: slice, settings: Settings) -> None:
         self.inputs, self.tokens, self.scale = inputs, tokens, settings.scale
         self.dtype = compute_dtype(inputs.gate.dtype)
         chosen = inputs.experts[tokens]  # [b, k]
@@ -123,33 +87,44 @@ class Block:
         self.rows = [Rows(e, slice(stop - m, stop)) for e, (m, stop) in enumerate(zip(counts, stops, strict=True)) if m]
         self.weights = inputs.weights[tokens].reshape(-1, 1)[self.order].to(self.dtype)
         self.mask: Tensor | None = None
-        if generator is not None:
-            drawn = draw_dropout_mask(generator, settings.dropout, (*chosen.shape, inputs.gate.shape[1]))
-            self.mask = drawn.to(flat.device, self.dtype).flatten(0, 1)
-        self.gate, self.up = inputs.gate[tokens], inputs.up[tokens]
+        if settings.dropout > 0 and settings.seed is not None:
+            seed = settings.seed.to(flat.device)
+            mask = dropout_mask(seed, settings.dropout, tokens, chosen.shape[1], inputs.gate.shape[1])
+            self.mask = mask.to(self.dtype).flatten(0, 1)
+        self.gate, self.up, self.low = inputs.gate[tokens], inputs.up[tokens], inputs.low[tokens]
         if inputs.update is not None:
             state, fold_gate, fold_up = inputs.update
             self.gate = torch.addmm(self.gate, state[tokens], fold_gate.T)
             self.up = torch.addmm(self.up, state[tokens], fold_up.T)
+        if inputs.low_update is not None:
+            self.low = self.low + inputs.low_update[tokens]
 
     def own(self, x: Tensor, rows: Rows) -> Tensor:
         """The rows' own lines of x [b, ...], in the dtype of the computation: [m, ...]."""
         return x.index_select(0, self.token[rows.span]).to(self.dtype)
 
-    def columns(self, rows: Rows) -> slice:
-        """Where the rows' expert stands in an [N, n*r] tensor."""
-        rank = self.inputs.down_A.shape[1]
-        return slice(rows.expert * rank, (rows.expert + 1) * rank)
+    def columns(self, rows: Rows, up: bool = False) -> slice:
+        """Where the rows' expert stands in an [N, n*r] tensor, or in the second half of an [N, 2nr] one (``up``)."""
+        n, rank, _ = self.inputs.down_A.shape
+        start = (rows.expert + n * up) * rank
+        return slice(start, start + rank)
 
     def pre_activation(self, rows: Rows) -> PreActivation:
         """Base plus update plus s B (A x) of one expert's rows."""
-        inputs, e, columns = self.inputs, rows.expert, self.columns(rows)
-        low_gate = self.own(inputs.low_gate[self.tokens, columns], rows)
-        low_up = self.own(inputs.low_up[self.tokens, columns], rows)
+        inputs, e = self.inputs, rows.expert
+        low_gate = self.own(self.low[:, self.columns(rows)], rows)
+        low_up = self.own(self.low[:, self.columns(rows, up=True)], rows)
         g, u = self.own(self.gate, rows), self.own(self.up, rows)
         g.addmm_(low_gate, inputs.gate_B[e].to(self.dtype).T, alpha=self.scale)
         u.addmm_(low_up, inputs.up_B[e].to(self.dtype).T, alpha=self.scale)
         return PreActivation(g, u, low_gate, low_up)
+
+    def scaled(self, pre: PreActivation, rows: Rows) -> tuple[Tensor, Tensor]:
+        """g and u times their expert's scale vectors."""
+        if self.inputs.scales is None:
+            return pre.g, pre.u
+        gate_scale, up_scale = self.inputs.scales
+        return pre.g * gate_scale[rows.expert], pre.u * up_scale[rows.expert]
 
     def drop(self, x: Tensor, rows: Rows) -> Tensor:
         """x [m, F] with the rows' dropout mask on it; x itself without dropout."""
@@ -160,22 +135,21 @@ class Block:
         weights = self.weights[self.position].squeeze(-1) if weighted else None
         return F.embedding_bag(self.position, x, mode="sum", per_sample_weights=weights)
 
-    def scatter(self, x: Tensor, rows: Rows, out: Tensor) -> None:
-        """Write x [m, r] to the rows' tokens and their expert's columns of ``out`` [N, n*r]."""
-        out[self.tokens, self.columns(rows)].index_copy_(0, self.token[rows.span], x.to(out.dtype))
+    def scatter(self, x: Tensor, rows: Rows, out: Tensor, up: bool = False) -> None:
+        """Write x [m, r] to the rows' tokens and their expert's `columns` of ``out``."""
+        out[self.tokens, self.columns(rows, up)].index_copy_(0, self.token[rows.span], x.to(out.dtype))
 
 
 def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """c [N, F] and z [N, n*r]; see `graphmoe_kernels.expert_swiglu`."""
     act = get_activation(settings.activation).function
-    generator = settings.generator()
     c = torch.empty_like(inputs.gate, memory_format=torch.contiguous_format)
-    z = inputs.low_gate.new_zeros(inputs.low_gate.shape)
+    z = inputs.low.new_zeros(inputs.low.shape[0], inputs.low.shape[1] // 2)
     for span in blocks(inputs):
-        block = Block(inputs, span, settings, generator)
+        block = Block(inputs, span, settings)
         hidden = c.new_empty(block.order.numel(), c.shape[1], dtype=block.dtype)  # [p, F]
         for rows in block.rows:
-            g, u, _, _ = block.pre_activation(rows)
+            g, u = block.scaled(block.pre_activation(rows), rows)
             own = act(g).mul_(u)  # [m, F]
             narrow = block.drop(own, rows) @ inputs.down_A[rows.expert].to(block.dtype).T  # [m, r]
             block.scatter(narrow.mul_(block.weights[rows.span]), rows, z)
@@ -189,19 +163,21 @@ def _new_gradients(inputs: Inputs) -> Inputs:
     dtype = compute_dtype(inputs.gate.dtype)
 
     def zeros(name: str, x: Tensor) -> Tensor:
-        summed = name in ("fold_gate", "fold_up", "gate_B", "up_B", "down_A")
+        summed = name not in ("gate", "up", "state", "low", "low_update", "weights")
         return torch.zeros(x.shape, dtype=dtype if summed else x.dtype, device=x.device)
 
-    given = {name: x for name, x in inputs._asdict().items() if x is not None}
+    given = {name: x for name, x in inputs._asdict().items() if name in FLOATING and x is not None}
     return inputs._replace(**{name: zeros(name, x) for name, x in given.items()})
 
 
-def backward(grad_c: Tensor, grad_z: Tensor, inputs: Inputs, settings: Settings) -> Inputs:
-    """The gradient of every floating input, in its place in `Inputs`; recomputes each block's pre-activation."""
-    generator = settings.generator()
+def backward(grad_c: Tensor, grad_z: Tensor, inputs: Inputs, settings: Settings, needed: list[bool]) -> Inputs:
+    """The gradient of every floating input, in its place in `Inputs`; recomputes each block's pre-activation.
+
+    All are computed together, so that those not ``needed`` would save nothing.
+    """
     grads = _new_gradients(inputs)
     for span in blocks(inputs):
-        block = Block(inputs, span, settings, generator)
+        block = Block(inputs, span, settings)
         d_gate, d_up = _block_backward(block, settings.activation, grad_c[span], grad_z[span], grads)
         grads.gate[span], grads.up[span] = d_gate, d_up
         if inputs.update is not None and grads.update is not None:
@@ -210,6 +186,8 @@ def backward(grad_c: Tensor, grad_z: Tensor, inputs: Inputs, settings: Settings)
             d_state[span] = torch.addmm(d_gate @ fold_gate, d_up, fold_up)
             d_fold_gate.addmm_(d_gate.T, state[span])
             d_fold_up.addmm_(d_up.T, state[span])
+    if inputs.low_update is not None:
+        grads = grads._replace(low_update=grads.low.clone())
     return grads
 
 
@@ -224,20 +202,25 @@ def _block_backward(
     for rows in block.rows:
         e, span, w = rows.expert, rows.span, block.weights[rows.span]
         pre = block.pre_activation(rows)
-        active = act.function(pre.g)
-        hidden = active * pre.u  # [m, F]
+        g, u = block.scaled(pre, rows)
+        active = act.function(g)
+        hidden = active * u  # [m, F]
         dz = block.own(grad_z[:, block.columns(rows)], rows)  # [m, r]
         d_hidden = block.drop(dz @ inputs.down_A[e].to(block.dtype), rows).add_(block.own(grad_c, rows))  # [m, F]
         grads.down_A[e].addmm_((dz * w).T, block.drop(hidden, rows))
         d_weights[span, 0] = torch.linalg.vecdot(hidden, d_hidden)
         d_hidden.mul_(w)
-        torch.mul(act.derivative(pre.g).mul_(d_hidden), pre.u, out=d_gate[span])
+        torch.mul(act.derivative(g).mul_(d_hidden), u, out=d_gate[span])
         torch.mul(d_hidden, active, out=d_up[span])
-        for d, B, d_B, low, d_low in (
-            (d_gate[span], inputs.gate_B, grads.gate_B, pre.low_gate, grads.low_gate),
-            (d_up[span], inputs.up_B, grads.up_B, pre.low_up, grads.low_up),
+        if inputs.scales is not None and grads.scales is not None:
+            for d, x, vector, d_vector in zip((d_gate, d_up), pre[:2], inputs.scales, grads.scales, strict=True):
+                d_vector[e].add_(torch.linalg.vecdot(d[span], x, dim=0))
+                d[span].mul_(vector[e])
+        for d, B, d_B, low, up in (
+            (d_gate[span], inputs.gate_B, grads.gate_B, pre.low_gate, False),
+            (d_up[span], inputs.up_B, grads.up_B, pre.low_up, True),
         ):
             d_B[e].addmm_(d.T, low, alpha=block.scale)
-            block.scatter((d @ B[e].to(block.dtype)).mul_(block.scale), rows, d_low)
+            block.scatter((d @ B[e].to(block.dtype)).mul_(block.scale), rows, grads.low, up)
     grads.weights[block.tokens] = d_weights[block.position].squeeze(-1).to(grads.weights.dtype)
     return block.combine(d_gate), block.combine(d_up)

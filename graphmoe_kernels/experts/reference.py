@@ -9,64 +9,40 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
+from graphmoe_kernels.experts.dropout import dropout_mask
+from graphmoe_kernels.experts.operands import Inputs, Settings
 
 
-def dropout_generator(seed: Tensor) -> torch.Generator:
-    """The stream of random draws that ``seed`` (one int64) stands for; always on the CPU, so equal on every device."""
-    return torch.Generator().manual_seed(int(seed))
-
-
-def draw_dropout_mask(generator: torch.Generator, probability: float, shape: tuple[int, int, int]) -> Tensor:
-    """The next tokens' mask, [tokens, k, F] with entries 0 or 1 / (1 - probability), fp32.
-
-    The draws are one stream in token order: cutting a batch into blocks does not change what a token gets.
-    """
-    keep = torch.rand(shape, generator=generator) >= probability
-    return keep.to(torch.float32).div_(1 - probability)
-
-
-def expert_swiglu(
-    gate: Tensor,
-    up: Tensor,
-    state: Tensor | None,
-    fold_gate: Tensor | None,
-    fold_up: Tensor | None,
-    low_gate: Tensor,
-    low_up: Tensor,
-    gate_B: Tensor,
-    up_B: Tensor,
-    down_A: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    scale: float,
-    activation: str,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def expert_swiglu(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """See `graphmoe_kernels.expert_swiglu` for the contract; arguments are validated there."""
-    n, _, r = gate_B.shape
+    gate, up, experts, s = inputs.gate, inputs.up, inputs.experts, settings.scale
+    n, r, width = inputs.down_A.shape
     tokens, slots = experts.shape
-    act = get_activation(activation).function
-    if state is not None and fold_gate is not None and fold_up is not None:
+    act = get_activation(settings.activation).function
+    low = inputs.low
+    if inputs.update is not None:
+        state, fold_gate, fold_up = inputs.update
         gate = gate + state @ fold_gate.T  # [N, F]
         up = up + state @ fold_up.T
-    low_gate = low_gate.view(tokens, n, r)
-    low_up = low_up.view(tokens, n, r)
+    if inputs.low_update is not None:
+        low = low + inputs.low_update
+    low_gate, low_up = low.view(tokens, 2, n, r).unbind(1)  # [N, n, r] each
     mask = None
-    if dropout > 0 and seed is not None:
-        shape = (tokens, slots, gate.shape[1])
-        mask = draw_dropout_mask(dropout_generator(seed), dropout, shape).to(gate.device, gate.dtype)
+    if settings.dropout > 0 and settings.seed is not None:
+        mask = dropout_mask(settings.seed.to(gate.device), settings.dropout, slice(0, tokens), slots, width)
 
     c = torch.zeros_like(gate)
-    z = low_gate.new_zeros(tokens, n, r)
+    z = low.new_zeros(tokens, n, r)
     rows = torch.arange(tokens, device=experts.device)
     for slot in range(slots):
         e = experts[:, slot]  # [N]
-        w = weights[:, slot, None].to(gate.dtype)  # [N, 1]
-        g = gate + scale * torch.einsum("nfr,nr->nf", gate_B[e], low_gate[rows, e])
-        u = up + scale * torch.einsum("nfr,nr->nf", up_B[e], low_up[rows, e])
+        w = inputs.weights[:, slot, None].to(gate.dtype)  # [N, 1]
+        g = gate + s * torch.einsum("nfr,nr->nf", inputs.gate_B[e], low_gate[rows, e])
+        u = up + s * torch.einsum("nfr,nr->nf", inputs.up_B[e], low_up[rows, e])
+        if inputs.scales is not None:
+            g, u = g * inputs.scales[0][e], u * inputs.scales[1][e]
         hidden = act(g) * u  # [N, F]
         c = c + w * hidden
-        dropped = hidden if mask is None else hidden * mask[:, slot]
-        z = z.index_put((rows, e), w * torch.einsum("nrf,nf->nr", down_A[e], dropped))
+        dropped = hidden if mask is None else hidden * mask[:, slot].to(hidden.dtype)
+        z = z.index_put((rows, e), w * torch.einsum("nrf,nf->nr", inputs.down_A[e], dropped))
     return c, z.view(tokens, n * r)

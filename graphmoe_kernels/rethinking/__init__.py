@@ -62,14 +62,14 @@ def rethink(
     if fold not in FOLD_MODES:
         raise ValueError(f"unknown fold {fold!r}; expected one of {', '.join(map(repr, FOLD_MODES))}")
     check_backend(backend)
-    if spec.rounds == 1 or fold == "never":
+    if fold == "never":
         return rethink_literal(x, weights, spec, token_mask, backend)
 
     differentiable = torch.is_grad_enabled() and any(s.requires_grad for s in fold_sources(weights))
     if cache is not None and not differentiable:
         kept = cache.get(weights, FoldSettings(_compute_dtype(x), spec.scale, spec.candidate_input))
         return rethink_folded(x, weights, spec, token_mask, backend, kept)
-    if fold == "auto" and x.shape[0] < _break_even(weights, spec):
+    if spec.rounds == 1 or (fold == "auto" and x.shape[0] < _break_even(weights, spec)):
         return rethink_literal(x, weights, spec, token_mask, backend)
     return rethink_folded(x, weights, spec, token_mask, backend)
 

@@ -28,8 +28,9 @@ _caches: weakref.WeakValueDictionary[int, FoldCache] = weakref.WeakValueDictiona
 
 def fold_sources(weights: LayerWeights) -> list[Tensor]:
     """Every tensor that a layer's fold is computed from."""
-    e = weights.experts
-    found = [*weights.base.sources(), weights.router, e.gate_A, e.up_A, e.down_B, *(weights.gru or ())]
+    found: list[Tensor | None] = list(weights.experts)
+    if weights.gru is not None:
+        found += [*weights.base.sources(), weights.router, *weights.gru]
     return [t for t in found if t is not None]
 
 
@@ -86,7 +87,7 @@ class FoldCache:
         if not torch.compiler.is_compiling():
             return self.refresh(sources, weights, settings)
         if self.fold is None:  # the first compiled call computes its fold in the graph; nothing vouches for it later
-            self.fold, self._compiled = build_fold(weights, settings), True
+            self.fold, self._compiled = build_fold(weights, settings, copy=True), True
             return self.fold
         refresh_fold(self.handle, self.fold.tensors(), sources, settings.scale, settings.candidate_input)
         return self.fold
@@ -97,7 +98,7 @@ class FoldCache:
         if self.fold is not None and key == self._key:
             return self.fold
         with torch.inference_mode(False), torch.no_grad():
-            fold = build_fold(weights, settings)
+            fold = build_fold(weights, settings, copy=True)
             if self.fold is not None and _alike(self.fold, fold):
                 for kept, new in zip(self.fold.tensors(), fold.tensors(), strict=True):
                     kept.copy_(new)
@@ -125,10 +126,10 @@ class FoldCache:
 
 
 def _alike(kept: Fold, new: Fold) -> bool:
-    return all(
-        a is b or (a is not None and b is not None and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device))
-        for a, b in zip(kept, new, strict=True)
-    )
+    def layout(fold: Fold) -> list[tuple[torch.Size, torch.dtype, torch.device] | None]:
+        return [t if t is None else (t.shape, t.dtype, t.device) for t in (*fold.experts, *(fold.rounds or ()))]
+
+    return layout(kept) == layout(new)
 
 
 @torch.library.custom_op("graphmoe::refresh_fold", mutates_args=("fold",))

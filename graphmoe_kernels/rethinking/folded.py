@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.gru import gru_step
 from graphmoe_kernels.rethinking import rounds
-from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, build_fold
+from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, RoundsFold, build_fold
 from graphmoe_kernels.rethinking.weights import LayerWeights, RethinkingOutput, RethinkingSpec
 from graphmoe_kernels.routing import Routing
 
@@ -25,66 +27,85 @@ def rethink_folded(
 
     Without a ``fold`` it is built here, inside the autograd graph.
     """
-    base, router, experts, _ = weights
-    logits_1 = rounds.router_logits(x, router)  # before the cast: autocast does not lower what the router reads
+    base = weights.base
+    routing = rounds.route(x, weights.router, spec, token_mask, backend)  # before any cast: autocast lowers it not
     gate, up = base.project_in(x)  # [N, F] each, read by every round
     x = x.to(gate.dtype)
-    if fold is None and spec.rounds > 1:
+    if fold is None:
         fold = build_fold(weights, FoldSettings(gate.dtype, spec.scale, spec.candidate_input))
+    experts, order = fold.experts, rounds.token_order(routing, gate, backend)
 
-    dropped = F.dropout(x, spec.dropout)
-    low_1 = rounds.low_rank(dropped, experts.gate_A), rounds.low_rank(dropped, experts.up_A)
-    candidate_1 = F.linear(x, fold.candidate_x) if fold is not None and fold.candidate_x is not None else None
-
-    routing = rounds.route(logits_1, spec, token_mask, backend)
-    routings = [routing]
-    c, z = rounds.expert_round(gate, up, *low_1, experts, routing, spec, backend)
-    state, total = None, None
+    low = F.linear(F.dropout(x, spec.dropout), experts.low_A)  # [N, 2nr]
+    c, z = rounds.expert_round(gate, up, low, experts, routing, spec, backend, order)
+    routings, state = [routing], None
     for _ in range(1, spec.rounds):
-        assert fold is not None
-        inputs = _gru_inputs(c, z, routing, candidate_1, total, spec, fold)
-        recurrent = None if state is None else F.linear(state, fold.recurrent_gates)
-        joined = gru_step(
-            inputs,
-            recurrent,
-            state,
-            total,
-            fold.recurrent_candidate,
-            fold.candidate_bias,
-            candidate_activation=spec.candidate_activation,
-            backend=backend,
-        )
-        state, total = joined.chunk(2, dim=1)  # h and H, [N, G'] each
-        logits = logits_1 + rounds.router_logits(total, fold.router)
-        routing = rounds.route(logits, spec, token_mask, backend)
+        assert fold.rounds is not None
+        state = _think(c, z, x, state, routing, spec, fold.rounds, backend)
+        total = state.total
+        routing = rounds.route(total, fold.rounds.router, spec, token_mask, backend, offset=routings[0].logits)
         routings.append(routing)
+        low_t, low_update = low, state.low_update
         if spec.dropout > 0:  # dropout(x_t) is not linear in x_t: form x_t, for A alone
-            dropped = F.dropout(x + F.linear(total, fold.output), spec.dropout)
-            low = rounds.low_rank(dropped, experts.gate_A), rounds.low_rank(dropped, experts.up_A)
-        else:
-            low = low_1[0] + F.linear(total, fold.low_gate), low_1[1] + F.linear(total, fold.low_up)
-        update = (total, fold.gate, fold.up)
-        c, z = rounds.expert_round(gate, up, *low, experts, routing, spec, backend, update)
-    return rounds.collect(rounds.output(base, c, z, experts, routing, spec), routings)
+            x_t = x + F.linear(total, fold.rounds.output)
+            low_t, low_update = F.linear(F.dropout(x_t, spec.dropout), experts.low_A), None
+        update = (total, fold.rounds.gate, fold.rounds.up)
+        c, z = rounds.expert_round(gate, up, low_t, experts, routing, spec, backend, order, update, low_update)
+    return rounds.collect(rounds.output(base, c, z, experts.down_B, routing, spec), routings)
+
+
+class State(NamedTuple):
+    """What a GRU step leaves to the next round; all are columns of two tensors.
+
+    Attributes:
+        last, total: h and the sum H of all states so far, [N, G'] each.
+        low_update: (A W_g) H, [N, 2nr].
+        recurrent: W_z h beside W_r h, [N, 2G'], for the next step.
+    """
+
+    last: Tensor
+    total: Tensor
+    low_update: Tensor
+    recurrent: Tensor
+
+
+def _think(
+    c: Tensor,
+    z: Tensor,
+    x: Tensor,
+    state: State | None,
+    routing: Routing,
+    spec: RethinkingSpec,
+    fold: RoundsFold,
+    backend: str,
+) -> State:
+    """One GRU step on a round's c and z, and the product that reads h and H for the round after it."""
+    pair = gru_step(
+        _gru_inputs(c, z, x, state, routing, spec, fold),
+        None if state is None else state.recurrent,
+        None if state is None else state.last,
+        None if state is None else state.total,
+        fold.candidate_weight,
+        fold.candidate_bias,
+        candidate_activation=spec.candidate_activation,
+        backend=backend,
+    )
+    width = pair.shape[1] // 2
+    reread = F.linear(pair, fold.reread)  # [N, 2nr + 2G']
+    low_update, recurrent = reread[:, : -2 * width], reread[:, -2 * width :]
+    return State(pair[:, :width], pair[:, width:], low_update, recurrent)
 
 
 def _gru_inputs(
-    c: Tensor,
-    z: Tensor,
-    routing: Routing,
-    candidate_1: Tensor | None,
-    total: Tensor | None,
-    spec: RethinkingSpec,
-    fold: Fold,
+    c: Tensor, z: Tensor, x: Tensor, state: State | None, routing: Routing, spec: RethinkingSpec, fold: RoundsFold
 ) -> Tensor:
     """The GRU's input [N, 3G'] from c and z, without a down projection."""
-    inputs = F.linear(c, fold.inputs) + F.linear(z, fold.inputs_low)
+    inputs = rounds.add_product(F.linear(c, fold.inputs), z, fold.inputs_low)
     if fold.inputs_bias is not None:
         mixed = rounds.mixed_weight(routing, spec, inputs.dtype)
         inputs = inputs + (fold.inputs_bias if mixed is None else mixed * fold.inputs_bias)
-    if candidate_1 is None:
+    if fold.candidate_x is None or fold.candidate_state is None:
         return inputs
-    candidate = candidate_1
-    if total is not None and fold.candidate_state is not None:
-        candidate = candidate + F.linear(total, fold.candidate_state)
+    candidate = F.linear(x, fold.candidate_x)
+    if state is not None:
+        candidate = rounds.add_product(candidate, state.total, fold.candidate_state)
     return torch.cat([inputs, candidate], dim=1)

@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from graphmoe_kernels.backend import resolve_backend
 from graphmoe_kernels.experts import expert_swiglu
+from graphmoe_kernels.launching import SKINNY_TOKENS
 from graphmoe_kernels.rethinking.weights import BaseMLP, ExpertWeights, RethinkingOutput, RethinkingSpec
-from graphmoe_kernels.routing import Routing, topk_softmax_routing
+from graphmoe_kernels.routing import Routing, expert_order, route_tokens
 
 
-def router_logits(x: Tensor, router: Tensor) -> Tensor:
-    """R x in fp32 at least, whatever autocast says: [N, n]."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(dtype), router.to(dtype))
+class PreparedExperts(NamedTuple):
+    """The experts as the operators take them, in the compute dtype.
+
+    Attributes:
+        low_A: A of gate and up, all experts, [2nr, D]: one product gives what `expert_swiglu` calls ``low``.
+        gate_B, up_B: [n, F, r]; down_A: [n, r, F].
+        down_B: s B_D of all experts side by side, [D, n*r]: what an [N, n*r] activation is multiplied with.
+    """
+
+    low_A: Tensor
+    gate_B: Tensor
+    up_B: Tensor
+    down_A: Tensor
+    down_B: Tensor
 
 
-def low_rank(x: Tensor, A: Tensor) -> Tensor:
-    """A_i x of all experts, [N, n*r], for A [n, r, D]."""
-    return F.linear(x, A.flatten(0, 1).to(x.dtype))
+def prepare_experts(experts: ExpertWeights, dtype: torch.dtype, scale: float, copy: bool = False) -> PreparedExperts:
+    """Casts and joins the experts' weights, differentiably; with ``copy`` nothing is shared with them."""
+    low_A = torch.cat([experts.gate_A.flatten(0, 1), experts.up_A.flatten(0, 1)]).to(dtype)
+    narrow = (t.to(dtype, copy=copy) for t in (experts.gate_B, experts.up_B, experts.down_A))
+    down_B = scale * experts.down_B.permute(1, 0, 2).flatten(1)
+    return PreparedExperts(low_A, *narrow, down_B.to(dtype))
 
 
-def wide_B(B: Tensor) -> Tensor:
-    """The experts' B [n, D, r] side by side, [D, n*r]: what an [N, n*r] activation is multiplied with."""
-    return B.permute(1, 0, 2).flatten(1)
+def draw_seed(spec: RethinkingSpec, device: torch.device) -> Tensor | None:
+    """A fresh dropout seed from the device's generator, or None without dropout."""
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=device) if spec.dropout > 0 else None
 
 
-def draw_seed(spec: RethinkingSpec) -> Tensor | None:
-    """A fresh dropout seed from torch's generator, or None without dropout."""
-    return torch.randint(2**62, (1,), dtype=torch.int64) if spec.dropout > 0 else None
-
-
-def route(logits: Tensor, spec: RethinkingSpec, token_mask: Tensor | None, backend: str) -> Routing:
-    """This round's routing under the layer's settings."""
-    return topk_softmax_routing(
-        logits,
+def route(
+    x: Tensor,
+    router: Tensor,
+    spec: RethinkingSpec,
+    token_mask: Tensor | None,
+    backend: str,
+    offset: Tensor | None = None,
+) -> Routing:
+    """This round's routing of R x (plus ``offset``) under the layer's settings, in fp32 at least."""
+    return route_tokens(
+        x,
+        router,
         spec.top_k,
+        offset=offset,
         normalize=spec.normalize,
         statistics=spec.statistics,
         token_mask=token_mask,
@@ -45,24 +64,34 @@ def route(logits: Tensor, spec: RethinkingSpec, token_mask: Tensor | None, backe
     )
 
 
+def token_order(routing: Routing, gate: Tensor, backend: str) -> Tensor | None:
+    """An order of the tokens for the Triton kernels, or None where it gains nothing: elsewhere, and for few tokens.
+
+    The first round's serves all rounds. It never changes a result, and tokens mostly keep their experts.
+    """
+    if resolve_backend(backend, "gate", gate) != "triton" or gate.shape[0] <= SKINNY_TOKENS:
+        return None
+    return expert_order(routing.experts)
+
+
 def expert_round(
     gate: Tensor,
     up: Tensor,
-    low_gate: Tensor,
-    low_up: Tensor,
-    experts: ExpertWeights,
+    low: Tensor,
+    experts: PreparedExperts,
     routing: Routing,
     spec: RethinkingSpec,
     backend: str,
-    update: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None),
+    order: Tensor | None = None,
+    update: tuple[Tensor, Tensor, Tensor] | None = None,
+    low_update: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """c [N, F] and z [N, n*r] of one round; ``update`` is (H, M_gate, M_up) in a folded round."""
-    state, fold_gate, fold_up = update
+    state, fold_gate, fold_up = update or (None, None, None)
     return expert_swiglu(
         gate,
         up,
-        low_gate,
-        low_up,
+        low,
         experts.gate_B,
         experts.up_B,
         experts.down_A,
@@ -73,8 +102,11 @@ def expert_round(
         state=state,
         fold_gate=fold_gate,
         fold_up=fold_up,
+        low_update=low_update,
         dropout=spec.dropout,
-        seed=draw_seed(spec),
+        seed=draw_seed(spec, gate.device),
+        order=order,
+        tickets=routing.tickets if routing.tickets.numel() else None,
         backend=backend,
     )
 
@@ -84,11 +116,15 @@ def mixed_weight(routing: Routing, spec: RethinkingSpec, dtype: torch.dtype) -> 
     return None if spec.normalize else routing.weights.sum(dim=-1, keepdim=True).to(dtype)
 
 
-def output(
-    base: BaseMLP, c: Tensor, z: Tensor, experts: ExpertWeights, routing: Routing, spec: RethinkingSpec
-) -> Tensor:
-    """y = W_D c + s B_D z + (sum_j w_j) b_D, [N, D]: one down projection whatever k is."""
-    y = base.project_out(c) + F.linear(z, spec.scale * wide_B(experts.down_B).to(z.dtype))
+def add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y + x weight^T, written to y: a fresh tensor that nothing else reads."""
+    return y.addmm_(x.to(y.dtype), weight.to(y.dtype).T)
+
+
+def output(base: BaseMLP, c: Tensor, z: Tensor, down_B: Tensor, routing: Routing, spec: RethinkingSpec) -> Tensor:
+    """y = W_D c + s B_D z + (sum_j w_j) b_D, [N, D]: one down projection whatever k is; ``down_B`` [D, n*r]
+    is that of `PreparedExperts`."""
+    y = add_product(base.project_out(c), z, down_B)
     mixed = mixed_weight(routing, spec, y.dtype)
     if mixed is not None:
         bias = base.dense().down_bias

@@ -84,9 +84,10 @@ def recorded_logits() -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
     original = rounds.route
 
-    def route(logits: Tensor, *rest: object):
-        seen.append(logits.detach().clone())
-        return original(logits, *rest)  # type: ignore[arg-type]
+    def route(*args, **kwargs):
+        routing = original(*args, **kwargs)
+        seen.append(routing.logits.detach().clone())
+        return routing
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounds, "route", route)

@@ -6,8 +6,9 @@ import torch
 
 from graphmoe_kernels import expert_swiglu
 
-FLOATING = ["gate", "up", "low_gate", "low_up", "gate_B", "up_B", "down_A", "weights"]
-LATER_ROUND = ["state", "fold_gate", "fold_up"]
+FLOATING = ["gate", "up", "low", "gate_B", "up_B", "down_A", "weights"]
+LATER_ROUND = ["state", "fold_gate", "fold_up", "low_update"]
+SCALES = ["gate_scale", "up_scale"]
 SETTINGS = {"scale": 1.5, "activation": "silu"}
 
 
@@ -18,6 +19,7 @@ def operands(
     rank: int = 3,
     top_k: int = 2,
     inner: int | None = None,
+    scales: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Random fp64 operands; ``inner`` is the GRU's width in a later round, None in the first."""
 
@@ -28,8 +30,7 @@ def operands(
     found = {
         "gate": draw(tokens, width),
         "up": draw(tokens, width),
-        "low_gate": draw(tokens, experts * rank),
-        "low_up": draw(tokens, experts * rank),
+        "low": draw(tokens, 2 * experts * rank),
         "gate_B": draw(experts, width, rank),
         "up_B": draw(experts, width, rank),
         "down_A": draw(experts, rank, width) * width**-0.5,
@@ -41,7 +42,10 @@ def operands(
             "state": draw(tokens, inner),
             "fold_gate": draw(width, inner) * inner**-0.5,
             "fold_up": draw(width, inner) * inner**-0.5,
+            "low_update": draw(tokens, 2 * experts * rank),
         }
+    if scales:
+        found |= {name: 1 + 0.3 * draw(experts, width) for name in SCALES}
     return found
 
 

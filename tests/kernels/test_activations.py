@@ -82,6 +82,6 @@ def test_unknown_name_lists_the_known_ones():
     x = torch.zeros(1, 2)
     with pytest.raises(ValueError, match="unknown activation 'sliu'"):
         expert_swiglu(
-            x, x, torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 2, 1), torch.zeros(1, 2, 1),
+            x, x, torch.zeros(1, 2), torch.zeros(1, 2, 1), torch.zeros(1, 2, 1),
             torch.zeros(1, 1, 2), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long), activation="sliu",
         )  # fmt: skip

@@ -12,7 +12,9 @@ from tests.kernels.expert_operands import FLOATING, LATER_ROUND, SETTINGS, cast,
 def by_definition(given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """c and z token by token and slot by slot, in Python."""
     act = get_activation(SETTINGS["activation"]).function
-    c, z = torch.zeros_like(given["gate"]), torch.zeros_like(given["low_gate"])
+    n = given["down_A"].shape[0]
+    c, z = torch.zeros_like(given["gate"]), torch.zeros_like(given["low"].chunk(2, dim=1)[0])
+    low = given["low"] + given.get("low_update", 0)
     rank, s = given["down_A"].shape[1], SETTINGS["scale"]
     for i, row in enumerate(given["experts"].tolist()):
         gate, up = given["gate"][i], given["up"][i]
@@ -21,8 +23,9 @@ def by_definition(given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.T
             up = up + given["fold_up"] @ given["state"][i]
         for j, e in enumerate(row):
             own = slice(e * rank, (e + 1) * rank)
-            g = gate + s * given["gate_B"][e] @ given["low_gate"][i, own]
-            u = up + s * given["up_B"][e] @ given["low_up"][i, own]
+            low_gate, low_up = low[i].view(2, n, rank)[:, e]
+            g = (gate + s * given["gate_B"][e] @ low_gate) * (given["gate_scale"][e] if "gate_scale" in given else 1)
+            u = (up + s * given["up_B"][e] @ low_up) * (given["up_scale"][e] if "up_scale" in given else 1)
             hidden = given["weights"][i, j] * act(g) * u
             c[i] += hidden
             z[i, own] += given["down_A"][e] @ hidden
@@ -41,6 +44,7 @@ SHAPES = {
     "rank 1": {"rank": 1},
     "rank 5": {"rank": 5},
     "F = 1": {"width": 1},
+    "scale vectors": {"scales": True},
 }
 
 
@@ -83,7 +87,7 @@ def _strided(given):
 
 LAYOUTS = {
     "fused gate and up": _strided,
-    "low-rank activations transposed": lambda given: given | {"low_gate": given["low_gate"].T.contiguous().T},
+    "low-rank activations transposed": lambda given: given | {"low": given["low"].T.contiguous().T},
     "state strided": lambda given: given | {"state": given["state"].repeat(1, 2)[:, :6]},
     "weights transposed": lambda given: given | {"weights": given["weights"].T.contiguous().T},
     "B transposed": lambda given: given | {"gate_B": given["gate_B"].mT.contiguous().mT},

@@ -1,0 +1,57 @@
+"""The dropout mask of the down branch: a function of a seed and of an entry's place, the same on every backend.
+
+The entry of token i, slot j, column f is dropped where a 16-bit number is below `threshold`: half j % 2 of word f % 4
+of Philox-4x32-10 (Salmon et al., SC 2011) with the seed as its key and (f // 4, i, j // 2, 0) as its counter. Cutting a
+batch into tiles, or computing backward in another order, changes nothing; the probability is a multiple of 2^-16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEVELS = 2**16
+_WORD = 0xFFFFFFFF
+
+
+def threshold(probability: float) -> int:
+    """How many of the 16-bit numbers drop an entry."""
+    return min(round(probability * LEVELS), LEVELS - 1)
+
+
+def kept_scale(probability: float) -> float:
+    """What the kept entries are multiplied with, so that the mean stays."""
+    return LEVELS / (LEVELS - threshold(probability))
+
+
+def dropout_mask(seed: Tensor, probability: float, tokens: slice, slots: int, width: int) -> Tensor:
+    """The mask of a slice of the batch's tokens, [tokens, slots, width], entries 0 or `kept_scale`, fp32.
+
+    Args:
+        seed: one int64, on the device where the mask is made.
+        tokens: start and stop, counted in the whole batch.
+    """
+    device = seed.device
+    count = tokens.stop - tokens.start
+    shape = (count, -(-slots // 2), -(-width // 4))
+    quads = torch.arange(shape[2], device=device).expand(shape)
+    rows = torch.arange(tokens.start, tokens.stop, device=device)[:, None, None].expand(shape)
+    pairs = torch.arange(shape[1], device=device)[:, None].expand(shape)
+    words = torch.stack(_philox(seed.reshape(()), quads, rows, pairs), dim=-1).flatten(2)  # [tokens, pairs, width]
+    numbers = torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten(1, 2)  # [tokens, slots, width]
+    keep = numbers[:, :slots, :width] >= threshold(probability)
+    return keep.to(torch.float32).mul_(kept_scale(probability))
+
+
+def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, ...]:
+    """Philox-4x32-10 of counters (c0, c1, c2, 0): four words in 0..2^32 - 1, as int64."""
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    c3 = torch.zeros_like(c0)
+    for _ in range(10):
+        # 64-bit products wrap, and the bits that are read are right all the same.
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0 = ((b >> 32) & _WORD) ^ c1 ^ k0
+        c2 = ((a >> 32) & _WORD) ^ c3 ^ k1
+        c1, c3 = b & _WORD, a & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3

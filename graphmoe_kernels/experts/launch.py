@@ -1,0 +1,281 @@
+"""The expert SwiGLU round on Triton: what the kernels are given, and how their work is cut.
+
+Forward and the tokens' backward run a program for every tile of tokens and split of F; the experts' backward one for
+every tile of columns and split of the tokens. Splits are as many as keep every multiprocessor busy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from graphmoe_kernels.experts.dropout import kept_scale, threshold
+from graphmoe_kernels.experts.operands import Inputs, Settings
+from graphmoe_kernels.launching import Config, kernel_config, launch, multiprocessors
+
+# Columns of the compact low-rank rows (slots times padded rank) that a program can hold beside its tile.
+MAX_COLUMNS = 256
+# From so many columns on, a program's tile is smaller: the configurations named "..._wide_rank".
+WIDE_RANK_COLUMNS = 64
+# The fewest tokens of a program: what a matrix instruction takes, and what one ticket is made for.
+SMALLEST_TILE = 16
+# Programs for every multiprocessor: two that run at once hide each other's latencies.
+PROGRAMS_PER_MULTIPROCESSOR = 2
+
+
+def _padded(size: int) -> int:
+    """The power of two that holds ``size``, at least 16: what a matrix instruction takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+class Sizes(NamedTuple):
+    """The sizes that the kernels are compiled for or called with."""
+
+    tokens: int
+    width: int
+    num_experts: int
+    rank: int
+    slots: int
+
+    @property
+    def rank_padded(self) -> int:
+        """A rank's columns in a matrix instruction."""
+        return _padded(self.rank)
+
+    @property
+    def columns(self) -> int:
+        """Columns of compact rows: every slot's padded rank."""
+        return _padded(self.slots * self.rank_padded)
+
+
+def sizes(inputs: Inputs) -> Sizes:
+    """The sizes of a call."""
+    n, r, width = inputs.down_A.shape
+    return Sizes(inputs.gate.shape[0], width, n, r, inputs.experts.shape[1])
+
+
+def check_supported(inputs: Inputs, activation: str) -> None:
+    """`ValueError` for what the kernels do not take, naming the argument and what works."""
+    from graphmoe_kernels.triton_activations import NAMES
+
+    size = sizes(inputs)
+    if activation not in NAMES:
+        raise ValueError(
+            f"activation {activation!r} has no Triton form (there are {', '.join(NAMES)}); use backend='torch'"
+        )
+    if size.columns > MAX_COLUMNS:
+        raise ValueError(
+            f"k={size.slots} experts a token of rank {size.rank} (padded to {size.rank_padded}) need {size.columns} "
+            f"columns, and the Triton kernels hold up to {MAX_COLUMNS}; lower top_k or r, or use backend='torch'"
+        )
+    inner = 0 if inputs.state is None else inputs.state.shape[1]
+    if size.width * max(inner, size.rank) >= 2**31:
+        raise ValueError(f"F={size.width} times G={inner} or r={size.rank} exceeds 2^31; use backend='torch'")
+
+
+def _split(work: int, others: int, device: torch.device) -> tuple[int, int]:
+    """How many splits of ``work`` pieces keep the device busy beside ``others`` programs, and the pieces of one."""
+    work = max(work, 1)
+    wanted = math.ceil(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) / max(others, 1))
+    pieces = math.ceil(work / max(1, min(wanted, work)))
+    return math.ceil(work / pieces), pieces
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """x with contiguous rows, of any stride between them."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _whole(x: Tensor | None) -> Tensor | None:
+    """x contiguous."""
+    return None if x is None else x.contiguous()
+
+
+class Call(NamedTuple):
+    """The arguments that all three kernels share."""
+
+    size: Sizes
+    inputs: Inputs
+    settings: Settings
+    arguments: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.inputs.gate.device
+
+    def config(self, kernel: str) -> Config:
+        """The configuration of a kernel for this call."""
+        name = kernel + ("_wide_rank" if self.size.columns > WIDE_RANK_COLUMNS else "")
+        return kernel_config("experts", name, self.size.tokens, self.inputs.gate.dtype, self.device)
+
+
+def prepare(inputs: Inputs, settings: Settings) -> Call:
+    """Layouts that the kernels can read, and the arguments that follow from sizes and settings."""
+    size = sizes(inputs)
+    by_row = ("gate", "up", "state", "low", "low_update")
+    inputs = Inputs(*((_rows if name in by_row else _whole)(x) for name, x in inputs._asdict().items()))
+    state, low_update = inputs.state, inputs.low_update
+    dropping = settings.dropout > 0 and settings.seed is not None
+    arguments = {
+        **inputs._asdict(),
+        "order": settings.order,
+        "seed": settings.seed.to(inputs.gate.device) if dropping and settings.seed is not None else None,
+        "tokens": size.tokens,
+        "width": size.width,
+        "inner": 0 if state is None else state.shape[1],
+        "num_experts": size.num_experts,
+        "stride_gate": inputs.gate.stride(0),
+        "stride_up": inputs.up.stride(0),
+        "stride_state": 0 if state is None else state.stride(0),
+        "stride_low": inputs.low.stride(0),
+        "stride_update": 0 if low_update is None else low_update.stride(0),
+        "scale": settings.scale,
+        "threshold": threshold(settings.dropout),
+        "kept": kept_scale(settings.dropout),
+        "SLOTS": size.slots,
+        "RANK": size.rank,
+        "RANK_PADDED": size.rank_padded,
+        "ACTIVATION": settings.activation,
+        "HAS_STATE": state is not None,
+        "HAS_UPDATE": low_update is not None,
+        "HAS_SCALE": inputs.gate_scale is not None,
+        "HAS_ORDER": settings.order is not None,
+        "DROPOUT": dropping,
+    }
+    return Call(size, inputs, settings, arguments)
+
+
+def _scratch(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=x.device)
+
+
+def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    """c [N, F] and z [N, n*r] in one launch; see `graphmoe_kernels.expert_swiglu`."""
+    from graphmoe_kernels.experts.triton_forward import forward_kernel
+
+    call = prepare(inputs, settings)
+    size, gate = call.size, call.inputs.gate
+    config = call.config("forward")
+    c = torch.empty(size.tokens, size.width, dtype=gate.dtype, device=gate.device)
+    z = torch.empty(size.tokens, size.num_experts * size.rank, dtype=gate.dtype, device=gate.device)
+    tiles = math.ceil(size.tokens / config["BLOCK_M"])
+    splits, blocks = _split(math.ceil(size.width / config["BLOCK_F"]), tiles, gate.device)
+    launch(
+        forward_kernel,
+        (tiles, splits),
+        device=gate.device,
+        **call.arguments,
+        c=c,
+        z=z,
+        partial=_scratch(gate, splits if splits > 1 else 0, size.tokens, size.columns),
+        present=_scratch(gate, tiles * splits, size.slots, size.num_experts + 1, dtype=torch.int32),
+        tickets=_tickets(call, tiles),
+        split_width=blocks * config["BLOCK_F"],
+        splits=splits,
+        COLUMNS=size.columns,
+        **config,
+    )
+    return c, z
+
+
+def _tickets(call: Call, tiles: int) -> Tensor:
+    given = call.settings.tickets
+    return torch.zeros(tiles, dtype=torch.int32, device=call.device) if given is None else given
+
+
+def backward(grad_c: Tensor, grad_z: Tensor, inputs: Inputs, settings: Settings, needed: list[bool]) -> Inputs:
+    """The gradients of the ``needed`` floating inputs, in their places."""
+    call = prepare(inputs, settings)
+    asked = dict(zip(Inputs._fields, [*needed, False], strict=True))
+    grads, present = _backward_tokens(call, grad_c.contiguous(), grad_z.contiguous())
+    if asked["low_update"]:
+        grads["low_update"] = grads["low"].clone()
+    d_gate, d_up = grads["gate"], grads["up"]
+    if call.inputs.update is not None:
+        state, fold_gate, fold_up = call.inputs.update
+        if asked["state"]:
+            grads["state"] = torch.addmm(d_gate @ fold_gate, d_up, fold_up)
+        if asked["fold_gate"]:
+            grads["fold_gate"] = d_gate.T @ state
+        if asked["fold_up"]:
+            grads["fold_up"] = d_up.T @ state
+    if any(asked[name] for name in ("gate_B", "up_B", "down_A", "gate_scale", "up_scale")):
+        grads |= _backward_weights(call, grad_c.contiguous(), grad_z.contiguous(), present)
+    return Inputs(*(grads.get(name) for name in Inputs._fields))  # type: ignore[arg-type]
+
+
+def _backward_tokens(call: Call, grad_c: Tensor, grad_z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients of gate, up, low and weights, and the tiles' lists of experts for the second kernel."""
+    from graphmoe_kernels.experts.triton_backward_tokens import backward_tokens_kernel
+
+    size, gate = call.size, call.inputs.gate
+    config = call.config("backward_tokens")
+    grads = {
+        "gate": torch.empty(size.tokens, size.width, dtype=gate.dtype, device=gate.device),
+        "up": torch.empty(size.tokens, size.width, dtype=gate.dtype, device=gate.device),
+        "low": torch.empty(size.tokens, 2 * size.num_experts * size.rank, dtype=gate.dtype, device=gate.device),
+        "weights": _scratch(gate, size.tokens, size.slots),
+    }
+    tiles = math.ceil(size.tokens / config["BLOCK_M"])
+    splits, blocks = _split(math.ceil(size.width / config["BLOCK_F"]), tiles, gate.device)
+    summed = splits if splits > 1 else 0
+    slots_padded = 1 << max(1, (size.slots - 1).bit_length())
+    present = _scratch(gate, splits * tiles, size.slots, size.num_experts + 1, dtype=torch.int32)
+    launch(
+        backward_tokens_kernel,
+        (tiles, splits),
+        device=gate.device,
+        **call.arguments,
+        d_c=grad_c,
+        d_z=grad_z,
+        **{f"d_{name}": grad for name, grad in grads.items()},
+        partial_gate=_scratch(gate, summed, size.tokens, size.columns),
+        partial_up=_scratch(gate, summed, size.tokens, size.columns),
+        partial_weights=_scratch(gate, summed, size.tokens, slots_padded),
+        present=present,
+        tickets=torch.zeros(tiles, dtype=torch.int32, device=gate.device),
+        split_width=blocks * config["BLOCK_F"],
+        splits=splits,
+        COLUMNS=size.columns,
+        SLOTS_PADDED=slots_padded,
+        **config,
+    )
+    return grads, present
+
+
+def _backward_weights(call: Call, grad_c: Tensor, grad_z: Tensor, present: Tensor) -> dict[str, Tensor]:
+    """Gradients of gate_B, up_B, down_A and the scale vectors, fp32."""
+    from graphmoe_kernels.experts.triton_backward_weights import backward_weights_kernel
+
+    size, gate = call.size, call.inputs.gate
+    # The lists of the tiles' experts were made for the tokens' kernel: its tiles are the tiles here.
+    config = call.config("backward_weights") | {"BLOCK_M": call.config("backward_tokens")["BLOCK_M"]}
+    column_tiles = math.ceil(size.width / config["BLOCK_F"])
+    splits, tiles = _split(math.ceil(size.tokens / config["BLOCK_M"]), column_tiles, gate.device)
+    n, r, width = size.num_experts, size.rank, size.width
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(splits, *shape, dtype=torch.float32, device=gate.device)
+
+    summed = {name: zeros(n, width, r) for name in ("gate_B", "up_B", "down_A")}
+    scales = {name: zeros(n, width) for name in ("gate_scale", "up_scale") if call.inputs.scales is not None}
+    launch(
+        backward_weights_kernel,
+        (column_tiles, splits),
+        device=gate.device,
+        **call.arguments,
+        d_c=grad_c,
+        d_z=grad_z,
+        **{f"d_{name}": x for name, x in summed.items()},
+        d_gate_scale=scales.get("gate_scale"),
+        d_up_scale=scales.get("up_scale"),
+        present=present,
+        split_tiles=tiles,
+        **config,
+    )
+    found = {name: x.sum(0) for name, x in (summed | scales).items()}
+    return found | {"down_A": found["down_A"].mT}

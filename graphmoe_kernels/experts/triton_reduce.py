@@ -1,0 +1,77 @@
+"""Sums over the splits of F in a fixed order, by the program of a tile that comes last."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split_offsets(tile, tokens, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where a tile's rows stand in one split's [tokens, COLUMNS], and which of them are there."""
+    position = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return position[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], (position < tokens)[:, None]
+
+
+@triton.jit
+def store_split(rows, partial, tile, split, tokens, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Write this split's ``rows`` [BLOCK_M, COLUMNS] to ``partial`` [splits, tokens, COLUMNS]."""
+    at, live = split_offsets(tile, tokens, COLUMNS, BLOCK_M)
+    tl.store(partial + tl.cast(split, tl.int64) * tokens * COLUMNS + at, rows, mask=live)
+
+
+@triton.jit
+def comes_last(tickets, tile, splits):
+    """Whether this program is the last of its tile's splits to arrive here; the counter is back at zero then.
+
+    It decides who sums, never the order of the sum: results are the same bit for bit in every run.
+    """
+    tl.debug_barrier()  # all threads' stores come before the one thread's release
+    last = tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu") == splits - 1
+    if last:
+        tl.atomic_xchg(tickets + tile, 0)
+    return last
+
+
+@triton.jit
+def sum_splits(partial, tile, splits, tokens, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The sum over ``partial`` [splits, tokens, COLUMNS] of a tile's rows, first split first: [BLOCK_M, COLUMNS]."""
+    at, live = split_offsets(tile, tokens, COLUMNS, BLOCK_M)
+    rows = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    for split in range(splits):
+        # Past the L1 cache, which may hold what another multiprocessor has overwritten.
+        start = partial + tl.cast(split, tl.int64) * tokens * COLUMNS
+        rows += tl.load(start + at, mask=live, other=0.0, cache_modifier=".cg")
+    return rows
+
+
+@triton.jit
+def write_wide(
+    rows,
+    out,
+    stride_out,
+    experts,
+    token,
+    live,
+    num_experts,
+    SLOTS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Write compact rows to n*r columns of ``out``: each slot's r values at its expert's columns, zero elsewhere."""
+    whole = num_experts * RANK
+    block: tl.constexpr = 64
+    for c0 in range(0, whole, block):
+        i = c0 + tl.arange(0, block)
+        zero = tl.zeros([BLOCK_M, block], out.dtype.element_ty)
+        tl.store(out + token[:, None] * stride_out + i[None, :], zero, mask=live[:, None] & (i < whole)[None, :])
+    tl.debug_barrier()  # the zeros come before the values
+    column = tl.arange(0, COLUMNS)
+    slot, i = column // RANK_PADDED, column % RANK_PADDED
+    inside = live[:, None] & ((slot < SLOTS) & (i < RANK))[None, :]
+    chosen = tl.load(experts + token[:, None] * SLOTS + slot[None, :], mask=inside, other=0).to(tl.int32)
+    inside &= (chosen >= 0) & (chosen < num_experts)
+    at = token[:, None] * stride_out + chosen * RANK + i[None, :]
+    tl.store(out + at, rows.to(out.dtype.element_ty), mask=inside)

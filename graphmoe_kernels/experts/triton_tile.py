@@ -1,0 +1,226 @@
+"""What the expert kernels share: one tile of tokens by columns of F, computed the same way in forward and backward.
+
+A program holds BLOCK_M tokens (consecutive in an order that puts tokens of like experts together) and walks over
+columns of F. The low-rank terms of a slot are products with one expert's matrices at a time, rows of other experts
+masked to zero, and only the experts that are present in the tile are visited: the cost follows the experts in the
+tile, not the number of experts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_rows(order, tile, tokens, HAS_ORDER: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The tokens of a tile (int64, 0 where there is none) and which of its rows are there."""
+    position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = position < tokens
+    if HAS_ORDER:
+        token = tl.load(order + position, mask=live, other=0)
+    else:
+        token = tl.where(live, position, 0)
+    return token.to(tl.int64), live
+
+
+@triton.jit
+def slot_experts(experts, token, live, slot, num_experts, SLOTS: tl.constexpr):
+    """The expert of every row's slot, [BLOCK_M] int32; num_experts, which is none, where a row or its id is no expert."""
+    e = tl.load(experts + token * SLOTS + slot, mask=live, other=num_experts).to(tl.int32)
+    return tl.where((e >= 0) & (e < num_experts), e, num_experts)
+
+
+@triton.jit
+def slot_weights(weights, token, live, slot, chosen, num_experts, SLOTS: tl.constexpr):
+    """The routing weight of every row's slot, [BLOCK_M] fp32: NaN for an id that is no expert, so that it is seen."""
+    w = tl.load(weights + token * SLOTS + slot, mask=live, other=0.0).to(tl.float32)
+    return tl.where(live & (chosen == num_experts), float("nan"), w)
+
+
+@triton.jit
+def list_present(experts, token, live, present, num_experts, SLOTS: tl.constexpr):
+    """Write to ``present`` [SLOTS, 1 + num_experts] how many experts each slot has in this tile, then which.
+
+    The list is the program's own scratch; walking it is a plain loop whose loads the compiler can see ahead.
+    """
+    for slot in range(SLOTS):
+        chosen = slot_experts(experts, token, live, slot, num_experts, SLOTS)
+        row = present + slot * (num_experts + 1)
+        count = 0
+        e = tl.min(chosen)
+        while e < num_experts:
+            tl.store(row + 1 + count, e)
+            count += 1
+            e = tl.min(tl.where(chosen > e, chosen, num_experts))
+        tl.store(row, count)
+    tl.debug_barrier()  # the list is written by one thread and read by all
+
+
+@triton.jit
+def base_tile(
+    gate,
+    up,
+    state,
+    fold_gate,
+    fold_up,
+    token,
+    live,
+    f,
+    width,
+    inner,
+    stride_gate,
+    stride_up,
+    stride_state,
+    HAS_STATE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Gate and up pre-activations that all slots share, P_1 + H M^T, [BLOCK_M, BLOCK_F] fp32 each."""
+    inside = live[:, None] & (f < width)[None, :]
+    g = tl.load(gate + token[:, None] * stride_gate + f[None, :], mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + token[:, None] * stride_up + f[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_STATE:
+        column = f[None, :] * inner
+        for k0 in range(0, inner, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            k_inside = k < inner
+            h = tl.load(state + token[:, None] * stride_state + k[None, :], mask=live[:, None] & k_inside, other=0.0)
+            m_inside = k_inside[:, None] & (f < width)[None, :]
+            m_gate = tl.load(fold_gate + column + k[:, None], mask=m_inside, other=0.0)
+            g = tl.dot(h, m_gate, g, input_precision="ieee")
+            m_up = tl.load(fold_up + column + k[:, None], mask=m_inside, other=0.0)
+            u = tl.dot(h, m_up, u, input_precision="ieee")
+    return g, u
+
+
+@triton.jit
+def low_rank_rows(
+    low,
+    low_update,
+    token,
+    hit,
+    column,
+    stride_low,
+    stride_update,
+    HAS_UPDATE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+):
+    """A x of one expert for the rows that chose it, zero in the others: [BLOCK_M, RANK_PADDED]."""
+    i = tl.arange(0, RANK_PADDED)
+    inside = hit[:, None] & (i < RANK)[None, :]
+    a = tl.load(low + token[:, None] * stride_low + (column + i)[None, :], mask=inside, other=0.0)
+    if HAS_UPDATE:
+        update = tl.load(low_update + token[:, None] * stride_update + (column + i)[None, :], mask=inside, other=0.0)
+        a = (a.to(tl.float32) + update.to(tl.float32)).to(a.dtype)
+    return a
+
+
+@triton.jit
+def expert_columns(B, e, f, width, RANK: tl.constexpr, RANK_PADDED: tl.constexpr):
+    """B_e^T for columns f of B [n, F, r]: [RANK_PADDED, BLOCK_F]."""
+    i = tl.arange(0, RANK_PADDED)
+    inside = (i < RANK)[:, None] & (f < width)[None, :]
+    return tl.load(B + e.to(tl.int64) * width * RANK + f[None, :] * RANK + i[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def expert_rows(A, e, f, width, RANK: tl.constexpr, RANK_PADDED: tl.constexpr):
+    """A_e for columns f of A [n, r, F]: [RANK_PADDED, BLOCK_F]."""
+    i = tl.arange(0, RANK_PADDED)
+    inside = (i < RANK)[:, None] & (f < width)[None, :]
+    return tl.load(A + e.to(tl.int64) * RANK * width + i[:, None] * width + f[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def slot_rows(A, e, slot, f, width, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, COLUMNS: tl.constexpr):
+    """A_e^T for columns f of A [n, r, F] in the columns of one slot, zero in the others': [BLOCK_F, COLUMNS].
+
+    A product with it adds to one slot's part of [BLOCK_M, COLUMNS] rows, whatever the number of slots.
+    """
+    column = tl.arange(0, COLUMNS)
+    i = column % RANK_PADDED
+    inside = (f < width)[:, None] & ((column // RANK_PADDED == slot) & (i < RANK))[None, :]
+    return tl.load(A + e.to(tl.int64) * RANK * width + i[None, :] * width + f[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def slot_columns(B, e, slot, f, width, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, COLUMNS: tl.constexpr):
+    """`slot_rows` for B [n, F, r]: B_e for columns f in the columns of one slot, [BLOCK_F, COLUMNS]."""
+    column = tl.arange(0, COLUMNS)
+    i = column % RANK_PADDED
+    inside = (f < width)[:, None] & ((column // RANK_PADDED == slot) & (i < RANK))[None, :]
+    return tl.load(B + e.to(tl.int64) * width * RANK + f[:, None] * RANK + i[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def slot_pre_activation(
+    g,
+    u,
+    low,
+    low_update,
+    gate_B,
+    up_B,
+    present,
+    chosen,
+    token,
+    f,
+    width,
+    num_experts,
+    stride_low,
+    stride_update,
+    scale,
+    HAS_UPDATE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+):
+    """One slot's pre-activations: the shared g and u plus s B_e a_e of every row's expert."""
+    low_g = tl.zeros_like(g)
+    low_u = tl.zeros_like(u)
+    for i in range(tl.load(present)):
+        e = tl.load(present + 1 + i)
+        hit = chosen == e
+        a = low_rank_rows(
+            low, low_update, token, hit, e * RANK, stride_low, stride_update, HAS_UPDATE, RANK, RANK_PADDED
+        )
+        low_g = tl.dot(a, expert_columns(gate_B, e, f, width, RANK, RANK_PADDED), low_g, input_precision="ieee")
+        a = low_rank_rows(
+            low,
+            low_update,
+            token,
+            hit,
+            (num_experts + e) * RANK,
+            stride_low,
+            stride_update,
+            HAS_UPDATE,
+            RANK,
+            RANK_PADDED,
+        )
+        low_u = tl.dot(a, expert_columns(up_B, e, f, width, RANK, RANK_PADDED), low_u, input_precision="ieee")
+    return g + scale * low_g, u + scale * low_u
+
+
+@triton.jit
+def scale_rows(gate_scale, up_scale, chosen, f, width, num_experts):
+    """The scale vectors [n, F] of every row's expert, [BLOCK_M, BLOCK_F] fp32 each."""
+    at = chosen.to(tl.int64)[:, None] * width + f[None, :]
+    inside = (chosen < num_experts)[:, None] & (f < width)[None, :]
+    s_gate = tl.load(gate_scale + at, mask=inside, other=0.0).to(tl.float32)
+    s_up = tl.load(up_scale + at, mask=inside, other=0.0).to(tl.float32)
+    return s_gate, s_up
+
+
+@triton.jit
+def keep_mask(seed, token, f0, slot, threshold, BLOCK_F: tl.constexpr):
+    """Which entries of a slot's tile dropout keeps: [BLOCK_M, BLOCK_F], as `graphmoe_kernels.experts.dropout` says.
+
+    One call of Philox gives eight 16-bit numbers: four columns of two slots.
+    """
+    quad = f0 // 4 + tl.arange(0, BLOCK_F // 4)
+    zero = tl.zeros([token.shape[0], BLOCK_F // 4], tl.int32)
+    c0 = zero + quad[None, :]
+    c1 = zero + token.to(tl.int32)[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + slot // 2, zero)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    number = (words >> tl.cast(16 * (slot % 2), tl.uint32)) & 0xFFFF
+    return number.to(tl.int32) >= threshold
