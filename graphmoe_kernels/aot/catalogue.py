@@ -56,7 +56,7 @@ def jobs(modules: Sequence[str], targets: Sequence[str], names: Sequence[str] = 
 def compile_all(work: Sequence[Job], processes: int) -> Iterator[tuple[Job, Reading]]:
     """The reading of each job, as they come."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(max(1, min(processes, len(work))), mp_context=context) as pool:
         futures = {pool.submit(_inspect, job): job for job in work}
         for future in as_completed(futures):
             yield futures[future], future.result()

@@ -26,6 +26,7 @@ class _Launch:
 
     regions: list[memory.Region] = dataclasses.field(default_factory=list)
     races: races.Races | None = None
+    patched: set[int] = dataclasses.field(default_factory=set)  # modules of nested kernels, by their globals' id
 
 
 _launch = _Launch()
@@ -42,6 +43,7 @@ def install() -> None:
     _watch_memory()
     _watch_atomics()
     _repair_index()
+    _patch_once_for_nested_kernels()
 
 
 def _watch_launches() -> None:
@@ -67,6 +69,7 @@ def _watch_launches() -> None:
             raise
         finally:
             _launch.regions, _launch.races = [], None
+            _launch.patched.clear()
 
     executor._init_args_hst, executor.__call__ = _init_args_hst, __call__
 
@@ -154,3 +157,22 @@ def _repair_index() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+def _patch_once_for_nested_kernels() -> None:
+    """A kernel that calls another replaces the functions of ``tl`` anew at every call; here once a launch and module.
+
+    Measured on a kernel of 20 nested calls and little else: 11 ms a launch instead of 30.
+    """
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = id(self.fn.__globals__)
+        if module not in _launch.patched:
+            _launch.patched.add(module)
+            interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.InterpretedFunction.__call__ = __call__
