@@ -61,7 +61,7 @@ def forward(
 
 
 def allocate_backward(inputs: Tensor, width: int, state: bool, reset_state: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs of `backward`: [N, 3G], and [N, G] each if there is a state and if q * h is wanted, else empty."""
+    """The outputs of `backward` but for the bias's gradient: [N, 3G], and [N, G] for each one wanted, else empty."""
     tokens = inputs.shape[0]
     return (
         inputs.new_empty(tokens, 3 * width),
@@ -80,8 +80,9 @@ def backward(
     candidate_bias: Tensor,
     candidate_activation: str,
     reset_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `graphmoe_kernels.gru.op.step_backward`: one launch."""
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `graphmoe_kernels.gru.op.step_backward`: one launch, and the sum of the token tiles' parts of the bias."""
     from graphmoe_kernels.gru.triton_kernels import gru_backward
 
     tokens, width, later = inputs.shape[0], candidate_bias.shape[0], state is not None
@@ -89,6 +90,8 @@ def backward(
     grad, inputs, weight = _rows(grad), _rows(inputs), _rows(candidate_weight)
     recurrent, state = (None if t is None else _rows(t) for t in (recurrent, state))
     config = kernel_config("gru", "gru_backward", tokens, inputs.dtype, inputs.device)
+    tiles = -(-tokens // config["BLOCK_M"])
+    d_bias = inputs.new_empty((tiles, width) if bias else (0,), dtype=torch.float32)
     launch(
         gru_backward,
         _grid(tokens, width, config),
@@ -102,6 +105,7 @@ def backward(
         d_inputs,
         d_state,
         kept,
+        d_bias,
         tokens,
         width,
         grad.stride(0),
@@ -112,10 +116,11 @@ def backward(
         TANH=candidate_activation == "tanh",
         HAS_STATE=later,
         RESET_STATE=reset_state,
+        BIAS=bias,
         device=inputs.device,
         **config,
     )
-    return d_inputs, d_state, kept
+    return d_inputs, d_state, kept, d_bias.sum(0) if bias else d_bias
 
 
 def _grid(tokens: int, width: int, config: dict[str, int]) -> tuple[int]:

@@ -54,16 +54,27 @@ def step_backward(
     candidate_bias: Tensor,
     candidate_activation: str,
     reset_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `step` from that of its output, grad [N, 2G].
 
     Returns:
         The gradient of ``inputs`` [N, 3G], whose first [N, 2G] is also that of ``recurrent``; of ``state`` [N, G] by
-        the state update and the candidate (empty in the first round); and, where asked for by ``reset_state``, q * h
-        [N, G] as the candidate's product read it (else empty).
+        the state update and the candidate (empty in the first round); where asked for by ``reset_state``, q * h
+        [N, G] as the candidate's product read it; where asked for by ``bias``, the bias's gradient [G] in fp32. What
+        is not asked for is empty.
     """
     return launch.backward(
-        grad, inputs, recurrent, state, candidate, candidate_weight, candidate_bias, candidate_activation, reset_state
+        grad,
+        inputs,
+        recurrent,
+        state,
+        candidate,
+        candidate_weight,
+        candidate_bias,
+        candidate_activation,
+        reset_state,
+        bias,
     )
 
 
@@ -78,8 +89,11 @@ def _step_backward_fake(
     candidate_bias: Tensor,
     candidate_activation: str,
     reset_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launch.allocate_backward(inputs, candidate_bias.shape[0], state is not None, reset_state)
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    width = candidate_bias.shape[0]
+    d_bias = inputs.new_empty((width,) if bias else (0,), dtype=torch.float32)
+    return *launch.allocate_backward(inputs, width, state is not None, reset_state), d_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -103,21 +117,21 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     inputs, recurrent, state, candidate, weight, bias = ctx.saved_tensors
     _, needs_recurrent, needs_state, needs_total, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     width, later = bias.shape[0], state is not None
-    d_inputs, d_state, reset_state = step_backward(
-        grad, inputs, recurrent, state, candidate, weight, bias, ctx.candidate_activation, later and needs_weight
+    needs_weight = later and needs_weight
+    d_inputs, d_state, reset_state, d_bias = step_backward(
+        grad, inputs, recurrent, state, candidate, weight, bias, ctx.candidate_activation, needs_weight, needs_bias
     )
-    d_candidate = d_inputs[:, 2 * width :]
     d_weight = None
-    if later and needs_weight:
+    if needs_weight:
         with torch.autocast(d_inputs.device.type, enabled=False):
-            d_weight = d_candidate.T @ reset_state  # [G, G]
+            d_weight = d_inputs[:, 2 * width :].T @ reset_state  # [G, G]
     return (
         d_inputs,
         _columns(d_inputs, 0, 2 * width) if later and needs_recurrent else None,
         d_state if later and needs_state else None,
         _columns(grad, width, 2 * width) if later and needs_total else None,
         d_weight,
-        d_candidate.sum(0, dtype=torch.float32).to(bias.dtype) if needs_bias else None,
+        d_bias.to(bias.dtype) if needs_bias else None,
         None,
         None,
     )

@@ -26,7 +26,8 @@ def _store(base, rows, columns, stride, inside, value):
 def _squash(x, TANH: tl.constexpr):
     """The candidate's activation, tanh by the sigmoid that every target has."""
     if TANH:
-        y = 2 * tl.sigmoid(2 * x) - 1
+        t = tl.exp(-2 * tl.abs(x))
+        y = tl.where(x < 0, t - 1, 1 - t) / (1 + t)
     else:
         y = tl.sigmoid(x)
     return y
@@ -44,12 +45,16 @@ def _slope(c, TANH: tl.constexpr):
 
 @triton.jit
 def _place(tokens, width, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Rows (int64) and columns of this program, and which of them there are; a token tile's programs are neighbours."""
+    """Token tile (int64), rows and columns of this program, and which of these there are.
+
+    The programs of a token tile are neighbours: they read the same rows.
+    """
     column_tiles = tl.cdiv(width, BLOCK_G)
     program = tl.program_id(0)
-    rows = (program // column_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = (program // column_tiles).to(tl.int64)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (program % column_tiles) * BLOCK_G + tl.arange(0, BLOCK_G)
-    return rows, columns, rows < tokens, columns < width
+    return tile, rows, columns, rows < tokens, columns < width
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -77,7 +82,7 @@ def gru_forward(
     BLOCK_K: tl.constexpr,
 ):
     """h' and H + h' of `graphmoe_kernels.gru_step`, and c if SAVE."""
-    rows, columns, row_inside, column_inside = _place(tokens, width, BLOCK_M, BLOCK_G)
+    _, rows, columns, row_inside, column_inside = _place(tokens, width, BLOCK_M, BLOCK_G)
     dtype = inputs.dtype.element_ty
     product = tl.zeros((BLOCK_M, BLOCK_G), dtype=tl.float32)
     if HAS_STATE:
@@ -92,21 +97,22 @@ def gru_forward(
             w = tl.load(w_pointers, mask=k_inside[:, None] & column_inside[None, :], other=0.0)
             product = tl.dot(reset_state.to(dtype), w, product, input_precision="ieee")
 
+    # Each part is stored as soon as it is there: with all of them alive a thread runs out of registers.
     inside = row_inside[:, None] & column_inside[None, :]
-    update = _load(inputs, rows, columns, inputs_stride, inside)
     product += _load(inputs + 2 * width, rows, columns, inputs_stride, inside)
     c = _squash(product + tl.load(bias + columns, mask=column_inside, other=0.0).to(tl.float32)[None, :], TANH)
+    if SAVE:
+        _store(candidate, rows, columns, width, inside, c)
+    update = _load(inputs, rows, columns, inputs_stride, inside)
     if HAS_STATE:
         z = tl.sigmoid(update + _load(recurrent, rows, columns, recurrent_stride, inside))
         new = (1 - z) * _load(state, rows, columns, state_stride, inside) + z * c
-        sum_ = _load(total, rows, columns, total_stride, inside) + new
+        _store(out, rows, columns, 2 * width, inside, new)
+        new += _load(total, rows, columns, total_stride, inside)
     else:
         new = tl.sigmoid(update) * c
-        sum_ = new
-    _store(out, rows, columns, 2 * width, inside, new)
-    _store(out + width, rows, columns, 2 * width, inside, sum_)
-    if SAVE:
-        _store(candidate, rows, columns, width, inside, c)
+        _store(out, rows, columns, 2 * width, inside, new)
+    _store(out + width, rows, columns, 2 * width, inside, new)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -121,6 +127,7 @@ def gru_backward(
     d_inputs,  # [N, 3G], contiguous
     d_state,  # [N, G], contiguous
     reset_state,  # [N, G], contiguous
+    d_bias,  # [token tiles, G] fp32, contiguous: sums over the rows of each
     tokens,
     width,
     grad_stride,
@@ -131,12 +138,13 @@ def gru_backward(
     TANH: tl.constexpr,
     HAS_STATE: tl.constexpr,
     RESET_STATE: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gradients of the inputs and, without the gates' part, of the state; q * h if RESET_STATE."""
-    rows, columns, row_inside, column_inside = _place(tokens, width, BLOCK_M, BLOCK_G)
+    """Gradients of the inputs and, without the gates' part, of the state; q * h if RESET_STATE, the bias's if BIAS."""
+    tile, rows, columns, row_inside, column_inside = _place(tokens, width, BLOCK_M, BLOCK_G)
     dtype = inputs.dtype.element_ty
     inside = row_inside[:, None] & column_inside[None, :]
     d_reset_state = tl.zeros((BLOCK_M, BLOCK_G), dtype=tl.float32)  # of q * h
@@ -148,30 +156,36 @@ def gru_backward(
             d = _load(grad, rows, k, grad_stride, k_tile) + _load(grad + width, rows, k, grad_stride, k_tile)
             update = _load(inputs, rows, k, inputs_stride, k_tile)
             update += _load(recurrent, rows, k, recurrent_stride, k_tile)
-            d_candidate = d * tl.sigmoid(update) * _slope(_load(candidate, rows, k, width, k_tile), TANH)
+            d *= tl.sigmoid(update) * _slope(_load(candidate, rows, k, width, k_tile), TANH)  # of the candidate
             w_pointers = weight + k[:, None].to(tl.int64) * weight_stride + columns[None, :]
             w = tl.load(w_pointers, mask=k_inside[:, None] & column_inside[None, :], other=0.0)
-            d_reset_state = tl.dot(d_candidate.to(dtype), w, d_reset_state, input_precision="ieee")
+            d_reset_state = tl.dot(d.to(dtype), w, d_reset_state, input_precision="ieee")
 
-    d = _load(grad, rows, columns, grad_stride, inside) + _load(grad + width, rows, columns, grad_stride, inside)
-    update = _load(inputs, rows, columns, inputs_stride, inside)
+    # Each part is stored as soon as it is there: with all of them alive a thread runs out of registers.
     if HAS_STATE:
         h = _load(state, rows, columns, state_stride, inside)
-        z = tl.sigmoid(update + _load(recurrent, rows, columns, recurrent_stride, inside))
         reset = _load(inputs + width, rows, columns, inputs_stride, inside)
         q = tl.sigmoid(reset + _load(recurrent + width, rows, columns, recurrent_stride, inside))
-        c = _load(candidate, rows, columns, width, inside)
-        d_update = d * (c - h) * z * (1 - z)
-        d_reset = d_reset_state * h * q * (1 - q)
-        _store(d_state, rows, columns, width, inside, d * (1 - z) + d_reset_state * q)
+        _store(d_inputs + width, rows, columns, 3 * width, inside, d_reset_state * h * q * (1 - q))
         if RESET_STATE:
             _store(reset_state, rows, columns, width, inside, q * h)
+        d_state_by_reset = d_reset_state * q
+        update = _load(inputs, rows, columns, inputs_stride, inside)
+        z = tl.sigmoid(update + _load(recurrent, rows, columns, recurrent_stride, inside))
     else:
-        z = tl.sigmoid(update)
+        _store(d_inputs + width, rows, columns, 3 * width, inside, d_reset_state)  # zero: no state to reset
+        z = tl.sigmoid(_load(inputs, rows, columns, inputs_stride, inside))
+    d = _load(grad, rows, columns, grad_stride, inside) + _load(grad + width, rows, columns, grad_stride, inside)
+    if HAS_STATE:
+        _store(d_state, rows, columns, width, inside, d * (1 - z) + d_state_by_reset)
+        c = _load(candidate, rows, columns, width, inside)
+        d_update = d * (c - h) * z * (1 - z)
+    else:
         b = tl.load(bias + columns, mask=column_inside, other=0.0).to(tl.float32)
         c = _squash(_load(inputs + 2 * width, rows, columns, inputs_stride, inside) + b[None, :], TANH)
         d_update = d * c * z * (1 - z)
-        d_reset = d_reset_state  # zero: there was no state to reset
     _store(d_inputs, rows, columns, 3 * width, inside, d_update)
-    _store(d_inputs + width, rows, columns, 3 * width, inside, d_reset)
-    _store(d_inputs + 2 * width, rows, columns, 3 * width, inside, d * z * _slope(c, TANH))
+    d_candidate = d * z * _slope(c, TANH)
+    _store(d_inputs + 2 * width, rows, columns, 3 * width, inside, d_candidate)
+    if BIAS:  # of the fp32 values: terms cancel in the sum, and a rounding of each would not
+        tl.store(d_bias + tile * width + columns, tl.sum(d_candidate, axis=0), mask=column_inside)
