@@ -170,7 +170,7 @@ def test_non_contiguous_logits():
         ({"token_mask": torch.ones(2)}, ValueError, r"token_mask must be \[3\], got shape \(2,\)"),
         ({"token_mask": torch.ones(3, 1)}, ValueError, r"token_mask must be \[3\], got shape \(3, 1\)"),
         ({"token_mask": torch.ones(3, device="meta")}, ValueError, "token_mask is on meta, logits on cpu"),
-        ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; expected one of 'auto', 'torch'"),
+        ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; expected one of 'auto', 'triton', 'torch'"),
     ],
 )
 def test_refusals_name_argument_and_expectation(change, error, message):
