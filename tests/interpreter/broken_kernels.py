@@ -38,6 +38,16 @@ def running_sum(out_ptr):
 
 
 @triton.jit
+def mirrored(x_ptr, scratch_ptr, out_ptr, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
+    """out = x backwards, by way of memory: each thread loads what another one stored."""
+    lanes = tl.arange(0, BLOCK)
+    tl.store(scratch_ptr + lanes, tl.load(x_ptr + lanes))
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(out_ptr + lanes, tl.load(scratch_ptr + BLOCK - 1 - lanes))
+
+
+@triton.jit
 def lanes_collide(out_ptr, BLOCK: tl.constexpr):
     """All lanes store their own number to one address."""
     lanes = tl.arange(0, BLOCK)

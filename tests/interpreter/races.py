@@ -7,7 +7,8 @@ What is legal is a message: program A stores, meets a barrier (`tl.debug_barrier
 program B does an atomic operation on the same address, and after it loads or stores what A stored. This is how the last
 arriver of a split reduction finds the partial results of all others. The barrier belongs to it: one thread does a
 scalar atomic, and nothing else makes it wait for the stores of the other threads (the compiled code has none). Atomics
-with ``sem="relaxed"`` or ``scope="cta"`` order nothing between programs.
+with ``sem="relaxed"`` or ``scope="cta"`` order nothing between programs. A program that loads what it stored itself
+needs the barrier too: the thread that loads an element need not be the one that stored it.
 
 Each element of a launch's tensors remembers who stored it last and who loaded it, as the program's turn and the number
 of barriers that it had passed; each program knows, by its atomics, up to which barrier it sees the others.
@@ -39,6 +40,11 @@ class _Shadow:
     def extend(self, region: Region) -> None:
         self.end, self.unit = max(self.end, region.end), min(self.unit, region.itemsize)
         self.names.add(region.name)
+
+    @property
+    def name(self) -> str:
+        """The arguments whose memory this is."""
+        return " / ".join(sorted(self.names))
 
     def allocate(self) -> None:
         size = -(-(self.end - self.start) // self.unit)
@@ -88,9 +94,15 @@ class Races:
                 _learn(published, {**self.seen, self._turn: self.barriers})
 
     def load(self, addresses: np.ndarray, itemsize: int) -> None:
-        """`RaceError` if another program stored one of the elements and no atomics order it before this load."""
+        """`RaceError` if a program stored one of the elements and nothing orders that before this load."""
         for shadow, index in self._locate(addresses, itemsize):
-            self._judge(shadow.stored[index], "loads", "stored", shadow)
+            stored = shadow.stored[index]
+            self._judge(stored, "loads", "stored", shadow)
+            if (stored == self._stamp).any():
+                raise RaceError(
+                    f"program {self.programs[-1]} loads elements of {shadow.name} that it stored with no "
+                    "tl.debug_barrier() since: the thread that loads may be another than the one that stored"
+                )
             before = shadow.loaded[index]
             mine = (before == NOBODY) | (before >> BARRIER_BITS == self._turn)
             shadow.loaded[index] = np.where(mine, self._stamp, SEVERAL)
@@ -129,11 +141,11 @@ class Races:
             turn, barriers = stamp >> BARRIER_BITS, stamp & ((1 << BARRIER_BITS) - 1)
             if stamp == SEVERAL or self.seen.get(turn, 0) <= barriers:
                 other = "several programs" if stamp == SEVERAL else f"program {self.programs[turn]}"
-                name = " / ".join(sorted(shadow.names))
+                count = int((foreign == stamp).sum())
                 raise RaceError(
-                    f"program {self.programs[-1]} {does} {int((foreign == stamp).sum())} elements of {name} that "
-                    f"{other} {did}, and nothing orders the two (legal is: store, tl.debug_barrier(), atomic there; "
-                    "atomic on the same address, then the access here)"
+                    f"program {self.programs[-1]} {does} {count} elements of {shadow.name} that {other} {did}, "
+                    "and nothing orders the two (legal is: store, tl.debug_barrier(), atomic there; atomic on the same "
+                    "address, then the access here)"
                 )
 
     def _check_lanes(self, addresses: np.ndarray, values: np.ndarray) -> None:

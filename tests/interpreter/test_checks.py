@@ -103,6 +103,14 @@ def test_stock_interpreter_hides_a_race():
     assert out.tolist() == [0, 1, 1, 1, 1]
 
 
+def test_load_of_the_programs_own_store_needs_a_barrier():
+    x, scratch, out = torch.randn(BLOCK), torch.zeros(BLOCK), torch.zeros(BLOCK)
+    kernels.mirrored[(1,)](x, scratch, out, BARRIER=True, BLOCK=BLOCK)
+    torch.testing.assert_close(out, x.flip(0))
+    with pytest.raises(RaceError, match=r"scratch_ptr that it stored with no tl.debug_barrier\(\)"):
+        kernels.mirrored[(1,)](x, scratch, out, BARRIER=False, BLOCK=BLOCK)
+
+
 def test_two_lanes_storing_different_values_to_one_address_race():
     with pytest.raises(RaceError, match="two lanes"):
         kernels.lanes_collide[(1,)](torch.zeros(1), BLOCK=BLOCK)
