@@ -179,13 +179,14 @@ def gru_backward(
     if HAS_STATE:
         _store(d_state, rows, columns, width, inside, d * (1 - z) + d_state_by_reset)
         c = _load(candidate, rows, columns, width, inside)
-        d_update = d * (c - h) * z * (1 - z)
     else:
         b = tl.load(bias + columns, mask=column_inside, other=0.0).to(tl.float32)
         c = _squash(_load(inputs + 2 * width, rows, columns, inputs_stride, inside) + b[None, :], TANH)
-        d_update = d * c * z * (1 - z)
-    _store(d_inputs, rows, columns, 3 * width, inside, d_update)
-    d_candidate = d * z * _slope(c, TANH)
+    d *= z
+    d_candidate = d * _slope(c, TANH)
     _store(d_inputs + 2 * width, rows, columns, 3 * width, inside, d_candidate)
     if BIAS:  # of the fp32 values: terms cancel in the sum, and a rounding of each would not
         tl.store(d_bias + tile * width + columns, tl.sum(d_candidate, axis=0), mask=column_inside)
+    if HAS_STATE:
+        c -= h
+    _store(d_inputs, rows, columns, 3 * width, inside, d * c * (1 - z))
