@@ -46,21 +46,25 @@ def _peer_mixlora(weights: LayerWeights, spec: RethinkingSpec) -> Forward:
     """MixLoRA as published and as its users run it, once per round, joined by the same GRU."""
 
     def forward(x: Tensor) -> Tensor:
-        state = None
+        pair = state = total = recurrent = None
         for t in range(spec.rounds):
             y = _mixlora_layer(x, weights, spec)
             if t == spec.rounds - 1:
                 break
             gru = weights.gru
             assert gru is not None
-            state = gru_step(
+            if pair is not None:
+                state, total = pair.chunk(2, dim=1)  # [N, G] each
+                recurrent = F.linear(state, gru.recurrent_gates())  # [N, 2G]
+            pair = gru_step(
                 F.linear(y, gru.input_columns()),
+                recurrent,
                 state,
-                gru.recurrent_gates(),
+                total,
                 gru.recurrent_candidate(),
                 gru.candidate_bias,
             )
-            x = x + F.linear(state, gru.output)
+            x = x + F.linear(pair[:, : gru.width], gru.output)
         return y
 
     return forward

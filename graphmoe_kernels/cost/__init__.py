@@ -10,9 +10,9 @@ The forms are
 Two counts of each:
 
 - ``needed``: chosen experts only, the GRU at its own width;
-- ``executed``: what this package's PyTorch path multiplies. A (gate, up) and B (down) of all n experts run as one
-  product each, and the folded form pads the GRU's width to a multiple of 16. For ``dense`` and ``peers`` both are the
-  same.
+- ``executed``: what this package's PyTorch path multiplies. A (gate and up together) and B (down) of all n experts run
+  as one product each. The folded form pads the GRU's width to a multiple of 16, and after every GRU step reads h and H
+  in one product, with a matrix that is half zeros. For ``dense`` and ``peers`` both are the same.
 
 `count_flops` reads the executed arithmetic off the running code, with PyTorch's own counter.
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from graphmoe_kernels.cost.model import fold_build, multiply_adds
 from graphmoe_kernels.cost.sizes import Sizes
 from graphmoe_kernels.experts import pytorch
+from graphmoe_kernels.experts.operands import Inputs, Settings
 from graphmoe_kernels.rethinking.folded import rethink_folded
 from graphmoe_kernels.rethinking.folding import FoldSettings, build_fold
 from graphmoe_kernels.rethinking.literal import rethink_literal
@@ -25,6 +26,9 @@ def count_flops(run: Callable[[], object]) -> int:
 
     `graphmoe_kernels.expert_swiglu` is one opaque operator to the counter, so it is executed once more under a counter
     of its own: what counts are the products that its implementation runs, not a formula.
+
+    Raises:
+        ValueError: ``run`` uses the Triton kernels, whose products no counter sees.
     """
     with FlopCounterMode(display=False, custom_mapping=_OPERATORS) as counter:
         run()
@@ -48,18 +52,34 @@ def _product_in_place(target: Tensor, a: Tensor, b: Tensor, **_: object) -> int:
     return 2 * a.shape[0] * a.shape[1] * b.shape[1]
 
 
+def _refuse(*_: object, **__: object) -> int:
+    raise ValueError("FLOP are counted on the PyTorch path; Triton kernels hide theirs: run with backend='torch'")
+
+
 def _forward(*args: Any) -> object:
-    return pytorch.forward(pytorch.Inputs(*args[:12]), pytorch.Settings(*args[12:]))
+    *rest, backend = args
+    return pytorch.forward(*_operands(rest)) if backend == "torch" else _refuse()
 
 
 def _backward(grad_c: Tensor, grad_z: Tensor, *args: Any) -> object:
-    return pytorch.backward(grad_c, grad_z, pytorch.Inputs(*args[:12]), pytorch.Settings(*args[12:]))
+    *rest, backend, needed = args
+    return pytorch.backward(grad_c, grad_z, *_operands(rest), needed) if backend == "torch" else _refuse()
+
+
+def _operands(rest: list[Any]) -> tuple[Inputs, Settings]:
+    count = len(Inputs._fields)
+    return Inputs(*rest[:count]), Settings(*rest[count:])
 
 
 _OPERATORS = {
     torch.ops.graphmoe.expert_swiglu: _reading(_forward),
     torch.ops.graphmoe.expert_swiglu_backward: _reading(_backward),
     torch.ops.aten.addmm_: _product_in_place,
+    # These are registered for Triton alone.
+    torch.ops.graphmoe.route: _refuse,
+    torch.ops.graphmoe.route_backward: _refuse,
+    torch.ops.graphmoe.gru_step: _refuse,
+    torch.ops.graphmoe.gru_step_backward: _refuse,
 }
 
 

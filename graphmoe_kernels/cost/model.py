@@ -64,9 +64,11 @@ def fold_build(sizes: Sizes, count: str = "needed") -> dict[str, int]:
 
 
 def fold_bytes(sizes: Sizes, count: str = "needed") -> dict[str, int]:
-    """Bytes that a kept fold holds, by tensor. Only M and Q are large.
+    """Bytes that a kept fold holds, by tensor. M and Q are most of it.
 
-    ``executed`` also has what the code keeps at hand with it: the GRU's own matrices at their padded width.
+    ``executed`` also has what the code keeps at hand with it: the GRU's own matrices at their padded width, the zeros
+    in the matrix that h and H are multiplied with, and the experts in the compute dtype. These last are all that a
+    layer of one round keeps.
     """
     F, G, e = sizes.intermediate, _fold_width(sizes, count), sizes.element
     low = sizes.experts * sizes.rank
@@ -78,6 +80,8 @@ def fold_bytes(sizes: Sizes, count: str = "needed") -> dict[str, int]:
     }
     if count == "executed":
         found["GRU, padded"] = (3 * G * G + G + sizes.hidden * G) * e
+        found["zeros beside A W_g and the gates"] = (2 * low + 2 * G) * G * e
+        found["experts"] = 3 * low * (sizes.hidden + F) * e
     return found
 
 

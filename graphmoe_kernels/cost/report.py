@@ -31,8 +31,7 @@ def _mega(value: float) -> str:
 def report(sizes: Sizes) -> str:
     """All of it but the readings of the counter."""
     parts = [_heading(sizes), _arithmetic(sizes), _totals(sizes), _traffic(sizes)]
-    if sizes.rounds > 1:
-        parts.append(_fold(sizes))
+    parts.append(_fold(sizes) if sizes.rounds > 1 else _experts(sizes))
     return "\n\n".join(parts)
 
 
@@ -40,7 +39,7 @@ def _heading(s: Sizes) -> str:
     return (
         f"D={s.hidden} F={s.intermediate} experts={s.experts} top-k={s.top_k} rank={s.rank} GRU={s.gru_width} "
         f"(padded {padded(s.gru_width)}) rounds={s.rounds} tokens={s.tokens} {s.dtype}\n"
-        "needed: chosen experts only; executed: what the PyTorch path multiplies"
+        "needed: chosen experts only; executed: what the PyTorch path multiplies, zeros included"
     )
 
 
@@ -100,6 +99,11 @@ def _fold(s: Sizes) -> str:
             f"everything that is kept: {_mega(sum(kept['executed'].values()))} MB",
         ]
     )
+
+
+def _experts(s: Sizes) -> str:
+    kept = fold_bytes(s, "executed")["experts"]
+    return f"Kept in inference: the experts in the compute dtype, {_mega(kept)} MB"
 
 
 def terms(sizes: Sizes) -> str:

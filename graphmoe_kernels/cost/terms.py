@@ -44,6 +44,7 @@ class _Widths(NamedTuple):
     low_weights: int  # rows of A (columns of B) read for it: r times the experts that are read
     used: int  # experts that a round reads at most
     e: int  # bytes of an element
+    executed: bool  # the products as the code has them, zeros included
 
 
 def _widths(form: str, sizes: Sizes, count: str) -> _Widths:
@@ -63,6 +64,7 @@ def _widths(form: str, sizes: Sizes, count: str) -> _Widths:
         low_weights=sizes.rank * (sizes.experts if all_experts else sizes.used_experts),
         used=sizes.used_experts,
         e=sizes.element,
+        executed=count == "executed",
     )
 
 
@@ -109,11 +111,14 @@ def _low_rank_A(w: _Widths) -> Term:
     return Term("low-rank A (gate, up)", 2 * w.low * w.D, 2 * w.low_weights * w.D * w.e, w.D * w.e, 2 * w.low * w.e)
 
 
-def _experts(w: _Widths) -> list[Term]:
-    """One `graphmoe_kernels.expert_swiglu` without the folds' update: grouped by expert, chosen experts only."""
+def _experts(w: _Widths, updated: bool = False) -> list[Term]:
+    """One `graphmoe_kernels.expert_swiglu` but for the product with M: grouped by expert, chosen experts only.
+
+    ``updated``: the low-rank activations are the sum of two tensors, the first round's and their update.
+    """
     k_r, used = w.k * w.r, w.used * w.r
     return [
-        Term("low-rank B (gate, up)", 2 * k_r * w.F, 2 * used * w.F * w.e, 2 * k_r * w.e),
+        Term("low-rank B (gate, up)", 2 * k_r * w.F, 2 * used * w.F * w.e, 2 * k_r * w.e * (1 + updated)),
         Term("SwiGLU, combine", read=2 * w.F * w.e, written=w.F * w.e),
         Term("down A", k_r * w.F, used * w.F * w.e, written=w.low * w.e),
     ]
@@ -165,22 +170,45 @@ def _folded_round(sizes: Sizes, w: _Widths, t: int) -> list[Term]:
     if t == 1:
         terms = [_router(sizes, w.D, "router"), _base_in(w), _low_rank_A(w)]
     else:
-        low = Term(
-            "low-rank A update",
-            2 * w.low * w.G,
-            2 * w.low_weights * w.G * w.e,
-            (w.G + 2 * w.low) * w.e,
-            2 * w.low * w.e,
-        )
         update = Term("fold update H M^T", 2 * w.F * w.G, 2 * w.F * w.G * w.e, w.G * w.e)
-        terms = [_router(sizes, w.G, "router update"), low, update]
-    terms += _experts(w)
+        terms = [_router(sizes, w.G, "router update"), update]
+    terms += _experts(w, updated=t > 1)
     if t == sizes.rounds:
         return [*terms, _base_down(w), _down_B(w)]
     return [
         *terms,
         Term("GRU input Q c", 3 * w.G * w.F, 3 * w.G * w.F * w.e, w.F * w.e, 3 * w.G * w.e),
         Term("GRU input of z", 3 * w.G * w.low, 3 * w.G * w.low_weights * w.e, w.low * w.e),
-        _gru_recurrent(w, t),
-        Term("sum of states H", read=0 if t == 1 else 2 * w.G * w.e, written=0 if t == 1 else w.G * w.e),
+        _folded_gru_step(w, first=t == 1),
+        _reread(w, last=t == sizes.rounds - 1),
     ]
+
+
+def _folded_gru_step(w: _Widths, first: bool) -> Term:
+    """`graphmoe_kernels.gru_step`: the candidate's product with the state, the gates, and the sum of states H.
+
+    It reads its input and, from the second step on, the recurrent gates, h and H; it writes h and H.
+    """
+    if first:
+        return Term("GRU candidate, h and H", read=3 * w.G * w.e, written=2 * w.G * w.e)
+    return Term("GRU candidate, h and H", w.G * w.G, w.G * w.G * w.e, (3 + 2 + 1 + 1) * w.G * w.e, 2 * w.G * w.e)
+
+
+def _reread(w: _Widths, last: bool) -> Term:
+    """What h and H go through after a GRU step: W_z and W_r read h, the A W_g of the experts read H.
+
+    Needed are those two products, and after the ``last`` step the second alone. Executed is always one product of both
+    side by side, with a matrix that is half zeros.
+    """
+    name = "A W_g of H, gates of h"
+    if w.executed:
+        inner, columns, rows = 2 * w.G, 2 * w.low + 2 * w.G, 2 * w.low_weights + 2 * w.G
+        return Term(name, inner * columns, inner * rows * w.e, inner * w.e, columns * w.e)
+    gates = 0 if last else 2 * w.G
+    return Term(
+        name,
+        (2 * w.low + gates) * w.G,
+        (2 * w.low_weights + gates) * w.G * w.e,
+        (w.G if last else 2 * w.G) * w.e,
+        (2 * w.low + gates) * w.e,
+    )
