@@ -130,7 +130,7 @@ def route_forward(
     real = (lanes < NUM_EXPERTS)[None, :]
     valid = (tokens < num_tokens)[:, None] & real
     tickets = program * (BLOCK_N // TICKET_TOKENS) + tl.arange(0, BLOCK_N // TICKET_TOKENS)
-    tl.store(tickets_ptr + tickets, tickets * 0, mask=tickets < tl.cdiv(num_tokens, TICKET_TOKENS))
+    tl.store(tickets_ptr + tickets, tl.zeros_like(tickets), mask=tickets < tl.cdiv(num_tokens, TICKET_TOKENS))
 
     logits = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     if HAS_X:
