@@ -6,12 +6,22 @@ import pickle
 import pytest
 import torch
 
-from graphmoe_kernels import Fold, FoldCache, RethinkingSpec, build_fold, fold_break_even, rethink, rethink_reference
-from graphmoe_kernels.rethinking import FoldSettings, cache
+from graphmoe_kernels import (
+    Fold,
+    FoldCache,
+    RethinkingSpec,
+    build_fold,
+    fold_break_even,
+    rethink,
+    rethink_literal,
+    rethink_reference,
+)
+from graphmoe_kernels.rethinking import FoldSettings, cache, folding, rounds
 from graphmoe_kernels.testing import cast_layer, relative_error, trainable
 from tests.kernels.cases import ODD, Sizes, layer
 
 SPEC = RethinkingSpec(rounds=3, top_k=2, scale=1.5)
+ONE_ROUND = SPEC._replace(rounds=1)
 
 
 def settings(spec: RethinkingSpec = SPEC, dtype: torch.dtype = torch.float64) -> FoldSettings:
@@ -25,15 +35,9 @@ def settings(spec: RethinkingSpec = SPEC, dtype: torch.dtype = torch.float64) ->
 def test_contents(width, padded, candidate_input):
     """M, Q and the small products, each against its definition; padding is zero and nothing else."""
     weights = layer(SPEC, ODD._replace(width=width), bias=True)
-    fold = build_fold(weights, settings(SPEC._replace(candidate_input=candidate_input)))
+    fold = build_fold(weights, settings(SPEC._replace(candidate_input=candidate_input))).rounds
     base, e, gru = weights.base, weights.experts, weights.gru
-    for product, left in (
-        (fold.gate, base.gate),
-        (fold.up, base.up),
-        (fold.low_gate, e.gate_A.flatten(0, 1)),
-        (fold.low_up, e.up_A.flatten(0, 1)),
-        (fold.router, weights.router),
-    ):
+    for product, left in ((fold.gate, base.gate), (fold.up, base.up), (fold.router, weights.router)):
         assert product.shape == (left.shape[0], padded)
         torch.testing.assert_close(product[:, :width], left @ gru.output, rtol=1e-12, atol=1e-13)
         assert not product[:, width:].any()
@@ -52,31 +56,77 @@ def test_contents(width, padded, candidate_input):
         torch.testing.assert_close(fold.inputs_low[rows], columns @ down_B, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(fold.inputs_bias[rows], columns @ base.down_bias, rtol=1e-12, atol=1e-13)
     assert fold.inputs.shape == (len(reads) * padded, ODD.intermediate)
+    for kept, own in ((fold.candidate_weight, gru.candidate[:, :width]), (fold.output, gru.output)):
+        assert kept.shape[1] == padded
+        assert torch.equal(kept[: own.shape[0], :width], own)
+        assert kept.count_nonzero() == own.count_nonzero()
+    assert torch.equal(fold.candidate_bias, torch.cat([gru.candidate_bias, torch.zeros(padded - width)]))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("width, padded", [(6, 16), (16, 16), (17, 32)])
+def test_reread(width, padded):
+    """What [h | H] is multiplied with: A W_g of gate and up on H alone, W_z and W_r on h alone, and zeros.
+
+    A nonzero in the wrong half would let a round read the state for the sum of states, or the other way about.
+    """
+    weights = layer(SPEC, ODD._replace(width=width))
+    e, gru = weights.experts, weights.gru
+    low = ODD.experts * ODD.rank
+    expected = torch.zeros(2 * low + 2 * padded, 2 * padded, dtype=torch.float64)
+    expected[:low, padded : padded + width] = e.gate_A.flatten(0, 1) @ gru.output
+    expected[low : 2 * low, padded : padded + width] = e.up_A.flatten(0, 1) @ gru.output
+    expected[2 * low : 2 * low + width, :width] = gru.update[:, :width]
+    expected[2 * low + padded : 2 * low + padded + width, :width] = gru.reset[:, :width]
+    found = build_fold(weights, settings()).rounds.reread
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    assert not found[expected == 0].any()
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("spec", [SPEC, ONE_ROUND], ids=["T = 3", "T = 1"])
+def test_prepared_experts(spec):
+    """The experts as the operators take them: A of gate over A of up, s B_D side by side, the rest as it is."""
+    weights = layer(spec)
+    fold, e = build_fold(weights, settings()), weights.experts
+    assert torch.equal(fold.experts.low_A, torch.cat([*e.gate_A, *e.up_A]))
+    assert torch.equal(fold.experts.down_B, torch.cat([1.5 * B for B in e.down_B], dim=1))
+    for name in ("gate_B", "up_B", "down_A"):
+        assert torch.equal(getattr(fold.experts, name), getattr(e, name))
+
+
+def test_a_layer_of_one_round_folds_its_experts_alone():
+    """Without a GRU there are no later rounds; what remains must be all that is kept, counted and refreshed."""
+    fold = build_fold(layer(ONE_ROUND), settings(ONE_ROUND))
+    assert fold.rounds is None
+    assert [t.data_ptr() for t in fold.tensors()] == [t.data_ptr() for t in fold.experts]
 
 
 def test_dtypes():
     """The fold has the compute dtype, also from fp32 adapters on a bf16 base; the router's part stays fp32."""
     weights = cast_layer(layer(SPEC), torch.float32)
     fold = build_fold(weights, settings(dtype=torch.bfloat16))
-    assert fold.router.dtype == torch.float32
-    assert fold.gate.dtype == fold.inputs.dtype == fold.recurrent_gates.dtype == torch.bfloat16
+    assert fold.rounds.router.dtype == torch.float32
+    lowered = [fold.rounds.gate, fold.rounds.inputs, fold.rounds.reread, fold.rounds.candidate_weight, *fold.experts]
+    assert {t.dtype for t in lowered} == {torch.bfloat16}
 
 
-def test_owns_its_tensors():
+@pytest.mark.parametrize("candidate_input", ["expert_output", "hidden_state"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biases"])
+@pytest.mark.parametrize("width", [6, 16, None], ids=["padded", "not padded", "no GRU"])
+def test_a_copy_owns_its_tensors(width, bias, candidate_input):
     """A kept fold is refreshed in place: were one of its tensors a weight, refreshing would write into the weight.
 
-    At a width without padding and in the weights' own dtype nothing needs to be computed for W_g or the biases."""
-    weights = layer(SPEC, ODD._replace(width=16))
-    fold = build_fold(weights, settings())
-    owned = {t.untyped_storage().data_ptr() for t in [*trainable(weights).values(), *weights.base[:3]]}
-    for name, tensor in fold._asdict().items():
-        assert tensor is None or tensor.untyped_storage().data_ptr() not in owned, name
-
-
-def test_needs_a_gru():
-    """A layer of one round has nothing to fold, and is told so."""
-    with pytest.raises(ValueError, match="nothing to fold in a layer without GRU"):
-        build_fold(layer(SPEC._replace(rounds=1)), settings())
+    At a width without padding and in the weights' own dtype nothing needs to be computed for B, W_g or the biases.
+    And no two of its tensors are one piece of memory, or the second refresh would undo the first.
+    """
+    weights = layer(SPEC if width else ONE_ROUND, ODD._replace(width=width), bias=bias)
+    fold = build_fold(weights, settings(SPEC._replace(candidate_input=candidate_input)), copy=True)
+    sources = [*trainable(weights).values(), *(t for t in weights.base if t is not None)]
+    owned = {t.untyped_storage().data_ptr() for t in sources}
+    kept = [t.untyped_storage().data_ptr() for t in fold.tensors()]
+    assert len(set(kept)) == len(kept)
+    assert not owned & set(kept)
 
 
 def test_break_even_is_where_the_costs_meet():
@@ -95,15 +145,15 @@ def test_break_even_is_where_the_costs_meet():
 class Counted:
     """A layer whose builds of the fold are counted."""
 
-    def __init__(self, monkeypatch, sizes: Sizes = ODD) -> None:
-        self.weights = layer(SPEC, sizes)
+    def __init__(self, monkeypatch, sizes: Sizes = ODD, spec: RethinkingSpec = SPEC) -> None:
+        self.weights = layer(spec, sizes)
         self.cache = FoldCache(lambda: self.weights)
         self.builds = 0
         monkeypatch.setattr(cache, "build_fold", self._build)
 
-    def _build(self, *arguments) -> Fold:
+    def _build(self, *arguments, **options) -> Fold:
         self.builds += 1
-        return build_fold(*arguments)
+        return build_fold(*arguments, **options)
 
     def check(self, builds: int, spec: RethinkingSpec = SPEC) -> None:
         """Two forwards give Algorithm 1's result on the weights as they are; so many folds were built in all."""
@@ -123,30 +173,81 @@ def test_cache_builds_once_and_again_after_a_change(width, monkeypatch):
     layer.check(2)
     layer.weights.base.up.add_(0.1)
     layer.check(3)
-    layer.weights.experts.gate_B.mul_(2.0)  # read by every round itself, by no fold
-    layer.check(3)
-    layer.check(4, SPEC._replace(scale=0.5))
-    layer.check(5, SPEC._replace(scale=0.5, candidate_input="hidden_state"))
-    layer.check(5, SPEC._replace(scale=0.5, candidate_input="hidden_state", rounds=5, normalize=False))
-    layer.weights = layer.weights._replace(router=layer.weights.router.clone())
+    layer.weights.experts.gate_B.mul_(2.0)
+    layer.check(4)
+    layer.check(5, SPEC._replace(scale=0.5))
     layer.check(6, SPEC._replace(scale=0.5, candidate_input="hidden_state"))
-    layer.cache.drop()
+    layer.check(6, SPEC._replace(scale=0.5, candidate_input="hidden_state", rounds=5, normalize=False))
+    layer.weights = layer.weights._replace(router=layer.weights.router.clone())
     layer.check(7, SPEC._replace(scale=0.5, candidate_input="hidden_state"))
+    layer.cache.drop()
+    layer.check(8, SPEC._replace(scale=0.5, candidate_input="hidden_state"))
 
 
-def test_every_source_is_watched(monkeypatch):
-    """Whichever tensor the fold reads: writing into it rebuilds. A source left out is a wrong answer."""
-    counted = Counted(monkeypatch)
-    counted.check(1)
-    weights, read = counted.weights, 0
-    before = build_fold(weights, settings()).tensors()
-    for part in [*weights.base[:3], *trainable(weights).values()]:
-        part.mul_(1.25)
-        after = build_fold(weights, settings()).tensors()
-        changes = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        counted.check(counted.builds + changes)
-        read, before = read + changes, after
-    assert read == 3 + 1 + 3 + 5, "base, router, two A and down_B, the GRU"
+# The names of all that the fold of a layer is computed from.
+EXPERTS = ["gate_A", "gate_B", "up_A", "up_B", "down_A", "down_B"]
+GRU = ["update", "reset", "candidate", "candidate_bias", "output"]
+SOURCES = {
+    3: ["gate", "up", "down", "down_bias", "router", *EXPERTS, *(f"gru.{name}" for name in GRU)],
+    1: EXPERTS,
+}
+
+
+def _in_place(weights, name):
+    """The layer with one tensor written into."""
+    _tensor(weights, name).mul_(1.25)
+    return weights
+
+
+def _replaced(weights, name):
+    """The layer with another tensor in one place."""
+    owner, _, field = name.rpartition(".")
+    owner = owner or next(o for o in ("base", "experts", "") if name in getattr(weights, o, weights)._fields)
+    part = getattr(weights, owner, weights)._replace(**{field: 1.25 * _tensor(weights, name)})
+    return weights._replace(**{owner: part}) if owner else part
+
+
+def _tensor(weights, name):
+    return (trainable(weights) | weights.base._asdict())[name]
+
+
+@pytest.mark.parametrize("change", [_in_place, _replaced], ids=["in place", "replaced"])
+@pytest.mark.parametrize("spec", [SPEC, ONE_ROUND], ids=["T = 3", "T = 1"])
+def test_every_source_is_watched(spec, change, monkeypatch):
+    """Whichever tensor the fold reads: changing it rebuilds. A source left out is a wrong answer.
+
+    Without later rounds the experts alone are read, and a change of another tensor rebuilds nothing; with them the
+    base is watched as a whole, its input biases too, which no fold reads.
+    """
+    counted = Counted(monkeypatch, spec=spec)
+    counted.weights = layer(spec, bias=True)
+    counted.check(1, spec)
+    for name in [*counted.weights.base._fields, *trainable(counted.weights)]:
+        before = build_fold(counted.weights, settings(spec), copy=True).tensors()
+        builds = counted.builds
+        counted.weights = change(counted.weights, name)
+        counted.check(builds + (name in EXPERTS or spec.rounds > 1), spec)
+        after = build_fold(counted.weights, settings(spec)).tensors()
+        read = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert read == (name in SOURCES[spec.rounds]), name
+
+
+def test_one_round_uses_the_kept_experts(monkeypatch):
+    """Plain MixLoRA in inference: prepared once, not at every forward, and what the literal loop gives."""
+    weights = layer(ONE_ROUND, bias=True)
+    kept, x = FoldCache(lambda: weights), torch.randn(4, ODD.hidden, dtype=torch.float64)
+    literal = rethink_literal(x, weights, ONE_ROUND).y
+    assert torch.equal(rethink(x, weights, ONE_ROUND, cache=kept).y, literal)
+
+    def prepare_experts(*_):
+        raise AssertionError("prepared again")
+
+    monkeypatch.setattr(rounds, "prepare_experts", prepare_experts)
+    monkeypatch.setattr(folding, "prepare_experts", prepare_experts)
+    for fold in ("auto", "always"):
+        assert torch.equal(rethink(x, weights, ONE_ROUND, fold=fold, cache=kept).y, literal)
+    with pytest.raises(AssertionError, match="prepared again"):
+        rethink(x, weights, ONE_ROUND, fold="never", cache=kept)
 
 
 def test_storage_given_twice_between_forwards(monkeypatch):
