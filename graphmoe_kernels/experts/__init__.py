@@ -38,7 +38,7 @@ def expert_swiglu(
 ) -> tuple[Tensor, Tensor]:
     """c = sum_j w_j act(g_j) * u_j and z = sum_j w_j A_D,e_j (act(g_j) * u_j) over a token's k slots.
 
-    g_j = m_G,e_j * (``gate`` + ``state`` ``fold_gate``^T + s B_G,e_j a_G,e_j), and u_j likewise: the experts of MixLoRA,
+    g_j = m_G,e_j * (``gate`` + ``state`` ``fold_gate``^T + s B_G,e_j a_G,e_j), u_j likewise: the experts of MixLoRA,
     with their outputs combined before the (linear, shared) down projection. The caller gets y = W_D c + s B_D z. A
     method whose experts are mixed inside each linear (LoRAMoE, MoLA) is one expert of rank n*r with its gates
     multiplied into the low-rank activations.
@@ -105,14 +105,10 @@ def expert_swiglu(
 
     settings = Settings(float(scale), activation, float(dropout), seed if dropout > 0 else None, order, tickets)
     with torch.autocast(gate.device.type, enabled=False):
-        inputs = Inputs(*(_cast(x, gate.dtype, name) for name, x in inputs._asdict().items()))
+        inputs = inputs.map(lambda name, x: x if name in ("weights", "experts") else x.to(gate.dtype))
         if resolved == "reference":
             return reference.expert_swiglu(inputs, settings)
         return expert_swiglu_op(*inputs, *settings, resolved)
-
-
-def _cast(x: Tensor | None, dtype: torch.dtype, name: str) -> Tensor | None:
-    return x if x is None or name in ("weights", "experts") else x.to(dtype)
 
 
 def _check_shapes(inputs: Inputs) -> None:
@@ -126,12 +122,12 @@ def _check_shapes(inputs: Inputs) -> None:
     n, r, _ = down_A.shape
     k = experts.shape[1]
     inner = inputs.state.shape[-1] if inputs.state is not None else 0
-    expected = Inputs(
-        *((tokens, width), (tokens, width), (tokens, inner), (width, inner), (width, inner)),  # type: ignore[arg-type]
-        *((tokens, 2 * n * r), (tokens, 2 * n * r), (n, width, r), (n, width, r), (n, r, width)),  # type: ignore[arg-type]
-        *((n, width), (n, width), (tokens, k), (tokens, k)),  # type: ignore[arg-type]
+    shapes: tuple[tuple[int, ...], ...] = (
+        *((tokens, width), (tokens, width), (tokens, inner), (width, inner), (width, inner)),
+        *((tokens, 2 * n * r), (tokens, 2 * n * r), (n, width, r), (n, width, r), (n, r, width)),
+        *((n, width), (n, width), (tokens, k), (tokens, k)),
     )
-    for name, tensor, shape in zip(Inputs._fields, inputs, expected, strict=True):
+    for name, tensor, shape in zip(Inputs._fields, inputs, shapes, strict=True):
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape:

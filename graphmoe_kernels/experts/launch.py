@@ -84,14 +84,9 @@ def _split(work: int, others: int, device: torch.device) -> tuple[int, int]:
     return math.ceil(work / pieces), pieces
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _rows(x: Tensor) -> Tensor:
     """x with contiguous rows, of any stride between them."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def _whole(x: Tensor | None) -> Tensor | None:
-    """x contiguous."""
-    return None if x is None else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Call(NamedTuple):
@@ -117,7 +112,7 @@ def prepare(inputs: Inputs, settings: Settings) -> Call:
     """Layouts that the kernels can read, and the arguments that follow from sizes and settings."""
     size = sizes(inputs)
     by_row = ("gate", "up", "state", "low", "low_update")
-    inputs = Inputs(*((_rows if name in by_row else _whole)(x) for name, x in inputs._asdict().items()))
+    inputs = inputs.map(lambda name, x: _rows(x) if name in by_row else x.contiguous())
     state, low_update = inputs.state, inputs.low_update
     dropping = settings.dropout > 0 and settings.seed is not None
     arguments = {

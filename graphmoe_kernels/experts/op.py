@@ -51,7 +51,8 @@ def expert_swiglu_backward_op(*args: Any) -> list[Tensor]:
     inputs, settings = Inputs(*rest[:_COUNT]), Settings(*rest[_COUNT:])
     with torch.autocast(inputs.gate.device.type, enabled=False):  # whoever calls backward() inside autocast
         grads = _BACKENDS[backend].backward(grad_c, grad_z, inputs, settings, needed)
-    return [g.to(x.dtype).contiguous() for g, x, asked in zip(grads, inputs[:_FLOATING], needed, strict=False) if asked]
+    pairs = zip(grads[:_FLOATING], inputs[:_FLOATING], needed, strict=True)
+    return [g.to(x.dtype).contiguous() for g, x, asked in pairs if asked and g is not None and x is not None]
 
 
 @expert_swiglu_backward_op.register_fake

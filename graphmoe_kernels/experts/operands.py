@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,6 +25,10 @@ class Inputs(NamedTuple):
     up_scale: Tensor | None  # [n, F]
     weights: Tensor  # [N, k]
     experts: Tensor  # [N, k]
+
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> Inputs:
+        """``change(name, tensor)`` of every tensor that is there."""
+        return self._replace(**{name: change(name, x) for name, x in self._asdict().items() if x is not None})
 
     @property
     def update(self) -> tuple[Tensor, Tensor, Tensor] | None:

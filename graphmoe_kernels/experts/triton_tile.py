@@ -26,7 +26,7 @@ def tile_rows(order, tile, tokens, HAS_ORDER: tl.constexpr, BLOCK_M: tl.constexp
 
 @triton.jit
 def slot_experts(experts, token, live, slot, num_experts, SLOTS: tl.constexpr):
-    """The expert of every row's slot, [BLOCK_M] int32; num_experts, which is none, where a row or its id is no expert."""
+    """The expert of every row's slot, [BLOCK_M] int32; num_experts, which is none, where there is none."""
     e = tl.load(experts + token * SLOTS + slot, mask=live, other=num_experts).to(tl.int32)
     return tl.where((e >= 0) & (e < num_experts), e, num_experts)
 

@@ -44,10 +44,10 @@ def rethink_folded(
         total = state.total
         routing = rounds.route(total, fold.rounds.router, spec, token_mask, backend, offset=routings[0].logits)
         routings.append(routing)
-        low_t, low_update = low, state.low_update
+        low_t, low_update = low, state.low_update if spec.dropout == 0 else None
         if spec.dropout > 0:  # dropout(x_t) is not linear in x_t: form x_t, for A alone
             x_t = x + F.linear(total, fold.rounds.output)
-            low_t, low_update = F.linear(F.dropout(x_t, spec.dropout), experts.low_A), None
+            low_t = F.linear(F.dropout(x_t, spec.dropout), experts.low_A)
         update = (total, fold.rounds.gate, fold.rounds.up)
         c, z = rounds.expert_round(gate, up, low_t, experts, routing, spec, backend, order, update, low_update)
     return rounds.collect(rounds.output(base, c, z, experts.down_B, routing, spec), routings)

@@ -33,9 +33,9 @@ class PreparedExperts(NamedTuple):
 def prepare_experts(experts: ExpertWeights, dtype: torch.dtype, scale: float, copy: bool = False) -> PreparedExperts:
     """Casts and joins the experts' weights, differentiably; with ``copy`` nothing is shared with them."""
     low_A = torch.cat([experts.gate_A.flatten(0, 1), experts.up_A.flatten(0, 1)]).to(dtype)
-    narrow = (t.to(dtype, copy=copy) for t in (experts.gate_B, experts.up_B, experts.down_A))
+    gate_B, up_B, down_A = (t.to(dtype, copy=copy) for t in (experts.gate_B, experts.up_B, experts.down_A))
     down_B = scale * experts.down_B.permute(1, 0, 2).flatten(1)
-    return PreparedExperts(low_A, *narrow, down_B.to(dtype))
+    return PreparedExperts(low_A, gate_B, up_B, down_A, down_B.to(dtype))
 
 
 def draw_seed(spec: RethinkingSpec, device: torch.device) -> Tensor | None:

@@ -1,0 +1,122 @@
+"""What the compile inspector compiles of the expert kernels: what a Llama-3-8B layer runs, and odd ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from graphmoe_kernels.aot.case import CompileCase
+from graphmoe_kernels.experts.triton_backward_tokens import backward_tokens_kernel
+from graphmoe_kernels.experts.triton_backward_weights import backward_weights_kernel
+from graphmoe_kernels.experts.triton_forward import forward_kernel
+from graphmoe_kernels.launching import DTYPE_CLASSES, SIZE_CLASSES
+
+KERNELS = {
+    "forward": forward_kernel,
+    "backward_tokens": backward_tokens_kernel,
+    "backward_weights": backward_weights_kernel,
+}
+DTYPES = {"half": ("bf16", "fp16"), "float": ("fp32",)}
+# Arguments of the activations' dtype; all other pointers are fp32 sums or indices.
+IN_DTYPE = (
+    *("gate", "up", "state", "fold_gate", "fold_up", "low", "low_update", "gate_B", "up_B", "down_A"),
+    *("gate_scale", "up_scale", "c", "z", "d_c", "d_z", "d_gate", "d_up", "d_low"),
+)
+FP32 = (
+    *("weights", "partial", "partial_gate", "partial_up", "partial_weights", "d_weights"),
+    *("d_gate_B", "d_up_B", "d_down_A", "d_gate_scale", "d_up_scale"),
+)
+INTEGERS = {"experts": "*i32", "order": "*i32", "present": "*i32", "tickets": "*i32", "seed": "*i64"}
+STRIDES = ("width", "inner", "stride_gate", "stride_up", "stride_state", "stride_low", "stride_update", "split_width")
+SCALARS = {"scale": "fp32", "kept": "fp32"}
+
+
+class Variant(NamedTuple):
+    """What a layer switches on: each of them compiles other code."""
+
+    name: str
+    later: bool = True
+    dropout: bool = False
+    scales: bool = False
+    order: bool = True
+    slots: int = 2
+    rank: int = 16
+    one_token: bool = False
+
+    def absent(self) -> list[str]:
+        """Pointers that a launch of this variant passes None for."""
+        found = [] if self.later else ["state", "fold_gate", "fold_up", "low_update"]
+        found += [] if self.scales else ["gate_scale", "up_scale", "d_gate_scale", "d_up_scale"]
+        return found + ([] if self.dropout else ["seed"]) + ([] if self.order else ["order"])
+
+
+VARIANTS = {
+    "wide": (
+        Variant("first round", later=False),
+        Variant("later round"),
+        Variant("later round, dropout", dropout=True),
+        Variant("scale vectors", later=False, scales=True),
+    ),
+    "skinny": (
+        Variant("first round", later=False, order=False),
+        Variant("later round", order=False),
+        Variant("one token", order=False, one_token=True),
+    ),
+}
+WIDE_RANK = (Variant("rank 128", slots=1, rank=128), Variant("k = 8", slots=8))
+
+
+def compile_cases(configs: Callable[[str, str, str], dict[str, int]]) -> Iterator[CompileCase]:
+    """Every kernel, size class and dtype with its variants; ``configs`` gives the configuration of the first three."""
+    for kernel in KERNELS:
+        for size in SIZE_CLASSES:
+            for dtype_class in DTYPE_CLASSES:
+                for dtype in DTYPES[dtype_class]:
+                    config = configs(kernel, size, dtype_class)
+                    for variant in VARIANTS[size]:
+                        yield _case(kernel, size, dtype, variant, config)
+                    config = configs(f"{kernel}_wide_rank", size, dtype_class)
+                    for variant in WIDE_RANK if dtype != "fp16" else ():
+                        yield _case(kernel, size, dtype, variant, config)
+
+
+def _case(kernel: str, size: str, dtype: str, variant: Variant, config: dict[str, int]) -> CompileCase:
+    function = KERNELS[kernel]
+    blocks = {name: value for name, value in config.items() if name.startswith("BLOCK_")}
+    columns = max(16, variant.slots * max(16, variant.rank))
+    constexprs: dict[str, object] = {
+        "SLOTS": variant.slots,
+        "RANK": variant.rank,
+        "RANK_PADDED": max(16, variant.rank),
+        "COLUMNS": columns,
+        "SLOTS_PADDED": max(2, variant.slots),
+        "ACTIVATION": "silu",
+        "HAS_STATE": variant.later,
+        "HAS_UPDATE": variant.later and not variant.dropout,
+        "HAS_SCALE": variant.scales,
+        "HAS_ORDER": variant.order,
+        "DROPOUT": variant.dropout,
+        **blocks,
+        **dict.fromkeys(variant.absent()),
+        **({"tokens": 1} if variant.one_token else {}),
+    }
+    constexprs = {name: value for name, value in constexprs.items() if name in function.arg_names}
+    runtime = [name for name in function.arg_names if name not in constexprs]
+    return CompileCase(
+        name=f"experts {kernel} {size} {dtype}, {variant.name}",
+        kernel=function,
+        signature={name: _type(name, dtype) for name in runtime},
+        constexprs=constexprs,
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+        matrix=size == "wide" and dtype != "fp32",
+        divisible_by_16=tuple(name for name in STRIDES if name in runtime),
+    )
+
+
+def _type(name: str, dtype: str) -> str:
+    if name in IN_DTYPE:
+        return f"*{dtype}"
+    if name in FP32:
+        return "*fp32"
+    return INTEGERS.get(name) or SCALARS.get(name, "i32")
