@@ -166,10 +166,10 @@ def gru_backward(
         h = _load(state, rows, columns, state_stride, inside)
         reset = _load(inputs + width, rows, columns, inputs_stride, inside)
         q = tl.sigmoid(reset + _load(recurrent + width, rows, columns, recurrent_stride, inside))
-        _store(d_inputs + width, rows, columns, 3 * width, inside, d_reset_state * h * q * (1 - q))
         if RESET_STATE:
             _store(reset_state, rows, columns, width, inside, q * h)
-        d_state_by_reset = d_reset_state * q
+        d_reset_state *= q
+        _store(d_inputs + width, rows, columns, 3 * width, inside, d_reset_state * h * (1 - q))
         update = _load(inputs, rows, columns, inputs_stride, inside)
         z = tl.sigmoid(update + _load(recurrent, rows, columns, recurrent_stride, inside))
     else:
@@ -177,7 +177,7 @@ def gru_backward(
         z = tl.sigmoid(_load(inputs, rows, columns, inputs_stride, inside))
     d = _load(grad, rows, columns, grad_stride, inside) + _load(grad + width, rows, columns, grad_stride, inside)
     if HAS_STATE:
-        _store(d_state, rows, columns, width, inside, d * (1 - z) + d_state_by_reset)
+        _store(d_state, rows, columns, width, inside, d * (1 - z) + d_reset_state)
         c = _load(candidate, rows, columns, width, inside)
     else:
         b = tl.load(bias + columns, mask=column_inside, other=0.0).to(tl.float32)
