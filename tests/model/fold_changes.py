@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -180,6 +181,16 @@ def tensors_swapped(layer: FusedGraphMoEFFN) -> None:
     torch.utils.swap_tensors(weight, nn.Parameter(2 * weight.detach()))
 
 
+def data_of(projection: str, name: str) -> Callable[[FusedGraphMoEFFN], object]:
+    """One tensor of the experts written through ``.data``, and eval() called."""
+
+    def change(layer: FusedGraphMoEFFN) -> None:
+        in_place(layer, f"{EXPERTS}.{projection}.{name}", lambda w: w.data.mul_(2))
+        layer.eval()
+
+    return change
+
+
 @torch.inference_mode()
 def written_in_inference_mode(layer: FusedGraphMoEFFN) -> None:
     """Ordinary parameters written to inside torch.inference_mode."""
@@ -192,7 +203,24 @@ def setting(name: str, value: object) -> Callable[[FusedGraphMoEFFN], None]:
 
 
 OUTPUT = "lora_graphmoe.default.gru.output_proj.weight"
+EXPERTS = "lora_graphmoe.default.experts"
+# The experts' tensors by the names that the operators give them; a kept fold holds a copy of each, whatever T is.
+EXPERT_TENSORS = {
+    f"{projection.removesuffix('_proj')}_{name}": (projection, name)
+    for projection in ("gate_proj", "up_proj", "down_proj")
+    for name in ("A", "B")
+}
+EXPERT_CHANGES: dict[str, Callable[[FusedGraphMoEFFN], object]] = {
+    f"{name} {how}": change
+    for name, (projection, tensor) in EXPERT_TENSORS.items()
+    for how, change in (
+        ("in place", partial(in_place, name=f"{EXPERTS}.{projection}.{tensor}", write=lambda w: w.mul_(2))),
+        ("replaced", partial(new_parameter, owner=f"{EXPERTS}.{projection}", name=tensor)),
+        (".data, then eval()", data_of(projection, tensor)),
+    )
+}
 CHANGES: dict[str, Callable[[FusedGraphMoEFFN], object]] = {
+    **EXPERT_CHANGES,
     "training step": training_step,
     "optimizer step": lambda layer: optimizer_step(layer, foreach=False),
     "foreach optimizer step": lambda layer: optimizer_step(layer, foreach=True),
@@ -219,8 +247,6 @@ CHANGES: dict[str, Callable[[FusedGraphMoEFFN], object]] = {
     "adapter replaced under its name": container_replaced,
     "cast down and up": rounded_and_back,
     "new router": lambda layer: new_parameter(layer, "lora_graphmoe.default.router", "weight"),
-    "new A": lambda layer: new_parameter(layer, "lora_graphmoe.default.experts.up_proj", "A"),
-    "new down_B": lambda layer: new_parameter(layer, "lora_graphmoe.default.experts.down_proj", "B"),
     "new base weight": lambda layer: new_parameter(layer, "base_layer.gate_proj", "weight"),
     "new base bias": lambda layer: new_parameter(layer, "base_layer.down_proj", "bias"),
     "base weight in place": lambda layer: in_place(layer, "base_layer.down_proj.weight", lambda w: w.mul_(2)),
@@ -234,6 +260,12 @@ CHANGES: dict[str, Callable[[FusedGraphMoEFFN], object]] = {
     "norm_topk_prob": setting("norm_topk_prob", False),
     "scale": lambda layer: setattr(adapter(layer), "scale", 0.7),
 }
+# Changes of the GRU, which a layer of one round does not have.
+_GRU_CHANGES = (
+    *("copy_", "one element", "nn.init", "through a view", "through a detached alias", "swap_tensors"),
+    *("inference mode", "candidate_input", "candidate_activation", "rounds"),
+)
+ONE_ROUND_CHANGES = {name: change for name, change in CHANGES.items() if name not in _GRU_CHANGES}
 
 
 def by_stream(layer: FusedGraphMoEFFN) -> FusedGraphMoEFFN:

@@ -16,6 +16,7 @@ from graphmoe_kernels.testing import relative_error
 from tests.model.fold_changes import (
     CHANGES,
     COPIES,
+    ONE_ROUND_CHANGES,
     OUTPUT,
     WIDTHS,
     D,
@@ -35,7 +36,12 @@ def builds(monkeypatch) -> list:
     """One entry for every fold that a cache has built."""
     made: list = []
     original = cache.build_fold
-    monkeypatch.setattr(cache, "build_fold", lambda *arguments: made.append(1) or original(*arguments))
+
+    def build_fold(*arguments, **options):
+        made.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(cache, "build_fold", build_fold)
     return made
 
 
@@ -52,6 +58,17 @@ def test_fold_follows_every_change(change, scale, builds):
     count = len(builds)
     run(layer)
     assert len(builds) == count, "the new fold is kept in its turn"
+
+
+@pytest.mark.parametrize("change", ONE_ROUND_CHANGES.values(), ids=ONE_ROUND_CHANGES)
+def test_kept_experts_of_one_round_follow_every_change(change, builds):
+    """Plain MixLoRA keeps no products but copies of its experts, which go stale in the same ways."""
+    layer = make(rounds=1)
+    before = run(layer)
+    assert len(builds) == 1, "there are kept experts to go stale"
+    change(layer)
+    assert_fresh(layer)
+    assert relative_error(run(layer), before) > 1e-6, "the change matters"
 
 
 @pytest.mark.parametrize("half", ["gate", "up"])
@@ -153,7 +170,7 @@ def test_functional_call():
 
 
 def test_fold_is_built_once_and_never_in_training(builds):
-    """The cache is used: one build for many forwards of any length, none in training, without folds or in one round."""
+    """The cache is used: one build for many forwards of any length, at any T; none in training and without folds."""
     layer = make()
     with torch.no_grad():
         for count in (1, 7, 64, 1):
@@ -163,9 +180,10 @@ def test_fold_is_built_once_and_never_in_training(builds):
     for _ in range(2):
         layer(torch.randn(300, D, dtype=torch.float64)).sum().backward()
     assert len(builds) == 1
-    for options in ({"fold": "never"}, {"rounds": 1}):
-        run(make(**options))
+    run(make(fold="never"))
     assert len(builds) == 1
+    run(make(rounds=1))
+    assert len(builds) == 2
 
 
 @pytest.mark.parametrize("use", [torch.inference_mode, torch.no_grad])
