@@ -24,7 +24,7 @@ def _store(base, rows, columns, stride, inside, value):
 
 @triton.jit
 def _squash(x, TANH: tl.constexpr):
-    """The candidate's activation, tanh by the sigmoid that every target has."""
+    """The candidate's activation; tanh by exp, which every target and the interpreter have."""
     if TANH:
         t = tl.exp(-2 * tl.abs(x))
         y = tl.where(x < 0, t - 1, 1 - t) / (1 + t)
