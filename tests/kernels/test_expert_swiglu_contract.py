@@ -1,17 +1,22 @@
 """`expert_swiglu` as an operator among others: dtypes, autocast, broken tokens, registration, every refusal."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from graphmoe_kernels import expert_swiglu
+from graphmoe_kernels.experts.operands import Inputs, Settings
 from graphmoe_kernels.testing import SLACK, relative_error
-from tests.kernels.expert_operands import FLOATING, LATER_ROUND, cast, operands, results
+from tests.kernels.expert_operands import FLOATING, LATER_ROUND, SCALES, cast, operands, results
 
 
 def test_fp32_parameters_with_bf16_activations():
     """Adapters stay fp32 on a bf16 model: c and z are bf16, and the adapters' gradients come back in fp32."""
-    given = operands(inner=6)
-    parameters = ("gate_B", "up_B", "down_A", "fold_gate", "fold_up", "weights")
+    given = operands(inner=6, scales=True)
+    parameters = ("gate_B", "up_B", "down_A", "fold_gate", "fold_up", "weights", *SCALES)
     mixed = {n: t.float() if n in parameters else t for n, t in cast(given, torch.bfloat16).items()}
     found, rounded = results(mixed), results(cast(given, torch.bfloat16))
     assert found["c"].dtype == found["z"].dtype == torch.bfloat16
@@ -55,17 +60,55 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("scales", [False, True], ids=["plain", "scale vectors"])
 @pytest.mark.parametrize("inner, dropout", [(None, 0.0), (6, 0.5)], ids=["first round", "later round, dropout"])
-def test_operator_is_registered_as_torch_expects(inner, dropout):
+def test_operator_is_registered_as_torch_expects(inner, dropout, scales):
     """Schema, fake, autograd and aot dispatch of operator and backward: what compile and export need."""
-    given = cast(operands(inner=inner), torch.float32)
+    given = cast(operands(inner=inner, scales=scales), torch.float32)
     given = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in given.items()}
-    tensors = [given.get(name) for name in ("gate", "up", *LATER_ROUND, *FLOATING[2:], "experts")]
-    rest = (1.5, "silu", dropout, torch.tensor([3]) if dropout else None)
-    torch.library.opcheck(torch.ops.graphmoe.expert_swiglu.default, (*tensors, *rest))
+    tensors = Inputs(*(given.get(name) for name in Inputs._fields))
+    settings = Settings(1.5, "silu", dropout, torch.tensor([3]) if dropout else None, torch.arange(9).int())
+    torch.library.opcheck(torch.ops.graphmoe.expert_swiglu.default, (*tensors, *settings, "torch"))
     plain = [None if t is None else t.detach() for t in tensors]
     grads = torch.randn(9, 21), torch.randn(9, 15)
-    torch.library.opcheck(torch.ops.graphmoe.expert_swiglu_backward.default, (*grads, *plain, *rest))
+    floating = [t is not None for t in tensors[:-1]]
+    for needed in (floating, [False] * len(floating), [i == 0 for i in range(len(floating))]):
+        arguments = (*grads, *plain, *settings, "torch", needed)
+        torch.library.opcheck(torch.ops.graphmoe.expert_swiglu_backward.default, arguments)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("wanted", [*FLOATING, *LATER_ROUND, *SCALES])
+def test_one_gradient_alone_is_that_of_all_together(wanted):
+    """What is frozen gets no gradient, and no other input's gradient lands in its place."""
+    given = operands(inner=6, scales=True)
+    every = results(given)
+    leaf = given[wanted].clone().requires_grad_()
+    c, z = expert_swiglu(**(given | {wanted: leaf}), scale=1.5)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in (c, z)]
+    (found,) = torch.autograd.grad([c, z], leaf, upstream)
+    assert torch.equal(found, every[wanted])
+
+
+def test_order_and_tickets_change_nothing():
+    """They steer the Triton kernels; elsewhere they are accepted and without effect, and tickets stay zero."""
+    given, tickets = operands(inner=6), torch.zeros(1, dtype=torch.int32)
+    plain = results(given)
+    found = results(given, order=torch.arange(9).flip(0).int(), tickets=tickets)
+    assert not tickets.any()
+    for name, exact in plain.items():
+        assert torch.equal(found[name], exact), name
+
+
+def test_scale_vectors_of_ones_change_nothing():
+    """m = 1 is the expert without scale vectors."""
+    given = operands(inner=6)
+    ones = torch.ones(5, 21, dtype=torch.float64)
+    for found, exact in zip(
+        expert_swiglu(**given, gate_scale=ones, up_scale=ones), expert_swiglu(**given), strict=True
+    ):
+        assert torch.equal(found, exact)
 
 
 REFUSALS = [
@@ -74,11 +117,29 @@ REFUSALS = [
     ({"down_A": torch.zeros(3, 21)}, ValueError, r"down_A \[experts, rank, F\].*\[3, 21\]"),
     ({"up": torch.zeros(9, 20)}, ValueError, r"up must be \[9, 21\] .*got \[9, 20\]"),
     (
-        {"low_gate": torch.zeros(9, 14)},
+        {"low": torch.zeros(9, 15)},
         ValueError,
-        r"low_gate must be \[9, 15\] for 9 tokens, F=21, 5 experts",
+        r"low must be \[9, 30\] for 9 tokens, F=21, 5 experts of rank 3 and k=2; got \[9, 15\]",
     ),
-    ({"low_up": torch.zeros(8, 15)}, ValueError, r"low_up must be \[9, 15\].*got \[8, 15\]"),
+    ({"low": torch.zeros(8, 30)}, ValueError, r"low must be \[9, 30\].*got \[8, 30\]"),
+    ({"low_update": torch.zeros(9, 15)}, ValueError, r"low_update must be \[9, 30\].*got \[9, 15\]"),
+    ({"low_update": torch.zeros(9, 30).long()}, TypeError, "low_update has dtype torch.int64; .* floating point"),
+    (
+        {"gate_scale": torch.ones(5, 21)},
+        ValueError,
+        "gate_scale and up_scale belong together: pass both or none",
+    ),
+    ({"up_scale": torch.ones(5, 21)}, ValueError, "gate_scale and up_scale belong together"),
+    (
+        {"gate_scale": torch.ones(5), "up_scale": torch.ones(5, 21)},
+        ValueError,
+        r"gate_scale must be \[5, 21\].*got \[5\]",
+    ),
+    (
+        {"gate_scale": torch.ones(5, 21), "up_scale": torch.ones(21, 5)},
+        ValueError,
+        r"up_scale must be \[5, 21\].*got \[21, 5\]",
+    ),
     ({"gate_B": torch.zeros(5, 3, 21)}, ValueError, r"gate_B must be \[5, 21, 3\].*got \[5, 3, 21\]"),
     ({"up_B": torch.zeros(4, 21, 3)}, ValueError, r"up_B must be \[5, 21, 3\].*got \[4, 21, 3\]"),
     ({"down_A": torch.zeros(5, 3, 20)}, ValueError, r"down_A must be \[5, 3, 21\].*got \[5, 3, 20\]"),
@@ -107,7 +168,11 @@ REFUSALS = [
     ({"dropout": 0.1}, ValueError, "dropout > 0 needs a seed: one int64 tensor"),
     ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
     ({"dropout": -0.1}, ValueError, r"dropout must lie in \[0, 1\), got -0.1"),
-    ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; expected one of 'auto', 'torch'"),
+    (
+        {"backend": "cuda"},
+        ValueError,
+        "unknown backend 'cuda'; expected one of 'auto', 'triton', 'torch', 'reference'",
+    ),
 ]
 
 
@@ -117,6 +182,30 @@ def test_refusals_name_argument_and_expectation(change, error, message):
     given = cast(operands(inner=6), torch.float32)
     with pytest.raises(error, match=message):
         expert_swiglu(**(given | change))
+
+
+TRITON_ON_CPU = """
+import torch
+from graphmoe_kernels import expert_swiglu
+
+gate, low, B = torch.zeros(2, 16), torch.zeros(2, 8), torch.zeros(2, 16, 2)
+try:
+    expert_swiglu(gate, gate, low, B, B, B.mT, torch.ones(2, 1), torch.zeros(2, 1).long(), backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_triton_on_cpu_tensors_is_refused():
+    """No driver's error from inside Triton, and no other path: what is where, and what runs there.
+
+    In a process of its own, as this one may interpret the kernels.
+    """
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", TRITON_ON_CPU], capture_output=True, text=True, env=environment)
+    assert "gate is on cpu, and backend='triton' runs on CUDA devices" in run.stdout, run.stdout + run.stderr
+    assert "use backend='torch'" in run.stdout
 
 
 @pytest.mark.parametrize("wrong", [5, -1])
