@@ -6,7 +6,7 @@ import torch
 from graphmoe_kernels import expert_swiglu, get_activation
 from graphmoe_kernels.experts import pytorch
 from graphmoe_kernels.testing import relative_error, within_budget
-from tests.kernels.expert_operands import FLOATING, LATER_ROUND, SETTINGS, cast, operands, results
+from tests.kernels.expert_operands import FLOATING, LATER_ROUND, SCALES, SETTINGS, cast, operands, results
 
 
 def by_definition(given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,11 +160,12 @@ def test_seed_names_the_mask():
 @pytest.mark.oracle
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("inner", [None, 2], ids=["first round", "later round"])
+@pytest.mark.parametrize("scales", [False, True], ids=["plain", "scale vectors"])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_gradcheck(activation, inner, dropout):
+def test_gradcheck(activation, scales, inner, dropout):
     """The hand-written backward of every floating operand against finite differences."""
-    given = operands(tokens=3, width=4, experts=3, rank=2, inner=inner)
-    names = FLOATING + (LATER_ROUND if inner else [])
+    given = operands(tokens=3, width=4, experts=3, rank=2, inner=inner, scales=scales)
+    names = FLOATING + (LATER_ROUND if inner else []) + (SCALES if scales else [])
     seed = torch.tensor([5]) if dropout else None
 
     def run(*tensors):
@@ -175,10 +176,11 @@ def test_gradcheck(activation, inner, dropout):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scales", [False, True], ids=["plain", "scale vectors"])
 @pytest.mark.parametrize("inner", [None, 16], ids=["first round", "later round"])
-def test_error_is_within_budget(inner, dtype):
+def test_error_is_within_budget(inner, scales, dtype):
     """Against fp64 on the same rounded operands: at most twice the reference's own error in the dtype."""
-    given = cast(operands(48, width=96, experts=4, rank=5, inner=inner), dtype)
+    given = cast(operands(48, width=96, experts=4, rank=5, inner=inner, scales=scales), dtype)
     oracle = results(cast(given, torch.float64), "reference")
     literal, found = results(given, "reference"), results(given)
     for name, exact in oracle.items():
