@@ -45,22 +45,27 @@ def resolve_backend(backend: str, name: str, tensor: Tensor) -> str:
 
 
 def _check_triton(name: str, tensor: Tensor) -> None:
-    if not _triton_installed():
-        raise ValueError("backend 'triton' needs the triton package, which is not installed; use backend='torch'")
     if tensor.dtype not in TRITON_DTYPES:
         raise ValueError(
             f"{name} is {tensor.dtype}: the Triton kernels take float32, float16 and bfloat16; use backend='torch'"
         )
-    if not tensor.is_cuda:
-        if interpreting() and tensor.device.type == "cpu":
-            return
+    if not torch.compiler.is_compiling():  # a traced call cannot ask Triton; the launch does
+        check_device(name, tensor.device)
+
+
+@functools.cache
+def check_device(name: str, device: torch.device) -> None:
+    """`ValueError` for a device on which Triton cannot run; ``name`` is what is there. Asked once a device."""
+    if not _triton_installed():
+        raise ValueError("backend 'triton' needs the triton package, which is not installed; use backend='torch'")
+    if interpreting() and device.type in ("cpu", "cuda"):
+        return
+    if device.type != "cuda":
         raise ValueError(
-            f"{name} is on {tensor.device}, and backend='triton' runs on CUDA devices; move the tensors there or use "
+            f"{name} is on {device}, and backend='triton' runs on CUDA devices; move the tensors there or use "
             "backend='torch' (TRITON_INTERPRET=1, set before the program starts, interprets the kernels on the CPU)"
         )
-    if interpreting():
-        return
-    capability = device_capability(tensor.device.index or 0)
+    capability = device_capability(device.index or 0)
     if torch.version.hip is None and capability < MIN_CAPABILITY:
         raise ValueError(
             f"{name} is on a GPU of compute capability {capability[0]}.{capability[1]}; the Triton kernels need 8.0 "

@@ -1,7 +1,7 @@
 """How a Triton kernel is launched: its configuration by device, batch size and dtype, and the launch itself.
 
-Nothing is tuned at first call. ``configs/<device class>/<operator>.json`` holds one configuration for every kernel of an
-operator, size class and dtype class; `make tune` rewrites it on a GPU.
+Nothing is tuned at first call. ``configs/<device class>/<operator>.json`` holds one configuration for every kernel of
+an operator, size class and dtype class; `make tune` rewrites it on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from graphmoe_kernels.backend import device_capability, interpreting
+from graphmoe_kernels.backend import check_device, device_capability, interpreting
 
 CONFIGS = Path(__file__).parent / "configs"
 DEVICE_CLASSES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -69,6 +69,7 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, device: torch.device, *
     """Run ``kernel`` on ``device``'s current stream. The only place where a kernel of this package is started."""
     if 0 in grid:
         return
+    check_device("a kernel's work", device)
     if device.type != "cuda":
         kernel[tuple(grid)](*args, **options)
         return

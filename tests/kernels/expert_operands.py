@@ -67,6 +67,6 @@ def results(given: dict[str, torch.Tensor], backend: str = "auto", **settings) -
         if t.is_floating_point()
     }
     c, z = expert_swiglu(**(given | leaves), **(SETTINGS | settings), backend=backend)
-    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (c, z)]
+    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (c, z)]
     torch.autograd.backward([c, z], upstream)
     return {"c": c.detach(), "z": z.detach(), **{name: t.grad for name, t in leaves.items()}}

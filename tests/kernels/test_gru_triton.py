@@ -205,11 +205,9 @@ def test_opcheck(state):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("state", [True, False])
-def test_compiles_in_one_graph(monkeypatch, state, dynamic):
+def test_compiles_in_one_graph(state, dynamic):
     """torch.compile finds no break, forward or backward, and does not recompile for another token count."""
     torch._dynamo.reset()
-    # The compiler cannot trace the question whether Triton interprets; that check has tests of its own.
-    monkeypatch.setattr("graphmoe_kernels.gru.resolve_backend", lambda *_: "triton")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(gru_step, fullgraph=True, backend=counter, dynamic=dynamic)
     for tokens in (17, 5) if dynamic else (17,):

@@ -81,11 +81,9 @@ def test_opcheck(statistics):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_into_one_graph(dynamic, monkeypatch):
+def test_compiles_into_one_graph(dynamic):
     """Forward and backward without a graph break; with dynamic sizes one graph serves every token count."""
     torch._dynamo.reset()
-    # The compiler cannot trace the question whether Triton interprets; that check has tests of its own.
-    monkeypatch.setattr("graphmoe_kernels.routing.resolve_backend", lambda *_: "triton")
     counter = CompileCounterWithBackend("aot_eager")
 
     def step(x, router, offset, mask):

@@ -1,0 +1,288 @@
+"""The Triton backend of `expert_swiglu`: values, every gradient, every dtype and configuration, and its contract."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from graphmoe_kernels import expert_swiglu, launching
+from graphmoe_kernels.routing import expert_order
+from graphmoe_kernels.testing import relative_error, within_budget
+from tests import interpreter
+from tests.kernels.expert_operands import FLOATING, LATER_ROUND, SCALES, cast, operands, results
+
+pytestmark = pytest.mark.kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def placed(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: t.to(DEVICE) for name, t in given.items()}
+
+
+def assert_within_budget(given: dict[str, torch.Tensor], dtype: torch.dtype, **settings) -> None:
+    """c, z and every gradient against the fp64 oracle, beside the reference in ``dtype``."""
+    given = cast(cast(given, dtype), torch.float64)
+    exact = results(given, "reference", **settings)
+    literal = results(cast(given, dtype), "reference", **settings)
+    found = results(placed(cast(given, dtype)), "triton", **settings)
+    assert found.keys() == exact.keys()
+    for name in exact:
+        error, own = relative_error(found[name], exact[name]), relative_error(literal[name], exact[name])
+        assert within_budget(error, own, dtype), f"{name}: {error:.2e}, reference {own:.2e}"
+
+
+CASES = {
+    "first round": {},
+    "later round": {"inner": 20, "width": 40},
+    "wide, two splits of F": {"tokens": 70, "width": 200, "inner": 6},
+    "one token": {"tokens": 1, "inner": 6},
+    "k = 1": {"top_k": 1},
+    "n = 1, rank 1": {"experts": 1, "top_k": 1, "rank": 1},
+    "k = n": {"top_k": 5, "tokens": 5},
+    "prime n, k = 3, rank 5": {"experts": 7, "top_k": 3, "rank": 5, "inner": 6},
+    "scale vectors": {"scales": True, "inner": 6},
+    "n = 64": {"tokens": 20, "experts": 64, "rank": 2, "width": 40},
+    "rank 40, a plug-in method": {"experts": 1, "top_k": 1, "rank": 40, "width": 40},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_values_and_gradients_are_within_budget(case, dtype):
+    """Token counts, widths and ranks that fill no tile, one and several; every routing that there is."""
+    assert_within_budget(operands(**case), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_draws_the_mask_of_the_other_backends(dtype):
+    """Forward, and backward from the same seed: three slots, so that both halves of a random word are used."""
+    given = operands(tokens=20, width=70, top_k=3, inner=6)
+    assert_within_budget(given, dtype, dropout=0.4, seed=torch.tensor([2**40 + 7]))
+
+
+@pytest.mark.parametrize("chosen", [[0, 1], [4, 2]])
+def test_experts_that_nobody_chose_get_zero_gradients(chosen):
+    """All tokens to two experts: the others' gradients are there, and exactly zero."""
+    given = operands()
+    given["experts"] = torch.tensor(chosen).expand(9, 2)
+    assert_within_budget(given, torch.float32)
+    found = results(placed(cast(given, torch.float32)), "triton")
+    for name in ("gate_B", "up_B", "down_A"):
+        untouched = [e for e in range(5) if e not in chosen]
+        assert not found[name][untouched].any()
+
+
+def test_no_tokens():
+    """Nothing in, nothing out, and gradients of the parameters' shapes that are zero."""
+    given = placed(cast(operands(tokens=0, inner=6), torch.float32))
+    found = results(given, "triton")
+    assert found["c"].shape == (0, 21)
+    assert found["z"].shape == (0, 15)
+    for name in [*FLOATING, *LATER_ROUND]:
+        assert found[name].shape == given[name].shape
+        assert not found[name].any()
+
+
+def configurations() -> list[tuple[str, str]]:
+    """Device classes and size classes."""
+    return [(device, size) for device in launching.DEVICE_CLASSES for size in launching.SIZE_CLASSES]
+
+
+@pytest.mark.parametrize("device, size", configurations())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_configuration(device, size, dtype, monkeypatch):
+    """What another device would run is right too; the wide ranks' configurations included."""
+    monkeypatch.setattr(launching, "device_class", lambda _: device)
+    tokens = 3 if size == "skinny" else 66
+    assert_within_budget(operands(tokens, width=80, experts=3, rank=4, inner=20), dtype)
+    assert_within_budget(operands(tokens, width=80, experts=1, top_k=1, rank=68), dtype)
+
+
+LAYOUTS = {
+    "fused gate and up": lambda t: dict(
+        zip(("gate", "up"), torch.cat([t["gate"], t["up"]], 1).chunk(2, 1), strict=True)
+    ),
+    "low in a wider tensor": lambda t: {"low": t["low"].repeat(1, 2)[:, : t["low"].shape[1]]},
+    "state strided": lambda t: {"state": t["state"].repeat(1, 2)[:, :6]},
+    "weights transposed": lambda t: {"weights": t["weights"].T.contiguous().T},
+    "B transposed": lambda t: {"gate_B": t["gate_B"].mT.contiguous().mT},
+    "int32 ids": lambda t: {"experts": t["experts"].int()},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layout_does_not_matter(layout):
+    """Views and id dtypes that models produce give what contiguous int64 operands give, bit for bit."""
+    given = placed(cast(operands(inner=6), torch.float32))
+    plain, found = results(given, "triton"), results(given | layout(given), "triton")
+    for name, exact in plain.items():
+        assert torch.equal(found[name], exact), name
+
+
+def test_order_changes_no_bit():
+    """Tiles of like experts compute what tiles of neighbours do."""
+    given = placed(cast(operands(tokens=70, experts=8, inner=6), torch.bfloat16))
+    order = expert_order(given["experts"])
+    assert not torch.equal(order, torch.arange(70, dtype=torch.int32, device=DEVICE))
+    with torch.no_grad():
+        plain, found = (expert_swiglu(**given, order=o, backend="triton") for o in (None, order))
+    for a, b in zip(plain, found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's order of programs")
+@pytest.mark.parametrize("order", ["reverse", 3])
+def test_results_do_not_depend_on_which_program_comes_last(order):
+    """The last of a tile's programs sums the splits: whoever it is, in the same order."""
+    given = cast(operands(tokens=9, width=200, inner=6), torch.float32)
+    plain = results(given, "triton")
+    with interpreter.grid_order(order):
+        found = results(given, "triton")
+    for name, exact in plain.items():
+        assert torch.equal(found[name], exact), name
+
+
+def test_tickets_are_zero_again():
+    """Counters given from outside serve one round after the other."""
+    given = placed(cast(operands(tokens=40, width=200), torch.float32))
+    tickets = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    first, second, own = (expert_swiglu(**given, tickets=t, backend="triton") for t in (tickets, tickets, None))
+    assert not tickets.any()
+    for a, b, c in zip(first, second, own, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("wrong", [5, -1])
+def test_an_id_that_is_no_expert_makes_its_token_nan(wrong):
+    """No memory of others is read, nothing is clipped, and no other token moves."""
+    given = placed(cast(operands(), torch.float32))
+    with torch.no_grad():
+        clean = expert_swiglu(**given, backend="triton")
+        given["experts"][3, 1] = wrong
+        found = expert_swiglu(**given, backend="triton")
+    others = [i for i in range(9) if i != 3]
+    assert found[0][3].isnan().all()
+    for a, b in zip(found, clean, strict=True):
+        assert torch.equal(a[others], b[others])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_token_spoils_its_own_experts_alone(bad):
+    """A NaN in one token's row is in its own outputs and its own experts' gradients, and nowhere else."""
+    given = placed(cast(operands(experts=5), torch.float32))
+    given["experts"][:] = torch.tensor([0, 1])
+    given["experts"][4] = torch.tensor([2, 3])
+    given["gate"][4] = bad
+    found = results(given, "triton")
+    assert not found["c"][4].isfinite().any()
+    assert found["c"][[i for i in range(9) if i != 4]].isfinite().all()
+    for name in ("gate_B", "up_B", "down_A"):
+        assert found[name][[0, 1]].isfinite().all(), name
+
+
+def test_autocast_and_fp32_parameters():
+    """fp32 adapters on bf16 activations get fp32 gradients, inside autocast as outside."""
+    given = operands(inner=6)
+    parameters = ("gate_B", "up_B", "down_A", "fold_gate", "fold_up")
+    mixed = placed({n: t.float() if n in parameters else t for n, t in cast(given, torch.bfloat16).items()})
+    plain = results(mixed, "triton")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = results(mixed, "triton")
+    assert found["gate_B"].dtype == torch.float32
+    assert found["c"].dtype == torch.bfloat16
+    for name, exact in plain.items():
+        assert torch.equal(found[name], exact), name
+
+
+def test_frozen_inputs_get_no_gradient_and_cost_none(monkeypatch):
+    """With frozen experts the second backward kernel does not run; the rest is what it was."""
+    given = placed(cast(operands(inner=6), torch.float32))
+    plain = results(given, "triton")
+    seen = []
+    monkeypatch.setattr(
+        "graphmoe_kernels.experts.launch.launch", lambda k, *a, **o: (seen.append(k), launching.launch(k, *a, **o))
+    )
+    leaves = {name: given[name].requires_grad_() for name in ("gate", "weights", "low")}
+    c, z = expert_swiglu(**(given | leaves), scale=1.5, backend="triton")
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (c, z)]
+    torch.autograd.backward([c, z], upstream)
+    assert len(seen) == 2
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf.grad, plain[name]), name
+    assert given["gate_B"].grad is None
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_operator_is_registered_as_torch_expects(later):
+    """Schema, fake, autograd and aot dispatch of operator and backward: what compile and export need."""
+    given = placed(cast(operands(inner=6 if later else None, scales=later), torch.float32))
+    names = ("gate", "up", *LATER_ROUND[:3], "low", "low_update", "gate_B", "up_B", "down_A", *SCALES, "weights")
+    floating = [t if t is None else t.requires_grad_() for t in (given.get(name) for name in names)]
+    seed = torch.tensor([3], device=DEVICE) if later else None
+    rest = (given["experts"], 1.5, "silu", 0.3 if later else 0.0, seed, None, None, "triton")
+    torch.library.opcheck(torch.ops.graphmoe.expert_swiglu.default, (*floating, *rest))
+    plain = [t if t is None else t.detach() for t in floating]
+    grads = torch.randn(9, 21, device=DEVICE), torch.randn(9, 15, device=DEVICE)
+    needed = [t is not None for t in floating]
+    torch.library.opcheck(torch.ops.graphmoe.expert_swiglu_backward.default, (*grads, *plain, *rest, needed))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_into_one_graph(dynamic):
+    """Forward and backward in a full graph; one graph serves all token counts when they are dynamic."""
+    torch._dynamo.reset()
+    given = placed(cast(operands(tokens=6, inner=6), torch.float32))
+    sized = ("gate", "up", "low", "low_update", "weights", "state", "experts")
+
+    def run(**tensors):
+        return expert_swiglu(**tensors, scale=1.5, backend="triton")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens in (6, 4):
+        part = {name: t[:tokens] if name in sized else t for name, t in given.items()}
+        outcomes = []
+        for call in (run, compiled):
+            leaves = {n: t.detach().clone().requires_grad_() for n, t in part.items() if t.is_floating_point()}
+            c, z = call(**(part | leaves))
+            (c.sum() + z.square().sum()).backward()
+            outcomes.append([c.detach(), z.detach(), *(leaf.grad for leaf in leaves.values())])
+        for a, b in zip(*outcomes, strict=True):
+            assert torch.equal(a, b)
+
+
+REFUSALS = [
+    ({"activation": "mine"}, "activation 'mine' has no Triton form .*silu.*use backend='torch'"),
+    ({"order": torch.zeros(9).long()}, r"order must be int32 \[9\] on .*got torch.int64 \[9\]"),
+    ({"order": torch.zeros(8).int()}, r"order must be int32 \[9\]"),
+    ({"tickets": torch.zeros(0).int()}, r"tickets must be int32 \[1\]"),
+]
+
+
+@pytest.mark.parametrize("change, message", REFUSALS)
+def test_refusals_name_argument_and_expectation(change, message):
+    """Every wrong argument is answered by what was wrong and what was expected."""
+    from graphmoe_kernels import ACTIVATIONS, register_activation
+
+    with contextlib.suppress(ValueError):
+        register_activation("mine", torch.sin, torch.cos)
+    given = placed(cast(operands(), torch.float32))
+    change = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in change.items()}
+    try:
+        with pytest.raises(ValueError, match=message):
+            expert_swiglu(**given, **change, backend="triton")
+    finally:
+        ACTIVATIONS.pop("mine", None)
+
+
+def test_unsupported_sizes_and_dtypes_are_refused():
+    """Too many slots for a program's registers, and fp64, are errors that name what would work."""
+    with pytest.raises(ValueError, match=r"k=20 experts a token of rank 3 .*need 512 columns.*up to 256.*lower top_k"):
+        expert_swiglu(**placed(cast(operands(experts=20, top_k=20), torch.float32)), backend="triton")
+    with pytest.raises(ValueError, match=r"gate is torch.float64: the Triton kernels take float32.*backend='torch'"):
+        expert_swiglu(**placed(operands()), backend="triton")
