@@ -1,0 +1,207 @@
+"""`FusedGraphMoEFFN` on the Triton kernels: right in every dtype, few launches, compiled whole, refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from graphmoe_kernels.experts import launch as experts_launch
+from graphmoe_kernels.gru import launch as gru_launch
+from graphmoe_kernels.routing import launch as routing_launch
+from graphmoe_kernels.routing import order as routing_order
+from graphmoe_kernels.testing import relative_error
+from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
+
+pytestmark = pytest.mark.kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HIDDEN, INTERMEDIATE = 32, 48
+DECODE, PREFILL = 3, 66
+
+
+def make_ffn(rounds: int, backend: str = "triton", **options: object) -> FusedGraphMoEFFN:
+    """A small layer in which every term counts, in fp32."""
+    settings = {"r": 4, "num_experts": 4, "gru_hidden_scale": 0.4, "lora_dropout": 0.0}
+    mlp = LlamaMLP(LlamaConfig(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE))
+    config = GraphMoEConfig(rounds=rounds, backend=backend, init_lora_weights=False, **{**settings, **options})
+    return FusedGraphMoEFFN(mlp, config).to(DEVICE)
+
+
+def tokens(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(1, count, HIDDEN, dtype=torch.float64).to(DEVICE, dtype)
+
+
+# What allocates or renames memory and starts nothing on a device.
+FREE = {
+    "view",
+    "_unsafe_view",
+    "t",
+    "slice",
+    "detach",
+    "empty",
+    "new_empty",
+    "alias",
+    "expand",
+    "split",
+    "transpose",
+    "permute",
+}
+PRODUCTS = {"mm", "addmm_"}
+OURS = {"route", "expert_swiglu", "gru_step", "expert_order"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a forward starts: products, operators of ours, and everything else by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in FREE:
+            self.operators[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=["bf16 adapters", "fp32 adapters"])
+@pytest.mark.parametrize("count", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("rounds", [1, 2, 3, 5])
+def test_launches_of_a_forward(rounds, count, adapters, monkeypatch):
+    """At most 3T kernels and 3T + 2 products, and nothing else: no copy, cast, fill or concatenation."""
+    ffn = make_ffn(rounds).eval().to(torch.bfloat16)
+    ffn.lora_graphmoe.to(adapters)
+    x = tokens(count, torch.bfloat16)
+    kernels = []
+    for module in (experts_launch, gru_launch, routing_launch, routing_order):
+        plain = module.launch
+        counted = lambda k, *a, plain=plain, **o: (kernels.append(k.__name__), plain(k, *a, **o))  # noqa: E731
+        monkeypatch.setattr(module, "launch", counted)
+    with torch.no_grad():
+        ffn(x)  # the kept fold is built
+        kernels.clear()
+        with Launches() as seen:
+            ffn(x)
+    assert set(seen.operators) <= PRODUCTS | OURS, f"launches besides products and kernels: {seen.operators}"
+    assert len(kernels) <= 3 * rounds, Counter(kernels)
+    assert len(kernels) == 3 * rounds - (count == DECODE)
+    assert sum(seen.operators[name] for name in PRODUCTS) <= 3 * rounds + 2, seen.operators
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("fold", ["always", "never"])
+def test_output_and_gradients_beside_the_torch_backend(fold, count, dtype):
+    """Against the layer in fp64: no further off than twice the same layer on PyTorch, and some rounding."""
+    ffn = make_ffn(3, fold=fold).to(dtype).train()
+    x, upstream = tokens(count, dtype), tokens(count, dtype)
+    errors = {}
+    exact = None
+    for backend, wide in (("torch", torch.float64), ("torch", dtype), ("triton", dtype)):
+        layer = copy.deepcopy(ffn).to(wide)
+        layer.lora_graphmoe["default"].config = copy.copy(ffn.lora_graphmoe["default"].config)
+        layer.lora_graphmoe["default"].config.backend = backend
+        leaf = x.to(wide).detach().requires_grad_()
+        y = layer(leaf)
+        y.backward(upstream.to(wide))
+        found = {"y": y, "x": leaf.grad} | {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+        if exact is None:
+            exact = found
+        errors[backend, wide] = {name: relative_error(found[name], exact[name]) for name in exact}
+    # A token whose routing is within rounding may choose otherwise on either backend: such draws are left out.
+    slack = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for name, error in errors["triton", dtype].items():
+        assert error <= 2 * errors["torch", dtype][name] + slack, name
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_layer_compiles_into_one_graph(dynamic):
+    """Training, forward and backward, without a break; another token count compiles nothing anew when they are dynamic."""
+    torch._dynamo.reset()
+    ffn = make_ffn(2, fold="always").train()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ffn, fullgraph=True, backend=counter, dynamic=dynamic)
+    parameters = [p for p in ffn.parameters() if p.requires_grad]
+    graphs = []
+    for count in (9, 12) if dynamic else (9,):
+        x, upstream = tokens(count), tokens(count)
+        outcomes = []
+        for run in (ffn, compiled):
+            leaf = x.clone().requires_grad_()
+            y = run(leaf)
+            outcomes.append([y, *torch.autograd.grad(y, [leaf, *parameters], upstream)])
+        for eager, graph in zip(*outcomes, strict=True):
+            torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-5)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[-1] <= 2
+
+
+@torch.no_grad()
+def test_token_counts_share_a_handful_of_graphs():
+    """Decode, prefill and any count in between: few graphs, each right."""
+    torch._dynamo.reset()
+    ffn = make_ffn(2).eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ffn, fullgraph=True, backend=counter)
+    for count in (5, 5, 6, 7, 1, 70, 80, 1, 33):
+        x = tokens(count)
+        torch.testing.assert_close(compiled(x), ffn(x), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 6
+
+
+def test_autocast_runs_the_kernels_in_its_dtype():
+    """fp32 weights under bf16 autocast: bf16 out, fp32 gradients, close to the PyTorch backend."""
+    ffn = make_ffn(2).train()
+    plain = copy.deepcopy(ffn)
+    plain.lora_graphmoe["default"].config.backend = "torch"
+    x = tokens(PREFILL)
+    outcomes = []
+    for layer in (ffn, plain):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y = layer(x)
+        y.float().square().sum().backward()
+        outcomes.append(y.detach())
+        assert y.dtype == torch.bfloat16
+        assert all(p.grad.dtype == torch.float32 for p in layer.parameters() if p.grad is not None)
+    assert relative_error(outcomes[0], outcomes[1]) < 2e-2
+
+
+def test_dropout_recomputes_under_checkpointing():
+    """Non-reentrant checkpointing replays seeds: the gradients are those without it."""
+    ffn = make_ffn(2, lora_dropout=0.3, fold="always").train()
+    x = tokens(9)
+    grads = []
+    for checkpointed in (False, True):
+        torch.manual_seed(3)
+        ffn.zero_grad()
+        y = torch.utils.checkpoint.checkpoint(ffn, x, use_reentrant=False) if checkpointed else ffn(x)
+        y.square().sum().backward()
+        grads.append([p.grad.clone() for p in ffn.parameters() if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fp64_is_refused_by_the_kernels_and_taken_by_auto():
+    """``"triton"`` names the dtypes that it takes; ``"auto"`` computes fp64 on PyTorch, as it says."""
+    ffn, x = make_ffn(2).double(), tokens(4, torch.float64)
+    with pytest.raises(ValueError, match=r"is torch.float64: the Triton kernels take float32.*use backend='torch'"):
+        ffn(x)
+    assert make_ffn(2, "auto").double()(x).dtype == torch.float64
+
+
+def test_no_tokens():
+    """An empty batch goes through, backward too."""
+    ffn = make_ffn(3).train()
+    x = tokens(0).requires_grad_()
+    y = ffn(x)
+    y.sum().backward()
+    assert y.shape == (1, 0, HIDDEN)
+    assert all(not p.grad.any() for p in ffn.parameters() if p.grad is not None)
