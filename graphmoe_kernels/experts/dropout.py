@@ -1,8 +1,9 @@
 """The dropout mask of the down branch: a function of a seed and of an entry's place, the same on every backend.
 
-The entry of token i, slot j, column f is dropped where a 16-bit number is below `threshold`: half j % 2 of word f % 4
-of Philox-4x32-10 (Salmon et al., SC 2011) with the seed as its key and (f // 4, i, j // 2, 0) as its counter. Cutting a
-batch into tiles, or computing backward in another order, changes nothing; the probability is a multiple of 2^-16.
+The entry of token i, expert e, column f is dropped where a 16-bit number is below `threshold`: half f % 2 of word
+f % 8 // 2 of Philox-4x32-10 (Salmon et al., SC 2011) with the seed as its key and (f // 8, i, e, 0) as its counter.
+Cutting a batch into tiles, or computing backward in another order, changes nothing; the probability is a multiple of
+2^-16.
 """
 
 from __future__ import annotations
@@ -24,22 +25,21 @@ def kept_scale(probability: float) -> float:
     return LEVELS / (LEVELS - threshold(probability))
 
 
-def dropout_mask(seed: Tensor, probability: float, tokens: slice, slots: int, width: int) -> Tensor:
-    """The mask of a slice of the batch's tokens, [tokens, slots, width], entries 0 or `kept_scale`, fp32.
+def dropout_mask(seed: Tensor, probability: float, start: int, experts: Tensor, width: int) -> Tensor:
+    """The mask of some of a batch's tokens, [tokens, k, width], entries 0 or `kept_scale`, fp32.
 
     Args:
         seed: one int64, on the device where the mask is made.
-        tokens: start and stop, counted in the whole batch.
+        start: the first token's place in the batch.
+        experts: [tokens, k], the tokens' experts.
     """
-    device = seed.device
-    count = tokens.stop - tokens.start
-    shape = (count, -(-slots // 2), -(-width // 4))
-    quads = torch.arange(shape[2], device=device).expand(shape)
-    rows = torch.arange(tokens.start, tokens.stop, device=device)[:, None, None].expand(shape)
-    pairs = torch.arange(shape[1], device=device)[:, None].expand(shape)
-    words = torch.stack(_philox(seed.reshape(()), quads, rows, pairs), dim=-1).flatten(2)  # [tokens, pairs, width]
-    numbers = torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten(1, 2)  # [tokens, slots, width]
-    keep = numbers[:, :slots, :width] >= threshold(probability)
+    tokens, slots = experts.shape
+    shape = (tokens, slots, -(-width // 8))
+    octets = torch.arange(shape[2], device=seed.device).expand(shape)
+    rows = torch.arange(start, start + tokens, device=seed.device)[:, None, None].expand(shape)
+    words = torch.stack(_philox(seed.reshape(()), octets, rows, experts[:, :, None].expand(shape)), dim=-1)
+    numbers = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(2)  # [tokens, k, width or a few more]
+    keep = numbers[:, :, :width] >= threshold(probability)
     return keep.to(torch.float32).mul_(kept_scale(probability))
 
 

@@ -46,6 +46,11 @@ class Sizes(NamedTuple):
         return _padded(self.rank)
 
     @property
+    def slots_padded(self) -> int:
+        """The power of two that holds the slots, at least 2."""
+        return 1 << max(1, (self.slots - 1).bit_length())
+
+    @property
     def columns(self) -> int:
         """Columns of compact rows: every slot's padded rank."""
         return _padded(self.slots * self.rank_padded)
@@ -132,6 +137,7 @@ def prepare(inputs: Inputs, settings: Settings) -> Call:
         "threshold": threshold(settings.dropout),
         "kept": kept_scale(settings.dropout),
         "SLOTS": size.slots,
+        "SLOTS_PADDED": size.slots_padded,
         "RANK": size.rank,
         "RANK_PADDED": size.rank_padded,
         "ACTIVATION": settings.activation,
@@ -218,7 +224,6 @@ def _backward_tokens(call: Call, grad_c: Tensor, grad_z: Tensor) -> tuple[dict[s
     tiles = math.ceil(size.tokens / config["BLOCK_M"])
     splits, blocks = _split(math.ceil(size.width / config["BLOCK_F"]), tiles, gate.device)
     summed = splits if splits > 1 else 0
-    slots_padded = 1 << max(1, (size.slots - 1).bit_length())
     present = _scratch(gate, splits * tiles, size.slots, size.num_experts + 1, dtype=torch.int32)
     launch(
         backward_tokens_kernel,
@@ -230,13 +235,12 @@ def _backward_tokens(call: Call, grad_c: Tensor, grad_z: Tensor) -> tuple[dict[s
         **{f"d_{name}": grad for name, grad in grads.items()},
         partial_gate=_scratch(gate, summed, size.tokens, size.columns),
         partial_up=_scratch(gate, summed, size.tokens, size.columns),
-        partial_weights=_scratch(gate, summed, size.tokens, slots_padded),
+        partial_weights=_scratch(gate, summed, size.tokens, size.slots_padded),
         present=present,
         tickets=torch.zeros(tiles, dtype=torch.int32, device=gate.device),
         split_width=blocks * config["BLOCK_F"],
         splits=splits,
         COLUMNS=size.columns,
-        SLOTS_PADDED=slots_padded,
         **config,
     )
     return grads, present

@@ -89,7 +89,7 @@ class Block:
         self.mask: Tensor | None = None
         if settings.dropout > 0 and settings.seed is not None:
             seed = settings.seed.to(flat.device)
-            mask = dropout_mask(seed, settings.dropout, tokens, chosen.shape[1], inputs.gate.shape[1])
+            mask = dropout_mask(seed, settings.dropout, tokens.start, chosen, inputs.gate.shape[1])
             self.mask = mask.to(self.dtype).flatten(0, 1)
         self.gate, self.up, self.low = inputs.gate[tokens], inputs.up[tokens], inputs.low[tokens]
         if inputs.update is not None:

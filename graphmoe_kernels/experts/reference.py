@@ -29,7 +29,7 @@ def expert_swiglu(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     low_gate, low_up = low.view(tokens, 2, n, r).unbind(1)  # [N, n, r] each
     mask = None
     if settings.dropout > 0 and settings.seed is not None:
-        mask = dropout_mask(settings.seed.to(gate.device), settings.dropout, slice(0, tokens), slots, width)
+        mask = dropout_mask(settings.seed.to(gate.device), settings.dropout, 0, experts, width)
 
     c = torch.zeros_like(gate)
     z = low.new_zeros(tokens, n, r)

@@ -10,9 +10,10 @@ from graphmoe_kernels.experts.triton_slot_gradient import slot_gradient
 from graphmoe_kernels.experts.triton_tile import (
     base_tile,
     list_present,
+    next_expert,
+    row_experts,
     scale_rows,
     slot_columns,
-    slot_experts,
     tile_rows,
 )
 
@@ -83,7 +84,8 @@ def backward_tokens_kernel(
     tile, split = tl.program_id(0), tl.program_id(1)
     token, live = tile_rows(order, tile, tokens, HAS_ORDER, BLOCK_M)
     present += (split * tl.num_programs(0) + tile).to(tl.int64) * (SLOTS * (num_experts + 1))
-    list_present(experts, token, live, present, num_experts, SLOTS)
+    ids = row_experts(experts, token, live, num_experts, SLOTS, SLOTS_PADDED)
+    list_present(ids, present, num_experts, SLOTS, BLOCK_M)
 
     dtype = gate.dtype.element_ty
     slots = tl.arange(0, SLOTS_PADDED)
@@ -113,9 +115,10 @@ def backward_tokens_kernel(
         )
         d_gate_sum = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
         d_up_sum = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+        chosen = tl.full([BLOCK_M], -1, tl.int32)
         for slot in range(SLOTS):
             listed = present + slot * (num_experts + 1)
-            chosen = slot_experts(experts, token, live, slot, num_experts, SLOTS)
+            chosen = next_expert(ids, chosen, num_experts)
             d_g, d_u, _, _, _, d_weight = slot_gradient(
                 g_base,
                 u_base,
@@ -130,12 +133,12 @@ def backward_tokens_kernel(
                 up_scale,
                 weights,
                 listed,
+                ids,
                 chosen,
                 token,
                 live,
                 f,
                 f0,
-                slot,
                 width,
                 num_experts,
                 stride_low,
@@ -145,6 +148,7 @@ def backward_tokens_kernel(
                 threshold,
                 kept,
                 SLOTS,
+                SLOTS_PADDED,
                 RANK,
                 RANK_PADDED,
                 ACTIVATION,
@@ -153,7 +157,7 @@ def backward_tokens_kernel(
                 DROPOUT,
                 BLOCK_F,
             )
-            weight_rows += tl.where((slots == slot)[None, :], d_weight[:, None], 0.0)
+            weight_rows += tl.where(ids == chosen[:, None], d_weight[:, None], 0.0)
             if HAS_SCALE:
                 s_gate, s_up = scale_rows(gate_scale, up_scale, chosen, f, width, num_experts)
                 d_g *= s_gate
@@ -188,7 +192,7 @@ def backward_tokens_kernel(
             low_gate * scale,
             d_low,
             2 * whole,
-            experts,
+            ids,
             token,
             live,
             num_experts,
@@ -202,7 +206,7 @@ def backward_tokens_kernel(
             low_up * scale,
             d_low + whole,
             2 * whole,
-            experts,
+            ids,
             token,
             live,
             num_experts,

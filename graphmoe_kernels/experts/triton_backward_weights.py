@@ -8,10 +8,11 @@ import triton.language as tl
 from graphmoe_kernels.experts.triton_slot_gradient import slot_gradient
 from graphmoe_kernels.experts.triton_tile import (
     base_tile,
+    expert_weights,
     low_rank_rows,
+    next_expert,
+    row_experts,
     scale_rows,
-    slot_experts,
-    slot_weights,
     tile_rows,
 )
 
@@ -77,6 +78,7 @@ def backward_weights_kernel(
     kept,
     split_tiles,
     SLOTS: tl.constexpr,
+    SLOTS_PADDED: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PADDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -106,6 +108,7 @@ def backward_weights_kernel(
     tiles = tl.cdiv(tokens, BLOCK_M)
     for tile in range(split * split_tiles, min((split + 1) * split_tiles, tiles)):
         token, live = tile_rows(order, tile, tokens, HAS_ORDER, BLOCK_M)
+        ids = row_experts(experts, token, live, num_experts, SLOTS, SLOTS_PADDED)
         g_base, u_base = base_tile(
             gate,
             up,
@@ -124,9 +127,10 @@ def backward_weights_kernel(
             BLOCK_K,
         )
         inside = live[:, None] & (f < width)[None, :]
+        chosen = tl.full([BLOCK_M], -1, tl.int32)
         for slot in range(SLOTS):
             listed = present + tl.cast(tile * SLOTS + slot, tl.int64) * (num_experts + 1)
-            chosen = slot_experts(experts, token, live, slot, num_experts, SLOTS)
+            chosen = next_expert(ids, chosen, num_experts)
             d_g, d_u, g_pre, u_pre, read, _ = slot_gradient(
                 g_base,
                 u_base,
@@ -141,12 +145,12 @@ def backward_weights_kernel(
                 up_scale,
                 weights,
                 listed,
+                ids,
                 chosen,
                 token,
                 live,
                 f,
                 f0,
-                slot,
                 width,
                 num_experts,
                 stride_low,
@@ -156,6 +160,7 @@ def backward_weights_kernel(
                 threshold,
                 kept,
                 SLOTS,
+                SLOTS_PADDED,
                 RANK,
                 RANK_PADDED,
                 ACTIVATION,
@@ -175,7 +180,7 @@ def backward_weights_kernel(
                 d_u *= s_up
             d_g = (d_g * scale).to(dtype)
             d_u = (d_u * scale).to(dtype)
-            w = slot_weights(weights, token, live, slot, chosen, num_experts, SLOTS)
+            w = expert_weights(weights, ids, chosen, token, live, num_experts, SLOTS, SLOTS_PADDED)
             read = (read * w[:, None]).to(dtype)
             for i in range(tl.load(listed)):
                 e = tl.load(listed + 1 + i)

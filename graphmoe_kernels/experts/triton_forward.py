@@ -8,13 +8,14 @@ import triton.language as tl
 from graphmoe_kernels.experts.triton_reduce import comes_last, store_split, sum_splits, write_wide
 from graphmoe_kernels.experts.triton_tile import (
     base_tile,
+    expert_weights,
     keep_mask,
     list_present,
+    next_expert,
+    row_experts,
     scale_rows,
-    slot_experts,
     slot_pre_activation,
     slot_rows,
-    slot_weights,
     tile_rows,
 )
 from graphmoe_kernels.triton_activations import activate
@@ -58,6 +59,7 @@ def forward_kernel(
     split_width,
     splits,
     SLOTS: tl.constexpr,
+    SLOTS_PADDED: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -79,7 +81,8 @@ def forward_kernel(
     tile, split = tl.program_id(0), tl.program_id(1)
     token, live = tile_rows(order, tile, tokens, HAS_ORDER, BLOCK_M)
     present += (split * tl.num_programs(0) + tile).to(tl.int64) * (SLOTS * (num_experts + 1))
-    list_present(experts, token, live, present, num_experts, SLOTS)
+    ids = row_experts(experts, token, live, num_experts, SLOTS, SLOTS_PADDED)
+    list_present(ids, present, num_experts, SLOTS, BLOCK_M)
 
     dtype = gate.dtype.element_ty
     z_rows = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
@@ -103,9 +106,10 @@ def forward_kernel(
             BLOCK_K,
         )
         mixed = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+        chosen = tl.full([BLOCK_M], -1, tl.int32)
         for slot in range(SLOTS):
             listed = present + slot * (num_experts + 1)
-            chosen = slot_experts(experts, token, live, slot, num_experts, SLOTS)
+            chosen = next_expert(ids, chosen, num_experts)
             g, u = slot_pre_activation(
                 g_base,
                 u_base,
@@ -130,11 +134,11 @@ def forward_kernel(
                 s_gate, s_up = scale_rows(gate_scale, up_scale, chosen, f, width, num_experts)
                 g *= s_gate
                 u *= s_up
-            w = slot_weights(weights, token, live, slot, chosen, num_experts, SLOTS)
+            w = expert_weights(weights, ids, chosen, token, live, num_experts, SLOTS, SLOTS_PADDED)
             hidden = activate(g, ACTIVATION) * u * w[:, None]
             mixed += hidden
             if DROPOUT:
-                hidden = tl.where(keep_mask(tl.load(seed), token, f0, slot, threshold, BLOCK_F), hidden * kept, 0.0)
+                hidden = tl.where(keep_mask(tl.load(seed), token, chosen, f0, threshold, BLOCK_F), hidden * kept, 0.0)
             hidden = hidden.to(dtype)
             for i in range(tl.load(listed)):
                 e = tl.load(listed + 1 + i)
@@ -151,5 +155,5 @@ def forward_kernel(
             z_rows = sum_splits(partial, tile, splits, tokens, COLUMNS, BLOCK_M)
     if last:
         write_wide(
-            z_rows, z, num_experts * RANK, experts, token, live, num_experts, SLOTS, RANK, RANK_PADDED, COLUMNS, BLOCK_M
+            z_rows, z, num_experts * RANK, ids, token, live, num_experts, SLOTS, RANK, RANK_PADDED, COLUMNS, BLOCK_M
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from graphmoe_kernels.experts.triton_tile import next_expert
+
 
 @triton.jit
 def split_offsets(tile, tokens, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -50,7 +52,7 @@ def write_wide(
     rows,
     out,
     stride_out,
-    experts,
+    ids,
     token,
     live,
     num_experts,
@@ -69,9 +71,11 @@ def write_wide(
         tl.store(out + token[:, None] * stride_out + i[None, :], zero, mask=live[:, None] & (i < whole)[None, :])
     tl.debug_barrier()  # the zeros come before the values
     column = tl.arange(0, COLUMNS)
-    slot, i = column // RANK_PADDED, column % RANK_PADDED
-    inside = live[:, None] & ((slot < SLOTS) & (i < RANK))[None, :]
-    chosen = tl.load(experts + token[:, None] * SLOTS + slot[None, :], mask=inside, other=0).to(tl.int32)
-    inside &= (chosen >= 0) & (chosen < num_experts)
-    at = token[:, None] * stride_out + chosen * RANK + i[None, :]
-    tl.store(out + at, rows.to(out.dtype.element_ty), mask=inside)
+    i = column % RANK_PADDED
+    chosen = tl.full([BLOCK_M], -1, tl.int32)
+    for slot in range(SLOTS):
+        chosen = next_expert(ids, chosen, num_experts)
+        own = (column // RANK_PADDED == slot) & (i < RANK)
+        at = token[:, None] * stride_out + (chosen * RANK)[:, None] + i[None, :]
+        inside = (live & (chosen < num_experts))[:, None] & own[None, :]
+        tl.store(out + at, rows.to(out.dtype.element_ty), mask=inside)

@@ -7,11 +7,11 @@ import triton.language as tl
 
 from graphmoe_kernels.experts.triton_tile import (
     expert_rows,
+    expert_weights,
     keep_mask,
     low_rank_rows,
     scale_rows,
     slot_pre_activation,
-    slot_weights,
 )
 from graphmoe_kernels.triton_activations import activate, differentiate
 
@@ -31,12 +31,12 @@ def slot_gradient(
     up_scale,
     weights,
     listed,
+    ids,
     chosen,
     token,
     live,
     f,
     f0,
-    slot,
     width,
     num_experts,
     stride_low,
@@ -46,6 +46,7 @@ def slot_gradient(
     threshold,
     kept,
     SLOTS: tl.constexpr,
+    SLOTS_PADDED: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PADDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -97,11 +98,11 @@ def slot_gradient(
         d_hidden = tl.dot(rows, a, d_hidden, input_precision="ieee")
     read = hidden
     if DROPOUT:
-        keep = keep_mask(tl.load(seed), token, f0, slot, threshold, BLOCK_F)
+        keep = keep_mask(tl.load(seed), token, chosen, f0, threshold, BLOCK_F)
         d_hidden = tl.where(keep, d_hidden * kept, 0.0)
         read = tl.where(keep, hidden * kept, 0.0)
     d_hidden += d_c
     d_weight = tl.sum(hidden * d_hidden, axis=1)
-    w = slot_weights(weights, token, live, slot, chosen, num_experts, SLOTS)
+    w = expert_weights(weights, ids, chosen, token, live, num_experts, SLOTS, SLOTS_PADDED)
     d_hidden *= w[:, None]
     return d_hidden * u * differentiate(g, ACTIVATION), d_hidden * active, g_pre, u_pre, read, d_weight

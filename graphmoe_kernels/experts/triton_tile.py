@@ -25,27 +25,42 @@ def tile_rows(order, tile, tokens, HAS_ORDER: tl.constexpr, BLOCK_M: tl.constexp
 
 
 @triton.jit
-def slot_experts(experts, token, live, slot, num_experts, SLOTS: tl.constexpr):
-    """The expert of every row's slot, [BLOCK_M] int32; num_experts, which is none, where there is none."""
-    e = tl.load(experts + token * SLOTS + slot, mask=live, other=num_experts).to(tl.int32)
+def row_experts(experts, token, live, num_experts, SLOTS: tl.constexpr, SLOTS_PADDED: tl.constexpr):
+    """The experts of every row, [BLOCK_M, SLOTS_PADDED] int32; num_experts, which is none, where there is none."""
+    slot = tl.arange(0, SLOTS_PADDED)
+    inside = live[:, None] & (slot < SLOTS)[None, :]
+    e = tl.load(experts + token[:, None] * SLOTS + slot[None, :], mask=inside, other=num_experts).to(tl.int32)
     return tl.where((e >= 0) & (e < num_experts), e, num_experts)
 
 
 @triton.jit
-def slot_weights(weights, token, live, slot, chosen, num_experts, SLOTS: tl.constexpr):
-    """The routing weight of every row's slot, [BLOCK_M] fp32: NaN for an id that is no expert, so that it is seen."""
-    w = tl.load(weights + token * SLOTS + slot, mask=live, other=0.0).to(tl.float32)
+def next_expert(ids, last, num_experts):
+    """Every row's smallest expert above ``last``, [BLOCK_M]: the kernels take a token's slots by rising expert.
+
+    So neighbours with the same experts have them in the same slots, whichever was the more probable.
+    """
+    return tl.min(tl.where(ids > last[:, None], ids, num_experts), axis=1)
+
+
+@triton.jit
+def expert_weights(weights, ids, chosen, token, live, num_experts, SLOTS: tl.constexpr, SLOTS_PADDED: tl.constexpr):
+    """The routing weight of every row's chosen expert, [BLOCK_M] fp32: NaN for an id that is none, so that it shows."""
+    slot = tl.arange(0, SLOTS_PADDED)
+    inside = live[:, None] & (slot < SLOTS)[None, :]
+    w = tl.load(weights + token[:, None] * SLOTS + slot[None, :], mask=inside, other=0.0).to(tl.float32)
+    w = tl.sum(tl.where(ids == chosen[:, None], w, 0.0), axis=1)
     return tl.where(live & (chosen == num_experts), float("nan"), w)
 
 
 @triton.jit
-def list_present(experts, token, live, present, num_experts, SLOTS: tl.constexpr):
+def list_present(ids, present, num_experts, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Write to ``present`` [SLOTS, 1 + num_experts] how many experts each slot has in this tile, then which.
 
     The list is the program's own scratch; walking it is a plain loop whose loads the compiler can see ahead.
     """
+    chosen = tl.full([BLOCK_M], -1, tl.int32)
     for slot in range(SLOTS):
-        chosen = slot_experts(experts, token, live, slot, num_experts, SLOTS)
+        chosen = next_expert(ids, chosen, num_experts)
         row = present + slot * (num_experts + 1)
         count = 0
         e = tl.min(chosen)
@@ -211,16 +226,15 @@ def scale_rows(gate_scale, up_scale, chosen, f, width, num_experts):
 
 
 @triton.jit
-def keep_mask(seed, token, f0, slot, threshold, BLOCK_F: tl.constexpr):
+def keep_mask(seed, token, chosen, f0, threshold, BLOCK_F: tl.constexpr):
     """Which entries of a slot's tile dropout keeps: [BLOCK_M, BLOCK_F], as `graphmoe_kernels.experts.dropout` says.
 
-    One call of Philox gives eight 16-bit numbers: four columns of two slots.
+    One call of Philox gives eight 16-bit numbers, of eight columns.
     """
-    quad = f0 // 4 + tl.arange(0, BLOCK_F // 4)
-    zero = tl.zeros([token.shape[0], BLOCK_F // 4], tl.int32)
-    c0 = zero + quad[None, :]
+    octet = f0 // 8 + tl.arange(0, BLOCK_F // 8)
+    zero = tl.zeros([token.shape[0], BLOCK_F // 8], tl.int32)
     c1 = zero + token.to(tl.int32)[:, None]
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + slot // 2, zero)
+    w0, w1, w2, w3 = tl.philox(seed, zero + octet[None, :], c1, zero + chosen[:, None], zero)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    number = (words >> tl.cast(16 * (slot % 2), tl.uint32)) & 0xFFFF
+    number = tl.interleave(words & 0xFFFF, words >> 16)
     return number.to(tl.int32) >= threshold

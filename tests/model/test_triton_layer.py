@@ -124,7 +124,7 @@ def test_output_and_gradients_beside_the_torch_backend(fold, count, dtype):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_layer_compiles_into_one_graph(dynamic):
-    """Training, forward and backward, without a break; another token count compiles nothing anew when they are dynamic."""
+    """Training, forward and backward, without a break; dynamic token counts compile nothing anew."""
     torch._dynamo.reset()
     ffn = make_ffn(2, fold="always").train()
     counter = CompileCounterWithBackend("aot_eager")
