@@ -96,9 +96,9 @@ def conditions(device: str, load: float | None) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "graphmoe": metadata.version("graphmoe"),
+            "graphmoe": _version(),
         },
-        "commit": _commit(),
+        "commit": checked_out_commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -116,7 +116,15 @@ def _cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _commit() -> str:
+def _version() -> str:
+    """The installed package's version; "not installed" where it runs from its checkout."""
+    try:
+        return metadata.version("graphmoe")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def checked_out_commit() -> str:
     """The checked-out commit, with ``+`` if the tree differs from it; "unknown" outside a checkout."""
 
     def git(*arguments: str) -> str:

@@ -120,7 +120,7 @@ def _fold_rounds(
     candidate_x = candidate_state = None
     if settings.candidate_input == "hidden_state":
         columns, reads_x = columns.split([2 * width, width])
-        candidate_x = reads_x.to(dtype)
+        candidate_x = reads_x.to(dtype, copy=copy)
         candidate_state = candidate_x @ out
     columns = columns.to(dtype)
     reads_total = F.pad(experts.low_A @ out, (width, 0))  # [2nr, 2G']
