@@ -49,17 +49,8 @@ def sum_splits(partial, tile, splits, tokens, COLUMNS: tl.constexpr, BLOCK_M: tl
 
 @triton.jit
 def write_wide(
-    rows,
-    out,
-    stride_out,
-    ids,
-    token,
-    live,
-    num_experts,
-    SLOTS: tl.constexpr,
-    RANK: tl.constexpr,
-    RANK_PADDED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    rows, out, stride_out, ids, token, live, num_experts,
+    SLOTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """Write compact rows to n*r columns of ``out``: each slot's r values at its expert's columns, zero elsewhere."""

@@ -74,21 +74,8 @@ def list_present(ids, present, num_experts, SLOTS: tl.constexpr, BLOCK_M: tl.con
 
 @triton.jit
 def base_tile(
-    gate,
-    up,
-    state,
-    fold_gate,
-    fold_up,
-    token,
-    live,
-    f,
-    width,
-    inner,
-    stride_gate,
-    stride_up,
-    stride_state,
-    HAS_STATE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    gate, up, state, fold_gate, fold_up, token, live, f, width, inner, stride_gate, stride_up, stride_state,
+    HAS_STATE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """Gate and up pre-activations that all slots share, P_1 + H M^T, [BLOCK_M, BLOCK_F] fp32 each."""
     inside = live[:, None] & (f < width)[None, :]
@@ -110,16 +97,8 @@ def base_tile(
 
 @triton.jit
 def low_rank_rows(
-    low,
-    low_update,
-    token,
-    hit,
-    column,
-    stride_low,
-    stride_update,
-    HAS_UPDATE: tl.constexpr,
-    RANK: tl.constexpr,
-    RANK_PADDED: tl.constexpr,
+    low, low_update, token, hit, column, stride_low, stride_update,
+    HAS_UPDATE: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr,
 ):
     """A x of one expert for the rows that chose it, zero in the others: [BLOCK_M, RANK_PADDED]."""
     i = tl.arange(0, RANK_PADDED)
@@ -170,24 +149,9 @@ def slot_columns(B, e, slot, f, width, RANK: tl.constexpr, RANK_PADDED: tl.const
 
 @triton.jit
 def slot_pre_activation(
-    g,
-    u,
-    low,
-    low_update,
-    gate_B,
-    up_B,
-    present,
-    chosen,
-    token,
-    f,
-    width,
-    num_experts,
-    stride_low,
-    stride_update,
+    g, u, low, low_update, gate_B, up_B, present, chosen, token, f, width, num_experts, stride_low, stride_update,
     scale,
-    HAS_UPDATE: tl.constexpr,
-    RANK: tl.constexpr,
-    RANK_PADDED: tl.constexpr,
+    HAS_UPDATE: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr,
 ):
     """One slot's pre-activations: the shared g and u plus s B_e a_e of every row's expert."""
     low_g = tl.zeros_like(g)
@@ -200,15 +164,7 @@ def slot_pre_activation(
         )
         low_g = tl.dot(a, expert_columns(gate_B, e, f, width, RANK, RANK_PADDED), low_g, input_precision="ieee")
         a = low_rank_rows(
-            low,
-            low_update,
-            token,
-            hit,
-            (num_experts + e) * RANK,
-            stride_low,
-            stride_update,
-            HAS_UPDATE,
-            RANK,
+            low, low_update, token, hit, (num_experts + e) * RANK, stride_low, stride_update, HAS_UPDATE, RANK,
             RANK_PADDED,
         )
         low_u = tl.dot(a, expert_columns(up_B, e, f, width, RANK, RANK_PADDED), low_u, input_precision="ieee")
