@@ -28,8 +28,10 @@ NAMES = (
 
 @triton.jit
 def tanh(x):
-    """tanh by the sigmoid: 2 sigmoid(2x) - 1."""
-    return 2 * tl.sigmoid(2 * x) - 1
+    """tanh by exp of a number below zero, which neither overflows nor cancels near one."""
+    t = tl.exp(-2 * tl.abs(x))
+    y = (1 - t) / (1 + t)
+    return tl.where(x < 0, -y, y)
 
 
 @triton.jit

@@ -9,6 +9,8 @@ multiprocessors.
 import triton
 import triton.language as tl
 
+from graphmoe_kernels.triton_activations import tanh
+
 
 @triton.jit
 def _load(base, rows, columns, stride, inside):
@@ -24,10 +26,9 @@ def _store(base, rows, columns, stride, inside, value):
 
 @triton.jit
 def _squash(x, TANH: tl.constexpr):
-    """The candidate's activation; tanh by exp, which every target and the interpreter have."""
+    """The candidate's activation."""
     if TANH:
-        t = tl.exp(-2 * tl.abs(x))
-        y = tl.where(x < 0, t - 1, 1 - t) / (1 + t)
+        y = tanh(x)
     else:
         y = tl.sigmoid(x)
     return y

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from graphmoe_kernels import expert_swiglu, launching
+from graphmoe_kernels import ACTIVATIONS, expert_swiglu, launching
 from graphmoe_kernels.routing import expert_order
 from graphmoe_kernels.testing import relative_error, within_budget
 from tests import interpreter
@@ -55,6 +55,12 @@ CASES = {
 def test_values_and_gradients_are_within_budget(case, dtype):
     """Token counts, widths and ranks that fill no tile, one and several; every routing that there is."""
     assert_within_budget(operands(**case), dtype)
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_every_activation(activation):
+    """Values and derivatives are those of the PyTorch functions of the same name."""
+    assert_within_budget(operands(tokens=5, width=16, experts=2, rank=2), torch.float32, activation=activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -267,7 +273,7 @@ REFUSALS = [
 @pytest.mark.parametrize("change, message", REFUSALS)
 def test_refusals_name_argument_and_expectation(change, message):
     """Every wrong argument is answered by what was wrong and what was expected."""
-    from graphmoe_kernels import ACTIVATIONS, register_activation
+    from graphmoe_kernels import register_activation
 
     with contextlib.suppress(ValueError):
         register_activation("mine", torch.sin, torch.cos)
