@@ -1,0 +1,146 @@
+"""Every kernel on its own: checked, then launched again and again with the arguments that the operator gave it."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.checks import check_operator
+from benchmarks.gpu.devices import Call, Device
+from benchmarks.gpu.operators import Launch, Operands, Operator, gradients, recorded_launches
+from benchmarks.roofline import KERNELS, Limits, work
+from graphmoe_kernels import expert_order
+from graphmoe_kernels.cost import Sizes
+from graphmoe_kernels.launching import SKINNY_TOKENS, device_class
+
+# Sets of operands that a timed graph walks through, so that together they exceed the L2 cache.
+MAX_COPIES = 512
+COLD_FACTOR = 1.5
+# Of the PyTorch backend, whose intermediates are large.
+TORCH_COPIES = 2
+
+
+def copies_for(operands: Operands, l2_bytes: int) -> int:
+    """How many sets of operands exceed the L2 cache by half; at least two, at most `MAX_COPIES`."""
+    size = sum(t.numel() * t.element_size() for t in operands.values())
+    return max(2, min(MAX_COPIES, math.ceil(COLD_FACTOR * l2_bytes / max(size, 1))))
+
+
+def time_kernels(
+    operator: Operator,
+    sizes: Sizes,
+    device: Device,
+    dtype: torch.dtype,
+    limits: Limits,
+    seconds: float,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The operator's check, and a row for each of its kernels; no rows where the check failed.
+
+    With more than `SKINNY_TOKENS` tokens the expert kernels are timed with and without the order of tokens. Beside the
+    kernels stand the operator's whole forward and that of the PyTorch backend, under "operator".
+    """
+    operands = operator.operands(sizes, operator.later, dtype, device.torch)
+    checked = _with_order(operator, operands, device)
+    found = check_operator(operator, checked, dtype).record(operator.title, sizes.tokens, dtype)
+    found["experts"] = sizes.experts
+    if not found["passed"]:
+        return found, []
+
+    copies = [{name: t.clone() for name, t in operands.items()} for _ in range(copies_for(operands, device.l2_bytes))]
+    cold = len(copies) * sum(t.numel() * t.element_size() for t in operands.values()) >= COLD_FACTOR * device.l2_bytes
+    ordered = [_with_order(operator, each, device) for each in copies]
+    launches: dict[tuple[str, bool], list[Launch]] = {}
+    variants = [(True, ordered)]
+    if operator.name == "experts" and sizes.tokens > SKINNY_TOKENS:
+        variants.append((False, copies))
+    for in_order, sets in variants:
+        for operand_set in sets:
+            for made in _launches_of(operator, operand_set):
+                launches.setdefault((made.name, in_order), []).append(made)
+    calls = {key: device.capture(partial(_all_again, made)) for key, made in launches.items()}
+    whole = {
+        "triton": device.capture(partial(_forward_all, operator, ordered, "triton")),
+        **_torch_call(operator, copies[:TORCH_COPIES], device),
+    }
+    names: dict[str, Call] = {f"{name}|{in_order}": call for (name, in_order), call in calls.items()}
+    timed = device.in_turns(names | {f"operator {name}": call for name, call in whole.items()}, seconds)
+    rows = []
+    for name, in_order in launches:
+        times = len(copies)
+        row = _row(operator, sizes, name, in_order, limits, device)
+        rows.append(row | {"seconds": _per(timed[f"{name}|{in_order}"].summary(), times), "cold": cold})
+    for name in whole:
+        times = len(ordered) if name == "triton" else min(TORCH_COPIES, len(copies))
+        rows.append(
+            _base_row(operator, sizes)
+            | {"kernel": "operator forward", "backend": name}
+            | {"seconds": _per(timed[f"operator {name}"].summary(), times), "cold": cold}
+        )
+    return found, rows
+
+
+def _with_order(operator: Operator, operands: Operands, device: Device) -> Operands:
+    if operator.name != "experts" or operands["gate"].shape[0] <= SKINNY_TOKENS:
+        return operands
+    return operands | {"order": expert_order(operands["experts"])}
+
+
+def _launches_of(operator: Operator, operands: Operands) -> list[Launch]:
+    outputs = {name: t for name, t in operator.run(operands, "triton").items() if t.is_floating_point()}
+    upstream = {name: torch.randn_like(t) for name, t in outputs.items()}
+    with recorded_launches() as found:
+        gradients(operator, operands, "triton", upstream)
+    return found
+
+
+def _all_again(launches: list[Launch]) -> None:
+    for each in launches:
+        each.again()
+
+
+def _forward_all(operator: Operator, sets: list[Operands], backend: str) -> list[Any]:
+    with torch.no_grad():
+        return [operator.run(operands, backend) for operands in sets]
+
+
+def _torch_call(operator: Operator, sets: list[Operands], device: Device) -> dict[str, Call]:
+    """The PyTorch backend's forward, unless it does not fit or cannot be captured: then there is nothing beside it."""
+    try:
+        return {"torch": device.capture(partial(_forward_all, operator, sets, "torch"))}
+    except torch.OutOfMemoryError:
+        device.release()
+        return {}
+
+
+def _base_row(operator: Operator, sizes: Sizes) -> dict[str, Any]:
+    return {
+        "operator": operator.name,
+        "round": "later" if operator.later else "first",
+        "tokens": sizes.tokens,
+        "experts": sizes.experts,
+        "dtype": sizes.dtype,
+    }
+
+
+def _row(
+    operator: Operator, sizes: Sizes, kernel: str, ordered: bool, limits: Limits, device: Device
+) -> dict[str, Any]:
+    row = _base_row(operator, sizes) | {"kernel": kernel, "ordered": ordered}
+    if kernel in KERNELS:
+        needed = work(kernel, sizes, operator.later, ordered, limits.multiprocessors, device_class(device.torch))
+        row |= {"work": needed._asdict(), "limits": limits.times(needed)}
+    return row
+
+
+def _per(summary: dict[str, Any], times: int) -> dict[str, Any]:
+    """A graph's summary as that of one of the ``times`` calls in it."""
+    return {
+        "median": summary["median"] / times,
+        "quartiles": [q / times for q in summary["quartiles"]],
+        "best": summary["best"] / times,
+        "turns": summary["turns"],
+        "calls a turn": times,
+    }
