@@ -1,0 +1,349 @@
+"""The GPU report's own rules, tried without a GPU: what is wrong gets no time, and what was found is never lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import devices, plan, report
+from benchmarks.gpu.budget import Budget
+from benchmarks.gpu.checks import check_operator
+from benchmarks.gpu.devices import CpuDevice
+from benchmarks.gpu.document import Document
+from benchmarks.gpu.kernels import copies_for, time_kernels
+from benchmarks.gpu.layer_timing import LayerCase, time_layer
+from benchmarks.gpu.layers import Layer, Provider
+from benchmarks.gpu.limits import H200
+from benchmarks.gpu.markdown import markdown
+from benchmarks.gpu.operators import OPERATORS, recorded_launches
+from benchmarks.gpu.plan import DeviceLost, Run, Step, run_steps, steps
+from benchmarks.gpu.presets import PRESETS
+from benchmarks.gpu.targets import RATIOS, target_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = PRESETS["tiny"]
+GRU = next(operator for operator in OPERATORS if operator.name == "gru" and operator.later)
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tries what happens without a CUDA device")
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"
+)
+
+
+class FakeClock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def new_run(path, minutes=1.0, clock=None):
+    return Run(TINY, CpuDevice(), Document(path), Budget(60 * minutes, clock or FakeClock()))
+
+
+@no_gpu
+@pytest.mark.parametrize("module", ["report", "tune"])
+def test_without_a_gpu_it_says_so_and_fails(module):
+    """One sentence and an exit code: no traceback, no report that looks like one."""
+    command = [sys.executable, "-m", f"benchmarks.gpu.{module}"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2
+    assert found.stdout == ""
+    assert "needs a CUDA device, and there is none" in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_what_no_time_is_left_for_is_skipped_and_named(tmp_path):
+    """The budget is hard: a step begins only if it can end in time, and later smaller ones still may."""
+    clock, ran = FakeClock(), []
+
+    def step(name, seconds):
+        def work(run):
+            ran.append(name)
+            clock.now += seconds
+
+        return Step(name, seconds, work)
+
+    run = new_run(tmp_path / "r.json", 1.0, clock)
+    run_steps(run, [step("first", 40), step("large", 30), step("small", 15)], say=lambda line: None)
+    assert ran == ["first", "small"]
+    states = {name: found["state"] for name, found in json.loads((tmp_path / "r.json").read_text())["steps"].items()}
+    assert states == {"first": "done", "large": "skipped", "small": "done"}
+
+
+def test_a_failing_step_is_recorded_and_the_rest_goes_on(tmp_path):
+    """One broken case must not cost the others."""
+
+    def fail(run):
+        raise ValueError("wrong shape")
+
+    run = new_run(tmp_path / "r.json")
+    run_steps(run, [Step("bad", 1, fail), Step("good", 1, lambda run: None)], say=lambda line: None)
+    found = run.document.content["steps"]
+    assert found["bad"]["state"] == "failed"
+    assert "ValueError: wrong shape" in found["bad"]["note"]
+    assert found["good"]["state"] == "done"
+
+
+def test_a_lost_device_ends_the_process_and_the_next_one_goes_on(tmp_path):
+    """After an illegal address nothing more can run in that process: the next one passes over the step."""
+
+    def lose(run):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    path, ran = tmp_path / "r.json", []
+    todo = [Step("bad", 1, lose), Step("good", 1, lambda run: ran.append("good"))]
+    with pytest.raises(DeviceLost):
+        run_steps(new_run(path), todo, say=lambda line: None)
+    assert ran == []
+    run_steps(new_run(path), todo, say=lambda line: None)
+    assert ran == ["good"]
+    assert Document(path).content["steps"]["bad"]["state"] == "failed"
+
+
+def test_a_killed_process_leaves_a_whole_file(tmp_path):
+    """The step that was running is known to the next process, which does not run into it again."""
+    document = Document(tmp_path / "r.json")
+    document.content["kernels"].append({"kernel": "k"})
+    document.begin("hangs")
+    again = Document(tmp_path / "r.json")
+    assert again.content["kernels"] == [{"kernel": "k"}]
+    assert again.attempted("hangs")
+    assert again.close_interrupted() == ["hangs"]
+    assert again.content["steps"]["hangs"]["state"] == "failed"
+
+
+def test_a_hanging_process_is_ended(tmp_path, monkeypatch):
+    """A kernel that never returns must not take the whole lease with it."""
+    monkeypatch.setattr(report, "STUCK_SECONDS", 0.5)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert report._wait(process, tmp_path / "none.json", end=report.time.monotonic() + 60) is None
+    assert process.poll() is not None
+
+
+def test_the_plan_names_every_step_once_and_starts_with_what_matters():
+    """A step's name is how a second process knows that it has run; two alike would hide one."""
+    for preset in PRESETS.values():
+        names = [step.name for step in steps(preset)]
+        assert len(names) == len(set(names))
+    names = [step.name for step in steps(PRESETS["llama-3-8b"])]
+    assert names[0] == "limits"
+    first_layer = next(i for i, name in enumerate(names) if name.startswith("layer"))
+    assert all(name.startswith("check") for name in names[1:first_layer])
+    assert names[first_layer] == "layer, inference, T=3, 8192 tokens, 8 experts"
+    for rounds in (1, 2, 3):
+        for tokens in (1, 16, 64, 512, 2048, 8192):
+            assert any(f"T={rounds}, {tokens} tokens, 8 experts" in name for name in names)
+
+
+def test_operands_rotate_through_more_than_the_cache():
+    """Operands that stay in the L2 cache would be timed at its speed."""
+    operands = {"x": torch.zeros(1000)}
+    assert copies_for(operands, l2_bytes=0) == 2
+    assert copies_for(operands, l2_bytes=400_000) * 4000 >= 600_000
+
+
+@interpreted
+@pytest.mark.parametrize("operator", [o for o in OPERATORS if o.name != "experts"], ids=lambda o: o.title)
+def test_right_operators_pass_their_check(operator):
+    """The check itself must not refuse what is right."""
+    operands = operator.operands(TINY.test, operator.later, torch.float32, torch.device("cpu"))
+    found = check_operator(operator, operands, torch.float32)
+    assert found.fault is None
+    assert operator.name == "order" or found.errors
+
+
+@interpreted
+def test_a_wrong_operator_is_refused_and_not_timed():
+    """A kernel that is fast because it leaves something out gets no time."""
+
+    def wrong(operands, backend):
+        found = GRU.run(operands, backend)
+        return {"out": found["out"] * (1 + 1e-3)} if backend == "triton" else found
+
+    found, rows = time_kernels(GRU._replace(run=wrong), TINY.at(3), CpuDevice(), torch.float32, H200, 0.0)
+    assert rows == []
+    assert not found["passed"]
+    assert found["fault"].startswith("out: error 1.0e-03, the plain computation's own is ")
+
+
+@interpreted
+def test_a_wrong_order_is_refused():
+    """An order that is no permutation by experts would be timed for nothing."""
+    order = next(operator for operator in OPERATORS if operator.name == "order")
+    operands = order.operands(TINY.at(40), False, torch.float32, torch.device("cpu"))
+    wrong = order._replace(
+        run=lambda operands, backend: {"order": torch.arange(40) if backend == "triton" else torch.zeros(40)}
+    )
+    assert "stable sort" in check_operator(wrong, operands, torch.float32).fault
+
+
+@interpreted
+def test_kernels_are_launched_alone_as_the_operator_launched_them(monkeypatch):
+    """Forward and backward kernels each have a row with their work, limits and time a call."""
+    monkeypatch.setattr(devices, "MIN_TURNS", 2)
+    found, rows = time_kernels(GRU, TINY.at(3), CpuDevice(), torch.float32, H200, 0.0)
+    assert found["passed"]
+    assert [row["kernel"] for row in rows] == ["gru_forward", "gru_backward", "operator forward", "operator forward"]
+    assert [row.get("backend") for row in rows[2:]] == ["triton", "torch"]
+    for row in rows[:2]:
+        assert row["seconds"]["median"] > 0
+        assert set(row["limits"]) == {"memory", "L2", "matrix", "integer"}
+
+
+@interpreted
+def test_a_launch_done_again_gives_the_same():
+    """What is timed is the operator's own launch: the same arguments, the same result."""
+    operands = GRU.operands(TINY.at(3), True, torch.float32, torch.device("cpu"))
+    with recorded_launches() as launches:
+        out = GRU.run(operands, "triton")["out"]
+    expected = out.clone()
+    out.zero_()
+    launches[0].again()
+    assert torch.equal(out, expected)
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return Layer(TINY.at(1, rounds=2), CpuDevice())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_wrong_layers_are_refused_right_ones_timed(layer, training, monkeypatch):
+    """A provider that is off, or raises, has its error in the checks and no time; the others are timed."""
+    monkeypatch.setattr(devices, "MIN_TURNS", 2)
+    right = layer.provider("literal")
+
+    def broken(x):
+        raise RuntimeError("no such path")
+
+    wrong = Provider("wrong", lambda x: right.forward(x) * (1 + 1e-3), right.module)
+    raising = Provider("raising", broken, None)
+    providers = [right, layer.provider("dense"), layer.provider("peer"), wrong, raising]
+    checks, rows = time_layer(layer, LayerCase(5, training), providers, 0.0)
+    assert [row["provider"] for row in rows] == ["literal", "dense", "peer"]
+    faults = {check["what"].split(": ")[1].split(",")[0]: check["fault"] for check in checks}
+    assert faults["literal"] is None
+    assert faults["peer"] is None
+    assert "y: error 1.0e-03" in faults["wrong"]
+    assert faults["raising"] == "RuntimeError: no such path"
+
+
+def test_a_wrong_gradient_of_a_layer_is_refused(layer):
+    """A training step is its gradients."""
+    right = layer.provider("literal")
+    x, rows = layer.input(5)
+
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 0.5
+
+    wrong = Provider("wrong", lambda a: Halved.apply(right.forward(a)), right.module)
+    found = layer.check(wrong, x, rows, training=True)
+    assert found.fault is not None
+    assert found.errors["y"][0] < 1e-5
+    assert "x: error 5.0e-01" in found.fault
+
+
+def result(layers, kernels=()):
+    conditions = {"sizes": "llama-3-8b", "device": {"kind": "cuda", "name": "NVIDIA H200"}, "versions": {}}
+    conditions |= {"commit": "0" * 40, "date": "2026-11-23T00:00:00+00:00"}
+    return {
+        "conditions": conditions,
+        "limits": {},
+        "steps": {},
+        "checks": [],
+        "layers": layers,
+        "kernels": list(kernels),
+    }
+
+
+def layer_row(provider, median, **changes):
+    row = {"mode": "inference", "rounds": 3, "experts": 8, "tokens": 8192, "dtype": "bf16", "peak bytes": 1000}
+    seconds = {"median": median, "quartiles": [median, median], "best": median, "turns": 9}
+    return {**row, "provider": provider, "seconds": seconds, "step": "s", **changes}
+
+
+def test_targets_are_ratios_within_one_step():
+    """Times of two steps were not taken in turns: their ratio is no measurement."""
+    first = RATIOS[0]
+    together = result([layer_row("fused", 6.0e-3), layer_row("dense", 4.0e-3)])
+    rows = {row[0]: row[1:] for row in target_rows(together)}
+    assert rows[f"{first.what}, T=3"] == ["1.50", "<= 1.6", "met"]
+    assert all(row[0] == "not measured" for name, row in rows.items() if not name.startswith(first.what))
+    apart = result([layer_row("fused", 6.0e-3), layer_row("dense", 4.0e-3, step="other")])
+    assert target_rows(apart)[0][1:] == ["not measured", "<= 1.6", "-"]
+
+
+def test_the_page_has_ratios_to_dense_and_to_the_predictions():
+    """A figure stands beside what it is judged by."""
+    text = markdown(result([layer_row("fused", 6.0e-3), layer_row("dense", 4.0e-3)]))
+    line = next(line for line in text.splitlines() if ": fused |" in line)
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[2] == "6,000.0"
+    assert cells[5] == "1.50"
+    assert float(cells[7]) > 0
+
+
+@interpreted
+def test_the_whole_command_on_the_cpu(tmp_path):
+    """The path that a GPU run takes: the two processes, limits, checks, kernels, a layer, JSON, Markdown, exit code."""
+    command = [sys.executable, "-m", "benchmarks.gpu.report", "--device", "cpu", "--sizes", "tiny"]
+    command += ["--out", str(tmp_path), "--minutes", "2", "--commit", "abc"]
+    command += [
+        "--only",
+        "check gru",
+        "--only",
+        "kernels of order",
+        "--only",
+        "layer, decode in a graph, T=1, 1 tokens",
+    ]
+    found = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    (path,) = tmp_path.glob("cpu-*.json")
+    content = json.loads(path.read_text())
+    assert content["conditions"]["commit"] == "abc"
+    assert content["limits"]["copy bytes a second"] > 0
+    assert {row["provider"] for row in content["layers"]} == {"fused", "dense", "torch"}
+    assert all(step["state"] in ("done", "skipped") for step in content["steps"].values())
+    assert all(check["passed"] for check in content["checks"])
+    text = path.with_suffix(".md").read_text()
+    assert "**Not a GPU" in text
+    assert "order_tokens" in text
+
+
+def test_time_is_what_the_clock_says():
+    """Samples are seconds of the clock, all of a call, each once a turn."""
+    clock = FakeClock()
+    device = CpuDevice(clock)
+
+    def takes(seconds):
+        def call():
+            clock.now += seconds
+
+        return call
+
+    timed = device.in_turns({"short": takes(0.5), "long": takes(2.0)}, 0.0)
+    assert timed["short"].summary()["median"] == pytest.approx(0.5)
+    assert timed["long"].summary()["best"] == pytest.approx(2.0)
+    assert timed["long"].summary()["turns"] == devices.MIN_TURNS
+
+
+def test_device_faults_are_known_by_their_words():
+    """The messages by which PyTorch says that a device takes no more work."""
+    assert any(word in "CUDA error: misaligned address" for word in plan.LOST)
