@@ -43,7 +43,7 @@ def time_kernels(
     kernels stand the operator's whole forward and that of the PyTorch backend, under "operator".
     """
     operands = operator.operands(sizes, operator.later, dtype, device.torch)
-    checked = _with_order(operator, operands, device)
+    checked = with_order(operator, operands, device)
     found = check_operator(operator, checked, dtype).record(operator.title, sizes.tokens, dtype)
     found["experts"] = sizes.experts
     if not found["passed"]:
@@ -51,16 +51,16 @@ def time_kernels(
 
     copies = [{name: t.clone() for name, t in operands.items()} for _ in range(copies_for(operands, device.l2_bytes))]
     cold = len(copies) * sum(t.numel() * t.element_size() for t in operands.values()) >= COLD_FACTOR * device.l2_bytes
-    ordered = [_with_order(operator, each, device) for each in copies]
+    ordered = [with_order(operator, each, device) for each in copies]
     launches: dict[tuple[str, bool], list[Launch]] = {}
     variants = [(True, ordered)]
     if operator.name == "experts" and sizes.tokens > SKINNY_TOKENS:
         variants.append((False, copies))
     for in_order, sets in variants:
         for operand_set in sets:
-            for made in _launches_of(operator, operand_set):
+            for made in launches_of(operator, operand_set):
                 launches.setdefault((made.name, in_order), []).append(made)
-    calls = {key: device.capture(partial(_all_again, made)) for key, made in launches.items()}
+    calls = {key: device.capture(partial(all_again, made)) for key, made in launches.items()}
     whole = {
         "triton": device.capture(partial(_forward_all, operator, ordered, "triton")),
         **_torch_call(operator, copies[:TORCH_COPIES], device),
@@ -82,13 +82,13 @@ def time_kernels(
     return found, rows
 
 
-def _with_order(operator: Operator, operands: Operands, device: Device) -> Operands:
+def with_order(operator: Operator, operands: Operands, device: Device) -> Operands:
     if operator.name != "experts" or operands["gate"].shape[0] <= SKINNY_TOKENS:
         return operands
     return operands | {"order": expert_order(operands["experts"])}
 
 
-def _launches_of(operator: Operator, operands: Operands) -> list[Launch]:
+def launches_of(operator: Operator, operands: Operands) -> list[Launch]:
     outputs = {name: t for name, t in operator.run(operands, "triton").items() if t.is_floating_point()}
     upstream = {name: torch.randn_like(t) for name, t in outputs.items()}
     with recorded_launches() as found:
@@ -96,7 +96,7 @@ def _launches_of(operator: Operator, operands: Operands) -> list[Launch]:
     return found
 
 
-def _all_again(launches: list[Launch]) -> None:
+def all_again(launches: list[Launch]) -> None:
     for each in launches:
         each.again()
 
