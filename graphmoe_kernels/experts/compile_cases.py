@@ -41,7 +41,6 @@ class Variant(NamedTuple):
     order: bool = True
     slots: int = 2
     rank: int = 16
-    one_token: bool = False
 
     def absent(self) -> list[str]:
         """Pointers that a launch of this variant passes None for."""
@@ -60,7 +59,6 @@ VARIANTS = {
     "skinny": (
         Variant("first round", later=False, order=False),
         Variant("later round", order=False),
-        Variant("one token", order=False, one_token=True),
     ),
 }
 WIDE_RANK = (Variant("rank 128", slots=1, rank=128), Variant("k = 8", slots=8))
@@ -98,7 +96,6 @@ def _case(kernel: str, size: str, dtype: str, variant: Variant, config: dict[str
         "DROPOUT": variant.dropout,
         **blocks,
         **dict.fromkeys(variant.absent()),
-        **({"tokens": 1} if variant.one_token else {}),
     }
     constexprs = {name: value for name, value in constexprs.items() if name in function.arg_names}
     runtime = [name for name in function.arg_names if name not in constexprs]

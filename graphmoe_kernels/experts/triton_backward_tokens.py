@@ -18,7 +18,7 @@ from graphmoe_kernels.experts.triton_tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "threshold", "splits"])
 def backward_tokens_kernel(
     gate, up, state, fold_gate, fold_up, low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, weights,
     experts, order, seed, d_c, d_z, d_gate, d_up, d_low, d_weights, partial_gate, partial_up, partial_weights,

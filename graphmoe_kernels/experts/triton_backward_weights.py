@@ -38,7 +38,7 @@ def add_sum(out, e, x, f, width):
     tl.store(at, tl.load(at, mask=f < width, other=0.0) + tl.sum(x, axis=0), mask=f < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "threshold", "split_tiles"])
 def backward_weights_kernel(
     gate, up, state, fold_gate, fold_up, low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, weights,
     experts, order, seed, d_c, d_z, d_gate_B, d_up_B, d_down_A, d_gate_scale, d_up_scale, present, tokens, width,

@@ -21,7 +21,7 @@ from graphmoe_kernels.experts.triton_tile import (
 from graphmoe_kernels.triton_activations import activate
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "threshold", "splits"])
 def forward_kernel(
     gate, up, state, fold_gate, fold_up, low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, weights,
     experts, order, seed, c, z, partial, present, tickets, tokens, width, inner, num_experts, stride_gate,
