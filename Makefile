@@ -9,7 +9,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.graphmoe-installed
 
 .DEFAULT_GOAL := help
-.PHONY: env demo test test-all aot bench check clean help
+.PHONY: env demo test test-all aot bench gpu-report tune predictions check clean help
 
 env: $(STAMP)  ## build .venv, or bring it up to date (instant when nothing changed)
 
@@ -45,6 +45,15 @@ aot: env $(OTHER_TRITON:%=%/.installed)  ## compile every kernel for every devic
 
 bench: env  ## the benchmarks: latency of each round, profile of the layer
 	$(PY) -m pytest benchmarks $(ARGS)
+
+gpu-report: env  ## check and time the kernels and the layer on a GPU, in 8.5 minutes; writes benchmarks/results/
+	$(PY) -m benchmarks.gpu.report $(ARGS)
+
+tune: env  ## try configurations of the kernels on this GPU and write the fastest right ones to graphmoe_kernels/configs/
+	$(PY) -m benchmarks.gpu.tune $(ARGS)
+
+predictions: env  ## write benchmarks/PREDICTIONS.md: the kernels' times by arithmetic, beside what was measured
+	$(PY) -m benchmarks.predictions $(ARGS)
 
 check: env  ## lint, format, types, import contracts
 	$(PY) -m ruff check .

@@ -1,0 +1,73 @@
+"""The configurations that tuning tries, kernel by kernel.
+
+A candidate is a tile, a number of warps and a pipeline depth. Tiles of matrix kernels are 16 rows for few tokens (what
+a matrix instruction takes) and 64 or 128 for many (what a warp group's takes); deeper pipelines than these do not fit
+in shared memory beside such tiles. What does not compile, does not fit or is wrong is left out when it is tried.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from graphmoe_kernels.launching import Config
+
+# Accumulators of a thread, in 32-bit registers, above which a kernel is known to spill.
+MAX_ACCUMULATORS = 160
+# fp32 tiles [BLOCK_M, BLOCK_*] that a program of each kernel holds at once, roughly.
+TILES_HELD = {"forward": 5, "backward_tokens": 7, "backward_weights": 7, "gru_forward": 2, "gru_backward": 2}
+
+# (warps, stages)
+DEPTHS: tuple[tuple[int, int], ...] = ((8, 3), (4, 3), (8, 2), (4, 2))
+# kernel -> size class -> dtype class -> (rows, columns, inner)
+EXPERT_TILES: dict[str, dict[str, tuple[tuple[int, int, int], ...]]] = {
+    "wide": {
+        "half": ((64, 64, 64), (128, 64, 64), (64, 128, 64), (128, 64, 32), (64, 64, 32), (128, 32, 64), (64, 32, 64)),
+        "float": ((32, 32, 32), (64, 32, 32), (32, 64, 32), (16, 32, 32), (64, 64, 16)),
+    },
+    "skinny": {
+        "half": ((16, 64, 128), (16, 64, 64), (16, 32, 128), (16, 128, 64), (16, 128, 128)),
+        "float": ((16, 32, 32), (16, 64, 32), (16, 64, 64), (16, 16, 32)),
+    },
+}
+GRU_TILES: dict[str, dict[str, tuple[tuple[int, int, int], ...]]] = {
+    "wide": {
+        "half": ((64, 64, 64), (128, 64, 64), (64, 128, 64), (64, 64, 32), (64, 32, 64), (128, 128, 32)),
+        "float": ((32, 64, 32), (64, 64, 32), (32, 32, 32), (64, 32, 32)),
+    },
+    "skinny": {
+        "half": ((16, 32, 128), (16, 16, 128), (16, 64, 128), (16, 32, 64)),
+        "float": ((16, 32, 64), (16, 16, 64), (16, 64, 64), (16, 32, 32)),
+    },
+}
+ROUTING_ROWS = {"wide": (16, 32, 64, 128), "skinny": (16,)}
+ROUTING_INNER = {"half": (64, 128, 256), "float": (32, 64, 128)}
+
+
+def candidates(operator: str, kernel: str, size: str, dtype: str) -> list[Config]:
+    """What is tried for a kernel of an operator, in a size class and a dtype class, likely ones first.
+
+    Raises:
+        ValueError: an unknown operator.
+    """
+    if operator == "experts":
+        return _tiled(kernel.removesuffix("_wide_rank"), "BLOCK_F", EXPERT_TILES[size][dtype])
+    if operator == "gru":
+        return _tiled(kernel, "BLOCK_G", GRU_TILES[size][dtype])
+    if operator != "routing":
+        raise ValueError(f"unknown operator {operator!r}; expected 'experts', 'gru' or 'routing'")
+    if kernel == "forward":
+        tried = itertools.product(ROUTING_ROWS[size], ROUTING_INNER[dtype], (4, 8), (3, 4))
+        return [{"BLOCK_N": n, "BLOCK_K": k, "num_warps": w, "num_stages": s} for n, k, w, s in tried]
+    if kernel == "backward":
+        return [{"BLOCK_N": n, "num_warps": w, "num_stages": 1} for n in ROUTING_ROWS[size] for w in (2, 4, 8)]
+    compared = itertools.product((16, 32, 64), (64, 128, 256), (4, 8))
+    return [{"BLOCK_N": n, "BLOCK_J": j, "num_warps": w, "num_stages": 1} for n, j, w in compared]
+
+
+def _tiled(kernel: str, columns: str, tiles: Sequence[tuple[int, int, int]]) -> list[Config]:
+    return [
+        {"BLOCK_M": m, columns: c, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for (m, c, k), (warps, stages) in itertools.product(tiles, DEPTHS)
+        if TILES_HELD[kernel] * m * c / (32 * warps) <= MAX_ACCUMULATORS
+    ]
