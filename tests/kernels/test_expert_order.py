@@ -6,8 +6,9 @@ import torch
 from graphmoe_kernels import expert_order
 from graphmoe_kernels.routing import order
 from tests.kernels.routing_operands import DEVICE
+from tests.kernels.triton_marks import MARKS
 
-pytestmark = pytest.mark.kernels
+pytestmark = MARKS
 
 
 def sort_keys(experts):

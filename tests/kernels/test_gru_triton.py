@@ -8,8 +8,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from graphmoe_kernels import gru_step
 from graphmoe_kernels.testing import relative_error, within_budget
+from tests.kernels.triton_marks import MARKS
 
-pytestmark = pytest.mark.kernels
+pytestmark = MARKS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -10,8 +10,9 @@ from graphmoe_kernels import topk_softmax_routing
 from graphmoe_kernels.testing import SLACK, relative_error, within_budget
 from tests.interpreter import grid_order
 from tests.kernels.routing_operands import DEVICE, arguments, run
+from tests.kernels.triton_marks import MARKS
 
-pytestmark = pytest.mark.kernels
+pytestmark = MARKS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # N, D, n, k: no and several full tiles of tokens and of the width, one expert, all of them, the most of both

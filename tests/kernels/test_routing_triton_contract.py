@@ -9,8 +9,9 @@ from graphmoe_kernels import route_tokens
 from graphmoe_kernels.routing import launch
 from graphmoe_kernels.testing import SLACK, relative_error
 from tests.kernels.routing_operands import DEVICE, arguments, run
+from tests.kernels.triton_marks import MARKS
 
-pytestmark = pytest.mark.kernels
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 130])
