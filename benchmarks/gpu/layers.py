@@ -56,6 +56,8 @@ class Layer:
         self.fused = self._ffn("auto", "triton")  # the adapter follows the MLP's device and dtype
         adapter: Any = self.fused.lora_graphmoe["default"]
         self.adapter = adapter
+        with torch.no_grad():  # logits of the same spread at every width: that of D = 4096
+            adapter.router.weight.mul_((4096 / sizes.hidden) ** 0.5)
         gru = None if adapter.gru is None else adapter.gru.tensors()
         base = DenseMLP(self.mlp.gate_proj.weight, self.mlp.up_proj.weight, self.mlp.down_proj.weight)
         self.weights = LayerWeights(base, adapter.router.weight, adapter.experts.tensors(), gru)
@@ -79,7 +81,7 @@ class Layer:
         )
         return FusedGraphMoEFFN(self.mlp, config)
 
-    def _sharing(self, fold: str, backend: str) -> FusedGraphMoEFFN:
+    def sharing(self, fold: str, backend: str) -> FusedGraphMoEFFN:
         """A layer of other settings over the same parameters."""
         ffn = self._ffn(fold, backend)
         adapter: Any = ffn.lora_graphmoe["default"]
@@ -101,7 +103,7 @@ class Layer:
         settings = {"torch": ("auto", "torch"), "literal": ("never", "torch"), "literal compiled": ("never", "torch")}
         if name not in settings:
             raise ValueError(f"unknown provider {name!r}; expected one of {', '.join(NAMES)}")
-        ffn = self._sharing(*settings[name])
+        ffn = self.sharing(*settings[name])
         if name == "literal compiled":
             torch._dynamo.reset()
             return Provider(name, torch.compile(ffn, dynamic=False), ffn)

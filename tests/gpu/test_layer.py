@@ -1,0 +1,73 @@
+"""The layer on the Triton kernels: right in every dtype, by `backend="auto"`, compiled, and the same at every run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.gpu.layers import Provider
+from benchmarks.gpu.operators import recorded_launches
+from tests.gpu.layers import MARKS, make, step
+
+pytestmark = MARKS
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_the_layer_keeps_the_budget(dtype, rounds):
+    """Decode and prefill, output and every gradient, against fp64; the same check that lets a layer be timed."""
+    layer = make(rounds=rounds, dtype=dtype)
+    fused = layer.provider("fused")
+    for tokens in (1, 16, 65, 700):
+        x, rows = layer.input(tokens)
+        for training in (False, True):
+            found = layer.check(fused, x, rows, training)
+            assert found.fault is None, f"{tokens} tokens, training={training}: {found.fault}"
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_auto_is_triton(tokens):
+    """On a CUDA device nothing has to be chosen: the kernels run, and give bit for bit what "triton" gives."""
+    layer = make(rounds=3, dtype="bf16")
+    x, _ = layer.input(tokens)
+    automatic = layer.sharing("auto", "auto").eval()
+    with torch.no_grad():
+        automatic(x)  # compiles
+        with recorded_launches() as launches:
+            found = automatic(x)
+        assert torch.equal(found, layer.fused.eval()(x))
+    names = [each.name for each in launches]
+    assert [names.count(name) for name in ("route_forward", "forward_kernel", "gru_forward")] == [3, 3, 2]
+    assert names.count("order_tokens") == (tokens > 64)
+
+
+def test_fp64_goes_to_pytorch():
+    """The kernels do not compute in it; the layer still does."""
+    layer = make(rounds=2, dtype="fp64")
+    x, rows = layer.input(5)
+    ffn = layer.sharing("auto", "auto")
+    found = layer.check(Provider("auto", ffn, ffn), x, rows, training=True)
+    assert found.fault is None
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_two_runs_are_bit_equal(dtype):
+    """No atomics, no order of programs: the same input gives the same output and the same gradients."""
+    layer = make(rounds=3, dtype=dtype)
+    x, _ = layer.input(700)
+    upstream = torch.randn_like(x)
+    layer.fused.train()
+    first, again = (step(layer, layer.fused, x, upstream) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_inductor_compiles_the_layer_whole(training):
+    """fullgraph=True: no break at a kernel; the compiled layer keeps the same budget, forward and backward."""
+    torch._dynamo.reset()
+    layer = make(rounds=2, dtype="bf16")
+    compiled = Provider("compiled", torch.compile(layer.fused, fullgraph=True), layer.fused)
+    for tokens in (16, 300):
+        x, rows = layer.input(tokens)
+        found = layer.check(compiled, x, rows, training)
+        assert found.fault is None, f"{tokens} tokens: {found.fault}"
