@@ -110,8 +110,9 @@ def _torch_call(operator: Operator, sets: list[Operands], device: Device) -> dic
     """The PyTorch backend's forward, unless it does not fit or cannot be captured: then there is nothing beside it."""
     try:
         return {"torch": device.capture(partial(_forward_all, operator, sets, "torch"))}
-    except torch.OutOfMemoryError:
+    except Exception:  # the kernels' own rows must not be lost for it; a lost device raises in the last line again
         device.release()
+        device.synchronize()
         return {}
 
 

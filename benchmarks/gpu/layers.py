@@ -51,7 +51,7 @@ class Layer:
         self.sizes, self.device, self.dtype = sizes, device, DTYPES[sizes.dtype]
         torch.manual_seed(0)
         with torch.device(device.torch):
-            config = LlamaConfig(hidden_size=sizes.hidden, intermediate_size=sizes.intermediate)
+            config = LlamaConfig(hidden_size=sizes.hidden, intermediate_size=sizes.intermediate, num_attention_heads=1)
             self.mlp = LlamaMLP(config).to(self.dtype)
         self.fused = self._ffn("auto", "triton")  # the adapter follows the MLP's device and dtype
         adapter: Any = self.fused.lora_graphmoe["default"]
