@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu.limits import H200
-from benchmarks.roofline import experts_per_tile, shipped_config, work
+from benchmarks.roofline import Work, experts_per_tile, experts_work, shipped_config, work
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.launching import SIZE_CLASSES, SKINNY_TOKENS
 from graphmoe_kernels.rethinking.folding import padded
@@ -24,18 +24,18 @@ PAGE, OCCUPANCY, RESULTS = FOLDER / "PREDICTIONS.md", FOLDER / "aot_sm_90.json",
 WRITTEN = "2026-11-23"
 LLAMA_8B = Sizes(4096, 14336, 409, dtype="bf16")
 TOKENS = (1, 16, 64, 2048, 8192)
-# kernel, whether in a later round, and what the compile inspector calls it (without size class and dtype).
+# kernel, whether in a later round, and the start and the end of what the compile inspector calls it.
 KERNELS = (
-    ("forward_kernel", True, "experts forward", "later round"),
-    ("forward_kernel", False, "experts forward", "first round"),
-    ("backward_tokens_kernel", True, "experts backward_tokens", "later round"),
-    ("backward_weights_kernel", True, "experts backward_weights", "later round"),
-    ("route_forward", False, "routing forward", ""),
-    ("route_forward", True, "routing forward", ""),
-    ("route_backward", True, "routing backward", ""),
+    ("forward_kernel", True, "experts forward", "bf16, later round"),
+    ("forward_kernel", False, "experts forward", "bf16, first round"),
+    ("backward_tokens_kernel", True, "experts backward_tokens", "bf16, later round"),
+    ("backward_weights_kernel", True, "experts backward_weights", "bf16, later round"),
+    ("route_forward", False, "routing forward", "x=bf16 router=fp32 offset=None n=8 k=2 statistics=none"),
+    ("route_forward", True, "routing forward", "x=bf16 router=fp32 offset=fp32 n=8 k=2 statistics=topk"),
+    ("route_backward", True, "routing backward", "logits=bf16 n=8 k=2 normalize=True statistics=topk"),
     ("order_tokens", False, "routing order", ""),
-    ("gru_forward", True, "gru_forward", ""),
-    ("gru_backward", True, "gru_backward", ""),
+    ("gru_forward", True, "gru gru_forward", "bf16 HAS_STATE"),
+    ("gru_backward", True, "gru gru_backward", "HAS_STATE RESET_STATE BIAS"),
 )
 
 
@@ -170,16 +170,19 @@ def measured_layer(result: dict[str, Any] | None, tokens: int, rounds: int, prov
     return None
 
 
-def blocks_per_sm(readings: Sequence[dict[str, Any]], name: str, variant: str, tokens: int) -> str:
-    """Blocks of a kernel that a multiprocessor holds at once, as the compile inspector read them."""
-    size = SIZE_CLASSES[tokens > SKINNY_TOKENS]
-    fitting = [
-        reading
-        for reading in readings
-        if reading["name"].startswith(name) and all(word in reading["name"] for word in (size, "bf16", variant))
-    ]
-    found = sorted({str(reading["blocks_per_sm"]) for reading in fitting if reading["blocks_per_sm"] is not None})
-    return "/".join(found) or "-"
+def blocks_per_sm(readings: Sequence[dict[str, Any]], kernel: str, start: str, end: str, tokens: int) -> str:
+    """Blocks of a kernel that a multiprocessor holds at once, as the compile inspector read them.
+
+    "-" where it has not read the configuration that is shipped.
+    """
+    size, config = SIZE_CLASSES[tokens > SKINNY_TOKENS], shipped_config(kernel, tokens)
+    settings = {f"{name.removeprefix('num_')}={value}" for name, value in config.items()}
+    for reading in readings:
+        name = reading["name"]
+        fits = name.startswith(f"{start} {size}") and name.endswith(end)
+        if fits and settings <= set(reading["configuration"].split()) and reading["blocks_per_sm"] is not None:
+            return str(reading["blocks_per_sm"])
+    return "-"
 
 
 def low_rank_forms(sizes: Sizes) -> list[tuple[str, float, float]]:
@@ -198,6 +201,24 @@ def low_rank_forms(sizes: Sizes) -> list[tuple[str, float, float]]:
         present = experts_per_tile(N, n, k, block, ordered)
         found.append((name, k * present * columns * F / 1e6, tiles * k * present * matrices))
     return [*found, ("needed", k * 3 * r * F / 1e6, 0.0)]
+
+
+def tile_forms(sizes: Sizes) -> list[tuple[int, int, Work]]:
+    """The work of the experts' forward in a later round by the tile's tokens and columns."""
+    config = shipped_config("forward_kernel", sizes.tokens)
+    return [
+        (rows, columns, experts_work("forward_kernel", sizes, True, config | {"BLOCK_F": columns}, rows, True, 132))
+        for rows, columns in ((64, 64), (64, 128), (128, 64), (128, 128), (256, 64))
+    ]
+
+
+def product_apart(sizes: Sizes) -> tuple[float, Work]:
+    """Seconds of a later round's experts with H M^T by cuBLAS, and the work of a kernel that adds it to P_1."""
+    N, F, G = sizes.tokens, sizes.intermediate, padded(sizes.gru_width)
+    first = work("forward_kernel", sizes, False)
+    read = 2 * N * F * sizes.element
+    kernel = first._replace(bytes=first.bytes + read, l2_bytes=first.l2_bytes + read)
+    return product(N, G, 2 * F).seconds + max(H200.times(kernel).values()) + H200.launch, kernel
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

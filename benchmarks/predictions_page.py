@@ -43,6 +43,7 @@ def page(result: dict[str, Any] | None, readings: Sequence[dict[str, Any]]) -> s
         *_kernels(result, readings),
         *_layers(result),
         *_forms(),
+        *_tiles(),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -68,7 +69,9 @@ def _limits() -> list[str]:
         "A predicted time is the largest of four times and a launch: compulsory bytes over the copy rate; all bytes "
         "that the tiles read and write over the L2 rate; operations of the matrix units as executed over the product "
         "rate; integer operations over theirs. With fewer programs than multiprocessors the last three rates shrink in "
-        "proportion. A limit is a floor: latencies, pointwise work and the end of a grid come on top. The L2 figure "
+        "proportion. How many blocks of a kernel a multiprocessor holds at once comes from `aot_sm_90.json`, which "
+        "`python -m graphmoe_kernels.aot --target sm_90 --json` writes; the times do not depend on it. A limit is a "
+        "floor: latencies, pointwise work and the end of a grid come on top. The L2 figure "
         "is the least certain: it assumes that no tile finds anything in a multiprocessor's own L1 cache.",
         "",
         "Sizes: D 4096, F 14336, n 8, k 2, r 16, G 409 (padded to 416), bf16, silu. Experts are drawn uniformly.",
@@ -92,13 +95,13 @@ def _kernels(result: dict[str, Any] | None, readings: Sequence[dict[str, Any]]) 
             measured = p.measured_kernel(result, kernel, tokens, later)
             rows.append(
                 [
-                    f"{name}, {'later' if later else 'first'} round",
+                    f"{name.removeprefix('gru ')}, {'later' if later else 'first'} round",
                     str(tokens),
                     f"{needed.bytes / 1e6:,.1f}",
                     f"{needed.operations / 1e9:,.2f}",
                     f"{needed.l2_bytes / 1e6:,.1f}",
                     str(needed.programs),
-                    p.blocks_per_sm(readings, name, variant, tokens),
+                    p.blocks_per_sm(readings, kernel, name, variant, tokens),
                     *(f"{1e6 * times[limit]:,.1f}" for limit in ("memory", "L2", "matrix")),
                     microseconds(found.seconds),
                     found.limit,
@@ -179,4 +182,45 @@ def _forms() -> list[str]:
                 )
     header = ("form", "million multiply-adds a token", "matrix us", "L2 MB", "L2 us")
     block = shipped_config("forward_kernel", 8192)["BLOCK_M"]
-    return [*lines, *markdown_table(header, rows), "", f"Tiles of {block} tokens, the forward kernel's."]
+    return [*lines, *markdown_table(header, rows), "", f"Tiles of {block} tokens, the forward kernel's.", ""]
+
+
+def _tiles() -> list[str]:
+    sizes = p.sizes_at(8192)
+    others = p.total(part for part in p.layer_parts(sizes) if part.name != "experts, later rounds")
+    dense = p.total(p.dense_parts(sizes))
+    rows = []
+    for tokens, columns, found in p.tile_forms(sizes):
+        times = H200.times(found)
+        layer = others + 2 * (max(times.values()) + H200.launch)
+        rows.append(
+            [
+                f"{tokens} tokens x {columns} columns",
+                f"{found.l2_bytes / 1e6:,.0f}",
+                microseconds(times["L2"]),
+                microseconds(times["matrix"]),
+                f"{layer / dense:.2f}",
+            ]
+        )
+    seconds, found = p.product_apart(sizes)
+    rows.append(
+        [
+            "H M^T apart, by cuBLAS; the kernel adds it",
+            f"{found.l2_bytes / 1e6:,.0f}",
+            microseconds(H200.times(found)["L2"]),
+            microseconds(H200.times(found)["matrix"]),
+            f"{(others + 2 * seconds) / dense:.2f}",
+        ]
+    )
+    return [
+        "## What the tile of the experts' forward costs",
+        "",
+        "In a later round every tile of tokens reads the fold M (2 F G) from the L2 cache, and every tile of columns "
+        "reads the tokens' states (N G): larger tiles read less. The last row is another form: "
+        "H M^T is a product of its own, written to memory, and the kernel reads it beside P_1 (its columns are those "
+        "of the kernel alone, its ratio that of both). Prefill of 8192 tokens, T=3; whether a tile fits into "
+        "registers and shared memory is another matter.",
+        "",
+        *markdown_table(("tile", "L2 MB", "L2 us", "matrix us", "layer over dense MLP"), rows),
+        "",
+    ]

@@ -120,7 +120,7 @@ def work(kernel: str, sizes: Sizes, later: bool, ordered: bool = True, sms: int 
         return _gru(kernel, sizes, later, config)
     # The tiles of the experts' backward are those of the tokens' backward, whose lists of experts it reads.
     block = (config_of("backward_tokens_kernel") if kernel == "backward_weights_kernel" else config)["BLOCK_M"]
-    return _experts(kernel, sizes, later, config, block, ordered and sizes.tokens > SKINNY_TOKENS, sms)
+    return experts_work(kernel, sizes, later, config, block, ordered and sizes.tokens > SKINNY_TOKENS, sms)
 
 
 def _routing(kernel: str, s: Sizes, later: bool, config: Config) -> Work:
@@ -167,7 +167,8 @@ def _gru(kernel: str, s: Sizes, later: bool, config: Config) -> Work:
     return Work(own + weight, operations, own + columns * again + tiles * weight, tiles * columns)
 
 
-def _experts(kernel: str, s: Sizes, later: bool, config: Config, block: int, ordered: bool, sms: int) -> Work:
+def experts_work(kernel: str, s: Sizes, later: bool, config: Config, block: int, ordered: bool, sms: int) -> Work:
+    """The work of an expert kernel with tiles of ``block`` tokens and the columns of ``config``."""
     N, F, G, n, k, r, e = s.tokens, s.intermediate, padded(s.gru_width), s.experts, s.top_k, s.rank, s.element
     rank = max(16, 1 << (r - 1).bit_length())
     columns = max(16, 1 << (k * rank - 1).bit_length())

@@ -64,6 +64,7 @@ def time_kernels(
     whole = {
         "triton": device.capture(partial(_forward_all, operator, ordered, "triton")),
         **_torch_call(operator, copies[:TORCH_COPIES], device),
+        **_fold_product(operator, copies, device),
     }
     names: dict[str, Call] = {f"{name}|{in_order}": call for (name, in_order), call in calls.items()}
     timed = device.in_turns(names | {f"operator {name}": call for name, call in whole.items()}, seconds)
@@ -73,7 +74,7 @@ def time_kernels(
         row = _row(operator, sizes, name, in_order, limits, device)
         rows.append(row | {"seconds": _per(timed[f"{name}|{in_order}"].summary(), times), "cold": cold})
     for name in whole:
-        times = len(ordered) if name == "triton" else min(TORCH_COPIES, len(copies))
+        times = min(TORCH_COPIES, len(copies)) if name == "torch" else len(copies)
         rows.append(
             _base_row(operator, sizes)
             | {"kernel": "operator forward", "backend": name}
@@ -114,6 +115,18 @@ def _torch_call(operator: Operator, sets: list[Operands], device: Device) -> dic
         device.release()
         device.synchronize()
         return {}
+
+
+def _fold_product(operator: Operator, sets: list[Operands], device: Device) -> dict[str, Call]:
+    """H M^T of a later round by cuBLAS, which the expert kernels compute themselves: what it costs apart."""
+    if operator.name != "experts" or not operator.later:
+        return {}
+    folds = [torch.cat([each["fold_gate"], each["fold_up"]]) for each in sets]  # [2F, G'] each
+
+    def products() -> list[torch.Tensor]:
+        return [torch.mm(each["state"], fold.T) for each, fold in zip(sets, folds, strict=True)]
+
+    return {"cuBLAS, H M^T alone": device.capture(products)}
 
 
 def _base_row(operator: Operator, sizes: Sizes) -> dict[str, Any]:
