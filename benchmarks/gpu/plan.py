@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from benchmarks.cases import DTYPES
@@ -115,9 +116,9 @@ def steps(preset: Preset) -> Iterator[Step]:
         for tokens in (*preset.decode, *preset.prefill):
             yield from _grid(preset, tokens, rounds, main)
     yield _layer(preset, LayerCase(preset.decode[0]), three, ("fused", "dense"), 15, "eager")
-    for dtype in ("fp16", "fp32"):
-        for operator in OPERATORS if dtype != preset.test.dtype else ():
-            yield _check(operator, Sizes(**{**vars(preset.test), "dtype": dtype}))
+    if preset.test.dtype == "bf16":
+        for dtype in ("fp16", "fp32"):
+            yield from (_check(operator, replace(preset.test, dtype=dtype)) for operator in OPERATORS)
 
 
 def _grid(preset: Preset, tokens: int, rounds: int, main: int) -> Iterator[Step]:

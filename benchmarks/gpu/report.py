@@ -91,7 +91,7 @@ def supervise(options: argparse.Namespace, path: Path, seconds: float) -> None:
     from benchmarks.gpu.document import Document
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + seconds
+    end, before = time.monotonic() + seconds, 0
     while (left := end - time.monotonic() - GRACE_SECONDS) > 0:
         command = [sys.executable, "-m", "benchmarks.gpu.report", "--worker", f"{left:.1f}", "--file", str(path)]
         command += ["--device", options.device, "--sizes", options.sizes]
@@ -107,8 +107,10 @@ def supervise(options: argparse.Namespace, path: Path, seconds: float) -> None:
         document.save()
         if code is None and time.monotonic() > end - GRACE_SECONDS:
             return
-        if not document.content["steps"]:
-            raise SystemExit(f"the report's process ended with {code} before its first step")
+        if (attempted := sum(document.attempted(name) for name in document.content["steps"])) == before:
+            print(f"the report's process ended with {code} before it began another step", file=sys.stderr)
+            return
+        before = attempted
 
 
 def _wait(process: subprocess.Popen[bytes], path: Path, end: float) -> int | None:
