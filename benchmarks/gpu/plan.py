@@ -182,6 +182,7 @@ def run_steps(run: Run, plan: Sequence[Step], say: Callable[[str], None] = print
                 raise DeviceLost(step.name) from error
             run.device.release()
             continue
+        run.device.release()  # graphs keep memory of their own until they are collected
         document.end(step.name, "done", time.perf_counter() - start)
         say(f"{run.budget.used():6.1f} s  {step.name}")
 
