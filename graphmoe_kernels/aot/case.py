@@ -27,3 +27,9 @@ class CompileCase(NamedTuple):
     num_stages: int
     matrix: bool
     divisible_by_16: tuple[str, ...] = ()
+
+
+def configuration(case: CompileCase) -> str:
+    """The constexprs, warps and stages of a case in a line."""
+    constexprs = [f"{name}={value}" for name, value in case.constexprs.items()]
+    return " ".join([*constexprs, f"warps={case.num_warps}", f"stages={case.num_stages}"])

@@ -6,10 +6,12 @@ import functools
 import importlib
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
 from typing import NamedTuple
 
-from graphmoe_kernels.aot.case import CompileCase
+from graphmoe_kernels.aot.case import CompileCase, configuration
 from graphmoe_kernels.aot.reading import Reading
 from graphmoe_kernels.launching import Config, config_table
 
@@ -54,12 +56,43 @@ def jobs(modules: Sequence[str], targets: Sequence[str], names: Sequence[str] = 
 
 
 def compile_all(work: Sequence[Job], processes: int) -> Iterator[tuple[Job, Reading]]:
-    """The reading of each job, as they come."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, min(processes, len(work))), mp_context=context) as pool:
-        futures = {pool.submit(_inspect, job): job for job in work}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+    """The reading of each job, as they come; a job that takes its compiler's process with it has that as its error."""
+    waiting = list(reversed(work))
+    while waiting:
+        suspects: list[Job] = []
+        yield from _compile_until_a_crash(waiting, processes, suspects)
+        for job in suspects:  # one of them ended the process: each on its own tells which
+            yield job, _compile_alone(job)
+
+
+def _compile_until_a_crash(waiting: list[Job], processes: int, lost: list[Job]) -> Iterator[tuple[Job, Reading]]:
+    """Takes jobs from the end of ``waiting``; those under way when a process dies go to ``lost``."""
+    with _pool(min(processes, len(waiting))) as pool:
+        running: dict[Future[Reading], Job] = {}
+        while (waiting or running) and not lost:
+            while waiting and len(running) < processes:
+                job = waiting.pop()
+                running[pool.submit(_inspect, job)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    lost += [job, *running.values()]
+                    return
+                yield job, future.result()
+
+
+def _compile_alone(job: Job) -> Reading:
+    case = cases(job.module, job.target)[job.number]
+    with _pool(1) as pool:
+        try:
+            return pool.submit(_inspect, job).result()
+        except BrokenProcessPool:
+            error = "the compiler crashed"
+    return Reading(job.name, job.target, configuration(case), version("triton"), error=error, faults=(error,))
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(max(1, processes), mp_context=multiprocessing.get_context("spawn"))
 
 
 def _inspect(job: Job) -> Reading:

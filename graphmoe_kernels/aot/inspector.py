@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from graphmoe_kernels.aot.case import CompileCase
+from graphmoe_kernels.aot.case import CompileCase, configuration
 from graphmoe_kernels.aot.limits import faults, sm_90_blocks
 from graphmoe_kernels.aot.reading import Reading
 
@@ -59,12 +59,6 @@ def inspect_case(case: CompileCase, target: str) -> Reading:
         blocks = sm_90_blocks(reading.registers, reading.shared_bytes, compiled.metadata.num_warps)
         reading = reading._replace(blocks_per_sm=blocks)
     return reading._replace(faults=tuple(faults(case, reading)))
-
-
-def configuration(case: CompileCase) -> str:
-    """The constexprs, warps and stages of a case in a line."""
-    constexprs = [f"{name}={value}" for name, value in case.constexprs.items()]
-    return " ".join([*constexprs, f"warps={case.num_warps}", f"stages={case.num_stages}"])
 
 
 def _compile(case: CompileCase, target: str) -> Any:

@@ -1,5 +1,6 @@
 """Kernels made for the compile inspector's own tests: one is fine, the others have one fault each."""
 
+import os
 from collections.abc import Iterator
 
 import triton
@@ -44,6 +45,14 @@ def does_not_compile(x_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr + lanes, tl.load(x_ptr + lanes))
 
 
+class CrashesTheCompiler:
+    """Ends the process that asks for its arguments, as a failed assertion in a compiler does."""
+
+    @property
+    def arg_names(self) -> list[str]:
+        os._exit(1)
+
+
 def compile_cases(_configs: object) -> Iterator[CompileCase]:
     """The cases; they need no configurations."""
 
@@ -60,3 +69,4 @@ def compile_cases(_configs: object) -> Iterator[CompileCase]:
     yield product("faulty: shared", "bf16", stages=6, size=128, steps=16)
     yield vector("faulty: spill", too_many_live_values, 1, SIZE=8192, STEPS=4)
     yield vector("faulty: size", does_not_compile, 4, SIZE=100)
+    yield vector("faulty: crash", CrashesTheCompiler(), 4, SIZE=128)

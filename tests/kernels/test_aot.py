@@ -44,12 +44,13 @@ def made_for_this(tmp_path_factory):
 def test_faults_are_named_and_fail_the_run(made_for_this):
     result, readings = made_for_this
     assert result.returncode == 1
-    assert "6 cases, 4 with faults" in result.stdout
+    assert "7 cases, 5 with faults" in result.stdout
     for name, fault in {
         "faulty: no hgmma": "a matrix kernel without HGMMA instructions",
         "faulty: spill": "spills",
         "faulty: shared": "bytes of shared memory; the limit is 232448",
         "faulty: size": "does not compile",
+        "faulty: crash": "the compiler crashed",
     }.items():
         assert len(readings[name]["faults"]) == 1
         assert fault in readings[name]["faults"][0]
