@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -17,6 +18,16 @@ from torch import Tensor
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)
+
+# Triton's interpreter computes with bfloat16's bits as integers. Whoever repairs it, as the tests do, says so here.
+interpreter_repaired = False
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """A context in which the tensor's device casts nothing by itself."""
+    if tensor.device.type == "meta":  # has no autocast to turn off
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def check_backend(backend: str) -> None:
@@ -51,6 +62,10 @@ def _check_triton(name: str, tensor: Tensor) -> None:
         )
     if not torch.compiler.is_compiling():  # a traced call cannot ask Triton; the launch does
         check_device(name, tensor.device)
+        if tensor.dtype != torch.float32 and interpreting() and not interpreter_repaired:
+            raise ValueError(
+                f"{name} is {tensor.dtype}: Triton's interpreter computes bfloat16 wrong, so it runs float32 alone"
+            )
 
 
 @functools.cache
@@ -63,7 +78,8 @@ def check_device(name: str, device: torch.device) -> None:
     if device.type != "cuda":
         raise ValueError(
             f"{name} is on {device}, and backend='triton' runs on CUDA devices; move the tensors there or use "
-            "backend='torch' (TRITON_INTERPRET=1, set before the program starts, interprets the kernels on the CPU)"
+            "backend='torch' (TRITON_INTERPRET=1, set before the program starts, interprets the kernels on the CPU, in "
+            "float32)"
         )
     capability = device_capability(device.index or 0)
     if torch.version.hip is None and capability < MIN_CAPABILITY:

@@ -62,6 +62,7 @@ def config_table(device: str, operator: str) -> dict[str, dict[str, dict[str, Co
 
 def kernel_config(operator: str, kernel: str, tokens: int, dtype: torch.dtype, device: torch.device) -> Config:
     """The configuration of a kernel: block sizes by their names in it, num_warps and num_stages."""
+    check_device("a kernel's work", device)
     return config_table(device_class(device), operator)[kernel][size_class(tokens)][dtype_class(dtype)]
 
 
@@ -69,7 +70,6 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, device: torch.device, *
     """Run ``kernel`` on ``device``'s current stream. The only place where a kernel of this package is started."""
     if 0 in grid:
         return
-    check_device("a kernel's work", device)
     if device.type != "cuda":
         kernel[tuple(grid)](*args, **options)
         return

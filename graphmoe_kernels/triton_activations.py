@@ -30,8 +30,7 @@ NAMES = (
 def tanh(x):
     """tanh by exp of a number below zero, which neither overflows nor cancels near one."""
     t = tl.exp(-2 * tl.abs(x))
-    y = (1 - t) / (1 + t)
-    return tl.where(x < 0, -y, y)
+    return tl.where(x < 0, t - 1, 1 - t) / (1 + t)
 
 
 @triton.jit

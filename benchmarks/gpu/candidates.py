@@ -22,7 +22,7 @@ DEPTHS: tuple[tuple[int, int], ...] = ((8, 3), (4, 3), (8, 2), (4, 2))
 # kernel -> size class -> dtype class -> (rows, columns, inner)
 EXPERT_TILES: dict[str, dict[str, tuple[tuple[int, int, int], ...]]] = {
     "wide": {
-        "half": ((64, 64, 64), (128, 64, 64), (64, 128, 64), (128, 64, 32), (64, 64, 32), (128, 32, 64), (64, 32, 64)),
+        "half": ((128, 64, 64), (64, 64, 64), (64, 128, 64), (128, 64, 32), (64, 64, 32), (128, 32, 64), (64, 32, 64)),
         "float": ((32, 32, 32), (64, 32, 32), (32, 64, 32), (16, 32, 32), (64, 64, 16)),
     },
     "skinny": {
@@ -51,7 +51,13 @@ def candidates(operator: str, kernel: str, size: str, dtype: str) -> list[Config
         ValueError: an unknown operator.
     """
     if operator == "experts":
-        return _tiled(kernel.removesuffix("_wide_rank"), "BLOCK_F", EXPERT_TILES[size][dtype])
+        tiles = EXPERT_TILES[size][dtype]
+        return [
+            {**config, "PARTS": parts}
+            for parts in (2, 1)
+            for config in _tiled(kernel.removesuffix("_wide_rank"), "BLOCK_F", tiles, parts)
+            if config["BLOCK_F"] // parts >= 16
+        ]
     if operator == "gru":
         return _tiled(kernel, "BLOCK_G", GRU_TILES[size][dtype])
     if operator != "routing":
@@ -65,9 +71,11 @@ def candidates(operator: str, kernel: str, size: str, dtype: str) -> list[Config
     return [{"BLOCK_N": n, "BLOCK_J": j, "num_warps": w, "num_stages": 1} for n, j, w in compared]
 
 
-def _tiled(kernel: str, columns: str, tiles: Sequence[tuple[int, int, int]]) -> list[Config]:
+def _tiled(kernel: str, columns: str, tiles: Sequence[tuple[int, int, int]], parts: int = 1) -> list[Config]:
+    """Tiles by depths; of a tile in parts two accumulators are whole and the rest belong to one part at a time."""
+    held = min(2, TILES_HELD[kernel]) + max(0, TILES_HELD[kernel] - 2) / parts
     return [
         {"BLOCK_M": m, columns: c, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
         for (m, c, k), (warps, stages) in itertools.product(tiles, DEPTHS)
-        if TILES_HELD[kernel] * m * c / (32 * warps) <= MAX_ACCUMULATORS
+        if held * m * c / (32 * warps) <= MAX_ACCUMULATORS
     ]

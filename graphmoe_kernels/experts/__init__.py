@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
-from graphmoe_kernels.backend import resolve_backend
+from graphmoe_kernels.backend import resolve_backend, without_autocast
 from graphmoe_kernels.experts import launch, reference
 from graphmoe_kernels.experts.op import expert_swiglu_op
 from graphmoe_kernels.experts.operands import Inputs, Settings
@@ -48,16 +48,17 @@ def expert_swiglu(
         low: [N, 2nr], A x of every expert, expert-major, for the gate projection and then for the up projection.
         gate_B, up_B: [n, F, r].
         down_A: [n, r, F].
-        weights: [N, k]; experts: [N, k] integers in 0..n-1, distinct within a row.
+        weights: [N, k]; experts: [N, k] integers in 0..n-1, distinct within a row. They are not read back from a GPU:
+            there an id that is none, or stands twice, makes its token NaN.
         scale: s = alpha / r.
         activation: a name of `graphmoe_kernels.ACTIVATIONS`.
         state, fold_gate, fold_up: [N, G], [F, G], [F, G]: the later rounds' update of the pre-activation; all or none.
         low_update: [N, 2nr], what a later round adds to ``low``, or None.
         gate_scale, up_scale: [n, F], the experts' scale vectors m (DoRA's magnitude over norm); both or none.
-        dropout, seed: LoRA dropout on the input of ``down_A``; the seed (one int64) names the mask
+        dropout, seed: LoRA dropout on the input of ``down_A``; the seed (one int64, where ``gate`` is) names the mask
             (`graphmoe_kernels.experts.dropout`), so that backward and a recomputation draw the same one.
         order: [N] int32, a permutation of the tokens in which neighbours share experts (`expert_order`). It changes
-            the Triton kernels' speed and nothing else.
+            the Triton kernels' speed and nothing else; what is no permutation leaves tokens undefined.
         tickets: int32 zeros, ceil(N / 16) or more: counters of the Triton kernel, zero again when it ends
             (`Routing.tickets`); without them it makes its own.
         backend: see `graphmoe_kernels.backend`. Triton takes F * G and F * r below 2^31, and k times r (rounded up to a
@@ -98,13 +99,13 @@ def expert_swiglu(
         experts,
     )
     _check_shapes(inputs)
+    _check_extras(gate, seed, order, tickets)
     resolved = resolve_backend(backend, "gate", gate)
     if resolved == "triton":
         launch.check_supported(inputs, activation)
-        _check_scratch(order, tickets, gate)
 
     settings = Settings(float(scale), activation, float(dropout), seed if dropout > 0 else None, order, tickets)
-    with torch.autocast(gate.device.type, enabled=False):
+    with without_autocast(gate):
         inputs = inputs.map(lambda name, x: x if name in ("weights", "experts") else x.to(gate.dtype))
         if resolved == "reference":
             return reference.expert_swiglu(inputs, settings)
@@ -132,24 +133,36 @@ def _check_shapes(inputs: Inputs) -> None:
             continue
         if tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{name} must be {list(shape)} for {tokens} tokens, F={width}, {n} experts of rank {r} and k={k}; "
-                f"got {list(tensor.shape)}"
+                f"{name} must be {list(shape)} for {tokens} tokens, F={width}, {n} experts of rank {r} (by down_A) and "
+                f"k={k}; got {list(tensor.shape)}"
             )
         if tensor.device != gate.device:
             raise ValueError(f"{name} is on {tensor.device}, gate on {gate.device}; put them on one device")
-        if tensor.is_floating_point() == (name == "experts"):
+        if tensor.is_floating_point() == (name == "experts") or tensor.dtype == torch.bool:
             raise TypeError(f"{name} has dtype {tensor.dtype}; experts are integers, all else is floating point")
     if not 1 <= k <= n:
         raise ValueError(f"each token needs 1..{n} experts (there are {n}), got k={k}")
 
 
-def _check_scratch(order: Tensor | None, tickets: Tensor | None, gate: Tensor) -> None:
-    tokens = gate.shape[0]
-    for name, tensor, least in (("order", order, tokens), ("tickets", tickets, -(-tokens // launch.SMALLEST_TILE))):
-        if tensor is None:
-            continue
-        if tensor.dtype != torch.int32 or tensor.dim() != 1 or tensor.shape[0] < least or tensor.device != gate.device:
-            raise ValueError(
-                f"{name} must be int32 [{least}] on {gate.device}, "
-                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            )
+def _check_extras(gate: Tensor, seed: Tensor | None, order: Tensor | None, tickets: Tensor | None) -> None:
+    """What no backend may take on trust: a wrong one would be read past its end, or mean another mask elsewhere."""
+    tokens, device = gate.shape[0], gate.device
+    if seed is not None and (not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1):
+        found = f"{seed.dtype} {list(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
+        raise ValueError(f"seed must be one int64, as of torch.randint(2**62, (1,)), got {found}")
+    if order is not None and (order.dtype != torch.int32 or order.shape != (tokens,) or not order.is_contiguous()):
+        raise ValueError(
+            f"order must be int32 [{tokens}] and contiguous, a permutation of the tokens (expert_order makes one), "
+            f"got {order.dtype} {list(order.shape)}"
+        )
+    least = -(-tokens // launch.SMALLEST_TILE)
+    if tickets is not None and (
+        tickets.dtype != torch.int32 or tickets.dim() != 1 or len(tickets) < least or not tickets.is_contiguous()
+    ):
+        raise ValueError(
+            f"tickets must be int32 zeros, {least} or more in one contiguous row, "
+            f"got {tickets.dtype} {list(tickets.shape)}"
+        )
+    for name, tensor in (("seed", seed), ("order", order), ("tickets", tickets)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, gate on {device}; put them on one device")

@@ -66,21 +66,26 @@ WIDE_RANK = (Variant("rank 128", slots=1, rank=128), Variant("k = 8", slots=8))
 
 def compile_cases(configs: Callable[[str, str, str], dict[str, int]]) -> Iterator[CompileCase]:
     """Every kernel, size class and dtype with its variants; ``configs`` gives the configuration of the first three."""
+
+    def config(kernel: str, size: str, dtype_class: str) -> dict[str, int]:
+        found = dict(configs(kernel, size, dtype_class))
+        if kernel.startswith("backward_weights"):  # as the launch does: one tile for both backward kernels
+            found["BLOCK_M"] = configs(kernel.replace("weights", "tokens"), size, dtype_class)["BLOCK_M"]
+        return found
+
     for kernel in KERNELS:
         for size in SIZE_CLASSES:
             for dtype_class in DTYPE_CLASSES:
                 for dtype in DTYPES[dtype_class]:
-                    config = configs(kernel, size, dtype_class)
                     for variant in VARIANTS[size]:
-                        yield _case(kernel, size, dtype, variant, config)
-                    config = configs(f"{kernel}_wide_rank", size, dtype_class)
+                        yield _case(kernel, size, dtype, variant, config(kernel, size, dtype_class))
                     for variant in WIDE_RANK if dtype != "fp16" else ():
-                        yield _case(kernel, size, dtype, variant, config)
+                        yield _case(kernel, size, dtype, variant, config(f"{kernel}_wide_rank", size, dtype_class))
 
 
 def _case(kernel: str, size: str, dtype: str, variant: Variant, config: dict[str, int]) -> CompileCase:
     function = KERNELS[kernel]
-    blocks = {name: value for name, value in config.items() if name.startswith("BLOCK_")}
+    blocks = {name: value for name, value in config.items() if name.startswith(("BLOCK_", "PARTS"))}
     columns = max(16, variant.slots * max(16, variant.rank))
     constexprs: dict[str, object] = {
         "SLOTS": variant.slots,

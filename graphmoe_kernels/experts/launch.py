@@ -6,6 +6,7 @@ every tile of columns and split of the tokens. Splits are as many as keep every 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -22,8 +23,8 @@ MAX_COLUMNS = 256
 WIDE_RANK_COLUMNS = 64
 # The fewest tokens of a program: what a matrix instruction takes, and what one ticket is made for.
 SMALLEST_TILE = 16
-# Programs for every multiprocessor: two that run at once hide each other's latencies.
-PROGRAMS_PER_MULTIPROCESSOR = 2
+# Warps of these kernels that a multiprocessor holds: they use all registers that a thread can have.
+WARPS_PER_MULTIPROCESSOR = 8
 
 
 def _padded(size: int) -> int:
@@ -81,12 +82,21 @@ def check_supported(inputs: Inputs, activation: str) -> None:
         raise ValueError(f"F={size.width} times G={inner} or r={size.rank} exceeds 2^31; use backend='torch'")
 
 
-def _split(work: int, others: int, device: torch.device) -> tuple[int, int]:
-    """How many splits of ``work`` pieces keep the device busy beside ``others`` programs, and the pieces of one."""
+@functools.lru_cache(maxsize=4096)
+def _split(work: int, others: int, slots: int) -> tuple[int, int]:
+    """Into how many splits to cut ``work`` pieces beside ``others`` programs, and the pieces of one.
+
+    ``slots`` programs run at once. The time is that of the waves times a program's pieces and half a piece for its
+    beginning and end.
+    """
     work = max(work, 1)
-    wanted = math.ceil(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) / max(others, 1))
-    pieces = math.ceil(work / max(1, min(wanted, work)))
+    pieces = min(range(1, work + 1), key=lambda p: math.ceil(others * math.ceil(work / p) / slots) * (p + 0.5))
     return math.ceil(work / pieces), pieces
+
+
+def _program_slots(config: Config, device: torch.device) -> int:
+    """How many programs run at once: registers hold eight warps of these kernels on a multiprocessor."""
+    return multiprocessors(device) * max(1, WARPS_PER_MULTIPROCESSOR // config["num_warps"])
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -123,7 +133,7 @@ def prepare(inputs: Inputs, settings: Settings) -> Call:
     arguments = {
         **inputs._asdict(),
         "order": settings.order,
-        "seed": settings.seed.to(inputs.gate.device) if dropping and settings.seed is not None else None,
+        "seed": settings.seed if dropping else None,
         "tokens": size.tokens,
         "width": size.width,
         "inner": 0 if state is None else state.shape[1],
@@ -164,7 +174,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     c = torch.empty(size.tokens, size.width, dtype=gate.dtype, device=gate.device)
     z = torch.empty(size.tokens, size.num_experts * size.rank, dtype=gate.dtype, device=gate.device)
     tiles = math.ceil(size.tokens / config["BLOCK_M"])
-    splits, blocks = _split(math.ceil(size.width / config["BLOCK_F"]), tiles, gate.device)
+    splits, blocks = _split(math.ceil(size.width / config["BLOCK_F"]), tiles, _program_slots(config, gate.device))
     launch(
         forward_kernel,
         (tiles, splits),
@@ -222,7 +232,7 @@ def _backward_tokens(call: Call, grad_c: Tensor, grad_z: Tensor) -> tuple[dict[s
         "weights": _scratch(gate, size.tokens, size.slots),
     }
     tiles = math.ceil(size.tokens / config["BLOCK_M"])
-    splits, blocks = _split(math.ceil(size.width / config["BLOCK_F"]), tiles, gate.device)
+    splits, blocks = _split(math.ceil(size.width / config["BLOCK_F"]), tiles, _program_slots(config, gate.device))
     summed = splits if splits > 1 else 0
     present = _scratch(gate, splits * tiles, size.slots, size.num_experts + 1, dtype=torch.int32)
     launch(
@@ -247,14 +257,17 @@ def _backward_tokens(call: Call, grad_c: Tensor, grad_z: Tensor) -> tuple[dict[s
 
 
 def _backward_weights(call: Call, grad_c: Tensor, grad_z: Tensor, present: Tensor) -> dict[str, Tensor]:
-    """Gradients of gate_B, up_B, down_A and the scale vectors, fp32."""
+    """Gradients of gate_B, up_B, down_A and the scale vectors, fp32.
+
+    The lists of the tiles' experts were made for the tokens' kernel, so its BLOCK_M is that of this one too.
+    """
     from graphmoe_kernels.experts.triton_backward_weights import backward_weights_kernel
 
     size, gate = call.size, call.inputs.gate
-    # The lists of the tiles' experts were made for the tokens' kernel: its tiles are the tiles here.
     config = call.config("backward_weights") | {"BLOCK_M": call.config("backward_tokens")["BLOCK_M"]}
     column_tiles = math.ceil(size.width / config["BLOCK_F"])
-    splits, tiles = _split(math.ceil(size.tokens / config["BLOCK_M"]), column_tiles, gate.device)
+    slots = _program_slots(config, gate.device)
+    splits, tiles = _split(math.ceil(size.tokens / config["BLOCK_M"]), column_tiles, slots)
     n, r, width = size.num_experts, size.rank, size.width
 
     def zeros(*shape: int) -> Tensor:

@@ -27,7 +27,7 @@ def backward_tokens_kernel(
     SLOTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
     SLOTS_PADDED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_STATE: tl.constexpr, HAS_UPDATE: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Program (tile of tokens, split of F), as in the forward kernel.
 
@@ -41,48 +41,51 @@ def backward_tokens_kernel(
     list_present(ids, present, num_experts, SLOTS, BLOCK_M)
 
     dtype = gate.dtype.element_ty
+    PART: tl.constexpr = BLOCK_F // PARTS
     slots = tl.arange(0, SLOTS_PADDED)
     low_gate = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
     low_up = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
     weight_rows = tl.zeros([BLOCK_M, SLOTS_PADDED], tl.float32)
     for f0 in range(split * split_width, min((split + 1) * split_width, width), BLOCK_F):
-        f = f0 + tl.arange(0, BLOCK_F)
-        inside = live[:, None] & (f < width)[None, :]
-        at = token[:, None] * width + f[None, :]
-        g_base, u_base = base_tile(
-            gate, up, state, fold_gate, fold_up, token, live, f, width, inner, stride_gate, stride_up,
-            stride_state, HAS_STATE, BLOCK_K,
+        g_parts, u_parts = base_tile(
+            gate, up, state, fold_gate, fold_up, token, live, f0, width, inner, stride_gate, stride_up,
+            stride_state, HAS_STATE, PARTS, BLOCK_F, BLOCK_K,
         )
-        d_gate_sum = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-        d_up_sum = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-        chosen = tl.full([BLOCK_M], -1, tl.int32)
-        for slot in range(SLOTS):
-            listed = present + slot * (num_experts + 1)
-            chosen = next_expert(ids, chosen, num_experts)
-            d_g, d_u, _, _, _, d_weight = slot_gradient(
-                g_base, u_base, tl.load(d_c + at, mask=inside, other=0.0).to(tl.float32), d_z, low, low_update,
-                gate_B, up_B, down_A, gate_scale, up_scale, weights, listed, ids, chosen, token, live, f, f0,
-                width, num_experts, stride_low, stride_update, seed, scale, threshold, kept, SLOTS, SLOTS_PADDED,
-                RANK, RANK_PADDED, ACTIVATION, HAS_UPDATE, HAS_SCALE, DROPOUT, BLOCK_F,
-            )
-            weight_rows += tl.where(ids == chosen[:, None], d_weight[:, None], 0.0)
-            if HAS_SCALE:
-                s_gate, s_up = scale_rows(gate_scale, up_scale, chosen, f, width, num_experts)
-                d_g *= s_gate
-                d_u *= s_up
-            d_gate_sum += d_g
-            d_up_sum += d_u
-            d_g = d_g.to(dtype)
-            d_u = d_u.to(dtype)
-            for i in range(tl.load(listed)):
-                e = tl.load(listed + 1 + i)
-                hit = (chosen == e)[:, None]
-                B = slot_columns(gate_B, e, slot, f, width, RANK, RANK_PADDED, COLUMNS)
-                low_gate = tl.dot(tl.where(hit, d_g, 0.0), B, low_gate, input_precision="ieee")
-                B = slot_columns(up_B, e, slot, f, width, RANK, RANK_PADDED, COLUMNS)
-                low_up = tl.dot(tl.where(hit, d_u, 0.0), B, low_up, input_precision="ieee")
-        tl.store(d_gate + at, d_gate_sum.to(dtype), mask=inside)
-        tl.store(d_up + at, d_up_sum.to(dtype), mask=inside)
+        for part in tl.static_range(PARTS):
+            f1 = f0 + part * PART
+            f = f1 + tl.arange(0, PART)
+            inside = live[:, None] & (f < width)[None, :]
+            at = token[:, None] * width + f[None, :]
+            d_gate_sum = tl.zeros([BLOCK_M, PART], tl.float32)
+            d_up_sum = tl.zeros([BLOCK_M, PART], tl.float32)
+            chosen = tl.full([BLOCK_M], -1, tl.int32)
+            for slot in range(SLOTS):
+                listed = present + slot * (num_experts + 1)
+                chosen = next_expert(ids, chosen, num_experts)
+                d_g, d_u, _, _, _, d_weight = slot_gradient(
+                    g_parts[part], u_parts[part], tl.load(d_c + at, mask=inside, other=0.0).to(tl.float32), d_z,
+                    low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, weights, listed, ids, chosen, token,
+                    live, f, f1, width, num_experts, stride_low, stride_update, seed, scale, threshold, kept, SLOTS,
+                    SLOTS_PADDED, RANK, RANK_PADDED, ACTIVATION, HAS_UPDATE, HAS_SCALE, DROPOUT, PART,
+                )
+                weight_rows += tl.where(ids == chosen[:, None], d_weight[:, None], 0.0)
+                if HAS_SCALE:
+                    s_gate, s_up = scale_rows(gate_scale, up_scale, chosen, f, width, num_experts)
+                    d_g *= s_gate
+                    d_u *= s_up
+                d_gate_sum += d_g
+                d_up_sum += d_u
+                d_g = d_g.to(dtype)
+                d_u = d_u.to(dtype)
+                for i in range(tl.load(listed)):
+                    e = tl.load(listed + 1 + i)
+                    hit = (chosen == e)[:, None]
+                    B = slot_columns(gate_B, e, slot, f, width, RANK, RANK_PADDED, COLUMNS)
+                    low_gate = tl.dot(tl.where(hit, d_g, 0.0), B, low_gate, input_precision="ieee")
+                    B = slot_columns(up_B, e, slot, f, width, RANK, RANK_PADDED, COLUMNS)
+                    low_up = tl.dot(tl.where(hit, d_u, 0.0), B, low_up, input_precision="ieee")
+            tl.store(d_gate + at, d_gate_sum.to(dtype), mask=inside)
+            tl.store(d_up + at, d_up_sum.to(dtype), mask=inside)
 
     last = splits == 1
     if splits > 1:

@@ -29,7 +29,7 @@ def forward_kernel(
     SLOTS: tl.constexpr, SLOTS_PADDED: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr,
     COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_STATE: tl.constexpr, HAS_UPDATE: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Program (tile of tokens, split of F). Shapes as in `graphmoe_kernels.expert_swiglu`.
 
@@ -43,38 +43,42 @@ def forward_kernel(
     list_present(ids, present, num_experts, SLOTS, BLOCK_M)
 
     dtype = gate.dtype.element_ty
+    PART: tl.constexpr = BLOCK_F // PARTS
     z_rows = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
     for f0 in range(split * split_width, min((split + 1) * split_width, width), BLOCK_F):
-        f = f0 + tl.arange(0, BLOCK_F)
-        g_base, u_base = base_tile(
-            gate, up, state, fold_gate, fold_up, token, live, f, width, inner, stride_gate, stride_up,
-            stride_state, HAS_STATE, BLOCK_K,
+        g_parts, u_parts = base_tile(
+            gate, up, state, fold_gate, fold_up, token, live, f0, width, inner, stride_gate, stride_up,
+            stride_state, HAS_STATE, PARTS, BLOCK_F, BLOCK_K,
         )
-        mixed = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-        chosen = tl.full([BLOCK_M], -1, tl.int32)
-        for slot in range(SLOTS):
-            listed = present + slot * (num_experts + 1)
-            chosen = next_expert(ids, chosen, num_experts)
-            g, u = slot_pre_activation(
-                g_base, u_base, low, low_update, gate_B, up_B, listed, chosen, token, f, width, num_experts,
-                stride_low, stride_update, scale, HAS_UPDATE, RANK, RANK_PADDED,
-            )
-            if HAS_SCALE:
-                s_gate, s_up = scale_rows(gate_scale, up_scale, chosen, f, width, num_experts)
-                g *= s_gate
-                u *= s_up
-            w = expert_weights(weights, ids, chosen, token, live, num_experts, SLOTS, SLOTS_PADDED)
-            hidden = activate(g, ACTIVATION) * u * w[:, None]
-            mixed += hidden
-            if DROPOUT:
-                hidden = tl.where(keep_mask(tl.load(seed), token, chosen, f0, threshold, BLOCK_F), hidden * kept, 0.0)
-            hidden = hidden.to(dtype)
-            for i in range(tl.load(listed)):
-                e = tl.load(listed + 1 + i)
-                a = slot_rows(down_A, e, slot, f, width, RANK, RANK_PADDED, COLUMNS)
-                z_rows = tl.dot(tl.where((chosen == e)[:, None], hidden, 0.0), a, z_rows, input_precision="ieee")
-        inside = live[:, None] & (f < width)[None, :]
-        tl.store(c + token[:, None] * width + f[None, :], mixed.to(dtype), mask=inside)
+        for part in tl.static_range(PARTS):
+            f1 = f0 + part * PART
+            f = f1 + tl.arange(0, PART)
+            mixed = tl.zeros([BLOCK_M, PART], tl.float32)
+            chosen = tl.full([BLOCK_M], -1, tl.int32)
+            for slot in range(SLOTS):
+                listed = present + slot * (num_experts + 1)
+                chosen = next_expert(ids, chosen, num_experts)
+                g, u = slot_pre_activation(
+                    g_parts[part], u_parts[part], low, low_update, gate_B, up_B, listed, chosen, token, f, width,
+                    num_experts, stride_low, stride_update, scale, HAS_UPDATE, RANK, RANK_PADDED,
+                )
+                if HAS_SCALE:
+                    s_gate, s_up = scale_rows(gate_scale, up_scale, chosen, f, width, num_experts)
+                    g *= s_gate
+                    u *= s_up
+                w = expert_weights(weights, ids, chosen, token, live, num_experts, SLOTS, SLOTS_PADDED)
+                hidden = activate(g, ACTIVATION) * u * w[:, None]
+                mixed += hidden
+                if DROPOUT:
+                    keep = keep_mask(tl.load(seed), token, chosen, f1, threshold, PART)
+                    hidden = tl.where(keep, hidden * kept, 0.0)
+                hidden = hidden.to(dtype)
+                for i in range(tl.load(listed)):
+                    e = tl.load(listed + 1 + i)
+                    a = slot_rows(down_A, e, slot, f, width, RANK, RANK_PADDED, COLUMNS)
+                    z_rows = tl.dot(tl.where((chosen == e)[:, None], hidden, 0.0), a, z_rows, input_precision="ieee")
+            inside = live[:, None] & (f < width)[None, :]
+            tl.store(c + token[:, None] * width + f[None, :], mixed.to(dtype), mask=inside)
 
     last = splits == 1
     if splits > 1:

@@ -19,6 +19,8 @@ def tile_rows(order, tile, tokens, HAS_ORDER: tl.constexpr, BLOCK_M: tl.constexp
     live = position < tokens
     if HAS_ORDER:
         token = tl.load(order + position, mask=live, other=0)
+        live &= (token >= 0) & (token < tokens)  # what is no token's place reads and writes nothing
+        token = tl.where(live, token, 0)
     else:
         token = tl.where(live, position, 0)
     return token.to(tl.int64), live
@@ -30,7 +32,7 @@ def row_experts(experts, token, live, num_experts, SLOTS: tl.constexpr, SLOTS_PA
     slot = tl.arange(0, SLOTS_PADDED)
     inside = live[:, None] & (slot < SLOTS)[None, :]
     e = tl.load(experts + token[:, None] * SLOTS + slot[None, :], mask=inside, other=num_experts).to(tl.int32)
-    return tl.where((e >= 0) & (e < num_experts), e, num_experts)
+    return tl.where(inside & (e >= 0) & (e < num_experts), e, num_experts)
 
 
 @triton.jit
@@ -73,26 +75,51 @@ def list_present(ids, present, num_experts, SLOTS: tl.constexpr, BLOCK_M: tl.con
 
 
 @triton.jit
-def base_tile(
-    gate, up, state, fold_gate, fold_up, token, live, f, width, inner, stride_gate, stride_up, stride_state,
-    HAS_STATE: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """Gate and up pre-activations that all slots share, P_1 + H M^T, [BLOCK_M, BLOCK_F] fp32 each."""
+def load_base(gate, up, token, live, f, width, stride_gate, stride_up):
+    """P_1 of a tile's tokens and some columns, [BLOCK_M, columns] fp32 each."""
     inside = live[:, None] & (f < width)[None, :]
     g = tl.load(gate + token[:, None] * stride_gate + f[None, :], mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + token[:, None] * stride_up + f[None, :], mask=inside, other=0.0).to(tl.float32)
+    return g, u
+
+
+@triton.jit
+def add_fold(g, u, h, fold_gate, fold_up, f, k, width, inner):
+    """g and u plus h M^T for the inner columns k."""
+    inside = (k < inner)[:, None] & (f < width)[None, :]
+    at = f[None, :] * inner + k[:, None]
+    g = tl.dot(h, tl.load(fold_gate + at, mask=inside, other=0.0), g, input_precision="ieee")
+    u = tl.dot(h, tl.load(fold_up + at, mask=inside, other=0.0), u, input_precision="ieee")
+    return g, u
+
+
+@triton.jit
+def base_tile(
+    gate, up, state, fold_gate, fold_up, token, live, f0, width, inner, stride_gate, stride_up, stride_state,
+    HAS_STATE: tl.constexpr, PARTS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Gate and up pre-activations that all slots share, P_1 + H M^T, by parts of [BLOCK_M, BLOCK_F // PARTS] fp32.
+
+    Two parts read a tile's H once, and what follows needs registers for one of them at a time. With one part the
+    second of each pair is the first.
+    """
+    part: tl.constexpr = BLOCK_F // PARTS
+    f = f0 + tl.arange(0, part)
+    g0, u0 = load_base(gate, up, token, live, f, width, stride_gate, stride_up)
+    g1, u1 = g0, u0
+    if PARTS == 2:
+        g1, u1 = load_base(gate, up, token, live, f + part, width, stride_gate, stride_up)
     if HAS_STATE:
-        column = f[None, :] * inner
         for k0 in range(0, inner, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            k_inside = k < inner
-            h = tl.load(state + token[:, None] * stride_state + k[None, :], mask=live[:, None] & k_inside, other=0.0)
-            m_inside = k_inside[:, None] & (f < width)[None, :]
-            m_gate = tl.load(fold_gate + column + k[:, None], mask=m_inside, other=0.0)
-            g = tl.dot(h, m_gate, g, input_precision="ieee")
-            m_up = tl.load(fold_up + column + k[:, None], mask=m_inside, other=0.0)
-            u = tl.dot(h, m_up, u, input_precision="ieee")
-    return g, u
+            inside = live[:, None] & (k < inner)[None, :]
+            h = tl.load(state + token[:, None] * stride_state + k[None, :], mask=inside, other=0.0)
+            g0, u0 = add_fold(g0, u0, h, fold_gate, fold_up, f, k, width, inner)
+            if PARTS == 2:
+                g1, u1 = add_fold(g1, u1, h, fold_gate, fold_up, f + part, k, width, inner)
+    if PARTS == 1:
+        g1, u1 = g0, u0
+    return (g0, g1), (u0, u1)
 
 
 @triton.jit

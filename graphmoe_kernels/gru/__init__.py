@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.backend import TRITON_DTYPES, resolve_backend
+from graphmoe_kernels.backend import TRITON_DTYPES, resolve_backend, without_autocast
 from graphmoe_kernels.gru import op, reference
 
 CANDIDATE_ACTIVATIONS = ("sigmoid", "tanh")
@@ -58,7 +58,7 @@ def gru_step(
     recurrent, state, total = _cast(recurrent, dtype), _cast(state, dtype), _cast(total, dtype)
     weight = candidate_weight if candidate_weight.dtype == dtype else candidate_weight.to(dtype)
     if backend != "triton":
-        with torch.autocast(inputs.device.type, enabled=False):
+        with without_autocast(inputs):
             return reference.step(inputs, recurrent, state, total, weight, candidate_bias, candidate_activation)
     bias = candidate_bias if candidate_bias.dtype in TRITON_DTYPES else candidate_bias.float()
     tensors = (inputs, recurrent, state, total, weight, bias)

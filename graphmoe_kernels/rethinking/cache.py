@@ -97,6 +97,11 @@ class FoldCache:
         key = (settings, _optimizer_steps, fingerprint(sources))
         if self.fold is not None and key == self._key:
             return self.fold
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the layer's fold would be built inside a CUDA graph's capture, where nothing is computed; run the "
+                "layer once in evaluation mode, with the weights it is to have, before capturing it"
+            )
         with torch.inference_mode(False), torch.no_grad():
             fold = build_fold(weights, settings, copy=True)
             if self.fold is not None and _alike(self.fold, fold):
@@ -127,12 +132,13 @@ class FoldCache:
 
 def _alike(kept: Fold, new: Fold) -> bool:
     def layout(fold: Fold) -> list[tuple[torch.Size, torch.dtype, torch.device] | None]:
-        return [t if t is None else (t.shape, t.dtype, t.device) for t in (*fold.experts, *(fold.rounds or ()))]
+        return [t if t is None else (t.shape, t.dtype, t.device) for t in (*fold.experts, *(fold.later or ()))]
 
     return layout(kept) == layout(new)
 
 
-@torch.library.custom_op("graphmoe::refresh_fold", mutates_args=("fold",))
+# It asks the host whether weights changed: a replayed CUDA graph would not.
+@torch.library.custom_op("graphmoe::refresh_fold", mutates_args=("fold",), tags=(torch.Tag.cudagraph_unsafe,))
 def refresh_fold(handle: Tensor, fold: list[Tensor], sources: list[Tensor], scale: float, candidate_input: str) -> None:
     """Bring the tensors of a cache's fold up to date with ``sources``; does nothing if they are.
 

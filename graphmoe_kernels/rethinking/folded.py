@@ -28,7 +28,7 @@ def rethink_folded(
     Without a ``fold`` it is built here, inside the autograd graph.
     """
     base = weights.base
-    routing = rounds.route(x, weights.router, spec, token_mask, backend)  # before any cast: autocast lowers it not
+    routing = rounds.route(x, weights.router, spec, token_mask, backend)  # before the cast: autocast would lower it
     gate, up = base.project_in(x)  # [N, F] each, read by every round
     x = x.to(gate.dtype)
     if fold is None:
@@ -39,16 +39,17 @@ def rethink_folded(
     c, z = rounds.expert_round(gate, up, low, experts, routing, spec, backend, order)
     routings, state = [routing], None
     for _ in range(1, spec.rounds):
-        assert fold.rounds is not None
-        state = _think(c, z, x, state, routing, spec, fold.rounds, backend)
+        assert fold.later is not None
+        state = _think(c, z, x, state, routing, spec, fold.later, backend)
+        del c  # before the next one is made: the widest tensor of a round
         total = state.total
-        routing = rounds.route(total, fold.rounds.router, spec, token_mask, backend, offset=routings[0].logits)
+        routing = rounds.route(total, fold.later.router, spec, token_mask, backend, offset=routings[0].logits)
         routings.append(routing)
         low_t, low_update = low, state.low_update if spec.dropout == 0 else None
         if spec.dropout > 0:  # dropout(x_t) is not linear in x_t: form x_t, for A alone
-            x_t = x + F.linear(total, fold.rounds.output)
+            x_t = x + F.linear(total, fold.later.output)
             low_t = F.linear(F.dropout(x_t, spec.dropout), experts.low_A)
-        update = (total, fold.rounds.gate, fold.rounds.up)
+        update = (total, fold.later.gate, fold.later.up)
         c, z = rounds.expert_round(gate, up, low_t, experts, routing, spec, backend, order, update, low_update)
     return rounds.collect(rounds.output(base, c, z, experts.down_B, routing, spec), routings)
 

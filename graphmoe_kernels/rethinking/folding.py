@@ -60,11 +60,11 @@ class Fold(NamedTuple):
     """A layer's prepared experts, and the fold of its later rounds if it has any."""
 
     experts: PreparedExperts
-    rounds: RoundsFold | None
+    later: RoundsFold | None
 
     def tensors(self) -> list[Tensor]:
         """Those that are there, in order."""
-        return [*self.experts, *(t for t in self.rounds or () if t is not None)]
+        return [*self.experts, *(t for t in self.later or () if t is not None)]
 
 
 def widen(gru: GRUWeights) -> GRUWeights:

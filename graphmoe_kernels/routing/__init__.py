@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.backend import resolve_backend
+from graphmoe_kernels.backend import resolve_backend, without_autocast
 from graphmoe_kernels.routing import reference
 from graphmoe_kernels.routing.launch import MAX_EXPERTS
 from graphmoe_kernels.routing.op import route_op
@@ -57,7 +57,7 @@ def topk_softmax_routing(
         top_k: experts a token, 1 <= top_k <= n.
         normalize: divide the chosen probabilities by their sum.
         statistics: None, ``"topk"`` or ``"full"``: whether `Routing.counts` and `Routing.mass` are computed, and how.
-        token_mask: [N], bool or 0/1; tokens that the statistics leave out (padding) are False. Routing ignores it.
+        token_mask: [N], bool or integers; tokens that the statistics leave out (padding) are False. Routing ignores it.
         backend: see `graphmoe_kernels.backend`.
 
     Raises:
@@ -68,7 +68,7 @@ def topk_softmax_routing(
     backend = resolve_backend(backend, "logits", logits)
     _check_matrix("logits", logits, "[tokens, experts]")
     _check_options(backend, "logits", logits, logits.shape[1], top_k, statistics, token_mask)
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits):
         if backend == "triton":
             return _triton(None, None, logits, top_k, normalize, statistics, token_mask)
         return _plain(logits, top_k, normalize, statistics, token_mask)
@@ -113,7 +113,7 @@ def route_tokens(
             raise ValueError(f"offset must be [{num_tokens}, {num_experts}], got shape {tuple(offset.shape)}")
         _check_device("offset", offset, "x", x)
     _check_options(backend, "x", x, num_experts, top_k, statistics, token_mask)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if backend == "triton":
             return _triton(x, router, offset, top_k, normalize, statistics, token_mask)
         return _plain(reference.project(x, router, offset), top_k, normalize, statistics, token_mask)
@@ -165,6 +165,8 @@ def _check_options(
     statistics: str | None,
     token_mask: Tensor | None,
 ) -> None:
+    if not isinstance(top_k, int):
+        raise TypeError(f"top_k must be an integer, got {top_k!r}")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must lie in 1..{num_experts} (the number of experts), got {top_k}")
     if backend == "triton" and num_experts > MAX_EXPERTS:
@@ -176,4 +178,6 @@ def _check_options(
     if token_mask is not None and token_mask.shape != main.shape[:1]:
         raise ValueError(f"token_mask must be [{main.shape[0]}], got shape {tuple(token_mask.shape)}")
     if token_mask is not None:
+        if token_mask.is_floating_point():
+            raise TypeError(f"token_mask must be bool or integers, zero for padding, got {token_mask.dtype}")
         _check_device("token_mask", token_mask, name, main)

@@ -91,7 +91,7 @@ def choose(logits, probabilities, experts, TOP_K: tl.constexpr, BLOCK_S: tl.cons
     return values, chosen, rank < TOP_K
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def route_forward(
     x_ptr,  # [N, D]
     router_ptr,  # [n, D]
@@ -168,7 +168,7 @@ def route_forward(
         tl.store(mass_ptr + partial, mass, mask=lanes < NUM_EXPERTS)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def route_backward(
     d_logits_ptr,  # [N, n] fp32
     d_weights_ptr,  # [N, k] fp32

@@ -19,7 +19,7 @@ def sort_keys(experts_ptr, tokens, end, window, TOP_K: tl.constexpr, WINDOW: tl.
     return tl.where(tokens < end, keys, 2147483647)  # beyond the end: after every token
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def order_tokens(
     experts_ptr,  # [N, k] integers
     order_ptr,  # [N] int32

@@ -7,6 +7,7 @@ programs (`order`). `install` puts the repairs and the checks into the interpret
 test then runs under them.
 """
 
+from graphmoe_kernels import backend
 from tests.interpreter.bounds import BoundsError as BoundsError
 from tests.interpreter.order import grid_order as grid_order
 from tests.interpreter.races import RaceError as RaceError
@@ -18,3 +19,4 @@ def install() -> None:
     from tests.interpreter import patches
 
     patches.install()
+    backend.interpreter_repaired = True

@@ -35,7 +35,7 @@ def settings(spec: RethinkingSpec = SPEC, dtype: torch.dtype = torch.float64) ->
 def test_contents(width, padded, candidate_input):
     """M, Q and the small products, each against its definition; padding is zero and nothing else."""
     weights = layer(SPEC, ODD._replace(width=width), bias=True)
-    fold = build_fold(weights, settings(SPEC._replace(candidate_input=candidate_input))).rounds
+    fold = build_fold(weights, settings(SPEC._replace(candidate_input=candidate_input))).later
     base, e, gru = weights.base, weights.experts, weights.gru
     for product, left in ((fold.gate, base.gate), (fold.up, base.up), (fold.router, weights.router)):
         assert product.shape == (left.shape[0], padded)
@@ -78,7 +78,7 @@ def test_reread(width, padded):
     expected[low : 2 * low, padded : padded + width] = e.up_A.flatten(0, 1) @ gru.output
     expected[2 * low : 2 * low + width, :width] = gru.update[:, :width]
     expected[2 * low + padded : 2 * low + padded + width, :width] = gru.reset[:, :width]
-    found = build_fold(weights, settings()).rounds.reread
+    found = build_fold(weights, settings()).later.reread
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
     assert not found[expected == 0].any()
 
@@ -98,7 +98,7 @@ def test_prepared_experts(spec):
 def test_a_layer_of_one_round_folds_its_experts_alone():
     """Without a GRU there are no later rounds; what remains must be all that is kept, counted and refreshed."""
     fold = build_fold(layer(ONE_ROUND), settings(ONE_ROUND))
-    assert fold.rounds is None
+    assert fold.later is None
     assert [t.data_ptr() for t in fold.tensors()] == [t.data_ptr() for t in fold.experts]
 
 
@@ -106,8 +106,8 @@ def test_dtypes():
     """The fold has the compute dtype, also from fp32 adapters on a bf16 base; the router's part stays fp32."""
     weights = cast_layer(layer(SPEC), torch.float32)
     fold = build_fold(weights, settings(dtype=torch.bfloat16))
-    assert fold.rounds.router.dtype == torch.float32
-    lowered = [fold.rounds.gate, fold.rounds.inputs, fold.rounds.reread, fold.rounds.candidate_weight, *fold.experts]
+    assert fold.later.router.dtype == torch.float32
+    lowered = [fold.later.gate, fold.later.inputs, fold.later.reread, fold.later.candidate_weight, *fold.experts]
     assert {t.dtype for t in lowered} == {torch.bfloat16}
 
 

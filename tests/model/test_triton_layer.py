@@ -19,8 +19,9 @@ from graphmoe_kernels.routing import launch as routing_launch
 from graphmoe_kernels.routing import order as routing_order
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
+from tests.kernels.triton_marks import MARKS
 
-pytestmark = pytest.mark.kernels
+pytestmark = MARKS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIDDEN, INTERMEDIATE = 32, 48
