@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from graphmoe_kernels.cost import Sizes
+from graphmoe_kernels.experts.launch import cut, program_slots
 from graphmoe_kernels.launching import SIZE_CLASSES, SKINNY_TOKENS, Config, config_table
 from graphmoe_kernels.rethinking.folding import padded
 
@@ -191,9 +192,10 @@ def experts_work(kernel: str, s: Sizes, later: bool, config: Config, block: int,
     bytes_ = wide + low + fold + s.used_experts * low_matrices + state + sums
     through = wide + tiles * fold + blocks * state + visits * low_matrices
     through += blocks * N * k * 2 * r * e * (1 + later) + sums  # a row reads its own expert's activations alone
-    programs = tiles * max(1, min(blocks, math.ceil(2 * sms / tiles)))
+    slots = program_slots(config, sms)
+    programs = tiles * cut(blocks, tiles, slots)[0]
     if kernel == "backward_weights_kernel":
-        splits = max(1, min(tiles, math.ceil(2 * sms / blocks)))
+        splits = cut(tiles, blocks, slots)[0]
         programs = blocks * splits
         bytes_ += 4 * 3 * n * F * r * splits
         through += 2 * visits * 4 * 3 * F * r  # the running sums of an expert, read and written at each visit

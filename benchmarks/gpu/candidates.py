@@ -51,13 +51,7 @@ def candidates(operator: str, kernel: str, size: str, dtype: str) -> list[Config
         ValueError: an unknown operator.
     """
     if operator == "experts":
-        tiles = EXPERT_TILES[size][dtype]
-        return [
-            {**config, "PARTS": parts}
-            for parts in (2, 1)
-            for config in _tiled(kernel.removesuffix("_wide_rank"), "BLOCK_F", tiles, parts)
-            if config["BLOCK_F"] // parts >= 16
-        ]
+        return _expert_candidates(kernel.removesuffix("_wide_rank"), EXPERT_TILES[size][dtype])
     if operator == "gru":
         return _tiled(kernel, "BLOCK_G", GRU_TILES[size][dtype])
     if operator != "routing":
@@ -69,6 +63,20 @@ def candidates(operator: str, kernel: str, size: str, dtype: str) -> list[Config
         return [{"BLOCK_N": n, "num_warps": w, "num_stages": 1} for n in ROUTING_ROWS[size] for w in (2, 4, 8)]
     compared = itertools.product((16, 32, 64), (64, 128, 256), (4, 8))
     return [{"BLOCK_N": n, "BLOCK_J": j, "num_warps": w, "num_stages": 1} for n, j, w in compared]
+
+
+def _expert_candidates(kernel: str, tiles: Sequence[tuple[int, int, int]]) -> list[Config]:
+    """Tiles whole and in two parts; backward_weights takes its BLOCK_M from backward_tokens."""
+    found = [
+        {**config, "PARTS": parts}
+        for parts in (2, 1)
+        for config in _tiled(kernel, "BLOCK_F", tiles, parts)
+        if config["BLOCK_F"] // parts >= 16
+    ]
+    if kernel == "backward_weights":
+        narrower = [{name: size for name, size in config.items() if name != "BLOCK_M"} for config in found]
+        return [config for number, config in enumerate(narrower) if config not in narrower[:number]]
+    return found
 
 
 def _tiled(kernel: str, columns: str, tiles: Sequence[tuple[int, int, int]], parts: int = 1) -> list[Config]:

@@ -83,7 +83,7 @@ def check_supported(inputs: Inputs, activation: str) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _split(work: int, others: int, slots: int) -> tuple[int, int]:
+def cut(work: int, others: int, slots: int) -> tuple[int, int]:
     """Into how many splits to cut ``work`` pieces beside ``others`` programs, and the pieces of one.
 
     ``slots`` programs run at once. The time is that of the waves times a program's pieces and half a piece for its
@@ -94,9 +94,9 @@ def _split(work: int, others: int, slots: int) -> tuple[int, int]:
     return math.ceil(work / pieces), pieces
 
 
-def _program_slots(config: Config, device: torch.device) -> int:
+def program_slots(config: Config, multiprocessors: int) -> int:
     """How many programs run at once: registers hold eight warps of these kernels on a multiprocessor."""
-    return multiprocessors(device) * max(1, WARPS_PER_MULTIPROCESSOR // config["num_warps"])
+    return multiprocessors * max(1, WARPS_PER_MULTIPROCESSOR // config["num_warps"])
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -116,6 +116,12 @@ class Call(NamedTuple):
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.inputs.gate.device
+
+    def splits(self, config: Config, tiles: int) -> tuple[int, int]:
+        """Into how many splits F is cut beside ``tiles`` programs, and the columns of one."""
+        blocks = math.ceil(self.size.width / config["BLOCK_F"])
+        splits, each = cut(blocks, tiles, program_slots(config, multiprocessors(self.device)))
+        return splits, each * config["BLOCK_F"]
 
     def config(self, kernel: str) -> Config:
         """The configuration of a kernel for this call."""
@@ -174,7 +180,9 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     c = torch.empty(size.tokens, size.width, dtype=gate.dtype, device=gate.device)
     z = torch.empty(size.tokens, size.num_experts * size.rank, dtype=gate.dtype, device=gate.device)
     tiles = math.ceil(size.tokens / config["BLOCK_M"])
-    splits, blocks = _split(math.ceil(size.width / config["BLOCK_F"]), tiles, _program_slots(config, gate.device))
+    splits, blocks = cut(
+        math.ceil(size.width / config["BLOCK_F"]), tiles, program_slots(config, multiprocessors(gate.device))
+    )
     launch(
         forward_kernel,
         (tiles, splits),
@@ -185,7 +193,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
         partial=_scratch(gate, splits if splits > 1 else 0, size.tokens, size.columns),
         present=_scratch(gate, tiles * splits, size.slots, size.num_experts + 1, dtype=torch.int32),
         tickets=_tickets(call, tiles),
-        split_width=blocks * config["BLOCK_F"],
+        split_width=split_width,
         splits=splits,
         COLUMNS=size.columns,
         **config,
@@ -232,7 +240,9 @@ def _backward_tokens(call: Call, grad_c: Tensor, grad_z: Tensor) -> tuple[dict[s
         "weights": _scratch(gate, size.tokens, size.slots),
     }
     tiles = math.ceil(size.tokens / config["BLOCK_M"])
-    splits, blocks = _split(math.ceil(size.width / config["BLOCK_F"]), tiles, _program_slots(config, gate.device))
+    splits, blocks = cut(
+        math.ceil(size.width / config["BLOCK_F"]), tiles, program_slots(config, multiprocessors(gate.device))
+    )
     summed = splits if splits > 1 else 0
     present = _scratch(gate, splits * tiles, size.slots, size.num_experts + 1, dtype=torch.int32)
     launch(
@@ -248,7 +258,7 @@ def _backward_tokens(call: Call, grad_c: Tensor, grad_z: Tensor) -> tuple[dict[s
         partial_weights=_scratch(gate, summed, size.tokens, size.slots_padded),
         present=present,
         tickets=torch.zeros(tiles, dtype=torch.int32, device=gate.device),
-        split_width=blocks * config["BLOCK_F"],
+        split_width=split_width,
         splits=splits,
         COLUMNS=size.columns,
         **config,
@@ -266,8 +276,8 @@ def _backward_weights(call: Call, grad_c: Tensor, grad_z: Tensor, present: Tenso
     size, gate = call.size, call.inputs.gate
     config = call.config("backward_weights") | {"BLOCK_M": call.config("backward_tokens")["BLOCK_M"]}
     column_tiles = math.ceil(size.width / config["BLOCK_F"])
-    slots = _program_slots(config, gate.device)
-    splits, tiles = _split(math.ceil(size.tokens / config["BLOCK_M"]), column_tiles, slots)
+    slots = program_slots(config, multiprocessors(gate.device))
+    splits, tiles = cut(math.ceil(size.tokens / config["BLOCK_M"]), column_tiles, slots)
     n, r, width = size.num_experts, size.rank, size.width
 
     def zeros(*shape: int) -> Tensor:

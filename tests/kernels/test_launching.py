@@ -100,10 +100,10 @@ except Exception as error:
 @torch.no_grad()
 def test_work_is_cut_into_few_waves():
     """Programs come in multiples of what runs at once, or nearly: no second wave for a few of them."""
-    from graphmoe_kernels.experts.launch import _split
+    from graphmoe_kernels.experts.launch import cut
 
     for tiles in (1, 4, 16, 24, 32, 48, 64, 128, 129):
-        splits, pieces = _split(224, tiles, 132)
+        splits, pieces = cut(224, tiles, 132)
         assert (splits - 1) * pieces < 224 <= splits * pieces
         waves = -(-tiles * splits // 132)
         assert waves * pieces * 132 <= 1.25 * max(224 * tiles, 132), (tiles, splits, pieces)
