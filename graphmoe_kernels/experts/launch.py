@@ -180,9 +180,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     c = torch.empty(size.tokens, size.width, dtype=gate.dtype, device=gate.device)
     z = torch.empty(size.tokens, size.num_experts * size.rank, dtype=gate.dtype, device=gate.device)
     tiles = math.ceil(size.tokens / config["BLOCK_M"])
-    splits, blocks = cut(
-        math.ceil(size.width / config["BLOCK_F"]), tiles, program_slots(config, multiprocessors(gate.device))
-    )
+    splits, split_width = call.splits(config, tiles)
     launch(
         forward_kernel,
         (tiles, splits),
@@ -240,9 +238,7 @@ def _backward_tokens(call: Call, grad_c: Tensor, grad_z: Tensor) -> tuple[dict[s
         "weights": _scratch(gate, size.tokens, size.slots),
     }
     tiles = math.ceil(size.tokens / config["BLOCK_M"])
-    splits, blocks = cut(
-        math.ceil(size.width / config["BLOCK_F"]), tiles, program_slots(config, multiprocessors(gate.device))
-    )
+    splits, split_width = call.splits(config, tiles)
     summed = splits if splits > 1 else 0
     present = _scratch(gate, splits * tiles, size.slots, size.num_experts + 1, dtype=torch.int32)
     launch(
