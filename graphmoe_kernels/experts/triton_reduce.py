@@ -40,7 +40,9 @@ def sum_splits(partial, tile, splits, tokens, COLUMNS: tl.constexpr, BLOCK_M: tl
     """The sum over ``partial`` [splits, tokens, COLUMNS] of a tile's rows, first split first: [BLOCK_M, COLUMNS]."""
     at, live = split_offsets(tile, tokens, COLUMNS, BLOCK_M)
     rows = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-    for split in tl.range(0, splits, loop_unroll_factor=16):  # sixteen loads under way at a time
+    # Few tokens mean many splits: their loads wait for one another unless several are under way.
+    AT_A_TIME: tl.constexpr = 16 if BLOCK_M * COLUMNS <= 1024 else 1
+    for split in tl.range(0, splits, loop_unroll_factor=AT_A_TIME):
         # Past the L1 cache, which may hold what another multiprocessor has overwritten.
         start = partial + tl.cast(split, tl.int64) * tokens * COLUMNS
         rows += tl.load(start + at, mask=live, other=0.0, cache_modifier=".cg")
