@@ -52,8 +52,8 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
     adapter leaves the MLP's output as it was.
 
     In evaluation, products of weights (`graphmoe_kernels.Fold`) are computed once and kept until a weight
-    changes. Two writes cannot be seen, and want `refold` after them: values written through ``.data``, and
-    writes to a parameter that was created inside ``torch.inference_mode``.
+    changes. Three writes cannot be seen, and want `refold` after them: values written through ``.data`` or through
+    a NumPy view, and writes to a parameter that was created inside ``torch.inference_mode``.
 
     Args:
         mlp: any MLP with gate_proj/up_proj/down_proj or gate_up_proj/down_proj, and act_fn or activation_fn.

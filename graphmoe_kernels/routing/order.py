@@ -22,7 +22,7 @@ def expert_order(experts: Tensor) -> Tensor:
     work on no tiles of tokens.
 
     Args:
-        experts: [N, k], any integer dtype, values in 0..255, distinct in a row.
+        experts: [N, k], int64, int32, int16 or uint8; values in 0..255, which are not read back and not checked.
 
     Raises:
         TypeError: ``experts`` is not of an integer dtype.
