@@ -81,7 +81,7 @@ def test_statistics_count_what_they_say(statistics, normalize, masked):
     torch.testing.assert_close(found.mass, mass, rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8])
 def test_mask_may_be_bool_or_zero_and_one(dtype):
     """Tokenisers give the padding mask as integers."""
     logits, mask = logits_with_margin(6, 4), torch.tensor([1, 0, 1, 1, 0, 0])
@@ -168,8 +168,14 @@ def test_non_contiguous_logits():
         ({"top_k": 5}, ValueError, r"top_k must lie in 1\.\.4 .*got 5"),
         ({"statistics": "all"}, ValueError, "unknown statistics 'all'; expected None, 'topk' or 'full'"),
         ({"token_mask": torch.ones(2)}, ValueError, r"token_mask must be \[3\], got shape \(2,\)"),
+        (
+            {"token_mask": torch.ones(3)},
+            TypeError,
+            "token_mask must be bool or integers, zero for padding, got torch.float32",
+        ),
+        ({"top_k": 2.0}, TypeError, "top_k must be an integer, got 2.0"),
         ({"token_mask": torch.ones(3, 1)}, ValueError, r"token_mask must be \[3\], got shape \(3, 1\)"),
-        ({"token_mask": torch.ones(3, device="meta")}, ValueError, "token_mask is on meta, logits on cpu"),
+        ({"token_mask": torch.ones(3, device="meta").bool()}, ValueError, "token_mask is on meta, logits on cpu"),
         ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; expected one of 'auto', 'triton', 'torch'"),
     ],
 )
