@@ -35,7 +35,7 @@ def test_folded_keeps_the_budget_on_cuda(dtype: torch.dtype, rounds: int) -> Non
     exact = gradients(lambda a, w: rethink_reference(a, w, spec), x, weights, upstream)
 
     on_cuda = x.to("cuda", dtype), cast_layer(weights, dtype, "cuda"), upstream.to("cuda", dtype)
-    folded = gradients(lambda a, w: rethink_folded(a, w, spec).y, *on_cuda)
+    folded = gradients(lambda a, w: rethink_folded(a, w, spec, backend="torch").y, *on_cuda)
     literal = gradients(lambda a, w: rethink_literal(a, w, spec, backend="reference").y, *on_cuda)
     mine, own = (errors({n: t.cpu() for n, t in found.items()}, exact, upstream) for found in (folded, literal))
     for name in exact:
@@ -46,7 +46,11 @@ def test_folded_keeps_the_budget_on_cuda(dtype: torch.dtype, rounds: int) -> Non
 def test_a_layer_moved_to_cuda_computes_what_it_did_on_the_cpu(dtype: torch.dtype) -> None:
     """The kept fold does not survive the move, and routing statistics come along."""
     mlp = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=176))
-    ffn = FusedGraphMoEFFN(mlp, GraphMoEConfig(init_lora_weights=False, lora_dropout=0.0)).to(dtype).eval()
+    ffn = (
+        FusedGraphMoEFFN(mlp, GraphMoEConfig(init_lora_weights=False, lora_dropout=0.0, backend="torch"))
+        .to(dtype)
+        .eval()
+    )
     x = torch.randn(2, 33, 64, dtype=dtype)
     with torch.no_grad():
         expected = ffn(x)
@@ -59,14 +63,15 @@ def test_a_layer_moved_to_cuda_computes_what_it_did_on_the_cpu(dtype: torch.dtyp
     assert relative_error(moved[~flipped.to(moved.device)], exact[~flipped]) < 2 * own.max() + 1e-4
 
 
-def test_dropout_masks_are_the_same_on_cuda_as_on_the_cpu() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_dropout_masks_are_the_same_on_cuda_as_on_the_cpu(backend: str) -> None:
     """The down branch's mask comes from a seed, not from the device's generator."""
     tokens, width, n, r, k = 20, 48, 4, 4, 2
-    arguments = [torch.randn(*s) for s in ((tokens, width), (tokens, width), (tokens, n * r), (tokens, n * r))]
+    arguments = [torch.randn(*s) for s in ((tokens, width), (tokens, width), (tokens, 2 * n * r))]
     arguments += [torch.randn(*s) for s in ((n, width, r), (n, width, r), (n, r, width))]
     arguments += [torch.rand(tokens, k), torch.stack([torch.randperm(n)[:k] for _ in range(tokens)])]
     seed = torch.tensor([5])
     on_cpu = expert_swiglu(*arguments, dropout=0.5, seed=seed)
-    on_cuda = expert_swiglu(*(a.cuda() for a in arguments), dropout=0.5, seed=seed)
+    on_cuda = expert_swiglu(*(a.cuda() for a in arguments), dropout=0.5, seed=seed.cuda(), backend=backend)
     for a, b in zip(on_cpu, on_cuda, strict=True):
         torch.testing.assert_close(b.cpu(), a, rtol=1e-4, atol=1e-4)

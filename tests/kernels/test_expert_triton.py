@@ -29,7 +29,8 @@ def assert_within_budget(given: dict[str, torch.Tensor], dtype: torch.dtype, **s
     given = cast(cast(given, dtype), torch.float64)
     exact = results(given, "reference", **settings)
     literal = results(cast(given, dtype), "reference", **settings)
-    found = results(placed(cast(given, dtype)), "triton", **settings)
+    here = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in settings.items()}
+    found = results(placed(cast(given, dtype)), "triton", **here)
     assert found.keys() == exact.keys()
     for name in exact:
         error, own = relative_error(found[name], exact[name]), relative_error(literal[name], exact[name])
