@@ -25,7 +25,7 @@ def _by_rows(tensor: Tensor) -> Tensor:
 
 
 def _mask(token_mask: Tensor | None, statistics: str | None) -> Tensor | None:
-    """What the kernels read of the mask: integers or floats, as they do not read bool."""
+    """What the kernels read of the mask: integers, as they do not read bool."""
     if token_mask is None or statistics is None:
         return None
     token_mask = token_mask.contiguous()

@@ -133,7 +133,7 @@ def test_other_backends_compute_the_product_in_fp32(backend):
         ({"top_k": 6}, ValueError, r"top_k must lie in 1\.\.5 .*got 6"),
         ({"statistics": "all"}, ValueError, "unknown statistics 'all'"),
         ({"token_mask": torch.ones(2)}, ValueError, r"token_mask must be \[3\], got shape \(2,\)"),
-        ({"token_mask": torch.ones(3, device="meta")}, ValueError, "token_mask is on meta, x on"),
+        ({"token_mask": torch.ones(3, device="meta").bool()}, ValueError, "token_mask is on meta, x on"),
     ],
 )
 def test_refusals_name_argument_and_expectation(change, error, message):
