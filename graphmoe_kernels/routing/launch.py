@@ -33,12 +33,16 @@ def _mask(token_mask: Tensor | None, statistics: str | None) -> Tensor | None:
 
 
 def blocks(config: Config, num_experts: int) -> Config:
-    """A kernel's configuration with BLOCK_E, which holds all experts; no block over it has more than 2048 elements."""
+    """A kernel's configuration with BLOCK_E, which holds all experts; no block over it has more than 2048 elements.
+
+    Blocks do not shrink below 16 rows, so that with more than 128 experts eight warps share what four cannot hold.
+    """
     block_experts = max(16, power_of_two(num_experts))
     bounded = {
         name: min(size, max(16, 2048 // block_experts)) for name, size in config.items() if name.startswith("BLOCK_")
     }
-    return {**config, **bounded, "BLOCK_E": block_experts}
+    warps = max(config["num_warps"], 8) if block_experts > 128 else config["num_warps"]
+    return {**config, **bounded, "BLOCK_E": block_experts, "num_warps": warps}
 
 
 def allocate(main: Tensor, num_experts: int, top_k: int, stores_logits: bool, statistics: str | None) -> Outputs:
