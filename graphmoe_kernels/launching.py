@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from graphmoe_kernels.backend import check_device, device_capability, interpreting
 
@@ -21,10 +22,22 @@ DEVICE_CLASSES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 # Up to so many tokens (decode) a kernel takes the "skinny" configuration made for it.
 SKINNY_TOKENS = 64
+# A matrix instruction takes 16 rows: no tile of tokens is smaller, and one counter is made for each 16.
+SMALLEST_TILE = 16
 SIZE_CLASSES = ("skinny", "wide")
 DTYPE_CLASSES = ("half", "float")
 
 Config = dict[str, int]
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
+def by_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where neighbours in a row are not neighbours in memory; rows may be anywhere."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def size_class(tokens: int) -> str:

@@ -10,6 +10,7 @@ from graphmoe_kernels.backend import resolve_backend, without_autocast
 from graphmoe_kernels.experts import launch, reference
 from graphmoe_kernels.experts.op import expert_swiglu_op
 from graphmoe_kernels.experts.operands import Inputs, Settings
+from graphmoe_kernels.launching import SMALLEST_TILE
 
 
 def expert_swiglu(
@@ -155,7 +156,7 @@ def _check_extras(gate: Tensor, seed: Tensor | None, order: Tensor | None, ticke
             f"order must be int32 [{tokens}] and contiguous, a permutation of the tokens (expert_order makes one), "
             f"got {order.dtype} {list(order.shape)}"
         )
-    least = -(-tokens // launch.SMALLEST_TILE)
+    least = -(-tokens // SMALLEST_TILE)
     if tickets is not None and (
         tickets.dtype != torch.int32 or tickets.dim() != 1 or len(tickets) < least or not tickets.is_contiguous()
     ):

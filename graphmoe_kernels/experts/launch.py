@@ -15,21 +15,19 @@ from torch import Tensor
 
 from graphmoe_kernels.experts.dropout import kept_scale, threshold
 from graphmoe_kernels.experts.operands import Inputs, Settings
-from graphmoe_kernels.launching import Config, kernel_config, launch, multiprocessors
+from graphmoe_kernels.launching import Config, by_rows, kernel_config, launch, multiprocessors, power_of_two
 
 # Columns of the compact low-rank rows (slots times padded rank) that a program can hold beside its tile.
 MAX_COLUMNS = 256
 # From so many columns on, a program's tile is smaller: the configurations named "..._wide_rank".
 WIDE_RANK_COLUMNS = 64
-# The fewest tokens of a program: what a matrix instruction takes, and what one ticket is made for.
-SMALLEST_TILE = 16
 # Warps of these kernels that a multiprocessor holds: they use all registers that a thread can have.
 WARPS_PER_MULTIPROCESSOR = 8
 
 
 def _padded(size: int) -> int:
     """The power of two that holds ``size``, at least 16: what a matrix instruction takes."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power_of_two(size))
 
 
 class Sizes(NamedTuple):
@@ -49,7 +47,7 @@ class Sizes(NamedTuple):
     @property
     def slots_padded(self) -> int:
         """The power of two that holds the slots, at least 2."""
-        return 1 << max(1, (self.slots - 1).bit_length())
+        return max(2, power_of_two(self.slots))
 
     @property
     def columns(self) -> int:
@@ -99,11 +97,6 @@ def program_slots(config: Config, multiprocessors: int) -> int:
     return multiprocessors * max(1, WARPS_PER_MULTIPROCESSOR // config["num_warps"])
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with contiguous rows, of any stride between them."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class Call(NamedTuple):
     """The arguments that all three kernels share."""
 
@@ -133,7 +126,7 @@ def prepare(inputs: Inputs, settings: Settings) -> Call:
     """Layouts that the kernels can read, and the arguments that follow from sizes and settings."""
     size = sizes(inputs)
     by_row = ("gate", "up", "state", "low", "low_update")
-    inputs = inputs.map(lambda name, x: _rows(x) if name in by_row else x.contiguous())
+    inputs = inputs.map(lambda name, x: by_rows(x) if name in by_row else x.contiguous())
     state, low_update = inputs.state, inputs.low_update
     dropping = settings.dropout > 0 and settings.seed is not None
     arguments = {
@@ -208,7 +201,8 @@ def backward(grad_c: Tensor, grad_z: Tensor, inputs: Inputs, settings: Settings,
     """The gradients of the ``needed`` floating inputs, in their places."""
     call = prepare(inputs, settings)
     asked = dict(zip(Inputs._fields, [*needed, False], strict=True))
-    grads, present = _backward_tokens(call, grad_c.contiguous(), grad_z.contiguous())
+    grad_c, grad_z = grad_c.contiguous(), grad_z.contiguous()
+    grads, present = _backward_tokens(call, grad_c, grad_z)
     if asked["low_update"]:
         grads["low_update"] = grads["low"].clone()
     d_gate, d_up = grads["gate"], grads["up"]
@@ -221,7 +215,7 @@ def backward(grad_c: Tensor, grad_z: Tensor, inputs: Inputs, settings: Settings,
         if asked["fold_up"]:
             grads["fold_up"] = d_up.T @ state
     if any(asked[name] for name in ("gate_B", "up_B", "down_A", "gate_scale", "up_scale")):
-        grads |= _backward_weights(call, grad_c.contiguous(), grad_z.contiguous(), present)
+        grads |= _backward_weights(call, grad_c, grad_z, present)
     return Inputs(*(grads.get(name) for name in Inputs._fields))  # type: ignore[arg-type]
 
 

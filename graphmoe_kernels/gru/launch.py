@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.launching import kernel_config, launch
+from graphmoe_kernels.launching import by_rows, kernel_config, launch
 
 
 def allocate_forward(inputs: Tensor, width: int, candidate: bool) -> tuple[Tensor, Tensor]:
@@ -30,8 +30,8 @@ def forward(
 
     tokens, width, later = inputs.shape[0], candidate_bias.shape[0], state is not None
     out, candidate = allocate_forward(inputs, width, save and later)
-    inputs, weight = _rows(inputs), _rows(candidate_weight)
-    recurrent, state, total = (None if t is None else _rows(t) for t in (recurrent, state, total))
+    inputs, weight = by_rows(inputs), by_rows(candidate_weight)
+    recurrent, state, total = (None if t is None else by_rows(t) for t in (recurrent, state, total))
     config = kernel_config("gru", "gru_forward", tokens, inputs.dtype, inputs.device)
     launch(
         gru_forward,
@@ -87,8 +87,8 @@ def backward(
 
     tokens, width, later = inputs.shape[0], candidate_bias.shape[0], state is not None
     d_inputs, d_state, kept = allocate_backward(inputs, width, later, reset_state)
-    grad, inputs, weight = _rows(grad), _rows(inputs), _rows(candidate_weight)
-    recurrent, state = (None if t is None else _rows(t) for t in (recurrent, state))
+    grad, inputs, weight = by_rows(grad), by_rows(inputs), by_rows(candidate_weight)
+    recurrent, state = (None if t is None else by_rows(t) for t in (recurrent, state))
     config = kernel_config("gru", "gru_backward", tokens, inputs.dtype, inputs.device)
     tiles = -(-tokens // config["BLOCK_M"])
     d_bias = inputs.new_empty((tiles, width) if bias else (0,), dtype=torch.float32)
@@ -126,11 +126,6 @@ def backward(
 def _grid(tokens: int, width: int, config: dict[str, int]) -> tuple[int]:
     """One axis, as the others end at 65535 programs."""
     return (-(-tokens // config["BLOCK_M"]) * -(-width // config["BLOCK_G"]),)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """``tensor`` with its rows wherever they are and the elements of a row side by side."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _row_stride(tensor: Tensor | None) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from graphmoe_kernels.aot.case import CompileCase
-from graphmoe_kernels.routing.launch import MAX_EXPERTS, STATISTICS, TICKET_TOKENS, blocks, power_of_two
+from graphmoe_kernels.launching import SMALLEST_TILE, power_of_two
+from graphmoe_kernels.routing.launch import MAX_EXPERTS, STATISTICS, blocks
 from graphmoe_kernels.routing.order import ORDER_WINDOW
 
 DTYPES = {"bf16": "half", "fp16": "half", "fp32": "float"}
@@ -61,7 +62,7 @@ def _forward(
         "STATISTICS": STATISTICS[statistics if asked else None],
         "NUM_EXPERTS": n,
         "TOP_K": k,
-        "TICKET_TOKENS": TICKET_TOKENS,
+        "TICKET_TOKENS": SMALLEST_TILE,
         "BLOCK_S": power_of_two(k),
     }
     name = f"forward {size} x={x} router={router} offset={offset} n={n} k={k} statistics={statistics}"

@@ -5,23 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.launching import Config, kernel_config, launch
+from graphmoe_kernels.launching import SMALLEST_TILE, Config, by_rows, kernel_config, launch, power_of_two
 
 MAX_EXPERTS = 256  # a row's experts are handled in registers, all at once
-TICKET_TOKENS = 16  # the smallest tile of tokens that the expert kernel counts
 STATISTICS = {None: 0, "topk": 1, "full": 2}
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def power_of_two(size: int) -> int:
-    """The least power of two that is not below ``size``."""
-    return 1 << (size - 1).bit_length()
-
-
-def _by_rows(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where neighbours in a row are not neighbours in memory."""
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
 def _mask(token_mask: Tensor | None, statistics: str | None) -> Tensor | None:
@@ -55,7 +44,7 @@ def allocate(main: Tensor, num_experts: int, top_k: int, stores_logits: bool, st
         main.new_empty(tokens, top_k, dtype=torch.int32),
         main.new_empty(counted, dtype=torch.float32),
         main.new_empty(counted, dtype=torch.float32),
-        main.new_empty((tokens + TICKET_TOKENS - 1) // TICKET_TOKENS, dtype=torch.int32),
+        main.new_empty((tokens + SMALLEST_TILE - 1) // SMALLEST_TILE, dtype=torch.int32),
     )
 
 
@@ -75,7 +64,7 @@ def forward(
     """
     from graphmoe_kernels.routing.triton_kernels import route_forward
 
-    x, router, offset = (None if t is None else _by_rows(t) for t in (x, router, offset))
+    x, router, offset = (None if t is None else by_rows(t) for t in (x, router, offset))
     main, num_experts = main_input(x, router, offset)
     tokens = main.shape[0]
     stores_logits = x is not None or main.dtype != torch.float32
@@ -100,7 +89,7 @@ def forward(
         STATISTICS=STATISTICS[statistics],
         NUM_EXPERTS=num_experts,
         TOP_K=top_k,
-        TICKET_TOKENS=TICKET_TOKENS,
+        TICKET_TOKENS=SMALLEST_TILE,
         BLOCK_S=power_of_two(top_k),
         **config,
     )
@@ -130,7 +119,7 @@ def backward(
     """The gradient of the logits, [N, n] fp32, from those of the outputs that have one."""
     from graphmoe_kernels.routing.triton_kernels import route_backward
 
-    logits = _by_rows(logits)
+    logits = by_rows(logits)
     upstream = [None if t is None else t.contiguous() for t in (d_logits, d_weights, d_mass)]
     tokens, num_experts = logits.shape
     total = logits.new_empty(tokens, num_experts, dtype=torch.float32)
