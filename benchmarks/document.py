@@ -1,0 +1,176 @@
+"""Result files: one JSON schema for every run, the document that grows during a run, and reading it back."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SCHEMA = 2
+RUN_AGAIN = "run the benchmarks again (`make bench`, or `make gpu-report` on a GPU)"
+# What a row is judged and drawn by; the other keys of the schema may be null.
+ROW_KEYS = ("case", "group", "model", "mode", "graph", "provider", "label", "sizes", "seconds", "ratios")
+SIZE_KEYS = ("experts", "rounds", "tokens", "dtype")
+
+
+class ResultError(ValueError):
+    """A file that holds no result of this schema, or results that cannot stand beside each other."""
+
+
+class Source(NamedTuple):
+    """A result and the file it came from."""
+
+    path: Path
+    content: dict[str, Any]
+
+
+class Document:
+    """What a run has found so far, on disk after every step.
+
+    The file is replaced, never written into: a run that is killed leaves what the last step saved. A run that starts
+    again on the same file goes on after the steps that it names.
+
+    Attributes:
+        content: ``schema``, ``conditions``, ``limits``, ``steps`` (name -> state), ``checks``, ``rows``, ``kernels``,
+            ``profiles``.
+
+    Raises:
+        ResultError: the file is there, but is no result of this schema.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {
+            "schema": SCHEMA,
+            "conditions": {},
+            "limits": {},
+            "steps": {},
+            "checks": [],
+            "rows": [],
+            "kernels": [],
+            "profiles": [],
+        }
+        if path.exists():
+            self.content = _parse(path)
+
+    def save(self) -> None:
+        """Write all of it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+    def begin(self, step: str) -> None:
+        """Note that a step runs: should it end the process, the next process passes it over."""
+        self.content["steps"][step] = {"state": "running"}
+        self.save()
+
+    def end(self, step: str, state: str, seconds: float = 0.0, note: str = "") -> None:
+        """Note how a step ended: ``"done"``, ``"failed"`` or ``"skipped"``, with the reason."""
+        self.content["steps"][step] = {"state": state, "seconds": round(seconds, 2), "note": note}
+        self.save()
+
+    def attempted(self, step: str) -> bool:
+        """Whether a step has run, or was running when a process ended."""
+        return step in self.content["steps"] and self.content["steps"][step]["state"] != "skipped"
+
+    def close_interrupted(self) -> list[str]:
+        """Mark the steps that were running when a process ended as failed, and name them."""
+        names = [name for name, step in self.content["steps"].items() if step["state"] == "running"]
+        for name in names:
+            self.content["steps"][name] = {"state": "failed", "note": "the process ended, or was ended, in this step"}
+        return names
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The content of a result file, its conditions and rows complete.
+
+    Raises:
+        ResultError: no such file, no JSON, another schema, no conditions, nothing measured, or a row that lacks what
+            every row has.
+    """
+    content = _parse(path)
+    device = content["conditions"].get("device", {})
+    absent = [key for key in ("versions", "commit", "date") if key not in content["conditions"]]
+    absent += [f"device {key}" for key in ("kind", "name") if key not in device]
+    if absent:
+        raise ResultError(f"{path} does not say where it was measured ({', '.join(absent)} missing): {RUN_AGAIN}")
+    if not (content["rows"] or content["kernels"] or content["profiles"]):
+        raise ResultError(f"{path} has no rows: its run measured nothing ({_ends(content)}); {RUN_AGAIN}")
+    _check_rows(path, content["rows"])
+    return content
+
+
+def newest(folder: Path) -> tuple[list[Source], list[str]]:
+    """The newest result of each kind of device in a folder, and a line for each file that was passed over."""
+    found: dict[str, Source] = {}
+    passed_over = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            source = Source(path, load(path))
+        except ResultError as error:
+            passed_over.append(str(error))
+            continue
+        kind = source.content["conditions"]["device"]["kind"]
+        if kind not in found or _date(source) >= _date(found[kind]):
+            found[kind] = source
+    return list(found.values()), passed_over
+
+
+def _date(source: Source) -> str:
+    return source.content["conditions"]["date"]
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    """A result file of this schema, in whatever state its run left it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ResultError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ResultError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # of JSON and of UTF-8
+        raise ResultError(f"{path} is no JSON ({error}): name a result file of the benchmarks") from error
+    if not isinstance(content, dict):
+        raise ResultError(f"{path} is no result file: it holds a {type(content).__name__}, not an object")
+    schema = content.get("schema", content.get("version"))
+    if schema != SCHEMA or "schema" not in content:
+        has = "no schema number" if schema is None else f"schema {schema}"
+        raise ResultError(f"{path} has {has}, expected is schema {SCHEMA}: {RUN_AGAIN}")
+    for key, kind in (("conditions", dict), ("limits", dict), ("steps", dict)):
+        _expect(path, content, key, kind)
+    for key in ("checks", "rows", "kernels", "profiles"):
+        _expect(path, content, key, list)
+    return content
+
+
+def _expect(path: Path, content: dict[str, Any], key: str, kind: type) -> None:
+    if not isinstance(content.get(key), kind):
+        found = f"is a {type(content[key]).__name__}" if key in content else "is missing"
+        raise ResultError(f"{path}: {key!r} {found}, expected is a {kind.__name__}: the file is damaged; {RUN_AGAIN}")
+
+
+def _check_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    seen: set[tuple[str, str]] = set()
+    for index, row in enumerate(rows):
+        absent = [key for key in ROW_KEYS if key not in row]
+        absent += [f"sizes {key}" for key in SIZE_KEYS if "sizes" in row and key not in row["sizes"]]
+        absent += [
+            f"seconds {key}" for key in ("median", "quartiles") if "seconds" in row and key not in row["seconds"]
+        ]
+        if absent:
+            raise ResultError(f"{path}: row {index} has no {', '.join(absent)}: the file is damaged; {RUN_AGAIN}")
+        if not row["seconds"]["median"] > 0:
+            raise ResultError(f"{path}: row {index} took {row['seconds']['median']} s, which cannot be: {RUN_AGAIN}")
+        name = (row["case"], row["label"])
+        if name in seen:
+            raise ResultError(f"{path} has two rows {row['label']!r} of case {row['case']!r}, expected is one")
+        seen.add(name)
+
+
+def _ends(content: dict[str, Any]) -> str:
+    states = [step["state"] for step in content["steps"].values()]
+    if not states:
+        return "it began no step"
+    return ", ".join(f"{states.count(state)} steps {state}" for state in dict.fromkeys(states))
