@@ -25,6 +25,23 @@ class Source(NamedTuple):
     content: dict[str, Any]
 
 
+class Ratio(NamedTuple):
+    """One row's figure over another's.
+
+    Attributes:
+        value: the median over the turns, or the ratio of two medians.
+        quartiles: over the turns; None where there is no ratio turn by turn.
+    """
+
+    value: float
+    quartiles: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        if self.quartiles is None:
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f} [{self.quartiles[0]:.3f}, {self.quartiles[1]:.3f}]"
+
+
 class Document:
     """What a run has found so far, on disk after every step.
 
@@ -102,6 +119,18 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
+def turn_ratio(over: dict[str, Any], under: dict[str, Any]) -> Ratio | None:
+    """Time of one row over that of another, turn by turn; None unless they were timed in turns with each other."""
+    if over["case"] != under["case"]:
+        return None
+    if (found := over["ratios"].get(under["label"])) is not None:
+        return Ratio(found["median"], (found["quartiles"][0], found["quartiles"][1]))
+    if (found := under["ratios"].get(over["label"])) is not None:
+        low, high = found["quartiles"]
+        return Ratio(1 / found["median"], (1 / high, 1 / low))
+    return None
+
+
 def newest(folder: Path) -> tuple[list[Source], list[str]]:
     """The newest result of each kind of device in a folder, and a line for each file that was passed over."""
     found: dict[str, Source] = {}
@@ -154,6 +183,8 @@ def _expect(path: Path, content: dict[str, Any], key: str, kind: type) -> None:
 def _check_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     seen: set[tuple[str, str]] = set()
     for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ResultError(f"{path}: row {index} is a {type(row).__name__}, expected is an object; {RUN_AGAIN}")
         absent = [key for key in ROW_KEYS if key not in row]
         absent += [f"sizes {key}" for key in SIZE_KEYS if "sizes" in row and key not in row["sizes"]]
         absent += [
@@ -161,8 +192,9 @@ def _check_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         ]
         if absent:
             raise ResultError(f"{path}: row {index} has no {', '.join(absent)}: the file is damaged; {RUN_AGAIN}")
-        if not row["seconds"]["median"] > 0:
-            raise ResultError(f"{path}: row {index} took {row['seconds']['median']} s, which cannot be: {RUN_AGAIN}")
+        median = row["seconds"]["median"]
+        if not (isinstance(median, (int, float)) and median > 0):
+            raise ResultError(f"{path}: row {index} took {median!r} s, expected is a positive time; {RUN_AGAIN}")
         name = (row["case"], row["label"])
         if name in seen:
             raise ResultError(f"{path} has two rows {row['label']!r} of case {row['case']!r}, expected is one")

@@ -1,0 +1,31 @@
+"""How the pages of results write tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; the first column to the left, the others to the right."""
+    lines = ["| " + " | ".join(map(_cell, header)) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return [*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in rows)]
+
+
+def _cell(text: str) -> str:
+    """On one line and without a column's bar, which messages of errors may have."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def seconds(value: float | None) -> str:
+    """A time in the unit that suits its size."""
+    if value is None:
+        return "-"
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if value * factor >= 1:
+            return f"{value * factor:.4g} {unit}" if value * factor < 1000 else f"{value * factor:,.0f} {unit}"
+    return f"{value * 1e6:.3g} us"
+
+
+def mega(value: float | None, digits: int = 1) -> str:
+    """Millions, of bytes for one."""
+    return "-" if value is None else f"{value / 1e6:,.{digits}f}"
