@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.gru import gru_step
+from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking import rounds
 from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, RoundsFold, build_fold
 from graphmoe_kernels.rethinking.weights import LayerWeights, RethinkingOutput, RethinkingSpec
@@ -29,18 +30,19 @@ def rethink_folded(
     """
     base = weights.base
     routing = rounds.route(x, weights.router, spec, token_mask, backend)  # before the cast: autocast would lower it
-    gate, up = base.project_in(x)  # [N, F] each, read by every round
+    gate, up = rounds.project_in(base, x)  # [N, F] each, read by every round
     x = x.to(gate.dtype)
     if fold is None:
         fold = build_fold(weights, FoldSettings(gate.dtype, spec.scale, spec.candidate_input))
     experts, order = fold.experts, rounds.token_order(routing, gate, backend)
 
-    low = F.linear(F.dropout(x, spec.dropout), experts.low_A)  # [N, 2nr]
+    low = rounds.project_low(x, experts, spec)  # [N, 2nr]
     c, z = rounds.expert_round(gate, up, low, experts, routing, spec, backend, order)
     routings, state = [routing], None
     for _ in range(1, spec.rounds):
         assert fold.later is not None
-        state = _think(c, z, x, state, routing, spec, fold.later, backend)
+        with named_range("gru"):
+            state = _think(c, z, x, state, routing, spec, fold.later, backend)
         del c  # before the next one is made: the widest tensor of a round
         total = state.total
         routing = rounds.route(total, fold.later.router, spec, token_mask, backend, offset=routings[0].logits)
@@ -48,7 +50,7 @@ def rethink_folded(
         low_t, low_update = low, state.low_update if spec.dropout == 0 else None
         if spec.dropout > 0:  # dropout(x_t) is not linear in x_t: form x_t, for A alone
             x_t = x + F.linear(total, fold.later.output)
-            low_t = F.linear(F.dropout(x_t, spec.dropout), experts.low_A)
+            low_t = rounds.project_low(x_t, experts, spec)
         update = (total, fold.later.gate, fold.later.up)
         c, z = rounds.expert_round(gate, up, low_t, experts, routing, spec, backend, order, update, low_update)
     return rounds.collect(rounds.output(base, c, z, experts.down_B, routing, spec), routings)

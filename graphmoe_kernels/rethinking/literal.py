@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.gru import gru_step
+from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking import rounds
 from graphmoe_kernels.rethinking.weights import GRUWeights, LayerWeights, RethinkingOutput, RethinkingSpec
 
@@ -24,18 +25,20 @@ def rethink_literal(
     for t in range(spec.rounds):
         routing = rounds.route(x, router, spec, token_mask, backend)
         routings.append(routing)
-        gate, up = base.project_in(x)
+        gate, up = rounds.project_in(base, x)
         if experts is None:
-            experts = rounds.prepare_experts(weights.experts, gate.dtype, spec.scale)
+            with named_range("experts"):
+                experts = rounds.prepare_experts(weights.experts, gate.dtype, spec.scale)
             order = rounds.token_order(routing, gate, backend)
-        low = F.linear(F.dropout(x.to(gate.dtype), spec.dropout), experts.low_A)  # [N, 2nr]
+        low = rounds.project_low(x.to(gate.dtype), experts, spec)  # [N, 2nr]
         c, z = rounds.expert_round(gate, up, low, experts, routing, spec, backend, order)
         y = rounds.output(base, c, z, experts.down_B, routing, spec)
         if t == spec.rounds - 1:
             break
         assert gru is not None
-        pair = _gru_round(x, y, pair, gru, spec, backend)
-        x = x + F.linear(pair[:, : gru.width], gru.output.to(pair.dtype))
+        with named_range("gru"):
+            pair = _gru_round(x, y, pair, gru, spec, backend)
+            x = x + F.linear(pair[:, : gru.width], gru.output.to(pair.dtype))
     return rounds.collect(y, routings)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.backend import resolve_backend
 from graphmoe_kernels.experts import expert_swiglu
 from graphmoe_kernels.launching import SKINNY_TOKENS
+from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking.weights import BaseMLP, ExpertWeights, RethinkingOutput, RethinkingSpec
 from graphmoe_kernels.routing import Routing, expert_order, route_tokens
 
@@ -52,16 +54,17 @@ def route(
     offset: Tensor | None = None,
 ) -> Routing:
     """This round's routing of R x (plus ``offset``) under the layer's settings, in fp32 at least."""
-    return route_tokens(
-        x,
-        router,
-        spec.top_k,
-        offset=offset,
-        normalize=spec.normalize,
-        statistics=spec.statistics,
-        token_mask=token_mask,
-        backend=backend,
-    )
+    with named_range("routing"):
+        return route_tokens(
+            x,
+            router,
+            spec.top_k,
+            offset=offset,
+            normalize=spec.normalize,
+            statistics=spec.statistics,
+            token_mask=token_mask,
+            backend=backend,
+        )
 
 
 def token_order(routing: Routing, gate: Tensor, backend: str) -> Tensor | None:
@@ -71,7 +74,20 @@ def token_order(routing: Routing, gate: Tensor, backend: str) -> Tensor | None:
     """
     if resolve_backend(backend, "gate", gate) != "triton" or gate.shape[0] <= SKINNY_TOKENS:
         return None
-    return expert_order(routing.experts)
+    with named_range("routing"):
+        return expert_order(routing.experts)
+
+
+def project_in(base: BaseMLP, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The frozen projections' gate and up pre-activations, [N, F] each."""
+    with named_range("mlp"):
+        return base.project_in(x)
+
+
+def project_low(x: Tensor, experts: PreparedExperts, spec: RethinkingSpec) -> Tensor:
+    """A dropout(x) of every expert, [N, 2nr], for x [N, D]: what `expert_swiglu` calls ``low``."""
+    with named_range("experts"):
+        return F.linear(F.dropout(x, spec.dropout), experts.low_A)
 
 
 def expert_round(
@@ -88,27 +104,28 @@ def expert_round(
 ) -> tuple[Tensor, Tensor]:
     """c [N, F] and z [N, n*r] of one round; ``update`` is (H, M_gate, M_up) in a folded round."""
     state, fold_gate, fold_up = update or (None, None, None)
-    return expert_swiglu(
-        gate,
-        up,
-        low,
-        experts.gate_B,
-        experts.up_B,
-        experts.down_A,
-        routing.weights,
-        routing.experts,
-        scale=spec.scale,
-        activation=spec.activation,
-        state=state,
-        fold_gate=fold_gate,
-        fold_up=fold_up,
-        low_update=low_update,
-        dropout=spec.dropout,
-        seed=draw_seed(spec, gate.device),
-        order=order,
-        tickets=routing.tickets if routing.tickets.numel() else None,
-        backend=backend,
-    )
+    with named_range("experts"):
+        return expert_swiglu(
+            gate,
+            up,
+            low,
+            experts.gate_B,
+            experts.up_B,
+            experts.down_A,
+            routing.weights,
+            routing.experts,
+            scale=spec.scale,
+            activation=spec.activation,
+            state=state,
+            fold_gate=fold_gate,
+            fold_up=fold_up,
+            low_update=low_update,
+            dropout=spec.dropout,
+            seed=draw_seed(spec, gate.device),
+            order=order,
+            tickets=routing.tickets if routing.tickets.numel() else None,
+            backend=backend,
+        )
 
 
 def mixed_weight(routing: Routing, spec: RethinkingSpec, dtype: torch.dtype) -> Tensor | None:
@@ -124,7 +141,10 @@ def add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def output(base: BaseMLP, c: Tensor, z: Tensor, down_B: Tensor, routing: Routing, spec: RethinkingSpec) -> Tensor:
     """y = W_D c + s B_D z + (sum_j w_j) b_D, [N, D]: one down projection whatever k is; ``down_B`` [D, n*r]
     is that of `PreparedExperts`."""
-    y = add_product(base.project_out(c), z, down_B)
+    with named_range("mlp"):
+        y = base.project_out(c)
+    with named_range("experts"):
+        y = add_product(y, z, down_B)
     mixed = mixed_weight(routing, spec, y.dtype)
     if mixed is not None:
         bias = base.dense().down_bias
