@@ -29,3 +29,8 @@ def seconds(value: float | None) -> str:
 def mega(value: float | None, digits: int = 1) -> str:
     """Millions, of bytes for one."""
     return "-" if value is None else f"{value / 1e6:,.{digits}f}"
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -85,7 +85,7 @@ class Target(NamedTuple):
 
 
 class GruShare(NamedTuple):
-    """The GRU kernels' share of the layer: each kind of step alone, both over the layer at T=3, which has one of each."""
+    """The GRU kernels' share of the layer: each kind of step alone, over the layer at T=3, which has one of each."""
 
     what: str = "share of the GRU kernels in the layer, prefill, 8192 tokens, T=3"
     at_most: float = 0.03

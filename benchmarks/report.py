@@ -1,0 +1,115 @@
+"""Result files as tables and plots: ``python -m benchmarks.report``, with ``--compare A B`` two runs side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.document import ResultError, Source, load, newest
+from benchmarks.page import page
+from benchmarks.tables import plural
+from benchmarks.targets import HEADER, conditions_line, target_rows
+from graphmoe_kernels.cost.report import table
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description="Result files as tables and plots; two runs side by side."
+    )
+    p.add_argument(
+        "files", nargs="*", type=Path, help="result files (default: the newest of each kind of device in the results)"
+    )
+    p.add_argument("--out", type=Path, help=f"folder of report.md and the plots (default: {RESULTS / 'report'})")
+    p.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="whether the ratios of two results agree")
+    p.add_argument("--across-devices", action="store_true", help="compare results of different devices all the same")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the targets and write the report, or compare; 0, or 2 with one line on stderr for wrong input."""
+    p = parser()
+    options = p.parse_args(arguments)
+    if options.compare and (options.files or options.out):
+        p.error("--compare takes its two files and writes nothing: leave out the other files and --out")
+    if options.across_devices and not options.compare:
+        p.error("--across-devices belongs to --compare")
+    try:
+        if options.compare:
+            from benchmarks.compare import compare
+
+            first, second = (Source(path, load(path)) for path in options.compare)
+            print(compare(first, second, options.across_devices))
+            return 0
+        sources = _sources(options.files)
+        print(targets_text(sources))
+        print()
+        for line in write(sources, options.out or RESULTS / "report"):
+            print(line)
+    except ResultError as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"benchmarks.report: the plots need matplotlib (pip install -e '.[bench]'): {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def targets_text(sources: Sequence[Source]) -> str:
+    """The table of the targets, for a terminal."""
+    return table(HEADER, target_rows(sources))
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The page of one result, without plots: what a run writes beside its JSON file."""
+    return page([Source(Path(), content)])
+
+
+def write(sources: Sequence[Source], folder: Path) -> list[str]:
+    """Write report.md and the plots of every result; a line for each file written and each plot left out.
+
+    Raises:
+        ResultError: the folder cannot be written to, or two results have one file name, which names the plots.
+        ImportError: matplotlib is not installed.
+    """
+    from benchmarks.plots import draw
+
+    stems = [source.path.stem for source in sources]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise ResultError(f"two of the files are called {stem}.json, which names their plots: rename one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plots = {source.path: draw(source.content, folder, source.path.stem) for source in sources}
+        path = folder / "report.md"
+        path.write_text(page(sources, plots), encoding="utf-8")
+    except OSError as error:
+        raise ResultError(f"{folder} cannot be written to: {error.strerror}; name another folder by --out") from error
+    lines = []
+    for source in sources:
+        rows, failed = source.content["rows"], sum(not check["passed"] for check in source.content["checks"])
+        lines.append(f"{source.path}: {conditions_line(source.content)}")
+        lines.append(f"  {plural(len(rows), 'row')}, {plural(failed, 'failed check')}")
+        for plot in plots[source.path]:
+            lines.append(f"  {plot.path}" if plot.path else f"  no plot of {plot.name}: {plot.reason}")
+    return [*lines, f"written to {path}"]
+
+
+def _sources(files: Sequence[Path]) -> list[Source]:
+    if files:
+        return [Source(path, load(path)) for path in dict.fromkeys(files)]
+    sources, passed_over = newest(RESULTS)
+    for line in passed_over:
+        print(f"passed over: {line}", file=sys.stderr)
+    if not sources:
+        print(f"there is no result in {RESULTS}: `make bench` or `make gpu-report` writes one", file=sys.stderr)
+    return sources
+
+
+if __name__ == "__main__":
+    sys.exit(main())
