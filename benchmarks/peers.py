@@ -1,0 +1,299 @@
+"""What others compute: MixLoRA as published and as its package runs it, plain LoRA by PEFT, Liger-Kernel's MLP.
+
+All of them read the tensors that the other providers read; nothing is copied and no module of theirs is changed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from graphmoe_kernels import DenseMLP, GRUWeights, LayerWeights, RethinkingSpec, get_activation
+
+Forward = Callable[[Tensor], Tensor]
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def peer_mixlora(weights: LayerWeights, spec: RethinkingSpec) -> Forward:
+    """MixLoRA as published, once per round; rounds are joined by the GRU in plain PyTorch.
+
+    Base gate and up are computed once for all experts; then a Python loop over the experts, each of which finds its
+    tokens by ``torch.where`` and runs the base's down projection on them (MixLoRA, arXiv 2404.15159, section 3). It is
+    the arithmetic of `mixlora_package` without what that package's modules add to it.
+
+    Args:
+        weights: the layer's, of one dtype and device; gradients reach every tensor of it that requires them.
+        spec: the layer's, without dropout and statistics; the GRU's settings are all supported.
+
+    Returns:
+        x [N, D] -> y_T [N, D], in the dtype of the weights.
+
+    Raises:
+        ValueError: unnormalised routing weights, dropout or statistics are asked for; several rounds without a GRU.
+    """
+    _check(weights, spec)
+    base = weights.base.dense()
+    return _rounds(lambda x: _mixlora(x, base, weights, spec), weights.gru, spec)
+
+
+def _check(weights: LayerWeights, spec: RethinkingSpec) -> None:
+    if not spec.normalize:
+        raise ValueError("MixLoRA divides the chosen routing weights by their sum; use a spec with normalize=True")
+    if spec.dropout:
+        raise ValueError(f"the peers are compared without dropout, got {spec.dropout}; use a spec with dropout=0")
+    if spec.statistics is not None:
+        raise ValueError(f"the peers record no statistics, got {spec.statistics!r}; use a spec with statistics=None")
+    if spec.rounds > 1 and weights.gru is None:
+        raise ValueError(f"{spec.rounds} rounds need a GRU to join them, but weights.gru is None")
+
+
+def _mixlora(x: Tensor, base: DenseMLP, weights: LayerWeights, spec: RethinkingSpec) -> Tensor:
+    """y [N, D] of one round."""
+    activation = get_activation(spec.activation).function
+    wide = torch.promote_types(x.dtype, torch.float32)
+    probabilities = torch.softmax(F.linear(x.to(wide), weights.router.to(wide)), dim=-1)  # [N, n]
+    mixing, chosen = torch.topk(probabilities, spec.top_k, dim=-1)
+    mixing = (mixing / mixing.sum(dim=-1, keepdim=True)).to(x.dtype)  # [N, k]
+    chosen_by = F.one_hot(chosen, probabilities.shape[1]).permute(2, 1, 0)  # [n, k, N]
+
+    gate, up = base.project_in(x)  # [N, F] each
+    outputs = []
+    # Taken apart once: the gradient of `tensor[i]` would be as large as the stack of all experts, n times.
+    for i, pairs in enumerate(zip(*(t.unbind() for t in weights.experts), strict=True)):
+        gate_A, gate_B, up_A, up_B, down_A, down_B = pairs
+        _, tokens = torch.where(chosen_by[i])  # [m]
+        read = x[tokens]
+        g = gate[tokens] + spec.scale * F.linear(F.linear(read, gate_A), gate_B)
+        u = up[tokens] + spec.scale * F.linear(F.linear(read, up_A), up_B)
+        hidden = activation(g) * u  # [m, F]
+        outputs.append(base.project_out(hidden) + spec.scale * F.linear(F.linear(hidden, down_A), down_B))
+
+    y = torch.zeros_like(x)
+    for i, output in enumerate(outputs):
+        slots, tokens = torch.where(chosen_by[i])  # once more, as the published code does
+        y.index_add_(0, tokens, output * mixing[tokens, slots, None])
+    return y
+
+
+def mixlora_package(mlp: nn.Module, weights: LayerWeights, spec: RethinkingSpec) -> Forward:
+    """The ``mixlora`` package's own layer, once per round; rounds are joined as in `peer_mixlora`.
+
+    Its LoRA dtype is the weights', as ``from_pretrained(torch_dtype=...)`` sets it; in that dtype it also routes, so
+    below fp32 tokens near a tie choose other experts. Arguments, result and errors are those of `peer_mixlora`;
+    ``mlp`` is the module of ``weights.base``, and only read.
+
+    Raises:
+        RuntimeError: the package cannot be used; see `mixlora_missing`.
+        TypeError: ``mlp`` is no LlamaMLP.
+        ValueError: ``mlp`` has other weights than ``weights.base``.
+    """
+    missing = mixlora_missing()
+    if missing is not None:
+        raise RuntimeError(missing)
+    _check(weights, spec)
+    mlp = _llama(mlp)
+    base = weights.base.dense()
+    for name, tensor in zip(PROJECTIONS, (base.gate, base.up, base.down), strict=True):
+        if getattr(mlp, name).weight.data_ptr() != tensor.data_ptr():
+            raise ValueError(f"mlp.{name} is another tensor than weights.base has; give the MLP that the layer adapts")
+    moe, linears = _mixlora_module(mlp, weights, spec)
+
+    def layer(x: Tensor) -> Tensor:
+        for stacked, held in zip(weights.experts, linears, strict=True):
+            for linear, own in zip(held, stacked.unbind(), strict=True):
+                vars(linear)["weight"] = own  # nn.Module's own assignment would be 5% of a call for one token
+        return moe(x[None])[0]  # it wants [batch, tokens, D]
+
+    return _rounds(layer, weights.gru, spec)
+
+
+def mixlora_missing() -> str | None:
+    """Why `mixlora_package` cannot be used, or None if it can."""
+    return _import_error("mixlora", "mixlora", "mixlora.model")
+
+
+def _mixlora_module(mlp: LlamaMLP, weights: LayerWeights, spec: RethinkingSpec) -> tuple[nn.Module, list[list[Any]]]:
+    """The package's ``MixLoraSparseMoe`` over ``mlp``, and its linears without weights: n for each field of experts.
+
+    A Parameter cannot be a slice that passes gradients on to the stack of all experts; a plain attribute can, so the
+    linears lose their Parameters and are handed slices before they run.
+    """
+    package, lora_linear = importlib.import_module("mixlora.model"), importlib.import_module("mixlora.lora_linear")
+    num_experts, rank, _ = weights.experts.gate_A.shape
+    config = package.MixLoraConfig.from_config(
+        {
+            "base_model_name_or_path": "",
+            "task_type": "CAUSAL_LM",
+            "peft_type": "MIXLORA",
+            "routing_strategy": "mixlora",
+            "r": rank,
+            "lora_alpha": spec.scale * rank,
+            "lora_dropout": 0.05,  # it refuses 0; its linears are put in evaluation mode below
+            "target_modules": list(PROJECTIONS),
+            "num_experts": num_experts,
+            "top_k": spec.top_k,
+        }
+    )
+    config.model_type_, config.dtype_ = "llama", weights.router.dtype
+    config.act_fn_ = get_activation(spec.activation).function  # left out, it would be None and be called all the same
+    moe = package.MixLoraSparseMoe(mlp, config)
+    moe.gate_ = weights.router
+    linears: list[list[Any]] = []
+    for name in PROJECTIONS:
+        loras = [lora_linear.LoraLinear(getattr(mlp, name), config).eval() for _ in range(num_experts)]
+        moe.experts_ |= {f"experts.{i}.{name}": lora for i, lora in enumerate(loras)}
+        linears += [[lora.lora_A for lora in loras], [lora.lora_B for lora in loras]]
+    for held in linears:
+        for linear in held:
+            del linear.weight
+    return moe, linears
+
+
+def _rounds(layer: Forward, gru: GRUWeights | None, spec: RethinkingSpec) -> Forward:
+    """y_T: ``layer`` once per round, its input moved by the GRU in between."""
+
+    def forward(x: Tensor) -> Tensor:
+        state = None
+        for _ in range(spec.rounds - 1):
+            assert gru is not None
+            state = _next_state(x, layer(x), state, gru, spec)
+            x = x + F.linear(state, gru.output)
+        return layer(x)
+
+    return forward
+
+
+def _next_state(x: Tensor, y: Tensor, state: Tensor | None, gru: GRUWeights, spec: RethinkingSpec) -> Tensor:
+    """h' [N, G] by GraphMoE's Eq. 5 and 6; h is zero where ``state`` is None. The gates are formed in fp32 at least."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    squash = torch.sigmoid if spec.candidate_activation == "sigmoid" else torch.tanh
+    read = y if spec.candidate_input == "expert_output" else x
+    if state is None:
+        z = torch.sigmoid(F.linear(y, gru.update[:, gru.width :]).to(wide))
+        c = squash(F.linear(read, gru.candidate[:, gru.width :], gru.candidate_bias).to(wide))
+        return (z * c).to(y.dtype)
+    both, h = torch.cat([state, y], dim=1), state.to(wide)  # [N, G + D], [N, G]
+    z = torch.sigmoid(F.linear(both, gru.update).to(wide))
+    q = torch.sigmoid(F.linear(both, gru.reset).to(wide))
+    reset = torch.cat([(q * h).to(y.dtype), read], dim=1)  # [N, G + D]
+    c = squash(F.linear(reset, gru.candidate, gru.candidate_bias).to(wide))
+    return ((1 - z) * h + z * c).to(y.dtype)
+
+
+def peft_lora(mlp: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None) -> nn.Module:
+    """The MLP with PEFT's LoRA on its three linears: one adapter instead of n experts, no router, one round.
+
+    A [r, in] is drawn as PEFT draws it, B [out, r] uniformly too instead of zero, so that every term counts; both have
+    the MLP's dtype. There is no dropout.
+
+    Args:
+        mlp: a LlamaMLP; neither it nor its parameters are changed, their memory is shared.
+        rank, alpha: r, at least 1, and s = alpha / r.
+        generator: draws A and B, on the CPU; None for PyTorch's own.
+
+    Returns:
+        A module from x [..., D] to y [..., D], whose only trainable parameters are those of `lora_tensors`.
+
+    Raises:
+        TypeError: ``mlp`` is no LlamaMLP.
+        ValueError: ``rank`` is below 1 (PEFT's own error).
+    """
+    wrapped = _sharing(LlamaMLP, _llama(mlp))
+    number: Any = alpha  # PEFT declares an int and takes any number
+    config = LoraConfig(r=rank, lora_alpha=number, lora_dropout=0.0, target_modules=list(PROJECTIONS))
+    wrapped = inject_adapter_in_model(config, wrapped)
+    with torch.no_grad():
+        for tensor in lora_tensors(wrapped).values():
+            bound = 1 / math.sqrt(tensor.shape[1])
+            tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
+    return wrapped
+
+
+def lora_tensors(lora: nn.Module) -> dict[str, Tensor]:
+    """The trainable tensors of `peft_lora`'s module: gate_A, gate_B, up_A, up_B, down_A, down_B, by name."""
+    found = {}
+    for name in PROJECTIONS:
+        linear: Any = getattr(lora, name)
+        short = name.removesuffix("_proj")
+        found[f"{short}_A"] = linear.lora_A["default"].weight  # [r, in]
+        found[f"{short}_B"] = linear.lora_B["default"].weight  # [out, r]
+    return found
+
+
+def peft_lora_reference(x: Tensor, base: DenseMLP, lora: Mapping[str, Tensor], scale: float) -> Tensor:
+    """What `peft_lora`'s module has to equal: W x + s B A x in each linear of a SwiGLU MLP.
+
+    x and y are [N, D]; ``lora`` has the names of `lora_tensors`; ``scale`` is s = alpha / r. It computes in the dtype
+    of its arguments: fp64 ones make it the oracle.
+    """
+
+    def adapted(x: Tensor, name: str) -> Tensor:
+        y = x @ getattr(base, name).T + scale * (x @ lora[f"{name}_A"].T) @ lora[f"{name}_B"].T
+        bias = getattr(base, f"{name}_bias")
+        return y if bias is None else y + bias
+
+    gate = adapted(x, "gate")
+    return adapted(gate * torch.sigmoid(gate) * adapted(x, "up"), "down")
+
+
+def liger_mlp(mlp: nn.Module) -> nn.Module:
+    """Liger-Kernel's ``LigerSwiGLUMLP`` over the MLP's frozen weights, whose memory it shares.
+
+    Its backward overwrites what its forward saved, so a graph gives right gradients once.
+
+    Raises:
+        RuntimeError: the package cannot be used on the MLP's device; see `liger_missing`.
+        TypeError: ``mlp`` is no LlamaMLP.
+        ValueError: its activation is not SiLU (Liger-Kernel's own error).
+    """
+    mlp = _llama(mlp)
+    missing = liger_missing(mlp.down_proj.weight.device)
+    if missing is not None:
+        raise RuntimeError(missing)
+    return _sharing(importlib.import_module("liger_kernel.transformers").LigerSwiGLUMLP, mlp)
+
+
+def liger_missing(device: torch.device) -> str | None:
+    """Why `liger_mlp` cannot be used on a device, or None if it can."""
+    reason = _import_error("liger_kernel", "liger-kernel", "liger_kernel.transformers")
+    if reason is None and device.type != "cuda":
+        return f"Liger-Kernel runs on CUDA devices, this is {device}"
+    return reason
+
+
+def _sharing(kind: Any, mlp: LlamaMLP) -> nn.Module:
+    """A new MLP of class ``kind`` whose parameters are frozen and share the memory of ``mlp``'s."""
+    with torch.device("meta"):
+        twin = kind(mlp.config)
+    for name in PROJECTIONS:
+        linear, own = getattr(mlp, name), getattr(twin, name)
+        own.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+        own.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+    return twin
+
+
+def _llama(mlp: nn.Module) -> LlamaMLP:
+    if not isinstance(mlp, LlamaMLP):
+        raise TypeError(f"the peers are built from a transformers LlamaMLP, got {type(mlp).__name__}")
+    return mlp
+
+
+def _import_error(package: str, distribution: str, module: str) -> str | None:
+    """Why ``module`` of ``package`` cannot be imported, or None if it can."""
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed (pip install {distribution})"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever it raises, an assert on a version among them, is the reason
+        return f"{package} cannot be imported: {type(error).__name__}: {error}"
+    return None
