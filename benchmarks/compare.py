@@ -45,7 +45,7 @@ def compare(first: Source, second: Source, across_devices: bool = False) -> str:
     for name, own in zip("AB", ratios, strict=True):
         if len(own) > len(shared):
             lines.append(f"{plural(len(own) - len(shared), 'ratio')} of {name} alone, not compared")
-    lines.append(f"{sum(pair.agree for pair in shared)} of {plural(len(shared), 'ratio')} agree within their quartiles")
+    lines.append(f"{sum(pair.agree for pair in shared)} of {len(shared):,} ratios agree within their quartiles")
     return "\n".join(lines)
 
 

@@ -12,6 +12,8 @@ RUN_AGAIN = "run the benchmarks again (`make bench`, or `make gpu-report` on a G
 # What a row is judged and drawn by; the other keys of the schema may be null.
 ROW_KEYS = ("case", "group", "model", "mode", "graph", "provider", "label", "sizes", "seconds", "ratios")
 SIZE_KEYS = ("experts", "rounds", "tokens", "dtype")
+# Providers of the frozen MLP with or without LoRA: one computation at any T.
+WITHOUT_ROUNDS = ("dense", "peft_lora", "liger")
 
 
 class ResultError(ValueError):

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.document import Ratio
+from benchmarks.tables import plural
 
 INK, MUTED, PALE = "#1f2933", "#6b7785", "#dfe5ec"
 STYLE: Any = {  # matplotlib types its settings by a list of literal names
@@ -37,6 +38,10 @@ def look(provider: str) -> tuple[str, str]:
     return LOOKS.get(provider, (MUTED, "+"))
 
 
+# Between labels, as a share of the height of a panel.
+LABEL_GAP = 0.065
+
+
 class Line(NamedTuple):
     """What one contender measured along a plot's x."""
 
@@ -51,7 +56,7 @@ def _traits(row: dict[str, Any]) -> dict[str, str]:
     sizes, context = row["sizes"], row.get("context")
     return {
         **{"group": row["group"], "model": row["model"], "mode": row["mode"], "provider": row["provider"]},
-        **{"tokens": f"{sizes['tokens']:,} tokens", "context": f"{context:,} cached" if context else ""},
+        **{"tokens": plural(sizes["tokens"], "token"), "context": f"{context:,} cached" if context else ""},
         **{"experts": f"n={sizes['experts']}", "dtype": sizes["dtype"], "graph": "in a graph" if row["graph"] else ""},
     }
 
@@ -113,12 +118,21 @@ def _label(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     ax.autoscale_view()
     to_axes = ax.transScale + ax.transLimits  # of data, into fractions of the axes
     found = sorted((float(to_axes.transform((x, y))[1]), x, y, text, colour) for x, y, text, colour in ends)
-    gap = 0.22 / 3.4 if len(found) < 14 else 1 / len(found)
-    heights: list[float] = []
-    for at, *_ in found:
-        heights.append(max(at, heights[-1] + gap) if heights else at)
-    excess = max(0.0, heights[-1] - 1.0) / 2  # pushed above the axes: half of it goes below
+    heights = _apart([at for at, *_ in found], min(LABEL_GAP, 1 / len(found)))
     for (_, x, y, text, colour), height in zip(found, heights, strict=True):
-        arrow: Any = {"arrowstyle": "-", "color": PALE, "linewidth": 0.8}
-        place: Any = {"xytext": (1.03, height - excess), "textcoords": "axes fraction", "annotation_clip": False}
+        arrow: Any = {"arrowstyle": "-", "color": PALE, "linewidth": 0.8, "relpos": (0, 0.5)}
+        place: Any = {"xytext": (1.03, height), "textcoords": "axes fraction", "annotation_clip": False}
         ax.annotate(text, (x, y), va="center", color=colour, fontsize=9, arrowprops=arrow, **place)
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights moved as little as leaves ``gap`` between neighbours: those too close spread around their mean."""
+    blocks: list[tuple[float, int]] = []  # mean of the heights less their gaps, and how many they are
+    for index, height in enumerate(heights):
+        block = (height - index * gap, 1)
+        while blocks and blocks[-1][0] > block[0]:
+            mean, count = blocks.pop()
+            block = ((mean * count + block[0] * block[1]) / (count + block[1]), count + block[1])
+        blocks.append(block)
+    means = [mean for mean, count in blocks for _ in range(count)]
+    return [mean + index * gap for index, mean in enumerate(means)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.document import Ratio, Source
+from benchmarks.document import WITHOUT_ROUNDS, Source, turn_ratio
 from benchmarks.tables import markdown_table, mega, plural, seconds
 from benchmarks.targets import HEADER, target_rows
 
@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from benchmarks.plots import Drawn
 
 
+OWN_FIRST = "its own first row"
+ROWS_NOTE = (
+    "A row's time over that of another provider at the same T, or over the first row of its own provider: median "
+    "[quartiles] over the turns in which both were timed. MB and GFLOP are what the computation must move and compute; "
+    "the share of the limit is that time which the binding limit alone asks for, over the median."
+)
 ERRORS = ("largest error", "plain computation's own")
 
 
@@ -69,9 +75,9 @@ def _conditions(content: dict[str, Any]) -> list[str]:
     ]
     if "copy bytes a second" in limits and "matrix operations a second" in limits:
         lines.append(
-            f"- Limits, measured in this run: copy of device memory {limits['copy bytes a second'] / 1e9:,.4g} GB/s "
+            f"- Limits, measured in this run: copy of device memory {limits['copy bytes a second'] / 1e9:,.1f} GB/s "
             f"(read and written), {limits.get('matrix dtype', '')} matrix product "
-            f"{limits['matrix operations a second'] / 1e9:,.5g} GFLOP/s"
+            f"{limits['matrix operations a second'] / 1e9:,.0f} GFLOP/s"
         )
     else:
         lines.append("- Limits: not measured")
@@ -91,31 +97,33 @@ def _plots(plots: Sequence[Drawn]) -> list[str]:
 
 
 def _rows(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A table a case, in whose columns each contender's time stands over another's."""
+    """A table for each case."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         groups.setdefault(row["group"], {}).setdefault(row["case"], []).append(row)
     lines = []
+    if rows:
+        lines += ["### Rows", "", ROWS_NOTE, ""]
     for group, cases in groups.items():
-        lines += [f"### {group}", ""]
+        lines += [f"#### {group}", ""]
         for case, of_case in cases.items():
             lines += [f"{case}:", "", *_case(of_case), ""]
     return lines
 
 
 def _case(rows: Sequence[dict[str, Any]]) -> list[str]:
-    others = list(dict.fromkeys(label for row in rows for label in row["ratios"]))
-    header = ["", "median", "quartiles", "turns", *(f"over {other}" for other in others)]
+    compared = {over: [_ratio(row, rows, over) for row in rows] for over in _baselines(rows)}
+    compared = {over: cells for over, cells in compared.items() if set(cells) != {"-"}}
+    header = ["", "median", "quartiles", "turns", *(f"over {over}" for over in compared)]
     header += ["MB", "GFLOP", "share of limit", "peak MB"]
     table = []
-    for row in rows:
-        ratios = [_ratio(row["ratios"].get(other)) for other in others]
+    for index, row in enumerate(rows):
         needed = row.get("work") or {}
         table.append(
             [
                 row["label"],
                 *_times(row["seconds"]),
-                *ratios,
+                *(cells[index] for cells in compared.values()),
                 mega(needed.get("bytes")),
                 _giga(needed.get("operations")),
                 _share(row),
@@ -130,8 +138,24 @@ def _times(found: dict[str, Any]) -> list[str]:
     return [seconds(found["median"]), f"{seconds(low)} to {seconds(high)}", str(found.get("turns", "-"))]
 
 
-def _ratio(found: dict[str, Any] | None) -> str:
-    return "-" if found is None else str(Ratio(found["median"], tuple(found["quartiles"])))
+def _baselines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What the columns compare with: every provider but the kernels, whose rows have those ratios, and `OWN_FIRST`."""
+    return [*(name for name in dict.fromkeys(row["provider"] for row in rows) if name != "triton"), OWN_FIRST]
+
+
+def _ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]], over: str) -> str:
+    """Of a row over that of a provider at the same sizes (T apart, where it has no rounds), or over its own first."""
+    if over == OWN_FIRST:
+        others = [other for other in rows if other["provider"] == row["provider"]][:1]
+    else:
+        others = [other for other in rows if other["provider"] == over and _alike(row["sizes"], other)]
+    found = next((ratio for other in others if other is not row and (ratio := turn_ratio(row, other))), None)
+    return "-" if found is None else str(found)
+
+
+def _alike(sizes: dict[str, Any], other: dict[str, Any]) -> bool:
+    rounds = sizes["rounds"] if other["provider"] in WITHOUT_ROUNDS else other["sizes"]["rounds"]
+    return sizes == {**other["sizes"], "rounds": rounds}
 
 
 def _giga(operations: float | None) -> str:

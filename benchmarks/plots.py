@@ -11,12 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from benchmarks.document import Ratio, turn_ratio
+from benchmarks.document import WITHOUT_ROUNDS, Ratio, turn_ratio
 from benchmarks.drawing import INK, MUTED, STYLE, Line, draw_lines, look, panel_grid, rows_by, series_of
 from benchmarks.tables import seconds
 from benchmarks.targets import short_commit
 
-WITHOUT_ROUNDS = ("dense", "peft_lora", "liger")
 # Parts of a profile as the paper's Fig 6 joins them.
 SHARES = {
     "attention": (("attention",), "#332288"),
@@ -109,8 +108,9 @@ def latency_shares(content: dict[str, Any]) -> Figure:
         for name, (parts, colour) in SHARES.items():
             shares = [sum(b["seconds"].get(p, 0.0) for p in parts) / sum(b["seconds"].values()) for b in bars]
             drawn = ax.barh(range(len(bars)), shares, left=left, color=colour, label=name, height=0.6)
-            texts = [f"{share:.1%}" if share > 0.05 else "" for share in shares]
-            ax.bar_label(drawn, texts, label_type="center", color="white", fontsize=9)
+            texts = [f"{share:.0%}" if share > 0.04 else "" for share in shares]
+            ink = "white" if name == "attention" else INK  # the only dark one
+            ax.bar_label(drawn, texts, label_type="center", color=ink, fontsize=9)
             left = [start + share for start, share in zip(left, shares, strict=True)]
         for index, bar in enumerate(bars):
             whole, gru = sum(bar["seconds"].values()), bar["seconds"].get("gru", 0.0)
@@ -129,7 +129,7 @@ def time_over_tokens(content: dict[str, Any]) -> Figure:
     """The layer's time in inference against tokens, T=1 and T=3; what has no rounds is in both."""
     rows = [r for r in content["rows"] if (r["group"], r["mode"]) == ("layer", "inference")]
     panels = []
-    for of_model in rows_by(rows, "model"):
+    for of_model in rows_by(rows, "model", "graph"):
         for rounds in (1, 3):
             cases = {r["case"] for r in of_model if _has_rounds(r, rounds)}
             shown = [r for r in of_model if _has_rounds(r, rounds) or _is_baseline(r, cases)]
@@ -176,9 +176,10 @@ def memory_over_rounds(content: dict[str, Any]) -> Figure:
         raise NoRows("no rows of training with their peak memory")
     figure, axes = panel_grid(panels)
     for ax, (_, lines) in zip(axes, panels, strict=True):
-        draw_lines(ax, lines)
         ax.set(xlabel="rounds T", ylabel="peak MB")
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.05 * max(y.value for line in lines for y in line.y))
+        draw_lines(ax, lines)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
@@ -212,7 +213,7 @@ def roofline(content: dict[str, Any]) -> Figure:
     providers = list(dict.fromkeys(r["provider"] for r in rows))
     keys = [Line2D([], [], color=look(p)[0], linewidth=4, label=p) for p in providers]
     keys += [Line2D([], [], color=MUTED, marker=marks.get(g, "."), linestyle="none", label=g) for g in groups]
-    figure.legend(handles=keys, frameon=False, loc="outside right upper")
+    figure.legend(handles=keys, frameon=False, loc="outside right center")
     return figure
 
 
