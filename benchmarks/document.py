@@ -50,6 +50,9 @@ class Document:
     The file is replaced, never written into: a run that is killed leaves what the last step saved. A run that starts
     again on the same file goes on after the steps that it names.
 
+    Args:
+        path: the file; None for a document that is kept in memory.
+
     Attributes:
         content: ``schema``, ``conditions``, ``limits``, ``steps`` (name -> state), ``checks``, ``rows``, ``kernels``,
             ``profiles``.
@@ -58,7 +61,7 @@ class Document:
         ResultError: the file is there, but is no result of this schema.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self.content: dict[str, Any] = {
             "schema": SCHEMA,
@@ -70,11 +73,13 @@ class Document:
             "kernels": [],
             "profiles": [],
         }
-        if path.exists():
+        if path is not None and path.exists():
             self.content = _parse(path)
 
     def save(self) -> None:
-        """Write all of it."""
+        """Write all of it, where there is a path."""
+        if self.path is None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.content, indent=1) + "\n")
@@ -165,9 +170,9 @@ def _parse(path: Path) -> dict[str, Any]:
         raise ResultError(f"{path} is no JSON ({error}): name a result file of the benchmarks") from error
     if not isinstance(content, dict):
         raise ResultError(f"{path} is no result file: it holds a {type(content).__name__}, not an object")
-    schema = content.get("schema", content.get("version"))
-    if schema != SCHEMA or "schema" not in content:
-        has = "no schema number" if schema is None else f"schema {schema}"
+    if content.get("schema") != SCHEMA:
+        named = [f"{key} {content[key]}" for key in ("schema", "version") if key in content]
+        has = named[0] if named else "no schema number"
         raise ResultError(f"{path} has {has}, expected is schema {SCHEMA}: {RUN_AGAIN}")
     for key, kind in (("conditions", dict), ("limits", dict), ("steps", dict)):
         _expect(path, content, key, kind)

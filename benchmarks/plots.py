@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from benchmarks.document import WITHOUT_ROUNDS, Ratio, turn_ratio
 from benchmarks.drawing import INK, MUTED, STYLE, Line, draw_lines, look, panel_grid, rows_by, series_of
@@ -23,6 +23,7 @@ SHARES = {
     "GRU": (("gru",), "#CC6677"),
     "other": (("other",), "#BBBBBB"),
 }
+BACKING: Any = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line runs through a figure
 PAPER_ROUND = 0.16  # a further round over T=1, the paper's Fig 5c
 
 
@@ -144,8 +145,17 @@ def time_over_tokens(content: dict[str, Any]) -> Figure:
         ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time")
         draw_lines(ax, lines)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: seconds(y)))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_major_formatter(_LogSeconds())
+        ax.yaxis.set_minor_formatter(_LogSeconds())
     return figure
+
+
+class _LogSeconds(LogFormatter):
+    """Times at the ticks of a logarithmic axis; between the decades where there is room, which the base class knows."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return seconds(x) if super().__call__(x, pos) else ""
 
 
 def _has_rounds(row: dict[str, Any], rounds: int) -> bool:
@@ -200,8 +210,8 @@ def roofline(content: dict[str, Any]) -> Figure:
     intensity = [r["work"]["operations"] / r["work"]["bytes"] for r in rows]
     ends = [min(*intensity, matrix / copy) / 2, matrix / copy, max(*intensity, matrix / copy) * 2]
     ax.plot(ends, [min(x * copy, matrix) for x in ends], color=INK, linewidth=1.5)
-    note: Any = {"textcoords": "offset points", "fontsize": 9, "color": INK}
-    ax.annotate(f"{matrix / 1e12:,.3g} TFLOP/s", (ends[2], matrix), xytext=(0, 4), ha="right", **note)
+    note: Any = {"textcoords": "offset points", "fontsize": 9, "color": INK, "bbox": BACKING}
+    ax.annotate(f"{matrix / 1e12:,.3g} TFLOP/s", (ends[2], matrix), xytext=(0, 8), ha="right", **note)
     ax.annotate(f"{copy / 1e12:,.3g} TB/s", (ends[0], ends[0] * copy), xytext=(8, 0), va="top", **note)
     groups = list(dict.fromkeys(r["group"] for r in rows))
     marks = dict(zip(groups, "os^DvPX*p", strict=False))
