@@ -1,0 +1,6 @@
+"""Where a model's time goes: attention, MLP, experts, routing and GRU, by `torch.profiler` with named ranges."""
+
+from graphmoe_model.profiling.measure import PHASES, profile_model
+from graphmoe_model.profiling.result import CATEGORIES, Profile
+
+__all__ = ["CATEGORIES", "PHASES", "Profile", "profile_model"]

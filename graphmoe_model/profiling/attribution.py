@@ -1,0 +1,130 @@
+"""From a Chrome trace of `torch.profiler` to seconds by category: every nanosecond is counted once.
+
+The trace is read because it says in fields what the profiler's event objects do not: which call of the runtime or
+driver launched a kernel. So a kernel belongs to the range that was open when it was launched, whoever launched it (an
+operator, Triton), and however much later it ran.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from graphmoe_kernels.ranges import PREFIX
+from graphmoe_model.profiling.result import CATEGORIES
+
+FORWARD = "forward"  # the range around a whole forward; what no other range claims of it is "other"
+ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
+LAUNCHES = frozenset({"cuda_runtime", "cuda_driver"})
+
+
+class _Point(NamedTuple):
+    """A range's start or a launch on a host thread; times in nanoseconds. Sorts parents before children."""
+
+    start: int
+    minus_duration: int
+    category: str | None  # None: a launch
+    cost: int  # of a range its own duration on the host, of a launch the duration of what it launched
+
+
+class _Open(NamedTuple):
+    end: int
+    category: str
+    forward: int
+
+
+def attribute(events: Iterable[dict[str, Any]], on_device: bool) -> list[dict[str, float]]:
+    """Seconds of every category in every `FORWARD` range of a trace, in order of time.
+
+    Args:
+        events: the trace's ``traceEvents``.
+        on_device: count what ran on the device, by the range it was launched in; else the ranges' own time on the host,
+            without that of the ranges inside them.
+
+    Raises:
+        ValueError: the trace has no forward; a range of no known category; with ``on_device``, nothing that ran
+            on a device, or something whose launch is not on record.
+    """
+    complete = [event for event in events if event.get("ph") == "X"]
+    threads = _ranges(complete)
+    if on_device:
+        for thread, launches in _launches(complete).items():
+            threads[thread] += launches
+    found = [forward for points in threads.values() for forward in _walk(sorted(points), on_device)]
+    if not found:
+        raise ValueError(f"the trace has no range {PREFIX}{FORWARD}: it is not one of a profile")
+    found.sort(key=lambda pair: pair[0])
+    return [{name: spent / 1e9 for name, spent in seconds.items()} for _, seconds in found]
+
+
+def last_forward(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events from the last forward's start on, and the trace's names of processes and threads."""
+    start = max(event["ts"] for event in events if event.get("name") == PREFIX + FORWARD)
+    return [event for event in events if event.get("ph") == "M" or event.get("ts", start) >= start]
+
+
+def _nanoseconds(microseconds: float) -> int:
+    return round(1000 * microseconds)
+
+
+def _ranges(events: list[dict[str, Any]]) -> dict[Any, list[_Point]]:
+    """Our ranges by host thread. Their mirror images on the device's timeline have another category and stay out."""
+    threads: dict[Any, list[_Point]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") != "user_annotation" or not event["name"].startswith(PREFIX):
+            continue
+        name = event["name"].removeprefix(PREFIX)
+        if name != FORWARD and name not in CATEGORIES:
+            raise ValueError(f"the trace has a range {event['name']!r}; expected one of {', '.join(CATEGORIES)}")
+        start, duration = _nanoseconds(event["ts"]), _nanoseconds(event["dur"])
+        threads[event["pid"], event["tid"]].append(_Point(start, -duration, name, duration))
+    return threads
+
+
+def _launches(events: list[dict[str, Any]]) -> dict[Any, list[_Point]]:
+    """The launches of all that ran on a device, by host thread. One launch can start many kernels (a CUDA graph)."""
+    spent: dict[int, int] = defaultdict(int)
+    for event in events:
+        if event.get("cat") in ON_DEVICE:
+            spent[event["args"]["correlation"]] += _nanoseconds(event["dur"])
+    if not spent:
+        raise ValueError(
+            "the profiler recorded nothing that ran on the device; it needs CUPTI (or roctracer) and the permission to "
+            "use it (NVIDIA: NVreg_RestrictProfilingToAdminUsers=0), and no other profiler attached"
+        )
+    threads: dict[Any, list[_Point]] = defaultdict(list)
+    for event in events:
+        correlation = event.get("args", {}).get("correlation")
+        if event.get("cat") in LAUNCHES and correlation in spent:
+            point = _Point(_nanoseconds(event["ts"]), 0, None, spent.pop(correlation))
+            threads[event["pid"], event["tid"]].append(point)
+    if spent:
+        raise ValueError(
+            f"{len(spent)} of the device's activities have no launch on record: the profiler's buffers overflowed; "
+            "profile fewer repetitions or a shorter sequence"
+        )
+    return threads
+
+
+def _walk(points: list[_Point], on_device: bool) -> list[tuple[int, dict[str, int]]]:
+    """Every forward of one thread: its start and the nanoseconds of every category."""
+    forwards: list[tuple[int, dict[str, int]]] = []
+    stack: list[_Open] = []
+    for point in points:
+        while stack and stack[-1].end <= point.start:
+            stack.pop()
+        if point.category == FORWARD:
+            forwards.append((point.start, dict.fromkeys(CATEGORIES, 0)))
+        elif not stack:  # before or after a forward
+            continue
+        if point.category is None:
+            forwards[stack[-1].forward][1][stack[-1].category] += point.cost
+            continue
+        category = "other" if point.category == FORWARD else point.category
+        if not on_device:
+            forwards[-1][1][category] += point.cost
+            if stack:  # a range's time is not its parent's
+                forwards[-1][1][stack[-1].category] -= point.cost
+        stack.append(_Open(point.start - point.minus_duration, category, len(forwards) - 1))
+    return forwards

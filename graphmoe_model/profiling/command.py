@@ -1,0 +1,171 @@
+"""What ``graphmoe profile`` does: build the models, profile them, write the report."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from torch import nn
+
+from graphmoe_model.profiling.measure import PHASES, check_lengths, profile_model
+from graphmoe_model.profiling.models import PRESETS, preset_config, random_model, saved_model, with_adapter, with_rounds
+from graphmoe_model.profiling.report import describe, print_report, write_report
+from graphmoe_model.profiling.result import Profile
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WIDTH = 118  # of the tables, where the output goes to a file or a pipe
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """The command's options; `graphmoe_model.cli` says what each means.
+
+    Raises:
+        ValueError: options that exclude each other, or that need one another.
+    """
+
+    model: str | None = None
+    preset: str | None = None
+    layers: int | None = None
+    adapter: str | None = None
+    rounds: tuple[int, ...] = ()
+    seq: tuple[int, ...] = (64, 256, 1024)
+    phase: tuple[str, ...] = PHASES
+    batch: int = 1
+    repetitions: int = 5
+    dtype: str = "auto"
+    device: str = "auto"
+    backend: str | None = None
+    fold: str | None = None
+    threads: int | None = None
+    out: Path = Path("profile_report")
+    plot: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.preset is None):
+            given = "both were given" if self.model else "neither was given"
+            raise ValueError(f"name the model by --model or by --preset ({', '.join(PRESETS)}); {given}")
+        if self.layers is not None and self.preset is None:
+            raise ValueError("--layers sets the layers of a --preset; a --model has its own")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {self.threads}")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out} is a file; it must be a folder")
+        if self.plot and importlib.util.find_spec("matplotlib") is None:  # said now, not after the measuring
+            raise ValueError("the plot needs matplotlib: pip install 'graphmoe[bench]', or leave it out by --no-plot")
+
+    @property
+    def variants(self) -> list[int | str]:
+        """Rounds of fresh adapters, 0 for none, and the saved adapter."""
+        saved = [] if self.adapter is None else [self.adapter]
+        rounds = self.rounds or (() if saved else (0, 1, 3))
+        return [*dict.fromkeys(rounds), *saved]
+
+
+def run(options: ProfileOptions, console: Console) -> list[Profile]:
+    """Profiles the model with every adapter in turn, prints the tables and writes the report to ``options.out``.
+
+    Raises:
+        ValueError: whatever is wrong with the options, the model or the adapter, before anything is measured.
+        MemoryError: the model or a forward does not fit into memory.
+    """
+    with _threads(options.threads):
+        device = _device(options.device)
+        model = _load(options, device)
+        options.out.mkdir(parents=True, exist_ok=True)
+        settings = {name: v for name, v in (("fold", options.fold), ("backend", options.backend)) if v is not None}
+        profiles: list[Profile] = []
+        with console.status("") as status:
+            for variant in options.variants:
+                with _variant(model, variant, settings) as (adapted, title):
+                    profiles += profile_model(
+                        adapted,
+                        title,
+                        list(dict.fromkeys(options.phase)),
+                        list(dict.fromkeys(options.seq)),
+                        name=options.model or options.preset,
+                        batch=options.batch,
+                        repetitions=options.repetitions,
+                        traces=options.out,
+                        progress=status.update,
+                    )
+        conditions = _conditions(options, model, device)
+    write_report(profiles, conditions, options.out)
+    if options.plot:
+        from graphmoe_model.profiling.plot import draw_shares  # needs matplotlib, which is an extra
+
+        draw_shares(profiles, describe(conditions), options.out / "profile.png")
+    console.width = max(console.width, WIDTH)
+    print_report(profiles, conditions, console)
+    return profiles
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+def _load(options: ProfileOptions, device: torch.device) -> nn.Module:
+    dtype = DTYPES.get(options.dtype)
+    if options.model is not None:
+        return saved_model(options.model, dtype, device)
+    assert options.preset is not None
+    config = preset_config(options.preset, options.layers)
+    check_lengths(options.seq, options.phase, config.max_position_embeddings)  # before gigabytes are drawn
+    return random_model(config, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), device)
+
+
+def _variant(
+    model: nn.Module, variant: int | str, settings: dict[str, Any]
+) -> AbstractContextManager[tuple[nn.Module, str]]:
+    attach = with_rounds if isinstance(variant, int) else with_adapter
+    return attach(model, variant, **settings)  # type: ignore[arg-type]
+
+
+def _conditions(options: ProfileOptions, model: nn.Module, device: torch.device) -> dict[str, Any]:
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    parameter = next(model.parameters())
+    return {
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size,
+        "heads": f"{config.num_attention_heads}/{config.num_key_value_heads}",
+        "batch": options.batch,
+        "fold": options.fold or "auto",
+        "backend": options.backend or "auto",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    cpuinfo = Path("/proc/cpuinfo")  # Linux: Python's platform knows the architecture alone
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"cpu ({names[0] if names else platform.processor() or platform.machine()})"
