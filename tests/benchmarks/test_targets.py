@@ -113,7 +113,7 @@ def test_other_adapters_answer_nothing():
 
 def test_gpu_figures_never_come_from_a_cpu_nor_the_other_way_round():
     """The interpreter's times on a CPU have the GPU rows' names."""
-    of_gpus = [found for bound, _, result in CASES.values() if "device" not in (found := result(bound))]
+    of_gpus = [made for bound, _, result in CASES.values() if "device" not in (made := result(bound))]
     assert len(of_gpus) == len(TARGETS) - 2
     on_cpu = [source(document(**each, device=CPU)) for each in of_gpus]
     assert {each.verdict for each in target_rows(on_cpu)} == {MISSING}
