@@ -116,6 +116,8 @@ def _case(rows: Sequence[dict[str, Any]]) -> list[str]:
     compared = {over: cells for over, cells in compared.items() if set(cells) != {"-"}}
     header = ["", "median", "quartiles", "turns", *(f"over {over}" for over in compared)]
     header += ["MB", "GFLOP", "share of limit", "peak MB"]
+    speeds = [row.get("tokens a second") for row in rows]
+    header += ["tokens a second"] if any(speeds) else []
     table = []
     for index, row in enumerate(rows):
         needed = row.get("work") or {}
@@ -128,6 +130,7 @@ def _case(rows: Sequence[dict[str, Any]]) -> list[str]:
                 _giga(needed.get("operations")),
                 _share(row),
                 mega(row.get("peak bytes")),
+                *([f"{speeds[index]:,.1f}" if speeds[index] else "-"] if any(speeds) else []),
             ]
         )
     return markdown_table(header, table)
@@ -218,30 +221,35 @@ def _checks(checks: Sequence[dict[str, Any]]) -> list[str]:
         return lines
     table = []
     for check in sorted(checks, key=lambda check: check["passed"]):
-        named = [str(check.get(key, "-")) for key in ("what", "provider", "case", "tokens", "dtype")]
+        named = [_contender(check), *(str(check.get(key, "-")) for key in ("case", "tokens", "dtype"))]
         errors = [f"{check[key]:.1e}" if key in check else "-" for key in ERRORS]
         table.append([*named, *errors, "passed" if check["passed"] else f"failed: {check['fault']}"])
-    header = ("check", "provider", "case", "tokens", "dtype", *ERRORS, "")
+    header = ("check of", "case", "tokens", "dtype", *ERRORS, "")
     return [*lines, *markdown_table(header, table), ""]
+
+
+def _contender(check: dict[str, Any]) -> str:
+    """Whom a check is of: its label in its case, or what was checked where no one is timed."""
+    return next((check[key] for key in ("label", "provider", "what") if check.get(key)), "-")
 
 
 def _not_timed(content: dict[str, Any]) -> list[str]:
     """Contenders that failed their check, and those that passed it and yet are not among the rows of their case."""
     cases = {row["case"] for row in content["rows"]}
-    timed = {(row["case"], row["provider"]) for row in content["rows"]}
+    timed = {(row["case"], row[key]) for row in content["rows"] for key in ("label", "provider")}
     reasons: dict[tuple[str, str], str] = {}
     for check in content["checks"]:
-        name = (check.get("case"), check.get("provider"))
-        if None in name or name in timed:
+        name = (check.get("case", ""), _contender(check))
+        if not name[0] or name in timed:
             continue
         if not check["passed"]:
             reasons[name] = f"failed: {check['fault']}"
         elif name[0] in cases:
             reasons.setdefault(name, "passed its check; why it was not timed stands with the steps")
-    table = [[case, provider, reason] for (case, provider), reason in reasons.items()]
+    table = [[case, contender, reason] for (case, contender), reason in reasons.items()]
     if not table:
         return []
-    return ["### Not timed", "", *markdown_table(("case", "provider", "why"), table), ""]
+    return ["### Not timed", "", *markdown_table(("case", "contender", "why"), table), ""]
 
 
 def _steps(steps: dict[str, dict[str, Any]]) -> list[str]:

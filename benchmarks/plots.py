@@ -199,7 +199,7 @@ def roofline(content: dict[str, Any]) -> Figure:
     limits = content["limits"]
     if not {"copy bytes a second", "matrix operations a second"} <= limits.keys():
         raise NoRows("no measured limits")
-    rows = [r for r in content["rows"] if (w := r.get("work")) and w["bytes"] > 0 and w["operations"] > 0]
+    rows = [r for r in content["rows"] if (w := r.get("work")) and w["bytes"] and w["operations"]]
     other = [r for r in rows if r["sizes"]["dtype"] != limits.get("matrix dtype", r["sizes"]["dtype"])]
     rows = [r for r in rows if r not in other]
     if not rows:

@@ -62,6 +62,7 @@ TOO_LITTLE = {
         (document([row("triton", 1.0)], limits=LIMITS), "no rows with bytes and operations"),
         (document([work(1e12, dtype="fp32")], limits=LIMITS), "in the dtype of the measured limits"),
         (document([work(0)], limits=LIMITS), "no rows with bytes and operations"),
+        (document([row("triton", 1.0, work={"bytes": None, "operations": 1e9})], limits=LIMITS), "no rows with bytes"),
     ],
     "memory_over_rounds": [
         (document(), "no rows of training"),

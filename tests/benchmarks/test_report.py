@@ -79,6 +79,9 @@ def test_the_page_shows_a_row_beside_its_baselines_and_its_limit():
     assert found[:4] == ["2 ms", "1.98 ms to 2.02 ms", "9", "2.000 [1.980, 2.020]"]
     assert found[4:7] == ["400.0", "3.000", "50% (memory)"]
     assert cells(markdown(content), "dense")[3:7] == ["-"] * 4
+    assert "tokens a second" not in markdown(content)
+    content["rows"][0]["tokens a second"] = 1234.5
+    assert cells(markdown(content), "triton, T=3")[-1] == "1,234.5 |"
 
 
 def test_rounds_stand_beside_the_first_of_their_own_and_peers_at_the_same_t():
@@ -107,6 +110,14 @@ def test_what_failed_or_was_skipped_is_on_the_page_with_its_reason():
     assert "| liger | failed: y: error 5.0e-01 \\| too large |" in not_timed
     assert "| peft_lora | passed its check" in not_timed
     assert "triton" not in not_timed
+
+
+def test_a_round_without_a_time_is_named_though_its_provider_has_others():
+    """Out of memory at T=8 alone: the provider's other rows must not hide it."""
+    rows = in_turns(row("literal", 1.0, rounds=1), row("triton", 1.0, rounds=1))
+    check = {"case": rows[0]["case"], "provider": "literal", "label": "literal, T=8", "tokens": 1, "dtype": "bf16"}
+    text = markdown(document(rows, checks=[{**check, "passed": False, "fault": "OutOfMemoryError"}]))
+    assert f"| {rows[0]['case']} | literal, T=8 | failed: OutOfMemoryError |" in text
 
 
 def test_kernels_and_profiles_are_on_the_page():
