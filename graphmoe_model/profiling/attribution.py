@@ -20,12 +20,22 @@ LAUNCHES = frozenset({"cuda_runtime", "cuda_driver"})
 
 
 class _Point(NamedTuple):
-    """A range's start or a launch on a host thread; times in nanoseconds. Sorts parents before children."""
+    """A range or a launch on a host thread; times in nanoseconds.
+
+    Attributes:
+        duration: of a launch 0, as the range that it starts in is the one that counts.
+        category: None for a launch.
+        cost: of a range its duration, of a launch that of what it launched on the device.
+    """
 
     start: int
-    minus_duration: int
-    category: str | None  # None: a launch
-    cost: int  # of a range its own duration on the host, of a launch the duration of what it launched
+    duration: int
+    category: str | None
+    cost: int
+
+    def order(self) -> tuple[int, int, bool]:
+        """By time, and a range before what lies in it."""
+        return self.start, -self.duration, self.category != FORWARD
 
 
 class _Open(NamedTuple):
@@ -51,7 +61,7 @@ def attribute(events: Iterable[dict[str, Any]], on_device: bool) -> list[dict[st
     if on_device:
         for thread, launches in _launches(complete).items():
             threads[thread] += launches
-    found = [forward for points in threads.values() for forward in _walk(sorted(points), on_device)]
+    found = [forward for points in threads.values() for forward in _walk(sorted(points, key=_Point.order), on_device)]
     if not found:
         raise ValueError(f"the trace has no range {PREFIX}{FORWARD}: it is not one of a profile")
     found.sort(key=lambda pair: pair[0])
@@ -78,7 +88,7 @@ def _ranges(events: list[dict[str, Any]]) -> dict[Any, list[_Point]]:
         if name != FORWARD and name not in CATEGORIES:
             raise ValueError(f"the trace has a range {event['name']!r}; expected one of {', '.join(CATEGORIES)}")
         start, duration = _nanoseconds(event["ts"]), _nanoseconds(event["dur"])
-        threads[event["pid"], event["tid"]].append(_Point(start, -duration, name, duration))
+        threads[event["pid"], event["tid"]].append(_Point(start, duration, name, duration))
     return threads
 
 
@@ -126,5 +136,5 @@ def _walk(points: list[_Point], on_device: bool) -> list[tuple[int, dict[str, in
             forwards[-1][1][category] += point.cost
             if stack:  # a range's time is not its parent's
                 forwards[-1][1][stack[-1].category] -= point.cost
-        stack.append(_Open(point.start - point.minus_duration, category, len(forwards) - 1))
+        stack.append(_Open(point.start + point.duration, category, len(forwards) - 1))
     return forwards

@@ -57,8 +57,8 @@ def profile_model(
         batch: sequences.
         repetitions: calls of which the medians are given, with and without the profiler; three times as many of
             calls that take less than `SHORT`.
-        traces: a folder for Chrome traces of one forward each, ``trace_<adapter>_<phase>_<tokens>.json``; None keeps
-            none.
+        traces: a folder, made if need be, for Chrome traces of one forward each,
+            ``trace_<adapter>_<phase>_<tokens>.json``; None keeps none.
         progress: called with a line before every profile.
 
     Raises:
@@ -69,6 +69,8 @@ def profile_model(
     """
     config = _check(model, phases, lengths, batch=batch, repetitions=repetitions)
     device = next(model.parameters()).device
+    if traces is not None:
+        traces.mkdir(parents=True, exist_ok=True)
     profiles = []
     with _evaluated(model):
         for phase in phases:

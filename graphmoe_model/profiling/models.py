@@ -31,8 +31,8 @@ class Preset(NamedTuple):
     layers: int
 
 
-# The real models' sizes, layer for layer. Fewer layers leave the shares within a layer as they are among themselves, and
-# give the embeddings and the head ("other") more weight.
+# The real models' sizes, layer for layer. Fewer layers leave the shares within a layer as they are among themselves,
+# and give the embeddings and the head ("other") more weight.
 PRESETS = {
     "tiny": Preset("llama", 512, 1408, 8, 8, 64, 2048, 16384, False, layers=2),
     "llama-3.2-1b": Preset("llama", 2048, 8192, 32, 8, 64, 128256, 131072, True, layers=4),
@@ -77,10 +77,10 @@ def saved_model(name: str, dtype: torch.dtype | None, device: torch.device) -> P
         raise ValueError(f"{name} is an adapter: pass its base model with --model and the adapter with --adapter")
     with memory_error("the model", "choose a smaller dtype"):
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if dtype is None else dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if dtype is None else dtype)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load the model {name!r}: {_first_line(error)}") from error
-        return model.to(device=device)
+        return model.to(device)
 
 
 @contextmanager

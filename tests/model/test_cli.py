@@ -1,0 +1,217 @@
+"""``graphmoe profile`` from its arguments to its files, and what it says to wrong ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from typer.testing import CliRunner
+
+import graphmoe_model.cli
+from graphmoe_model.cli import app
+from graphmoe_model.profiling import CATEGORIES, command, memory
+from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def graphmoe(*arguments: object) -> Any:
+    """The command's result: exit_code, stdout, stderr, exception."""
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_a_profile_writes_table_plot_data_and_traces(tmp_path):
+    out = tmp_path / "new" / "report"
+    size = ("--preset", "tiny", "--layers", 1, "--seq", 4, 8, "--rounds", 0, 2)
+    result = graphmoe("profile", *size, "--repetitions", 1, "--out", out)
+    assert result.exit_code == 0, result.output
+    variants = [(a, p, n) for a in ("none", "GraphMoE (T=2)") for p in ("prefill", "decode") for n in (4, 8)]
+
+    document = json.loads((out / "profile.json").read_text())
+    assert [(e["adapter"], e["phase"], e["tokens"]) for e in document["profiles"]] == variants
+    for entry in document["profiles"]:
+        assert entry["model"] == "tiny"
+        assert set(entry["seconds"]) == set(CATEGORIES)
+        assert (entry["seconds"]["gru"] > 0) == (entry["adapter"] != "none")
+    assert document["conditions"]["layers"] == 1
+    assert {"device", "threads", "dtype", "torch", "transformers"} <= set(document["conditions"])
+
+    assert (out / "profile.png").read_bytes().startswith(PNG)
+    table = (out / "profile.md").read_text()
+    assert table.count("| GraphMoE (T=2) |") == 4
+    assert "dtype float32" in table
+    assert "GraphMoE (T=2)" in result.stdout
+    assert "attention" in result.stdout
+    names = [f"trace_{a}_{p}_{n}.json" for a in ("none", "graphmoe-t-2") for p in ("prefill", "decode") for n in (4, 8)]
+    for name in names:
+        assert json.loads((out / name).read_text())["traceEvents"]
+    assert {path.name for path in out.iterdir()} == {*names, "profile.json", "profile.md", "profile.png"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, Path]:
+    """A base model, a GraphMoE adapter and a LoRA adapter of it, each in its folder."""
+    root = tmp_path_factory.mktemp("saved")
+    paths = {name: root / name for name in ("base", "graphmoe", "lora", "other")}
+    tiny_model().save_pretrained(paths["base"])
+    tiny_peft_model(backend="torch").save_pretrained(paths["graphmoe"])
+    get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(paths["lora"])
+    get_peft_model(tiny_model(hidden_size=64), tiny_config()).save_pretrained(paths["other"])
+    return paths
+
+
+QUICK = ("--seq", 4, "--phase", "prefill", "--repetitions", 1, "--no-plot")
+
+
+@pytest.mark.parametrize("adapter, title", [("graphmoe", "GraphMoE (T=3)"), ("lora", "LoRA")])
+def test_a_saved_model_with_its_adapter(saved, tmp_path, adapter, title):
+    """The adapter alone unless rounds are asked for too; and no plot where none is wanted."""
+    models = ("--model", saved["base"], "--adapter", saved[adapter])
+    for rounds, titles in (((), [title]), (("--rounds", 0), ["none", title])):
+        result = graphmoe("profile", *models, *rounds, *QUICK, "--out", tmp_path)
+        assert result.exit_code == 0, result.output
+        profiles = json.loads((tmp_path / "profile.json").read_text())["profiles"]
+        assert [entry["adapter"] for entry in profiles] == titles
+        assert {entry["model"] for entry in profiles} == {str(saved["base"])}
+    assert not (tmp_path / "profile.png").exists()
+
+
+def test_fold_and_backend_reach_the_layers(saved, tmp_path, monkeypatch):
+    """Of fresh adapters and of saved ones; an option that is taken and forgotten would give a wrong comparison."""
+    seen = []
+
+    def note(model, title, *_, **__):
+        layer = next(m for m in model.modules() if hasattr(m, "lora_graphmoe"))
+        config = layer.lora_graphmoe["default"].config
+        seen.append((config.rounds, config.fold, config.backend))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(command, "profile_model", note)
+    base = ("profile", "--model", saved["base"], "--out", tmp_path, "--fold", "never", "--backend", "torch")
+    graphmoe(*base, "--rounds", 2)
+    graphmoe(*base, "--adapter", saved["graphmoe"])
+    assert seen == [(2, "never", "torch"), (3, "never", "torch")]
+
+
+WRONG = {
+    "no model": ("", "name the model by --model or by --preset (tiny, llama-3.2-1b"),
+    "two models": ("--preset tiny --model x", "both were given"),
+    "unknown preset": ("--preset tyni", "unknown preset 'tyni'; there are tiny, llama-3.2-1b, llama-3-8b, qwen3-4b"),
+    "layers of a model": ("--model BASE --layers 3", "--layers sets the layers of a --preset"),
+    "no layers": ("--preset tiny --layers 0", "at least 1 layer, got 0"),
+    "no threads": ("--preset tiny --threads 0", "--threads must be at least 1, got 0"),
+    "no such folder": ("--model ./nowhere", "there is no folder ./nowhere"),
+    "not a model": ("--model TMP", "cannot load the model"),
+    "an adapter as the model": ("--model GRAPHMOE", "is an adapter: pass its base model with --model"),
+    "not an adapter": ("--model BASE --adapter BASE", "cannot load the adapter"),
+    "another model's adapter": ("--model BASE --adapter OTHER", "cannot attach the adapter: the checkpoint does not"),
+    "LoRA has no fold": ("--model BASE --adapter LORA --fold always", "LoraConfig, which has no fold; leave"),
+    "negative rounds": ("--preset tiny --layers 1 --rounds -1", "rounds must be 0 (no adapter) or more, got -1"),
+    "too long for a preset": ("--preset llama-3-8b --seq 9000", "longer than the model's 8192 positions"),
+    "too long for a model": ("--model BASE --seq 200", "longer than the model's 128 positions"),
+    "no batch": ("--model BASE --seq 4 --batch 0", "batch must be at least 1, got 0"),
+    "out is a file": ("--preset tiny --out FILE", "is a file; it must be a folder"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_argument_ends_in_one_line_and_status_2(case, saved, tmp_path):
+    (tmp_path / "file").touch()
+    places = {"TMP": tmp_path, "FILE": tmp_path / "file", **{name.upper(): path for name, path in saved.items()}}
+    arguments, message = WRONG[case]
+    out = () if "--out" in arguments else ("--out", tmp_path / "out")
+    result = graphmoe("profile", *(places.get(word, word) for word in arguments.split()), "--device", "cpu", *out)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    first, *_ = result.stderr.splitlines()
+    assert first.startswith("graphmoe profile: error: ")
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("arguments", ["--phase train", "--seq many", "--dtype int8", "--sequence 4", "extra"])
+def test_what_typer_refuses_has_status_2_and_names_the_option(arguments):
+    result = graphmoe("profile", "--preset", "tiny", *arguments.split())
+    assert result.exit_code == 2
+    assert arguments.split()[0] in result.stderr
+
+
+def test_cuda_where_there_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = graphmoe("profile", "--preset", "tiny", "--device", "cuda", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "PyTorch sees no CUDA device here" in result.stderr
+
+
+def test_a_model_larger_than_the_machine(monkeypatch, tmp_path):
+    """Refused before its weights are drawn: they would be the end of the process, without a word."""
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: 4096)  # pages, and bytes a page: 16 MiB
+    result = graphmoe("profile", "--preset", "tiny", "--device", "cpu", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "the model takes 0.0 GiB in float32, cpu has 0.0 GiB; ask for fewer layers" in result.stderr
+
+
+def test_a_missing_matplotlib_is_said_before_measuring(monkeypatch, tmp_path):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    result = graphmoe("profile", "--preset", "tiny", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "pip install 'graphmoe[bench]'" in result.stderr
+    assert "--no-plot" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
+    """One line for a TypeError in our own code would hide where it is."""
+
+    def fault(*_):
+        raise TypeError("a fault")
+
+    monkeypatch.setattr(command, "run", fault)
+    result = graphmoe("profile", "--preset", "tiny", "--out", tmp_path)
+    assert isinstance(result.exception, TypeError)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--seq 4 8 16", "--seq 4 --seq 8 16", "--seq=4 8 --seq=16", "--batch 1 --seq 4 8 16"]
+)
+def test_lists_are_taken_as_argparse_takes_them(arguments, monkeypatch, tmp_path):
+    seen: list[command.ProfileOptions] = []
+    monkeypatch.setattr(command, "run", lambda options, console: seen.append(options))
+    result = graphmoe("profile", "--preset", "tiny", *arguments.split(), "--phase", "decode", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert (seen[0].seq, seen[0].phase) == ((4, 8, 16), ("decode",))
+
+
+def test_help_explains_every_option():
+    result = graphmoe("profile", "--help")
+    assert result.exit_code == 0
+    options = [f"--{name}" for name in command.ProfileOptions.__dataclass_fields__]
+    assert [option for option in options if option not in result.stdout] == []
+    assert "profile" in graphmoe("--help").stdout
+
+
+def test_the_command_line_itself_loads_nothing_heavy():
+    """Help and wrong options should not wait for more than what importing the package costs."""
+    code = f"""
+        import runpy, sys
+        runpy.run_path({str(graphmoe_model.cli.__file__)!r}, run_name="loaded")
+        heavy = {{"torch", "transformers", "peft", "matplotlib"}} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_defaults_of_the_command_are_those_of_its_options(monkeypatch):
+    """They stand twice, as the command line must not import the options' module for its help."""
+    seen: list[command.ProfileOptions] = []
+    monkeypatch.setattr(command, "run", lambda options, console: seen.append(options))
+    graphmoe("profile", "--preset", "tiny")
+    assert seen == [command.ProfileOptions(preset="tiny")]
+    assert seen[0].variants == [0, 1, 3]
+    assert command.ProfileOptions(preset="tiny", adapter="a").variants == ["a"]

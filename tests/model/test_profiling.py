@@ -1,0 +1,373 @@
+"""Profiles: what time counts for which category, on traces written by hand and on tiny models."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from graphmoe_kernels import ranges
+from graphmoe_model.profiling import CATEGORIES, Profile, profile_model
+from graphmoe_model.profiling.attribution import attribute, last_forward
+from graphmoe_model.profiling.memory import check_fits, memory_error
+from graphmoe_model.profiling.models import PRESETS, adapter_title, preset_config, with_rounds
+from graphmoe_model.profiling.modules import module_ranges
+from graphmoe_model.profiling.result import summarise
+from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model, tokens
+
+
+def event(category: str, name: str, start: float, duration: float, thread: int = 1, **args: Any) -> dict[str, Any]:
+    """One complete event of a Chrome trace; times in microseconds."""
+    return {
+        "ph": "X",
+        "cat": category,
+        "name": name,
+        "ts": start,
+        "dur": duration,
+        "pid": 1,
+        "tid": thread,
+        "args": args,
+    }
+
+
+def named(name: str, start: float, duration: float, thread: int = 1) -> dict[str, Any]:
+    return event("user_annotation", f"graphmoe::{name}", start, duration, thread)
+
+
+def launched(call: str, start: float, kernel: float, duration: float, correlation: int) -> list[dict[str, Any]]:
+    """A launch on the host at ``start`` and its kernel on the device at ``kernel``."""
+    kind = "cuda_driver" if call.startswith("cu") and not call.startswith("cuda") else "cuda_runtime"
+    return [
+        event(kind, call, start, 1, correlation=correlation),
+        event("kernel", "some_kernel", kernel, duration, thread=7, correlation=correlation),
+    ]
+
+
+def microseconds(**spent: float) -> dict[str, Any]:
+    return pytest.approx({**dict.fromkeys(CATEGORIES, 0.0), **{name: us / 1e6 for name, us in spent.items()}})
+
+
+def test_a_range_inside_another_is_counted_once():
+    """The layer's range contains its parts' ranges: a plain sum over ranges would count them twice."""
+    trace = [
+        named("gru", 40, 5),
+        named("forward", 0, 100),
+        named("attention", 10, 15),
+        named("experts", 30, 50),
+        named("mlp", 30, 10),
+        event("cpu_op", "aten::mm", 31, 8),
+    ]
+    assert attribute(trace, on_device=False) == [microseconds(attention=15, experts=35, mlp=10, gru=5, other=35)]
+
+
+def test_every_forward_has_its_own_figures_in_order_of_time():
+    trace = [named("forward", 200, 30), named("mlp", 210, 10), named("forward", 0, 100), named("attention", 0, 100)]
+    assert attribute(trace, on_device=False) == [microseconds(attention=100), microseconds(mlp=10, other=20)]
+
+
+def test_ranges_of_other_threads_are_not_nested_in_each_other():
+    """A data loader's thread has the same clock; its forward is a forward of its own."""
+    trace = [named("forward", 0, 100), named("mlp", 10, 20), named("forward", 5, 50, thread=2)]
+    assert attribute(trace, on_device=False) == [microseconds(mlp=20, other=80), microseconds(other=50)]
+
+
+def test_a_kernel_counts_for_the_range_it_was_launched_in():
+    """Kernels run long after their launch, when the host is in another range or past the forward."""
+    trace = [
+        named("forward", 0, 100),
+        named("attention", 10, 20),
+        named("experts", 40, 30),
+        named("gru", 50, 10),
+        *launched("cudaLaunchKernel", 15, 60, 7, correlation=1),
+        *launched("cuLaunchKernelEx", 55, 500, 11, correlation=2),  # as Triton launches
+        *launched("cudaLaunchKernel", 65, 600, 13, correlation=3),
+        *launched("cudaMemcpyAsync", 95, 700, 17, correlation=4),
+        *launched("cudaLaunchKernel", 150, 800, 19, correlation=5),  # after the forward: another's
+        event("gpu_user_annotation", "graphmoe::attention", 60, 900, thread=7),  # a picture of the range, no work
+    ]
+    assert attribute(trace, on_device=True) == [microseconds(attention=7, gru=11, experts=13, other=17)]
+
+
+def test_one_launch_of_many_kernels_counts_all_of_them():
+    graph = launched("cudaGraphLaunch", 15, 60, 7, correlation=1)
+    trace = [named("forward", 0, 100), named("mlp", 10, 20), *graph, {**graph[1], "ts": 80, "dur": 5}]
+    assert attribute(trace, on_device=True) == [microseconds(mlp=12)]
+
+
+@pytest.mark.parametrize(
+    "trace, on_device, message",
+    [
+        ([named("mlp", 0, 1)], False, "no range graphmoe::forward"),
+        ([named("forward", 0, 9), named("mpl", 0, 1)], False, "expected one of attention, mlp"),
+        ([named("forward", 0, 9)], True, "recorded nothing that ran on the device"),
+        ([named("forward", 0, 9), launched("cudaLaunchKernel", 1, 2, 3, 4)[1]], True, "1 of the device's activities"),
+    ],
+)
+def test_a_trace_that_cannot_be_attributed_is_refused(trace, on_device, message):
+    """Each would otherwise give shares of less than all the time, without a sign of it."""
+    with pytest.raises(ValueError, match=message):
+        attribute(trace, on_device)
+
+
+def test_a_kept_trace_is_the_last_forward_with_its_kernels():
+    late = launched("cudaLaunchKernel", 205, 900, 3, correlation=2)
+    thread_name = {"ph": "M", "name": "thread_name", "ts": 0.0}
+    trace = [
+        thread_name,
+        named("forward", 0, 100),
+        *launched("cudaLaunchKernel", 5, 90, 3, 1),
+        named("forward", 200, 9),
+    ]
+    assert last_forward([*trace, *late]) == [thread_name, named("forward", 200, 9), *late]
+
+
+def test_medians_and_spread_are_over_forwards():
+    """One slow forward among three must not move the figures, and must show in the spread."""
+    forwards = [dict.fromkeys(CATEGORIES, 0.0) | {"attention": a, "mlp": 1.0} for a in (1.0, 1.0, 3.0)]
+    seconds, spread = summarise(forwards)
+    assert (seconds["attention"], seconds["mlp"]) == (1.0, 1.0)
+    assert spread["attention"] == (0.5, 0.75)
+
+
+ADAPTERS = {
+    "none": {"attention", "mlp", "other"},
+    "MixLoRA (T=1)": {"attention", "mlp", "experts", "routing", "other"},
+    "GraphMoE (T=3)": set(CATEGORIES),
+}
+
+
+@pytest.mark.parametrize("fold", ["never", "always"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_categories_have_time_exactly_where_they_have_work(adapter, fold):
+    """Both ways to compute the rounds name the same parts, and nothing is counted for a part that is not there."""
+    if adapter == "none":
+        model = tiny_model()
+    else:
+        model = tiny_peft_model(rounds=int(adapter[-2]), fold=fold)
+    for found in profile_model(model, adapter, lengths=[5], repetitions=1):
+        assert {name for name, spent in found.seconds.items() if spent > 0} == ADAPTERS[adapter]
+        assert set(found.seconds) == set(CATEGORIES)
+        assert found.wall_seconds > 0
+
+
+def test_lora_on_the_linears_of_an_mlp_counts_as_mlp_and_attention():
+    lora = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj", "gate_proj"], task_type="CAUSAL_LM"))
+    (found,) = profile_model(lora, "LoRA", ["prefill"], [5], repetitions=1)
+    assert {name for name, spent in found.seconds.items() if spent > 0} == ADAPTERS["none"]
+
+
+def test_a_disabled_adapter_is_profiled_as_the_plain_model():
+    model = tiny_peft_model()
+    with model.disable_adapter():
+        (found,) = profile_model(model, "disabled", ["prefill"], [5], repetitions=1)
+    assert {name for name, spent in found.seconds.items() if spent > 0} == ADAPTERS["none"]
+
+
+def test_the_categories_sum_to_the_forward(tmp_path):
+    """In a trace of a real model: whatever no range claims is "other", and nothing is claimed twice."""
+    folder = tmp_path / "made" / "here"
+    profile_model(tiny_peft_model(), "GraphMoE (T=3)", lengths=[5], repetitions=1, traces=folder)
+    traces = sorted(folder.iterdir())
+    assert [t.name for t in traces] == ["trace_graphmoe-t-3_decode_5.json", "trace_graphmoe-t-3_prefill_5.json"]
+    for trace in traces:
+        events = json.loads(trace.read_text())["traceEvents"]
+        (forward,) = attribute(events, on_device=False)
+        (whole,) = (e["dur"] for e in events if e["name"] == "graphmoe::forward")
+        assert sum(forward.values()) == pytest.approx(whole / 1e6, abs=1e-8)
+        assert min(forward.values()) >= 0
+
+
+def test_a_decode_step_is_one_token_on_a_cache_of_the_asked_length():
+    """Every repetition: a cache that grows from call to call would measure other lengths than it says."""
+    model = tiny_model()
+    seen = []
+
+    def note(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
+        cache = options.get("past_key_values")
+        seen.append((options["input_ids"].shape, cache.get_seq_length() if cache is not None else 0))
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    profile_model(model, "none", ["decode"], [6], batch=2, repetitions=2)
+    handle.remove()
+    prefill, *steps = seen
+    assert prefill == ((2, 6), 0)
+    assert len(steps) > 4
+    assert set(steps) == {((2, 1), 6)}
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_stays_switched_on(fails, monkeypatch):
+    """Neither after a profile nor after one that an error ended in the middle of a range."""
+    model = tiny_peft_model().train()
+    model.base_model.model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    before = hooks(model)
+    if fails:
+        router = model.base_model.model.model.layers[1].mlp
+
+        def fail(x):
+            if ranges._recording:
+                raise RuntimeError("in the middle")
+            return type(router).forward(router, x)
+
+        monkeypatch.setattr(router, "forward", fail)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            profile_model(model, "GraphMoE (T=3)", ["prefill"], [5], repetitions=1)
+    else:
+        profile_model(model, "GraphMoE (T=3)", ["prefill"], [5], repetitions=1)
+    assert hooks(model) == before
+    assert [module.training for module in model.modules()] == modes
+    assert not ranges._recording
+    assert not torch.autograd._profiler_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_ranges_are_in_a_trace_only_while_they_are_recorded():
+    """Off, they must cost a layer nothing; a range closed by an error must not swallow what comes after it."""
+    model = tiny_peft_model().eval()
+
+    def found() -> set[str]:
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+            model(input_ids=tokens())
+        return {e.name.removeprefix("graphmoe::") for e in profiler.events() if e.name.startswith("graphmoe::")}
+
+    parts = {"mlp", "experts", "routing", "gru"}
+    assert not found() & {*parts, "attention"}
+    with ranges.recorded_ranges():
+        assert found() >= parts
+        with module_ranges(model):
+            assert found() >= {*parts, "attention"}
+    assert not found() & {*parts, "attention"}
+
+
+def test_as_dict_is_what_other_programs_read():
+    seconds = dict.fromkeys(CATEGORIES, 0.5)
+    found = Profile("tiny", "none", "decode", 64, seconds, dict.fromkeys(CATEGORIES, (0.1, 0.2)), 1.0, 2.0, 5)
+    expected = {"model": "tiny", "adapter": "none", "phase": "decode", "tokens": 64, "seconds": seconds}
+    assert found.as_dict() == expected
+    assert found.total == 3.0
+    assert found.share("attention", "mlp") == pytest.approx(1 / 3)
+
+
+def sparse_model() -> nn.Module:
+    model = tiny_model()
+    model.model.layers[1].mlp = nn.Sequential(nn.Linear(32, 32))
+    return model
+
+
+def compiled_layer() -> nn.Module:
+    model = tiny_model()
+    model.model.layers[0].compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "model, arguments, error, message",
+    [
+        (tiny_model, {"phases": ["train"]}, ValueError, "unknown phase 'train'; expected 'prefill' or 'decode'"),
+        (tiny_model, {"phases": []}, ValueError, "unknown phase none"),
+        (tiny_model, {"lengths": [8, 0]}, ValueError, "at least 1 token, got 0"),
+        (tiny_model, {"lengths": []}, ValueError, "got no length at all"),
+        (tiny_model, {"lengths": [128]}, ValueError, "128 tokens and one to decode is longer than the model's 128 pos"),
+        (tiny_model, {"batch": 0}, ValueError, "batch must be at least 1, got 0"),
+        (tiny_model, {"repetitions": 0}, ValueError, "repetitions must be at least 1, got 0"),
+        (sparse_model, {"lengths": [8]}, ValueError, r"layers without a gated MLP \(layer 1: model.layers.1.mlp\)"),
+        (lambda: nn.Linear(4, 4), {}, ValueError, "Linear has no config"),
+        (lambda: torch.compile(tiny_model(), backend="eager"), {}, TypeError, "profile it before torch.compile"),
+        (compiled_layer, {}, TypeError, "profile it before torch.compile"),
+        (lambda: tiny_model().to("meta"), {"lengths": [8]}, ValueError, "cannot see what runs on meta"),
+    ],
+)
+def test_wrong_arguments_are_named(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        profile_model(model(), "none", **arguments)
+
+
+@pytest.mark.parametrize(
+    "text, amount",
+    [
+        ("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 15.77 GiB", "20.00 GiB"),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes. Error", "4.00 GiB"),
+    ],
+)
+def test_out_of_memory_says_where_and_how_much(text, amount):
+    message = f"prefill needed {amount} more than there is; try less"
+    with pytest.raises(MemoryError, match=message), memory_error("prefill", "try less"):
+        raise RuntimeError(text)
+
+
+def test_other_errors_are_no_memory_errors():
+    with pytest.raises(RuntimeError, match="shapes"), memory_error("prefill", "try less"):
+        raise RuntimeError("shapes differ")
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_built():
+    """Linux kills a process that takes too much; it has no error to catch."""
+    with pytest.raises(MemoryError, match=r"the model takes 2048000.0 GiB in bfloat16, cpu has .* fewer layers"):
+        check_fits(2**40 * 1000, torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_models_that_can_be_adapted(name):
+    """On the meta device: sizes that do not fit together fail here, not on the machine of a user."""
+    config = preset_config(name, layers=1)
+    assert config.num_hidden_layers == 1
+    assert preset_config(name).num_hidden_layers == PRESETS[name].layers
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (
+        PRESETS[name].num_attention_heads * PRESETS[name].head_dim,
+        PRESETS[name].hidden_size,
+    )
+
+
+def test_fresh_adapters_count_in_every_term_and_leave_the_model_as_it_was():
+    """A zero weight would have products that a kernel might skip, and an adapter left behind would be in the next."""
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with with_rounds(model, 2) as (adapted, title):
+        assert title == "GraphMoE (T=2)"
+        trainable = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+        assert trainable
+        zero = [n for n, p in trainable.items() if not p.any() and "candidate.bias" not in n]
+        assert not zero
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_adapters_are_called_by_their_method():
+    assert adapter_title(tiny_config(rounds=1)) == "MixLoRA (T=1)"
+    assert adapter_title(tiny_config(rounds=4)) == "GraphMoE (T=4)"
+    assert adapter_title(LoraConfig()) == "LoRA"
+
+
+def test_other_architectures_have_the_same_categories():
+    """Attention and MLP are found by structure: a fused gate_up_proj, another attention class."""
+    for kind in ("phi3", "gemma2"):
+        (found,) = profile_model(tiny_peft_model(kind), "GraphMoE (T=3)", ["decode"], [5], repetitions=1)
+        assert min(found.seconds.values()) > 0
+
+
+def test_a_model_without_logits_to_keep_is_profiled_too():
+    """The option is left out where a model's forward does not know it."""
+
+    class Older(LlamaForCausalLM):
+        def forward(self, input_ids=None, past_key_values=None, use_cache=None):
+            return super().forward(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=64
+    )
+    (found,) = profile_model(Older(config), "none", ["prefill"], [5], name="older", repetitions=1)
+    assert (found.model, found.tokens) == ("older", 5)
