@@ -1,88 +1,232 @@
-"""What is run: a layer of given sizes with its input, in inference or as a training step."""
+"""The table of cases: what is timed side by side, at which sizes, by which providers.
+
+A case is a set of contenders that are timed in turns with each other, so that their ratios mean something. `table` is
+the whole list for a model's sizes on a kind of device; `pytest benchmarks` and the GPU report both take theirs from it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from benchmarks.providers import Provider
-from graphmoe_kernels import LayerWeights, RethinkingSpec
+from benchmarks.document import WITHOUT_ROUNDS
+from benchmarks.sizes import Model
 from graphmoe_kernels.cost import Sizes
-from graphmoe_kernels.testing import cast_layer, make_layer, trainable
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-MODES = ("inference", "training")
+GROUPS = {
+    "routing": "router product, top-k softmax",
+    "expert_swiglu": "one round of the experts",
+    "gru_step": "one step of the GRU",
+    "layer": "a whole layer: inference, and a training step with its peak memory",
+    "rounds": "the layer at T = 1..5: what each further round costs",
+    "decoder": "a whole decoder layer: prefill, and decode with a cache",
+    "model": "tokens a second of generate, on a small whole model",
+    "scaling": "time against tokens, experts, rank and top-k",
+}
+# Long, and of interest to few: run when they are asked for.
+NOT_BY_DEFAULT = ("scaling",)
+OPERATORS = ("routing", "expert_swiglu", "gru_step")
+MAX_ROUNDS = 5
+AXES = {"rounds": "T={}", "tokens": "{} tokens", "experts": "n={}", "rank": "r={}", "top_k": "k={}"}
+
+
+class Contender(NamedTuple):
+    """A provider at some sizes; ``axis`` is the field of the sizes in which the contenders of its case differ."""
+
+    provider: str
+    sizes: Sizes
+    axis: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in its case."""
+        if self.axis is None or (self.provider in WITHOUT_ROUNDS and self.axis == "rounds"):
+            return self.provider
+        return f"{self.provider}, {AXES[self.axis].format(getattr(self.sizes, self.axis))}"
 
 
 class Case(NamedTuple):
-    """Sizes, and whether a call is a forward without gradients or a forward with its backward."""
+    """Contenders that are timed in turns with each other.
 
-    sizes: Sizes
+    Attributes:
+        group: a name of `GROUPS`.
+        model: whose sizes they have.
+        mode: ``"inference"`` or ``"training"`` (forward and backward); of a decoder layer ``"prefill"`` or
+            ``"decode"``; of a model ``"generate"``.
+        contenders: who is timed.
+        graph: as a replayed CUDA graph.
+        later: of an operator: whether it is called as in a round after the first.
+        batch: sequences among which the tokens are divided (decoder).
+        context: tokens in the cache before the call (decoder, model).
+        note: what distinguishes it from a case that is otherwise alike.
+    """
+
+    group: str
+    model: Model
     mode: str
+    contenders: tuple[Contender, ...]
+    graph: bool = False
+    later: bool | None = None
+    batch: int = 1
+    context: int | None = None
+    note: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.mode}, T={self.sizes.rounds}"
+        """Unique in a table."""
+        s, axis = self.contenders[0].sizes, self.contenders[0].axis
+        parts = [self.group, self.model.name, self.mode]
+        if self.later is not None:
+            parts.append("later round" if self.later else "first round")
+        if self.context is not None:
+            parts.append(f"context {self.context}")
+        fields = ("tokens",) if self.group in OPERATORS else ("tokens", "rounds", "experts")
+        parts += [AXES[field].format(getattr(s, field)) for field in fields if field != axis]
+        parts += [f"by {axis}"] if axis else []
+        return ", ".join([*parts, s.dtype, *([self.note] if self.note else [])])
+
+    def keep(self, providers: Sequence[str]) -> Case:
+        """The case with those of its contenders whose provider is among ``providers``."""
+        return self._replace(contenders=tuple(c for c in self.contenders if c.provider in providers))
+
+
+class Plan(NamedTuple):
+    """At which token counts a table is made.
+
+    Attributes:
+        decode, prefill: of the layer, ascending; the last of ``prefill`` is the main one.
+        routing: further ones for the routing alone.
+        batch, context: of the decoder layer's prefill and decode.
+        training: of the training step, where it is not the main one.
+        whole_layers, prompt, new_tokens: of the whole model that generates.
+    """
+
+    decode: tuple[int, ...]
+    prefill: tuple[int, ...]
+    routing: tuple[int, ...] = ()
+    batch: int = 1
+    context: int = 2048
+    training: int | None = None
+    whole_layers: int = 4
+    prompt: int = 128
+    new_tokens: int = 64
 
     @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.sizes.dtype]
+    def main(self) -> int:
+        return self.prefill[-1]
 
     @property
-    def spec(self) -> RethinkingSpec:
-        """alpha = 2r, as in the paper's Table 2."""
-        return RethinkingSpec(self.sizes.rounds, self.sizes.top_k, scale=2.0)
-
-    def problem(self) -> Problem:
-        """The layer and its input, drawn from a fixed seed; without a GRU where there is one round."""
-        s = self.sizes
-        width = s.gru_width if s.rounds > 1 else None
-        weights = make_layer(s.hidden, s.intermediate, s.experts, s.rank, width, dtype=self.dtype)
-        generator = torch.Generator().manual_seed(1)
-        x, grad_y = torch.randn(2, s.tokens, s.hidden, generator=generator).to(self.dtype).unbind()
-        return Problem(weights, x, grad_y)
+    def tokens(self) -> tuple[int, ...]:
+        return (*self.decode, *self.prefill)
 
 
-class Problem(NamedTuple):
-    """A layer, its input x [N, D] and the gradient of its output [N, D]."""
-
-    weights: LayerWeights
-    x: Tensor
-    grad_y: Tensor
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        """The same values in another dtype."""
-        return Problem(cast_layer(self.weights, dtype), self.x.to(dtype), self.grad_y.to(dtype))
-
-    def chunks(self, tokens: int) -> list[Problem]:
-        """The same layer over ``tokens`` rows at a time."""
-        parts = zip(self.x.split(tokens), self.grad_y.split(tokens), strict=True)
-        return [self._replace(x=x, grad_y=grad_y) for x, grad_y in parts]
+PLANS = {
+    "cuda": Plan((1, 16, 64), (512, 2048, 8192), routing=(16384,), batch=16),
+    "cpu": Plan((1,), (64, 256), context=512, training=128, whole_layers=2, prompt=32, new_tokens=8),
+}
+DTYPES = {"cuda": "bf16", "cpu": "fp32"}
+SCALING = {"experts": (8, 16, 32, 64), "rank": (4, 8, 16, 32, 64), "top_k": (1, 2, 4, 8)}
 
 
-Call = Callable[[], dict[str, Tensor]]
+def table(model: Model, kind: str, dtype: str, plan: Plan) -> Iterator[Case]:
+    """Every case of a model's sizes on ``"cuda"`` or ``"cpu"``, group by group."""
+    make = _Maker(model, kind, dtype, plan)
+    yield from make.operators()
+    yield from make.layers()
+    yield from make.rounds()
+    yield from make.decoders()
+    yield make.generation()
+    yield from make.scaling()
 
 
-def prepare(provider: Provider, case: Case, problem: Problem) -> Call:
-    """The call that is timed, and whose result is judged: y, and in training the gradients by name."""
-    weights = cast_layer(problem.weights, problem.x.dtype, requires_grad=case.mode == "training")
-    forward = provider.prepare(weights, case.spec)
-    if case.mode == "inference":
+class _Maker:
+    def __init__(self, model: Model, kind: str, dtype: str, plan: Plan) -> None:
+        self.model, self.kind, self.dtype, self.plan = model, kind, dtype, plan
+        self.ours = ("triton", "torch") if kind == "cuda" else ("torch",)
 
-        def infer() -> dict[str, Tensor]:
-            with torch.no_grad():
-                return {"y": forward(problem.x)}
+    def sizes(self, tokens: int, rounds: int = 3) -> Sizes:
+        return self.model.sizes(tokens, rounds, self.dtype)
 
-        return infer
+    def case(self, group: str, mode: str, providers: Sequence[str], sizes: Sizes, **details: object) -> Case:
+        """Providers side by side at the same sizes."""
+        contenders = tuple(Contender(name, sizes) for name in providers)
+        return Case(group, self.model, mode, contenders, **details)  # type: ignore[arg-type]
 
-    leaves = {"x": problem.x.clone().requires_grad_(), **trainable(weights)}
+    def along(self, axis: str, values: Sequence[int], providers: Sequence[str], sizes: Sizes) -> tuple[Contender, ...]:
+        """Every provider at every value of a field of the sizes."""
+        along: list[dict[str, Any]] = [{axis: value} for value in values]
+        found = [Contender(p, replace(sizes, **value), axis) for p in providers for value in along]
+        return tuple(c for i, c in enumerate(found) if c.label not in {other.label for other in found[:i]})
 
-    def train() -> dict[str, Tensor]:
-        y = forward(leaves["x"])
-        grads = torch.autograd.grad(y, list(leaves.values()), problem.grad_y)
-        return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+    def in_graph(self, tokens: int) -> bool:
+        return self.kind == "cuda" and tokens in self.plan.decode
 
-    return train
+    def operators(self) -> Iterator[Case]:
+        for group in OPERATORS:
+            for tokens in (*self.plan.tokens, *(self.plan.routing if group == "routing" else ())):
+                for later in (False, True):
+                    yield self.case(
+                        group, "inference", self.ours, self.sizes(tokens), graph=self.kind == "cuda", later=later
+                    )
+            yield self.case(group, "training", self.ours, self.sizes(self.plan.main), later=True)
+
+    def layers(self) -> Iterator[Case]:
+        main, alone = self.plan.main, ("dense", "liger", "peft_lora")
+        for tokens in reversed(self.plan.tokens):
+            for rounds in (3, 1):
+                providers = [*self.ours, "literal", *alone]
+                if tokens in (main, self.plan.decode[0]):
+                    providers += ["peer_mixlora", "mixlora"]
+                graph = self.in_graph(tokens)
+                if graph:  # a loop over experts finds their tokens on the host: it cannot be captured
+                    providers = [name for name in providers if name not in ("peer_mixlora", "mixlora")]
+                yield self.case("layer", "inference", providers, self.sizes(tokens, rounds), graph=graph)
+        compiled = (self.ours[0], "literal_compiled")
+        yield self.case("layer", "inference", compiled, self.sizes(main), note="against torch.compile")
+        training = self.plan.training or main
+        for rounds in (3, 1):
+            providers = [*self.ours, "literal", *alone, "peer_mixlora", "mixlora"]
+            yield self.case("layer", "training", providers, self.sizes(training, rounds))
+        if self.kind == "cuda":  # on a CPU, compiling the backward takes longer than all the rest
+            yield self.case("layer", "training", compiled, self.sizes(training), note="against torch.compile")
+
+    def rounds(self) -> Iterator[Case]:
+        values = range(1, MAX_ROUNDS + 1)
+        for tokens in (self.plan.prefill[0] if self.kind == "cpu" else self.plan.main, self.plan.decode[0]):
+            for mode in ("inference", "training"):
+                if mode == "training" and tokens in self.plan.decode:
+                    continue
+                providers = ("dense", self.ours[0], "literal")
+                found = self.along("rounds", values, providers, self.sizes(tokens))
+                graph = mode == "inference" and self.in_graph(tokens)
+                yield Case("rounds", self.model, mode, found, graph=graph)
+
+    def decoders(self) -> Iterator[Case]:
+        for mode, tokens in (("prefill", self.plan.main), ("decode", 1)):
+            ours = self.along("rounds", range(1, MAX_ROUNDS + 1), (self.ours[0],), self.sizes(tokens))
+            others = self.along("rounds", (3,), ("dense", "peft_lora", "literal"), self.sizes(tokens))
+            yield Case(
+                "decoder",
+                self.model,
+                mode,
+                (*ours, *others),
+                graph=self.in_graph(tokens),
+                batch=self.plan.batch if mode == "prefill" else 1,
+                context=self.plan.context if mode == "decode" else None,
+            )
+
+    def generation(self) -> Case:
+        ours = self.along("rounds", (1, 3), (self.ours[0],), self.sizes(1))
+        others = self.along("rounds", (3,), ("dense", "peft_lora", "literal"), self.sizes(1))
+        return Case("model", self.model, "generate", (*ours, *others), context=self.plan.prompt)
+
+    def scaling(self) -> Iterator[Case]:
+        main = self.plan.main
+        for tokens in (main, self.plan.decode[0]):
+            for axis, values in SCALING.items():
+                values = tuple(value for value in values if axis != "top_k" or value <= self.model.experts)
+                found = self.along(axis, values, (self.ours[0],), self.sizes(tokens))
+                yield Case("scaling", self.model, "inference", found, graph=self.in_graph(tokens))
+        found = self.along("tokens", self.plan.prefill, (self.ours[0],), self.sizes(main))
+        yield Case("scaling", self.model, "inference", found)

@@ -1,79 +1,62 @@
-"""Options of the benchmarks, and the tables that a run ends with.
+"""`pytest benchmarks`: every contender of every case is a test; what was found stands in tables at the end.
 
-`pytest benchmarks` collects this folder alone; `pytest tests` never does.
+A contender that is wrong fails. Nothing here fails for being slow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
+from _pytest.terminal import TerminalReporter
 
-from benchmarks import results
-from benchmarks.groups import Group
-from benchmarks.providers import PROVIDERS
+from benchmarks.options import Chosen, add_options, choose
+from benchmarks.session import Session
+from benchmarks.summary import summary
 
-RESULTS = Path(__file__).resolve().parent / "results"
-Report = Callable[[str, list[Group], list[results.Target]], None]
-REPORTS = pytest.StashKey[list[str]]()
+CHOSEN = pytest.StashKey[Chosen]()
+SESSION = pytest.StashKey[Session]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("GraphMoE benchmarks")
-    group.addoption(
-        "--providers",
-        default="folded,literal,peer_mixlora",
-        help=f"what is timed, of {', '.join(PROVIDERS)} (default: %(default)s)",
-    )
-    group.addoption("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    group.addoption(
-        "--seconds", type=float, default=15.0, help="how long a case is timed, at least 5 turns (default: %(default)s)"
-    )
-    group.addoption("--save-results", action="store_true", help="also write benchmarks/results/<device>-*.json")
+    add_options(parser)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[REPORTS] = []
-    unknown = set(chosen_providers(config)) - PROVIDERS.keys()
-    if unknown:
-        raise pytest.UsageError(f"--providers: unknown {', '.join(sorted(unknown))}; there are {', '.join(PROVIDERS)}")
-    if config.getoption("threads") < 1:
-        raise pytest.UsageError(f"--threads must be at least 1, got {config.getoption('threads')}")
-
-
-def chosen_providers(config: pytest.Config) -> list[str]:
-    return config.getoption("providers").split(",")
+    # The tables at the end have ratios; those of pytest-benchmark need not be wide.
+    config.option.benchmark_columns = config.option.benchmark_columns or ["median", "iqr", "rounds"]
+    config.stash[CHOSEN] = choose(config)
+    config.stash[SESSION] = Session(config.stash[CHOSEN])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "provider" in metafunc.fixturenames:
-        metafunc.parametrize("provider", chosen_providers(metafunc.config))
+    if "contender" in metafunc.fixturenames:
+        cases = metafunc.config.stash[CHOSEN].cases
+        found = [(case, contender) for case in cases for contender in case.contenders]
+        ids = [f"{case.name}: {contender.label}".replace(", ", "-").replace(": ", "-") for case, contender in found]
+        metafunc.parametrize("case, contender", found, ids=ids)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A case is measured with those of its contenders that `-k` left."""
+    left = [item.callspec.params for item in session.items if hasattr(item, "callspec")]
+    session.config.stash[SESSION].select((params["case"], params["contender"]) for params in left)
 
 
 @pytest.fixture(scope="session")
-def provider_names(pytestconfig: pytest.Config) -> list[str]:
-    """The providers of ``--providers``."""
-    return chosen_providers(pytestconfig)
+def measured(pytestconfig: pytest.Config) -> Iterator[Session]:
+    """What the run measures; its document is written at its end if that was asked for."""
+    yield pytestconfig.stash[SESSION]
+    if pytestconfig.getoption("save_results"):
+        pytestconfig.stash[SESSION].save()
 
 
-@pytest.fixture(scope="session")
-def report(pytestconfig: pytest.Config) -> Report:
-    """Takes a device's groups and targets: shows them at the end of the run, and saves them if asked to."""
-    load = results.load_average()
-
-    def take(device: str, groups: list[Group], targets: list[results.Target]) -> None:
-        found, measured = results.conditions(device, load), results.ratios(groups, targets)
-        text = results.describe(found, groups, measured)
-        if pytestconfig.getoption("save_results"):
-            path = results.save(RESULTS, found, groups, measured)
-            text += f"\n  written to {path}"
-        pytestconfig.stash[REPORTS].append(text)
-
-    return take
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for text in config.stash[REPORTS]:
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
+    session = config.stash[SESSION]
+    if session.content["rows"]:
         terminalreporter.section("GraphMoE")
-        terminalreporter.write_line(text)
+        terminalreporter.write_line(summary(session.content, config.stash[CHOSEN].left_out))
+        if session.path is not None:
+            terminalreporter.write_line(f"written to {session.path}")

@@ -6,13 +6,15 @@ Beside each prediction stands what was measured, from the newest result of a GPU
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.limits import H200
+from benchmarks.document import WITHOUT_ROUNDS, ResultError, load
+from benchmarks.limits import H200
 from benchmarks.roofline import Work, experts_per_tile, experts_work, shipped_config, work
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.launching import SIZE_CLASSES, SKINNY_TOKENS
@@ -145,9 +147,10 @@ def newest_result(folder: Path = RESULTS) -> dict[str, Any] | None:
     """The content of the newest result of a GPU run, or None."""
     found = []
     for path in folder.glob("cuda-*.json"):
-        content = json.loads(path.read_text())
-        if content.get("conditions", {}).get("sizes") == "llama-3-8b":
-            found.append((content["conditions"]["date"], path.name, content))
+        with contextlib.suppress(ResultError):  # `python -m benchmarks.report` names the files that are none
+            content = load(path)
+            if content["conditions"].get("sizes") == "llama-3-8b":
+                found.append((content["conditions"]["date"], path.name, content))
     return max(found, key=lambda each: each[:2])[2] if found else None
 
 
@@ -162,10 +165,11 @@ def measured_kernel(result: dict[str, Any] | None, kernel: str, tokens: int, lat
 
 def measured_layer(result: dict[str, Any] | None, tokens: int, rounds: int, provider: str) -> float | None:
     """Median seconds of a provider's forward: in a graph for few tokens."""
-    mode = "decode in a graph" if tokens <= SKINNY_TOKENS else "inference"
-    for row in (result or {}).get("layers", []):
-        key = (row["mode"], row["tokens"], row["rounds"], row["provider"], row["experts"])
-        if key == (mode, tokens, rounds, provider, LLAMA_8B.experts):
+    rounds = 1 if provider in WITHOUT_ROUNDS else rounds
+    for row in (result or {}).get("rows", []):
+        sizes, graph = row["sizes"], tokens <= SKINNY_TOKENS
+        same = (row["group"], row["mode"], row["graph"], row["provider"]) == ("layer", "inference", graph, provider)
+        if same and (sizes["tokens"], sizes["rounds"], sizes["experts"]) == (tokens, rounds, LLAMA_8B.experts):
             return row["seconds"]["median"]
     return None
 

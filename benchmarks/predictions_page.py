@@ -6,16 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import predictions as p
-from benchmarks.gpu.limits import H200
+from benchmarks.limits import H200
 from benchmarks.roofline import shipped_config, work
+from benchmarks.tables import markdown_table
 
 NOT_MEASURED = "not measured"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; the first column to the left, the others to the right."""
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def microseconds(seconds: float | None) -> str:
@@ -118,7 +113,7 @@ def _layers(result: dict[str, Any] | None) -> list[str]:
     for target in p.TARGETS:
         sizes = p.sizes_at(target.tokens, target.rounds)
         layer, dense = p.total(p.layer_parts(sizes)), p.total(p.dense_parts(sizes))
-        measured = [p.measured_layer(result, target.tokens, target.rounds, name) for name in ("fused", "dense")]
+        measured = [p.measured_layer(result, target.tokens, target.rounds, name) for name in ("triton", "dense")]
         ratio = NOT_MEASURED if None in measured else f"{measured[0] / measured[1]:.2f}"  # type: ignore[operator]
         verdict = "within" if layer / dense <= target.at_most else "**beyond**"
         rows.append(

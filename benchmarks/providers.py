@@ -1,110 +1,192 @@
-"""What is timed: one layer computed in several ways, each under a name.
+"""Who is timed: a layer computed in several ways, each under a name, all from the same tensors.
 
-A provider is given a layer's weights and settings and returns a function from x [N, D] to y_T [N, D]. All providers
-compute the same mathematics from the same tensors.
+A provider is built for one layer at some sizes. Those that compute the rethinking layer have to equal its plain
+definition; those that compute less (the MLP alone, the MLP with plain LoRA) are there to compare with, and have to
+equal their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from graphmoe_kernels import FoldCache, LayerWeights, RethinkingSpec, get_activation, gru_step, rethink
+from benchmarks import peers
+from benchmarks.devices import CpuDevice, Device
+from benchmarks.layers import SCALE, Forward, Layer, Subject, dense_weights
+from graphmoe_kernels import DenseMLP
+from graphmoe_kernels.backend import interpreting
+from graphmoe_kernels.cost import Sizes
+from graphmoe_kernels.testing import trainable
 
-Forward = Callable[[Tensor], Tensor]
+
+class Built(NamedTuple):
+    """A provider over one layer.
+
+    Attributes:
+        subject: its forward and the tensors whose gradients its training step computes.
+        module: what has a training and an evaluation mode, if anything.
+        definition: the name of what it has to equal; providers of one name have to equal the same.
+        plain, exact: that definition, in the layer's dtype and in fp64.
+    """
+
+    subject: Subject
+    module: nn.Module | None
+    definition: str
+    plain: Subject
+    exact: Subject
+
+    def set_mode(self, training: bool) -> None:
+        """Training or evaluation mode, where there is one."""
+        if self.module is not None:
+            self.module.train(training)
 
 
 class Provider(NamedTuple):
-    """A named way to compute the layer.
+    """A named way to compute a layer.
 
     Attributes:
-        name: how results and tables call it.
+        name: how options, results and tables call it.
         summary: what it is, in one line.
-        prepare: (weights, spec) -> the function that is timed.
+        build: (layer, sizes) -> the provider over that layer.
+        form: its arithmetic, a form of the cost model or ``"lora"``.
+        missing: why it cannot run on a device, or None.
     """
 
     name: str
     summary: str
-    prepare: Callable[[LayerWeights, RethinkingSpec], Forward]
+    build: Callable[[Layer, Sizes], Built]
+    form: str
+    missing: Callable[[Device], str | None] = lambda device: None
 
 
-def _rethink(fold: str, backend: str = "auto") -> Callable[[LayerWeights, RethinkingSpec], Forward]:
-    """This package's layer through its public function, with a cache for the fold as a layer would keep it."""
-
-    def prepare(weights: LayerWeights, spec: RethinkingSpec) -> Forward:
-        cache = FoldCache(lambda: weights)
-        return lambda x: rethink(x, weights, spec, fold=fold, cache=cache, backend=backend).y
-
-    return prepare
+def _rethinking(layer: Layer, sizes: Sizes, forward: Forward, module: nn.Module | None) -> Built:
+    """A provider that has to equal the rethinking layer."""
+    subject = Subject(forward, trainable(layer.weights(sizes)))
+    definitions = (layer.definition(sizes, exact) for exact in (False, True))
+    return Built(subject, module, f"rethinking, {sizes}", *definitions)
 
 
-def _peer_mixlora(weights: LayerWeights, spec: RethinkingSpec) -> Forward:
-    """MixLoRA as published and as its users run it, once per round, joined by the same GRU."""
+def _ours(layer: Layer, sizes: Sizes, *, backend: str, fold: str = "auto") -> Built:
+    ffn = layer.ffn(sizes, fold, backend)
+    return _rethinking(layer, sizes, ffn, ffn)
+
+
+def _literal_compiled(layer: Layer, sizes: Sizes) -> Built:
+    ffn = layer.ffn(sizes, "never", "torch")
+    torch._dynamo.reset()
+    return _rethinking(layer, sizes, torch.compile(ffn, dynamic=False), ffn)
+
+
+def _peer_mixlora(layer: Layer, sizes: Sizes) -> Built:
+    return _rethinking(layer, sizes, peers.peer_mixlora(layer.weights(sizes), layer.spec(sizes)), None)
+
+
+def _mixlora(layer: Layer, sizes: Sizes) -> Built:
+    forward = peers.mixlora_package(layer.mlp, layer.weights(sizes), layer.spec(sizes))
+    return _rethinking(layer, sizes, forward, None)
+
+
+def _dense_definition(layer: Layer, dtype: torch.dtype) -> Subject:
+    base = dense_weights(layer.mlp)
 
     def forward(x: Tensor) -> Tensor:
-        pair = state = total = recurrent = None
-        for t in range(spec.rounds):
-            y = _mixlora_layer(x, weights, spec)
-            if t == spec.rounds - 1:
-                break
-            gru = weights.gru
-            assert gru is not None
-            if pair is not None:
-                state, total = pair.chunk(2, dim=1)  # [N, G] each
-                recurrent = F.linear(state, gru.recurrent_gates())  # [N, 2G]
-            pair = gru_step(
-                F.linear(y, gru.input_columns()),
-                recurrent,
-                state,
-                total,
-                gru.recurrent_candidate(),
-                gru.candidate_bias,
-            )
-            x = x + F.linear(pair[:, : gru.width], gru.output)
-        return y
+        gate, up, down = (w.to(dtype) for w in (base.gate, base.up, base.down))
+        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
-    return forward
+    return Subject(forward, {})
 
 
-def _mixlora_layer(x: Tensor, weights: LayerWeights, spec: RethinkingSpec) -> Tensor:
-    """y [N, D]: base gate and up shared by the experts, then a loop over them, base down once per expert.
-
-    Each expert finds its tokens by `torch.where`, once to compute and once to combine, as the published code does.
-    """
-    base, e = weights.base.dense(), weights.experts
-    activation = get_activation(spec.activation).function
-    probabilities = torch.softmax(F.linear(x.float(), weights.router.float()), dim=-1)  # [N, n]
-    mixing, chosen = torch.topk(probabilities, spec.top_k, dim=-1)
-    mixing = (mixing / mixing.sum(dim=-1, keepdim=True)).to(x.dtype)  # [N, k]
-    chosen_by = F.one_hot(chosen, probabilities.shape[1]).permute(2, 1, 0)  # [n, k, N]
-
-    gate, up = base.project_in(x)  # [N, F] each
-    outputs = []
-    for i in range(probabilities.shape[1]):
-        _, tokens = torch.where(chosen_by[i])  # [m]
-        read = x[tokens]
-        g = gate[tokens] + spec.scale * F.linear(F.linear(read, e.gate_A[i]), e.gate_B[i])
-        u = up[tokens] + spec.scale * F.linear(F.linear(read, e.up_A[i]), e.up_B[i])
-        hidden = activation(g) * u  # [m, F]
-        outputs.append(base.project_out(hidden) + spec.scale * F.linear(F.linear(hidden, e.down_A[i]), e.down_B[i]))
-
-    y = torch.zeros_like(x)
-    for i, output in enumerate(outputs):
-        slots, tokens = torch.where(chosen_by[i])
-        y = y.index_add(0, tokens, output * mixing[tokens, slots, None])
-    return y
+def _dense_alike(layer: Layer, sizes: Sizes, *, make: Callable[[nn.Module], nn.Module]) -> Built:
+    """A provider that has to equal the MLP alone."""
+    module = make(layer.mlp)
+    definitions = (_dense_definition(layer, dtype) for dtype in (layer.dtype, torch.float64))
+    return Built(Subject(module, {}), module, f"dense, {sizes.tokens} tokens", *definitions)
 
 
-PROVIDERS = {
+def _peft_lora(layer: Layer, sizes: Sizes) -> Built:
+    module = peers.peft_lora(layer.mlp, sizes.rank, SCALE * sizes.rank, torch.Generator().manual_seed(4))
+    tensors = peers.lora_tensors(module)
+    exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+    base = dense_weights(layer.mlp)
+    wide = DenseMLP(*(None if t is None else t.double() for t in base))  # type: ignore[arg-type]
+    definitions = (
+        Subject(lambda x: peers.peft_lora_reference(x, base, tensors, SCALE), tensors),
+        Subject(lambda x: peers.peft_lora_reference(x, wide, exact, SCALE), exact),
+    )
+    return Built(Subject(module, tensors), module, f"lora, {sizes}", *definitions)
+
+
+def _compiler_missing(device: Device) -> str | None:
+    if not isinstance(device, CpuDevice):
+        return None
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # inductor has an exception of its own for it, which moved between versions
+        return f"torch.compile needs a C++ compiler on a CPU: {str(error).splitlines()[0]}"
+    return None
+
+
+def _triton_missing(device: Device) -> str | None:
+    if device.kind == "cuda" or interpreting():
+        return None
+    return "the Triton kernels run on CUDA devices"
+
+
+PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
-        Provider("folded", "rethink(fold='always'): the fold cached, or rebuilt in training", _rethink("always")),
-        Provider("literal", "rethink(fold='never'): the literal loop", _rethink("never")),
-        Provider("reference", "the literal loop over the plain definitions", _rethink("never", "reference")),
-        Provider("peer_mixlora", "a loop over experts, base down once per expert, T times", _peer_mixlora),
+        Provider("triton", "this package on Triton", partial(_ours, backend="triton"), "folded", _triton_missing),
+        Provider("torch", "this package on PyTorch", partial(_ours, backend="torch"), "folded"),
+        Provider(
+            "literal",
+            "the literal loop (fold='never') on PyTorch, eager",
+            partial(_ours, backend="torch", fold="never"),
+            "literal",
+        ),
+        Provider(
+            "literal_compiled", "the literal loop under torch.compile", _literal_compiled, "literal", _compiler_missing
+        ),
+        Provider("dense", "the MLP of Transformers alone", partial(_dense_alike, make=lambda mlp: mlp), "dense"),
+        Provider("peft_lora", "the MLP with plain LoRA of PEFT on its three projections", _peft_lora, "lora"),
+        Provider(
+            "liger",
+            "Liger-Kernel's SwiGLU MLP alone",
+            partial(_dense_alike, make=peers.liger_mlp),
+            "dense",
+            lambda device: peers.liger_missing(device.torch),
+        ),
+        Provider(
+            "peer_mixlora",
+            "MixLoRA as published: a loop over experts, base down once per expert, run T times",
+            _peer_mixlora,
+            "peers",
+        ),
+        Provider(
+            "mixlora",
+            "the mixlora package's layer, run T times",
+            _mixlora,
+            "peers",
+            lambda device: peers.mixlora_missing(),
+        ),
     )
 }
+
+
+def missing(names: Iterable[str], device: Device) -> dict[str, str]:
+    """Which of some providers cannot run on a device, and why.
+
+    Raises:
+        ValueError: a name that is no provider's.
+    """
+    names = list(names)
+    if unknown := [name for name in names if name not in PROVIDERS]:
+        raise ValueError(f"unknown provider {', '.join(unknown)}; there are {', '.join(PROVIDERS)}")
+    found = {name: PROVIDERS[name].missing(device) for name in names}
+    return {name: reason for name, reason in found.items() if reason is not None}

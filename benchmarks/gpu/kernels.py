@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.checks import check_operator
-from benchmarks.gpu.devices import Call, Device
-from benchmarks.gpu.operators import Launch, Operands, Operator, gradients, recorded_launches
+from benchmarks.checks import Verdict, check_operator
+from benchmarks.devices import Call, Device
+from benchmarks.operator_timing import COLD_FACTOR, copies_for
+from benchmarks.operators import Launch, Operands, Operator, forward_only, gradients, recorded_launches, with_order
 from benchmarks.roofline import KERNELS, Limits, work
-from graphmoe_kernels import expert_order
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.launching import SKINNY_TOKENS, device_class
 
-# Sets of operands that a timed graph walks through, so that together they exceed the L2 cache.
-MAX_COPIES = 512
-COLD_FACTOR = 1.5
 # Of the PyTorch backend, whose intermediates are large.
 TORCH_COPIES = 2
-
-
-def copies_for(operands: Operands, l2_bytes: int) -> int:
-    """How many sets of operands exceed the L2 cache by half; at least two, at most `MAX_COPIES`."""
-    size = sum(t.numel() * t.element_size() for t in operands.values())
-    return max(2, min(MAX_COPIES, math.ceil(COLD_FACTOR * l2_bytes / max(size, 1))))
 
 
 def time_kernels(
@@ -36,22 +26,21 @@ def time_kernels(
     dtype: torch.dtype,
     limits: Limits,
     seconds: float,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The operator's check, and a row for each of its kernels; no rows where the check failed.
+) -> tuple[Verdict, list[dict[str, Any]]]:
+    """The operator's verdict, and a row for each of its kernels; no rows where the check failed.
 
     With more than `SKINNY_TOKENS` tokens the expert kernels are timed with and without the order of tokens. Beside the
     kernels stand the operator's whole forward and that of the PyTorch backend, under "operator".
     """
     operands = operator.operands(sizes, operator.later, dtype, device.torch)
-    checked = with_order(operator, operands, device)
-    found = check_operator(operator, checked, dtype).record(operator.title, sizes.tokens, dtype)
-    found["experts"] = sizes.experts
-    if not found["passed"]:
+    checked = with_order(operator, operands)
+    found = check_operator(operator, checked, dtype)
+    if found.fault is not None:
         return found, []
 
     copies = [{name: t.clone() for name, t in operands.items()} for _ in range(copies_for(operands, device.l2_bytes))]
     cold = len(copies) * sum(t.numel() * t.element_size() for t in operands.values()) >= COLD_FACTOR * device.l2_bytes
-    ordered = [with_order(operator, each, device) for each in copies]
+    ordered = [with_order(operator, each) for each in copies]
     launches: dict[tuple[str, bool], list[Launch]] = {}
     variants = [(True, ordered)]
     if operator.name == "experts" and sizes.tokens > SKINNY_TOKENS:
@@ -83,12 +72,6 @@ def time_kernels(
     return found, rows
 
 
-def with_order(operator: Operator, operands: Operands, device: Device) -> Operands:
-    if operator.name != "experts" or operands["gate"].shape[0] <= SKINNY_TOKENS:
-        return operands
-    return operands | {"order": expert_order(operands["experts"])}
-
-
 def launches_of(operator: Operator, operands: Operands) -> list[Launch]:
     outputs = {name: t for name, t in operator.run(operands, "triton").items() if t.is_floating_point()}
     upstream = {name: torch.randn_like(t) for name, t in outputs.items()}
@@ -103,8 +86,7 @@ def all_again(launches: list[Launch]) -> None:
 
 
 def _forward_all(operator: Operator, sets: list[Operands], backend: str) -> list[Any]:
-    with torch.no_grad():
-        return [operator.run(operands, backend) for operands in sets]
+    return [forward_only(operator, operands, backend) for operands in sets]
 
 
 def _torch_call(operator: Operator, sets: list[Operands], device: Device) -> dict[str, Call]:

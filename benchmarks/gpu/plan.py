@@ -8,17 +8,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from benchmarks.cases import DTYPES
+from benchmarks.cases import Case, table
+from benchmarks.checks import check_operator
+from benchmarks.devices import Device
+from benchmarks.document import WITHOUT_ROUNDS, Document
 from benchmarks.gpu.budget import Budget
-from benchmarks.gpu.checks import check_operator
-from benchmarks.gpu.devices import Device
-from benchmarks.gpu.document import Document
 from benchmarks.gpu.kernels import time_kernels
-from benchmarks.gpu.layer_timing import LayerCase, time_layer
-from benchmarks.gpu.layers import Layer
-from benchmarks.gpu.limits import as_limits, measure_limits
-from benchmarks.gpu.operators import OPERATORS, Operator
 from benchmarks.gpu.presets import Preset
+from benchmarks.layers import DTYPES
+from benchmarks.limits import as_limits, measure_limits
+from benchmarks.measure import measure
+from benchmarks.memory import TooLarge
+from benchmarks.operators import OPERATORS, Operator
+from benchmarks.providers import PROVIDERS, missing
+from benchmarks.roofline import Limits
+from benchmarks.workplace import Workplace
 from graphmoe_kernels.cost import Sizes
 
 # Words of errors after which a device takes no more work: another process has to go on.
@@ -49,86 +53,113 @@ class Run:
 
     def __init__(self, preset: Preset, device: Device, document: Document, budget: Budget) -> None:
         self.preset, self.device, self.document, self.budget = preset, device, document, budget
-        self._layer: tuple[Sizes, Layer] | None = None
-
-    def layer(self, sizes: Sizes) -> Layer:
-        """The layer of these sizes; the last one is kept, as it is large."""
-        if self._layer is None or self._layer[0] != sizes:
-            self._layer = None
-            self.device.release()
-            self._layer = sizes, Layer(sizes, self.device)
-        return self._layer[1]
+        self._workplace: Workplace | None = None
+        self._left_out = missing(PROVIDERS, device)
+        document.content["conditions"]["left out"] = self._left_out
 
     def measure_limits(self) -> None:
         """The device's limits, once."""
         p = self.preset
-        self.document.content["limits"] = measure_limits(self.device, p.copy_bytes, p.matrix, p.seconds)
+        found = measure_limits(self.device, p.copy_bytes, p.matrix, p.seconds, p.dtype)
+        self.document.content["limits"] = found
+
+    def limits(self) -> Limits:
+        """Those of the document, which an earlier process may have measured."""
+        described = self.document.content["conditions"].get("device", {})
+        return as_limits(self.document.content["limits"], described.get("multiprocessors", 4))
 
     def check(self, operator: Operator, sizes: Sizes) -> None:
         """An operator against fp64, without timing it."""
         dtype = DTYPES[sizes.dtype]
         operands = operator.operands(sizes, operator.later, dtype, self.device.torch)
-        found = check_operator(operator, operands, dtype).record(operator.title, sizes.tokens, dtype)
-        self.document.content["checks"].append(found | {"experts": sizes.experts})
+        self._record(operator, sizes, check_operator(operator, operands, dtype).record())
 
     def kernels(self, operator: Operator, sizes: Sizes) -> None:
         """An operator's check and its kernels' times."""
-        described = self.document.content["conditions"].get("device", {})
-        limits = as_limits(self.document.content["limits"], described.get("multiprocessors", 4))
-        found, rows = time_kernels(operator, sizes, self.device, DTYPES[sizes.dtype], limits, self.preset.seconds)
-        self.document.content["checks"].append(found)
+        dtype = DTYPES[sizes.dtype]
+        found, rows = time_kernels(operator, sizes, self.device, dtype, self.limits(), self.preset.seconds)
+        self._record(operator, sizes, found.record())
         self.document.content["kernels"] += rows
 
-    def layers(self, sizes: Sizes, case: LayerCase, names: Sequence[str], step: str) -> None:
-        """A layer's providers in one case."""
-        layer = self.layer(sizes)
-        providers = [layer.provider(name) for name in names]
-        checks, rows = time_layer(layer, case, providers, 2 * self.preset.seconds)
-        self.document.content["checks"] += checks
-        self.document.content["layers"] += [row | {"step": step} for row in rows]
+    def _record(self, operator: Operator, sizes: Sizes, record: dict[str, Any]) -> None:
+        case = f"{operator.title}, n={sizes.experts}"
+        self.document.content["checks"].append(
+            {"case": case, "provider": "triton", "label": "triton", "tokens": sizes.tokens, "dtype": sizes.dtype}
+            | record
+        )
+
+    def case(self, case: Case) -> None:
+        """A case of the table, with the providers that can run.
+
+        Raises:
+            TooLarge: it does not fit in memory.
+        """
+        if self._workplace is None:
+            self._workplace = Workplace(self.device, self.limits(), self.preset.seconds)
+        found = measure(case.keep([name for name in PROVIDERS if name not in self._left_out]), self._workplace)
+        self.document.content["checks"] += found.checks
+        self.document.content["rows"] += found.rows
 
 
-def steps(preset: Preset) -> Iterator[Step]:
-    """The whole plan, in order of importance."""
+class Stage(NamedTuple):
+    """Cases that come next, and how many seconds one of them may take."""
+
+    seconds: float
+    chosen: Callable[[Case, Sizes], bool]
+
+
+def _stages(preset: Preset) -> Iterator[Stage | tuple[int, ...]]:
+    """The order of the cases; numbers are tokens at which the kernels alone are timed in between."""
+    main, first, compiled = preset.plan.main, preset.plan.decode[0], "against torch.compile"
+
+    def layer(mode: str, rounds: int, *tokens: int, note: str = "") -> Callable[[Case, Sizes], bool]:
+        return lambda case, s: (
+            (case.group, case.mode, s.rounds, case.note) == ("layer", mode, rounds, note) and s.tokens in tokens
+        )
+
+    yield Stage(30, layer("inference", 3, main))
+    yield Stage(25, layer("inference", 3, *preset.plan.decode[:2]))
+    yield Stage(50, layer("training", 3, main))
+    yield Stage(20, lambda case, s: case.group == "decoder")
+    yield Stage(10, lambda case, s: case.group == "routing" and s.tokens in (first, *preset.plan.routing, main))
+    yield (main, first)
+    yield Stage(20, layer("inference", 1, main, first))
+    yield Stage(70, layer("inference", 3, main, note=compiled))
+    yield Stage(90, layer("training", 3, main, note=compiled))
+    yield Stage(30, layer("training", 1, main))
+    yield Stage(30, lambda case, s: case.group == "rounds")
+    yield Stage(30, lambda case, s: case.group == "model")
+    yield Stage(15, lambda case, s: case.group in ("expert_swiglu", "gru_step") and s.tokens in (first, main))
+    yield Stage(20, lambda case, s: case.group == "scaling")
+    yield tuple(tokens for tokens in preset.plan.tokens if tokens not in (main, first))
+    yield Stage(15, lambda case, s: True)
+
+
+def steps(preset: Preset, kind: str) -> Iterator[Step]:
+    """The whole plan for a kind of device, in order of importance."""
     yield Step("limits", 5, Run.measure_limits)
     for operator in OPERATORS:
         yield _check(operator, preset.test)
-    three, main = preset.rounds[0], preset.main
-    yield _layer(preset, LayerCase(main), three, ("fused", "dense", "literal", "torch"), 30)
-    for tokens in preset.decode[:2]:
-        yield _layer(preset, LayerCase(tokens, graph=True), three, ("fused", "dense", "literal", "torch"), 20)
-    yield _layer(preset, LayerCase(main, training=True), three, ("fused", "dense", "literal", "torch"), 40)
-    for tokens in (main, preset.decode[0]):
-        yield from (_kernels(preset, operator, tokens) for operator in OPERATORS)
-    yield _layer(preset, LayerCase(main), 1, ("fused", "dense", "torch"), 20)
-    yield _layer(preset, LayerCase(preset.decode[0], graph=True), 1, ("fused", "dense", "torch"), 15)
-    yield _layer(preset, LayerCase(main, training=True), 1, ("fused", "dense", "torch"), 25)
-    yield _layer(preset, LayerCase(main), three, ("fused", "literal compiled", "peer"), 80, "compiled and peer")
-    yield _layer(preset, LayerCase(main, training=True), three, ("fused", "literal compiled"), 100, "compiled")
-    others = [t for t in (*preset.decode, *preset.prefill) if t not in (main, preset.decode[0])]
-    for tokens in others:
-        yield from (_kernels(preset, operator, tokens) for operator in OPERATORS)
-    for tokens in (main, preset.decode[0]):
+    left = list(table(preset.model, kind, preset.dtype, preset.plan))
+    for stage in _stages(preset):
+        if not isinstance(stage, Stage):
+            for tokens in stage:
+                yield from (_kernels(preset, operator, tokens) for operator in OPERATORS)
+            continue
+        chosen = [case for case in left if stage.chosen(case, _sizes(case))]
+        left = [case for case in left if case not in chosen]
+        for case in chosen:
+            yield Step(case.name, stage.seconds, lambda run, case=case: run.case(case))  # type: ignore[misc]
+    for tokens in (preset.plan.main, preset.plan.decode[0]):
         yield from (_kernels(preset, operator, tokens, preset.many) for operator in OPERATORS if operator.name != "gru")
-    yield _layer(preset, LayerCase(main), three, ("fused", "dense"), 30, experts=preset.many)
-    yield _layer(preset, LayerCase(preset.decode[0], graph=True), three, ("fused", "dense"), 20, experts=preset.many)
-    for rounds in preset.rounds:
-        for tokens in (*preset.decode, *preset.prefill):
-            yield from _grid(preset, tokens, rounds, main)
-    yield _layer(preset, LayerCase(preset.decode[0]), three, ("fused", "dense"), 15, "eager")
     if preset.test.dtype == "bf16":
         for dtype in ("fp16", "fp32"):
             yield from (_check(operator, replace(preset.test, dtype=dtype)) for operator in OPERATORS)
 
 
-def _grid(preset: Preset, tokens: int, rounds: int, main: int) -> Iterator[Step]:
-    """The rest of rounds x tokens, inference and training."""
-    decode = tokens in preset.decode
-    done = tokens == main or (decode and tokens in preset.decode[: 2 if rounds == preset.rounds[0] else 1])
-    if rounds not in (preset.rounds[0], 1) or not done:
-        yield _layer(preset, LayerCase(tokens, graph=decode), rounds, ("fused", "dense", "torch"), 15)
-    if not decode and (tokens != main or rounds not in (preset.rounds[0], 1)):
-        yield _layer(preset, LayerCase(tokens, training=True), rounds, ("fused", "dense", "torch"), 20)
+def _sizes(case: Case) -> Sizes:
+    """Of the contenders that have rounds."""
+    return next((c.sizes for c in case.contenders if c.provider not in WITHOUT_ROUNDS), case.contenders[0].sizes)
 
 
 def _check(operator: Operator, sizes: Sizes) -> Step:
@@ -140,20 +171,6 @@ def _kernels(preset: Preset, operator: Operator, tokens: int, experts: int | Non
     sizes = preset.at(tokens, experts=experts)
     name = f"kernels of {operator.title}, {tokens} tokens, {sizes.experts} experts"
     return Step(name, 12, lambda run: run.kernels(operator, sizes))
-
-
-def _layer(
-    preset: Preset,
-    case: LayerCase,
-    rounds: int,
-    names: Sequence[str],
-    seconds: float,
-    note: str = "",
-    experts: int | None = None,
-) -> Step:
-    sizes = preset.at(1, rounds, experts)
-    name = f"layer, {case.mode}, T={rounds}, {case.tokens} tokens, {sizes.experts} experts" + (note and f", {note}")
-    return Step(name, seconds, lambda run: run.layers(sizes, case, names, name))
 
 
 def run_steps(run: Run, plan: Sequence[Step], say: Callable[[str], None] = print) -> None:
@@ -174,6 +191,10 @@ def run_steps(run: Run, plan: Sequence[Step], say: Callable[[str], None] = print
         try:
             step.run(run)
             run.device.synchronize()
+        except TooLarge as error:
+            document.end(step.name, "skipped", note=str(error))
+            say(f"{run.budget.used():6.1f} s  skipped {step.name}: {error}")
+            continue
         except Exception as error:
             note = _note(error)
             document.end(step.name, "failed", time.perf_counter() - start, note)

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from benchmarks.cases import PLANS, Plan
+from benchmarks.limits import LIMIT_SIZES
+from benchmarks.sizes import MODELS, Model
 from graphmoe_kernels.cost import Sizes
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A layer's sizes, and the token counts and limits' sizes of a run.
+    """What a run takes its steps from.
 
     Attributes:
-        sizes: the layer; tokens and rounds are set case by case.
+        model: whose layers are timed.
+        dtype: of everything.
+        plan: the token counts of the cases.
         test: the same compiled kernels on small tensors: what every kernel is checked on first.
-        decode, prefill: token counts; main: the one of the targets.
-        rounds: T, the most important first.
         many: how many experts a layer of many has.
         copy_bytes, matrix: what the limits are measured on.
         seconds: of timing a case.
     """
 
-    sizes: Sizes
+    model: Model
+    dtype: str
+    plan: Plan
     test: Sizes
-    decode: tuple[int, ...]
-    prefill: tuple[int, ...]
-    main: int
-    rounds: tuple[int, ...]
     many: int
     copy_bytes: int
     matrix: tuple[int, int, int]
@@ -34,30 +35,26 @@ class Preset:
 
     def at(self, tokens: int, rounds: int = 3, experts: int | None = None) -> Sizes:
         """The layer's sizes in one case."""
-        return replace(self.sizes, tokens=tokens, rounds=rounds, experts=experts or self.sizes.experts)
+        return self.model.sizes(tokens, rounds, self.dtype, experts=experts)
 
 
 PRESETS = {
     "llama-3-8b": Preset(
-        sizes=Sizes(4096, 14336, 409, dtype="bf16"),
+        model=MODELS["llama-3-8b"],
+        dtype="bf16",
+        plan=PLANS["cuda"],
         test=Sizes(256, 336, 32, tokens=96, dtype="bf16"),
-        decode=(1, 16, 64),
-        prefill=(512, 2048, 8192),
-        main=8192,
-        rounds=(3, 1, 2),
         many=64,
-        copy_bytes=2 * 2**30,
-        matrix=(8192, 14336, 4096),
-        seconds=0.4,
+        copy_bytes=LIMIT_SIZES["cuda"][0],
+        matrix=LIMIT_SIZES["cuda"][1],
+        seconds=0.5,
     ),
     # For the code path alone, in Triton's interpreter, which has no bf16.
     "tiny": Preset(
-        sizes=Sizes(32, 32, 5, experts=3, rank=4, dtype="fp32"),
+        model=Model("tiny", 32, 32, heads=2, kv_heads=1, head_dim=16, layers=1, experts=3, rank=4),
+        dtype="fp32",
+        plan=Plan((1,), (4,), batch=2, context=3, whole_layers=1, prompt=3, new_tokens=2),
         test=Sizes(32, 32, 5, experts=3, rank=4, tokens=5, dtype="fp32"),
-        decode=(1,),
-        prefill=(3,),
-        main=3,
-        rounds=(2, 1),
         many=4,
         copy_bytes=2**16,
         matrix=(32, 32, 32),

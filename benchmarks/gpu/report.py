@@ -7,16 +7,12 @@ after the step that was running; where time is up, it is ended. What was found i
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib import metadata, util
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,27 +53,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.worker is not None:
         return work(options)
-    path = options.file or options.out.resolve() / f"{options.device}-{_now()[:16].replace(':', '')}.json"
+    from benchmarks.conditions import now
+
+    path = options.file or options.out.resolve() / f"{options.device}-{now()[:16].replace(':', '')}.json"
     supervise(options, path, 60 * options.minutes - (time.monotonic() - start))
     return finish(path)
 
 
 def work(options: argparse.Namespace) -> int:
     """The second process: the steps that the document does not have yet."""
+    from benchmarks.conditions import conditions
+    from benchmarks.devices import CpuDevice, CudaDevice
+    from benchmarks.document import Document
     from benchmarks.gpu.budget import Budget
-    from benchmarks.gpu.devices import CpuDevice, CudaDevice
-    from benchmarks.gpu.document import Document
     from benchmarks.gpu.plan import DeviceLost, Run, run_steps, steps
     from benchmarks.gpu.presets import PRESETS
 
     device = CudaDevice() if options.device == "cuda" else CpuDevice()
     document = Document(options.file)
     if not document.content["conditions"]:
-        document.content["conditions"] = conditions(options, device.describe())
+        document.content["conditions"] = conditions(device, options.commit) | {"sizes": options.sizes}
         document.save()
     preset = PRESETS[options.sizes]
     plan = [
-        s for s in steps(preset) if not options.only or s.name == "limits" or any(t in s.name for t in options.only)
+        s
+        for s in steps(preset, options.device)
+        if not options.only or s.name == "limits" or any(t in s.name for t in options.only)
     ]
     try:
         run_steps(Run(preset, device, document, Budget(options.worker)), plan, lambda line: print(line, flush=True))
@@ -88,7 +89,7 @@ def work(options: argparse.Namespace) -> int:
 
 def supervise(options: argparse.Namespace, path: Path, seconds: float) -> None:
     """Start the second process until a run of it ends by itself, or the time is up."""
-    from benchmarks.gpu.document import Document
+    from benchmarks.document import Document
 
     path.parent.mkdir(parents=True, exist_ok=True)
     end, before = time.monotonic() + seconds, 0
@@ -131,8 +132,8 @@ def _wait(process: subprocess.Popen[bytes], path: Path, end: float) -> int | Non
 
 def finish(path: Path) -> int:
     """Write the Markdown beside the JSON, print it, and say by the exit code whether all is well."""
-    from benchmarks.gpu.document import Document
-    from benchmarks.gpu.markdown import markdown
+    from benchmarks.document import Document
+    from benchmarks.report import markdown
 
     content = Document(path).content
     text = markdown(content)
@@ -141,28 +142,7 @@ def finish(path: Path) -> int:
     print(f"written to {path} and {path.with_suffix('.md').name}")
     wrong = any(not check["passed"] for check in content["checks"])
     failed = any(step["state"] == "failed" for step in content["steps"].values())
-    return 1 if wrong or failed or not (content["kernels"] or content["layers"]) else 0
-
-
-def conditions(options: argparse.Namespace, device: dict[str, Any]) -> dict[str, Any]:
-    """Device, versions, commit, date: what a figure must never be without."""
-    from benchmarks.results import checked_out_commit
-
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "peft"):
-        versions[name] = metadata.version(name) if util.find_spec(name) else "missing"
-    return {
-        "device": {"kind": options.device, **device},
-        "host": {"cores": os.cpu_count()},
-        "versions": versions,
-        "commit": options.commit or os.environ.get("GRAPHMOE_COMMIT") or checked_out_commit(),
-        "sizes": options.sizes,
-        "date": _now(),
-    }
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return 1 if wrong or failed or not (content["kernels"] or content["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -116,11 +116,11 @@ def _in_process(name: str, seconds: float, limit: float) -> dict:
 
 def tune_one(options: argparse.Namespace) -> int:
     """The process of one cell: writes what it found to ``--log``."""
-    from benchmarks.gpu.devices import CudaDevice
+    from benchmarks.devices import CudaDevice
     from benchmarks.gpu.presets import PRESETS
     from benchmarks.gpu.tuning import Cell, Tuner
 
-    tuner = Tuner(Cell(*options.worker.split()), PRESETS["llama-3-8b"].sizes, CudaDevice())
+    tuner = Tuner(Cell(*options.worker.split()), PRESETS["llama-3-8b"].at(1), CudaDevice())
     before = dict(tuner.current)
     choice = tuner.run(options.seconds)
     found = {

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.checks import check_operator
+from benchmarks.devices import Device
 from benchmarks.gpu.candidates import candidates
-from benchmarks.gpu.checks import check_operator
-from benchmarks.gpu.devices import Device
-from benchmarks.gpu.kernels import all_again, copies_for, launches_of, with_order
-from benchmarks.gpu.operators import OPERATORS, Operands, Operator
+from benchmarks.gpu.kernels import all_again, launches_of
+from benchmarks.operator_timing import copies_for
+from benchmarks.operators import OPERATORS, Operands, Operator, with_order
 from benchmarks.roofline import CONFIG_NAMES
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.launching import Config, config_table, device_class
@@ -139,7 +140,7 @@ class Tuner:
 
     def _operands(self, operator: Operator, tokens: int, dtype: torch.dtype) -> Operands:
         sizes = Sizes(**{**vars(self.sizes), "tokens": tokens})
-        return with_order(operator, operator.operands(sizes, operator.later, dtype, self.device.torch), self.device)
+        return with_order(operator, operator.operands(sizes, operator.later, dtype, self.device.torch))
 
     def fault(self, config: Config) -> str | None:
         """What is wrong with a candidate in the case that is timed, or None."""

@@ -9,7 +9,8 @@ import os
 import pytest
 import torch
 
-from benchmarks.gpu import devices, tune, tuning
+from benchmarks import devices
+from benchmarks.gpu import tune, tuning
 from benchmarks.gpu.candidates import candidates
 from benchmarks.gpu.presets import PRESETS
 from benchmarks.gpu.tuning import GAIN, Cell, choose, operator_of, rewrite, trying
@@ -117,7 +118,7 @@ def test_a_kernel_is_tuned_as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(tuning, "SECONDS", 0.0)
     good = {"BLOCK_M": 16, "BLOCK_G": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
     monkeypatch.setattr(tuning, "candidates", lambda *names: [A, good])
-    tuner = tuning.Tuner(Cell("gru", "gru_forward", "skinny", "float"), PRESETS["tiny"].sizes, devices.CpuDevice())
+    tuner = tuning.Tuner(Cell("gru", "gru_forward", "skinny", "float"), PRESETS["tiny"].at(1), devices.CpuDevice())
     before = dict(tuner.current)
     found = tuner.run(60)
     assert {json.dumps(config) for config, _ in found.seconds} == {json.dumps(before), json.dumps(good)}

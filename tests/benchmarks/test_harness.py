@@ -2,100 +2,248 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+import dataclasses
 
 import pytest
 import torch
 
-from benchmarks import results, timing
-from benchmarks.cases import Case
-from benchmarks.groups import Group, measure
-from benchmarks.providers import PROVIDERS, Provider
-from benchmarks.results import Target
-from benchmarks.timing import MIN_TURNS, Timing, in_turns
-from graphmoe_kernels.cost import Sizes
+from benchmarks import measure as measuring
+from benchmarks.cases import GROUPS, PLANS, Case, Contender, Plan, table
+from benchmarks.devices import MIN_TURNS, CpuDevice, Samples
+from benchmarks.layer_timing import Judge
+from benchmarks.layers import Layer, Subject
+from benchmarks.limits import H200
+from benchmarks.memory import TooLarge, check_fits, needed_bytes
+from benchmarks.providers import PROVIDERS, missing
+from benchmarks.sizes import MODELS
+from benchmarks.workplace import Workplace
 
-SIZES = Sizes(hidden=48, intermediate=112, gru_width=5, experts=5, top_k=2, rank=4, tokens=40, dtype="fp32")
-
-
-@pytest.mark.parametrize("mode", ["inference", "training"])
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_every_provider_computes_the_layer(mode, rounds):
-    """A comparison with a baseline that computes something else is worth nothing."""
-    group = measure(Case(replace(SIZES, rounds=rounds), mode), PROVIDERS, seconds=0)
-    assert group.refused == {}
-    assert group.timings.keys() == PROVIDERS.keys()
+TINY = MODELS["tiny"]
+PLAN = Plan((1,), (5, 12), batch=2, context=3, whole_layers=1, prompt=4, new_tokens=2)
+CPU = CpuDevice()
+HERE = [name for name in PROVIDERS if name not in missing(PROVIDERS, CPU) and name != "literal_compiled"]
 
 
-def test_a_wrong_provider_is_refused_with_its_error():
-    """Whatever is faster by leaving something out must not get a time."""
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """As few turns and repeats as there can be, and the whole model as small as the plan says."""
+    monkeypatch.setattr("benchmarks.devices.MIN_TURNS", 2)
+    monkeypatch.setattr(measuring, "SHORTEST_TURN", 0.0)
+    monkeypatch.setitem(PLANS, "cpu", PLAN)
 
-    def prepare(weights, spec):
-        right = PROVIDERS["literal"].prepare(weights, spec)
-        return lambda x: right(x) * (1 + 1e-4)
 
-    providers = {"wrong": Provider("wrong", "off by 1e-4", prepare), "literal": PROVIDERS["literal"]}
-    group = measure(Case(SIZES, "inference"), providers, seconds=0)
-    assert group.timings.keys() == {"literal"}
-    assert group.refused["wrong"].startswith("y: error 1.0e-04, the plain computation's own is ")
+def workplace():
+    return Workplace(CPU, H200, seconds=0.0)
+
+
+def cases(group, kind="cpu"):
+    return [case for case in table(TINY, kind, "fp32", PLAN) if case.group == group]
+
+
+def one(provider, mode="inference", rounds=3, tokens=12):
+    return Case("layer", TINY, mode, (Contender(provider, TINY.sizes(tokens, rounds, "fp32")),))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_provider_of_every_case_passes_its_check(group):
+    """A comparison with a baseline that computes something else is worth nothing; nor is a check that refuses it."""
+    place = workplace()
+    for case in cases(group):
+        case = case.keep(HERE)
+        found = measuring.measure(case, place)
+        assert [check["fault"] for check in found.checks] == [None] * len(case.contenders), case.name
+        assert [row["label"] for row in found.rows] == [contender.label for contender in case.contenders]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_cases_and_contenders_have_names_of_their_own(kind):
+    """Two of one name would overwrite each other in a result; the second would look measured."""
+    for model in MODELS.values():
+        found = list(table(model, kind, "bf16", PLANS[kind]))
+        assert len({case.name for case in found}) == len(found)
+        assert {case.group for case in found} == set(GROUPS)
+        for case in found:
+            assert len({contender.label for contender in case.contenders}) == len(case.contenders)
+
+
+def test_targets_tokens_and_rounds_are_in_the_table():
+    """What the design sets targets for must be among what a GPU run measures."""
+    found = list(table(MODELS["llama-3-8b"], "cuda", "bf16", PLANS["cuda"]))
+
+    def providers(group, mode, tokens, rounds=3):
+        return {
+            contender.provider
+            for case in found
+            for contender in case.contenders
+            if (case.group, case.mode, contender.sizes.tokens, contender.sizes.rounds) == (group, mode, tokens, rounds)
+        }
+
+    assert {"triton", "dense", "literal_compiled", "peer_mixlora"} <= providers("layer", "inference", 8192)
+    assert {"triton", "dense"} <= providers("layer", "inference", 1) & providers("layer", "inference", 16)
+    assert {"triton", "dense"} <= providers("layer", "inference", 8192, rounds=1)
+    assert {"triton", "literal_compiled"} <= providers("layer", "training", 8192)
+    for rounds in (1, 3):
+        assert "triton" in providers("decoder", "prefill", 8192, rounds) & providers("decoder", "decode", 1, rounds)
+    for tokens in (1, 16384):
+        assert {"triton", "torch"} <= providers("routing", "inference", tokens)
+
+
+def test_a_wrong_provider_gets_no_time(monkeypatch):
+    """Whatever is faster by leaving something out must not get a time, and must not cost the others theirs."""
+    right = PROVIDERS["literal"]
+
+    def build(layer, sizes):
+        built = right.build(layer, sizes)
+        wrong = Subject(lambda x: built.subject.forward(x) * (1 + 1e-4), built.subject.leaves)
+        return built._replace(subject=wrong)
+
+    def raising(layer, sizes):
+        raise RuntimeError("no such path\nmore")
+
+    monkeypatch.setitem(PROVIDERS, "torch", PROVIDERS["torch"]._replace(build=build))
+    monkeypatch.setitem(PROVIDERS, "dense", PROVIDERS["dense"]._replace(build=raising))
+    sizes = TINY.sizes(12, 3, "fp32")
+    case = Case("layer", TINY, "inference", tuple(Contender(name, sizes) for name in ("torch", "literal", "dense")))
+    found = measuring.measure(case, workplace())
+    assert [row["label"] for row in found.rows] == ["literal"]
+    assert found.fault("torch").startswith("y: error 1.0e-04, the plain computation's own is ")
+    assert found.fault("dense") == "RuntimeError: no such path"
+    assert found.fault("literal") is None
 
 
 def test_a_wrong_gradient_is_refused():
     """A training step is its gradients: a right output alone does not earn a time."""
+    sizes = TINY.sizes(12, 3, "fp32")
+    layer = Layer(sizes, CPU)
+    built = PROVIDERS["literal"].build(layer, sizes)
 
-    def prepare(weights, spec):
-        detached = weights._replace(router=weights.router.detach().requires_grad_())
-        right, half = (PROVIDERS["literal"].prepare(w, spec) for w in (weights, detached))
-        return lambda x: (right(x) + half(x)) / 2
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
 
-    group = measure(Case(SIZES, "training"), {"wrong": Provider("wrong", "half the router's", prepare)}, seconds=0)
-    assert group.timings == {}
-    assert group.refused["wrong"].startswith("router: error 5.0e-01")
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 0.5
+
+    judge = Judge(training=True, dtype=torch.float32)
+    sample = judge.sample(*layer.input(sizes))
+    assert judge.check(built, sample).fault is None
+    wrong = Subject(lambda x: Halved.apply(built.subject.forward(x)), built.subject.leaves)
+    verdict = judge.check(built._replace(subject=wrong), sample)
+    assert verdict.errors["y"][0] < 1e-5
+    assert "x: error 5.0e-01" in verdict.fault
+    assert "gru.update: error 5.0e-01" in verdict.fault
 
 
-def test_calls_take_turns():
+def test_a_graph_that_replays_another_result_is_refused(monkeypatch):
+    """A capture can go wrong where the call itself is right: what is timed is what has to be right."""
+
+    class Replaying(CpuDevice):
+        graphs = True
+
+        def capture(self, call):
+            y = call()
+            return lambda: y * 1.01
+
+    sizes = TINY.sizes(1, 3, "fp32")
+    case = Case("layer", TINY, "inference", (Contender("literal", sizes),), graph=True)
+    found = measuring.measure(case, Workplace(Replaying(), None, 0.0))
+    assert found.rows == []
+    assert "in a CUDA graph, y: error 1.0e-02" in found.fault("literal")
+
+
+def test_calls_take_turns(monkeypatch):
     """Interleaved, every provider once a turn: a disturbance of the machine falls on all alike."""
+    monkeypatch.setattr("benchmarks.devices.MIN_TURNS", MIN_TURNS)
     called = []
-    found = in_turns({name: lambda name=name: called.append(name) for name in "abc"}, seconds=0)
+    found = CPU.in_turns({name: lambda name=name: called.append(name) for name in "abc"}, seconds=0)
     turns = [called[i : i + 3] for i in range(0, len(called), 3)]
     assert len(turns) == MIN_TURNS
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
     assert len({tuple(turn) for turn in turns}) > 1
-    assert all(len(t.wall) == len(t.cpu) == MIN_TURNS for t in found.values())
+    assert all(len(t.seconds) == len(t.cpu) == MIN_TURNS for t in found.values())
 
 
-def test_targets_are_ratios_of_medians_and_results_name_their_conditions(tmp_path):
-    """A figure without device, versions, commit and date cannot be judged later."""
-    case = Case(SIZES, "inference")
-    timings = {"folded": Timing([1.0, 1.0, 9.0], [1.0] * 3), "literal": Timing([2.0, 2.0, 2.0], [3.0] * 3)}
-    groups = [Group(case, timings, {"peer_mixlora": "y is missing"})]
-    targets = [
-        Target("inference, T=3", "folded", "literal", 1.7),
-        Target("inference, T=3", "folded", "literal", 2.5),
-        Target("inference, T=3", "folded", "peer_mixlora", 3.0),  # refused: there is no ratio to report
-    ]
-    measured = results.ratios(groups, targets)
-    assert [(r.wall, r.best, r.cpu, r.verdict) for r in measured] == [(2, 2, 3, "met"), (2, 2, 3, "missed")]
+def test_time_is_what_the_clock_says():
+    """Samples are seconds of the clock, all of a call, each once a turn."""
 
-    conditions = results.conditions("cpu", load=0.5)
-    path = results.save(tmp_path, conditions, groups, measured)
-    content = json.loads(path.read_text())
-    assert path.name.startswith("cpu-")
-    assert content["device"]["threads"] == torch.get_num_threads()
-    assert content["versions"]["torch"] == torch.__version__
-    assert content["commit"]
-    assert content["date"]
-    assert content["groups"][0]["seconds"]["folded"]["median"] == 1.0
-    assert content["groups"][0]["refused"] == {"peer_mixlora": "y is missing"}
-    text = results.describe(conditions, groups, measured)
-    assert "inference, T=3: folded over literal" in text
-    assert "missed" in text
+    class Clock:
+        now = 100.0
+
+        def __call__(self):
+            return self.now
+
+    clock = Clock()
+
+    def takes(seconds):
+        def call():
+            clock.now += seconds
+
+        return call
+
+    timed = CpuDevice(clock).in_turns({"short": takes(0.5), "long": takes(2.0)}, 0.0)
+    assert timed["short"].summary()["median"] == pytest.approx(0.5)
+    assert timed["long"].summary()["best"] == pytest.approx(2.0)
 
 
-def test_replay_gives_a_runner_the_recorded_times():
-    """pytest-benchmark's tables must show what was measured in turns, not the time of playing it back."""
-    clock = timing.Replay()
-    before = clock()
-    clock.advance(0.25)
-    assert clock() - before == 0.25
+def test_ratios_are_taken_turn_by_turn():
+    """A machine that slows down for a turn slows both: their ratio stays, and so does its spread."""
+    mine, its = Samples([2.0, 20.0, 2.2], []), Samples([1.0, 10.0, 1.1], [])
+    assert mine.over(its) == {"median": pytest.approx(2.0), "quartiles": [pytest.approx(2.0)] * 2}
+    assert mine.summary()["quartiles"] == [pytest.approx(2.1), pytest.approx(11.1)]
+
+
+def test_ratios_are_of_one_call_each(monkeypatch):
+    """A short call is repeated within a turn and a long one is not: their ratio is still that of one call each."""
+    monkeypatch.setattr(measuring, "SHORTEST_TURN", 1e-3)
+    sizes = TINY.sizes(1, 3, "fp32")
+    case = Case("layer", TINY, "inference", (Contender("dense", sizes), Contender("literal", sizes)))
+    dense, literal = measuring.measure(case, workplace()).rows
+    assert dense["seconds"]["calls a turn"] > literal["seconds"]["calls a turn"]
+    ratio = literal["ratios"]["dense"]["median"]
+    assert ratio == pytest.approx(literal["seconds"]["median"] / dense["seconds"]["median"], rel=0.8)
+    assert ratio > 1
+
+
+def test_rows_say_what_was_measured_and_what_the_limit_is():
+    """A figure without sizes, spread and limit cannot be judged."""
+    (row,) = measuring.measure(one("torch"), workplace()).rows
+    assert row["sizes"] == dataclasses.asdict(TINY.sizes(12, 3, "fp32"))
+    assert (row["group"], row["model"], row["mode"], row["graph"]) == ("layer", "tiny", "inference", False)
+    assert row["peak bytes"] > 0
+    assert row["share"] == pytest.approx(max(row["limit"].values()) / row["seconds"]["median"])
+    (dense,) = measuring.measure(one("dense"), workplace()).rows
+    assert dense["sizes"]["rounds"] == 1
+
+
+def test_peak_memory_is_what_is_held_at_once():
+    """Two tensors of 4 MB live together, then one: the peak is 8 MB, whatever was allocated over time."""
+
+    def call():
+        a = torch.empty(1000, 1000)
+        for _ in range(5):
+            a = a + 1
+
+    assert CPU.peak_bytes(call) == pytest.approx(8e6, rel=0.01)
+
+
+@pytest.mark.parametrize("group", ["layer", "rounds", "decoder"])
+def test_a_case_takes_no_more_memory_than_it_is_said_to(group):
+    """An estimate below the truth lets a case take the machine with it."""
+    model = TINY._replace(hidden=128, intermediate=384, head_dim=32, experts=8, rank=8)
+    for case in table(model, "cpu", "fp32", PLAN._replace(prefill=(64, 512))):
+        if case.group == group and case.name != "against torch.compile":
+            case = case.keep(HERE)
+            layer = Layer(case.contenders[0].sizes, CPU)
+            kept = sum(p.numel() * p.element_size() for p in [*layer.mlp.parameters(), *layer.adapter.parameters()])
+            peaks = [row["peak bytes"] for row in measuring.measure(case, workplace()).rows]
+            assert kept + max(peaks) <= needed_bytes(case) <= 20 * (kept + max(peaks))
+
+
+def test_what_does_not_fit_is_refused_with_the_memory_it_needs():
+    """Skipped with a figure, before anything is allocated."""
+    case = next(c for c in table(MODELS["llama-3-8b"], "cuda", "bf16", PLANS["cuda"]) if c.mode == "training")
+    with pytest.raises(TooLarge, match=r"needs about \d+\.\d GB of memory, and 2\.0 GB are free"):
+        check_fits(case, 2 * 10**9)
+    check_fits(case, None)

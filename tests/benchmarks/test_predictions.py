@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import predictions as p
-from benchmarks.gpu.limits import H200
+from benchmarks.document import SCHEMA
+from benchmarks.limits import H200
 from benchmarks.predictions_page import page
 from benchmarks.roofline import KERNELS, experts_per_tile, work
 
@@ -16,13 +17,31 @@ from benchmarks.roofline import KERNELS, experts_per_tile, work
 def result(**changes):
     seconds = {"median": 2.5e-3, "quartiles": [2e-3, 3e-3], "best": 2e-3, "turns": 9}
     kernel = {"kernel": "forward_kernel", "tokens": 8192, "experts": 8, "round": "later", "ordered": True}
-    layers = [
-        {"mode": "inference", "tokens": 8192, "rounds": 3, "experts": 8, "provider": name, "seconds": {"median": time}}
-        for name, time in (("fused", 6e-3), ("dense", 4e-3))
+    rows = [
+        {
+            "case": "layer",
+            "group": "layer",
+            "model": "llama-3-8b",
+            "mode": "inference",
+            "graph": False,
+            "provider": name,
+            "label": name,
+            "sizes": {"tokens": 8192, "rounds": rounds, "experts": 8, "dtype": "bf16"},
+            "seconds": seconds | {"median": time},
+            "ratios": {},
+        }
+        for name, rounds, time in (("triton", 3, 6e-3), ("dense", 1, 4e-3))
     ]
-    conditions = {"device": {"name": "NVIDIA H200"}, "commit": "1" * 40, "date": "2026-12-01", "versions": {}}
+    conditions = {
+        "device": {"name": "NVIDIA H200", "kind": "cuda"},
+        "commit": "1" * 40,
+        "date": "2026-12-01",
+        "versions": {},
+    }
     conditions |= {"sizes": "llama-3-8b"}
-    return {"conditions": conditions | changes, "kernels": [kernel | {"seconds": seconds}], "layers": layers}
+    kernels = [kernel | {"seconds": seconds}]
+    empty = {"limits": {}, "steps": {}, "checks": [], "profiles": []}
+    return {"schema": SCHEMA, "conditions": conditions | changes, "rows": rows, "kernels": kernels, **empty}
 
 
 def test_without_a_result_every_measured_column_says_so():
@@ -53,6 +72,7 @@ def test_the_newest_result_of_a_gpu_is_read(tmp_path):
     ):
         (tmp_path / f"cuda-{name}.json").write_text(json.dumps(result(date=date, sizes=sizes)))
     (tmp_path / "cpu-d.json").write_text("{}")
+    (tmp_path / "cuda-old.json").write_text("{}")
     assert p.newest_result(tmp_path)["conditions"]["date"] == "2026-12-02"
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.devices import Device
+from benchmarks.devices import Device
+from benchmarks.layers import DTYPES
 from benchmarks.roofline import Limits
 
 # Assumed, as no library call measures them: from the L2 cache to all multiprocessors and to one of them (64 bytes a
@@ -15,36 +16,29 @@ L2_BANDWIDTH = 5.5e12
 SM_BANDWIDTH = 110e9
 INTEGER = 14e12
 LAUNCH = 1.3e-6
+# What the limits are measured on: bytes of a copy, and m, n, k of a product.
+LIMIT_SIZES = {"cpu": (2**28, (1024, 4096, 1024)), "cuda": (2**31, (8192, 14336, 4096))}
 # Measured on an H200 before these kernels ran on one: what the predictions are made with.
 H200 = Limits(4.3e12, 790e12, 132, L2_BANDWIDTH, SM_BANDWIDTH, INTEGER, LAUNCH)
 
 
 def measure_limits(
-    device: Device, copy_bytes: int, matrix_size: tuple[int, int, int], seconds: float
+    device: Device, copy_bytes: int, matrix_size: tuple[int, int, int], seconds: float, dtype: str
 ) -> dict[str, Any]:
-    """Bytes a second of a large copy (read and written) and of one inside the L2 cache; operations a second of a bf16
-    matrix product of random data, by the best and by the median of several."""
-    large = torch.empty(copy_bytes // 2, dtype=torch.bfloat16, device=device.torch).normal_()
+    """Bytes a second of a large copy (read and written) and, on a GPU, of one inside the L2 cache; operations a second
+    of a matrix product [m, k] x [k, n] of random data. By the medians of several."""
+    kind = DTYPES[dtype]
+    large = torch.empty(copy_bytes // kind.itemsize, dtype=kind, device=device.torch).normal_()
     target = torch.empty_like(large)
     m, n, k = matrix_size
-    a = torch.randn(m, k, device=device.torch, dtype=torch.bfloat16)
-    b = torch.randn(n, k, device=device.torch, dtype=torch.bfloat16)
-    out = torch.empty(m, n, device=device.torch, dtype=torch.bfloat16)
+    a, b = torch.randn(m, k, device=device.torch, dtype=kind), torch.randn(n, k, device=device.torch, dtype=kind)
+    out = torch.empty(m, n, device=device.torch, dtype=kind)
     calls = {
         "copy": lambda: target.copy_(large),
         "matrix product": lambda: torch.mm(a, b.T, out=out),
     }
     timed = device.in_turns(calls, seconds)
     copy, product = timed["copy"].summary(), timed["matrix product"].summary()
-    small = large[: max(1, min(device.l2_bytes // 4, copy_bytes) // 2)]
-    within = target[: small.numel()]
-    repeats = 50
-
-    def copy_often() -> None:
-        for _ in range(repeats):
-            within.copy_(small)
-
-    cached = device.in_turns({"copy": device.capture(copy_often)}, seconds / 2)["copy"].summary()
     return {
         "copy bytes a second": 2 * copy_bytes / copy["median"],
         "copy bytes": copy_bytes,
@@ -52,7 +46,8 @@ def measure_limits(
         "matrix operations a second": 2 * m * n * k / product["median"],
         "matrix size": [m, n, k],
         "matrix seconds": product,
-        "L2 copy bytes a second": 2 * 2 * small.numel() * repeats / cached["median"],
+        "matrix dtype": dtype,
+        "L2 copy bytes a second": _l2_copy(device, large, target, seconds / 2) if device.l2_bytes else None,
         "assumed": {
             "L2 bytes a second": L2_BANDWIDTH,
             "bytes a second of one multiprocessor": SM_BANDWIDTH,
@@ -60,6 +55,19 @@ def measure_limits(
             "launch in a graph, seconds": LAUNCH,
         },
     }
+
+
+def _l2_copy(device: Device, large: torch.Tensor, target: torch.Tensor, seconds: float) -> float:
+    """Bytes a second of copies of a quarter of the L2 cache."""
+    small = large[: max(1, min(device.l2_bytes // 4 // large.element_size(), large.numel()))]
+    within, repeats = target[: small.numel()], 50
+
+    def copy_often() -> None:
+        for _ in range(repeats):
+            within.copy_(small)
+
+    cached = device.in_turns({"copy": device.capture(copy_often)}, seconds)["copy"].summary()
+    return 2 * small.element_size() * small.numel() * repeats / cached["median"]
 
 
 def as_limits(measured: dict[str, Any], multiprocessors: int) -> Limits:

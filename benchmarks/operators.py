@@ -16,7 +16,7 @@ import graphmoe_kernels.routing.launch
 import graphmoe_kernels.routing.order
 from graphmoe_kernels import expert_order, expert_swiglu, gru_step, route_tokens
 from graphmoe_kernels.cost import Sizes
-from graphmoe_kernels.launching import launch
+from graphmoe_kernels.launching import SKINNY_TOKENS, launch
 from graphmoe_kernels.rethinking.folding import padded
 
 Operands = dict[str, Tensor]
@@ -196,6 +196,19 @@ def gradients(operator: Operator, operands: Operands, backend: str, upstream: Ou
         pairs = zip(asked.items(), grads, strict=True)
         found |= {f"d_{name}": torch.zeros_like(t) if grad is None else grad for (name, t), grad in pairs}
     return found
+
+
+def forward_only(operator: Operator, operands: Operands, backend: str) -> Outputs:
+    """Outputs without an autograd graph."""
+    with torch.no_grad():
+        return operator.run(operands, backend)
+
+
+def with_order(operator: Operator, operands: Operands) -> Operands:
+    """With the order of tokens that a layer makes for the experts' Triton kernels, where it makes one."""
+    if operator.name != "experts" or operands["gate"].shape[0] <= SKINNY_TOKENS:
+        return operands
+    return operands | {"order": expert_order(operands["experts"])}
 
 
 class Launch(NamedTuple):

@@ -1,17 +1,21 @@
-"""Where the report runs: a CUDA device, or the CPU that stands in for one where the code path is to be tried."""
+"""Where the benchmarks run, the CPU or a CUDA device: its clock, its graphs, its memory."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import platform
 import random
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 MIN_TURNS = 5
 MAX_TURNS = 200
@@ -22,25 +26,45 @@ Call = Callable[[], object]
 
 
 class Samples(NamedTuple):
-    """Seconds of one call, turn by turn."""
+    """Seconds of one call, turn by turn.
+
+    Attributes:
+        seconds: elapsed.
+        cpu: of the process, all its threads, where the call runs on the CPU: what remains comparable while other
+            programs use the machine. Empty elsewhere.
+    """
 
     seconds: list[float]
+    cpu: list[float]
+
+    def of_one(self, calls: int) -> Samples:
+        """Of one of the ``calls`` equal calls that a turn made."""
+        return Samples(*([each / calls for each in times] for times in self))
 
     def summary(self) -> dict[str, Any]:
         """Median, quartiles, shortest and number of turns."""
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return {
-            "median": statistics.median(self.seconds),
-            "quartiles": [low, high],
-            "best": min(self.seconds),
-            "turns": len(self.seconds),
-        }
+        found: dict[str, Any] = {**spread(self.seconds), "best": min(self.seconds), "turns": len(self.seconds)}
+        return found | {"cpu median": statistics.median(self.cpu) if self.cpu else None}
+
+    def over(self, other: Samples) -> dict[str, Any]:
+        """How many times as long as ``other``, turn by turn: median and quartiles.
+
+        Both calls of a turn meet the same machine, so this varies less than the two times do.
+        """
+        return spread([mine / its for mine, its in zip(self.seconds, other.seconds, strict=True)])
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Median and quartiles; ``values`` are two at least."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": statistics.median(values), "quartiles": [low, high]}
 
 
 class CpuDevice:
-    """The same steps on the CPU, timed by the host's clock: its figures say nothing about a GPU."""
+    """The CPU, by the host's clock; no graphs."""
 
     kind = "cpu"
+    graphs = False
     torch = torch.device("cpu")
     l2_bytes = 0
 
@@ -48,8 +72,17 @@ class CpuDevice:
         self.clock = clock
 
     def describe(self) -> dict[str, Any]:
-        """What the device is."""
-        return {"name": "CPU", "l2 bytes": self.l2_bytes}
+        """The processor and how many threads PyTorch uses."""
+        capability = torch.backends.cpu.get_cpu_capability()
+        return {"name": f"{_cpu_model()} ({capability})", "threads": torch.get_num_threads()}
+
+    def free_bytes(self) -> int | None:
+        """Memory that a program can still have; None where the system does not tell."""
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/meminfo").read_text().splitlines():
+                if line.startswith("MemAvailable:"):
+                    return 1024 * int(line.split()[1])
+        return None
 
     def capture(self, call: Call) -> Call:
         """``call`` itself; on a GPU a graph of it."""
@@ -60,20 +93,29 @@ class CpuDevice:
         """Nothing: a call returns when it is done."""
 
     def release(self) -> None:
-        """Nothing to give back."""
+        """Free what only cycles keep: large tensors among them."""
+        gc.collect()
 
     def peak_bytes(self, call: Call) -> int | None:
-        """None: the host's memory is not counted."""
-        call()
-        return None
+        """The most memory that PyTorch's allocator held for ``call`` beyond what was there before it."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            call()
+        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+        events.sort(key=lambda e: e.start_ns())
+        held = peak = 0
+        for event in events:
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
 
     def in_turns(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Samples]:
         """Times every call once a turn, in an order drawn anew, until ``seconds`` are over; `MIN_TURNS` at least."""
-        found: dict[str, Samples] = {name: Samples([]) for name in calls}
+        found = {name: Samples([], []) for name in calls}
         for name in _turns(calls, seconds):
-            start = self.clock()
+            cpu, start = time.process_time(), self.clock()
             calls[name]()
             found[name].seconds.append(self.clock() - start)
+            found[name].cpu.append(time.process_time() - cpu)
         return found
 
 
@@ -81,6 +123,7 @@ class CudaDevice:
     """A CUDA device: device events, graphs, peak memory."""
 
     kind = "cuda"
+    graphs = True
 
     def __init__(self, index: int = 0) -> None:
         self.torch = torch.device("cuda", index)
@@ -98,6 +141,11 @@ class CudaDevice:
             "l2 bytes": self.l2_bytes,
             **_nvidia_smi(),
         }
+
+    def free_bytes(self) -> int | None:
+        """Device memory that is free, or that PyTorch keeps unused."""
+        unused = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
+        return torch.cuda.mem_get_info(self.torch)[0] + unused
 
     def capture(self, call: Call) -> Call:
         """A replay of the CUDA graph of ``call``, which must not wait for the device."""
@@ -140,7 +188,7 @@ class CudaDevice:
 
     def in_turns(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Samples]:
         """As `CpuDevice.in_turns`, by device events; the device is waited for after every call's turn."""
-        found: dict[str, Samples] = {name: Samples([]) for name in calls}
+        found = {name: Samples([], []) for name in calls}
         for call in calls.values():
             call()
         self.synchronize()
@@ -155,6 +203,19 @@ class CudaDevice:
 
 
 Device = CpuDevice | CudaDevice
+
+
+def load_average() -> float | None:
+    """How many processes were running over the last minute, where the system tells."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _turns(calls: Mapping[str, Call], seconds: float) -> Iterator[str]:
