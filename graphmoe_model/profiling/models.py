@@ -113,6 +113,10 @@ def with_adapter(model: nn.Module, path: str, **settings: Any) -> Iterator[tuple
         config = PeftConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"cannot load the adapter {path!r}: {_first_line(error)}") from error
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{path} is an adapter of {type(config).__name__}, virtual tokens: it changes no module's time"
+        )
     if settings and not isinstance(config, GraphMoEConfig):
         names = " and ".join(settings)
         raise ValueError(f"{path} is an adapter of {type(config).__name__}, which has no {names}; leave them out")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from typer.testing import CliRunner
 
 import graphmoe_model.cli
@@ -58,10 +58,13 @@ def test_a_profile_writes_table_plot_data_and_traces(tmp_path):
 def saved(tmp_path_factory) -> dict[str, Path]:
     """A base model, a GraphMoE adapter and a LoRA adapter of it, each in its folder."""
     root = tmp_path_factory.mktemp("saved")
-    paths = {name: root / name for name in ("base", "graphmoe", "lora", "other")}
+    paths = {name: root / name for name in ("base", "graphmoe", "lora", "other", "prompt")}
     tiny_model().save_pretrained(paths["base"])
     tiny_peft_model(backend="torch").save_pretrained(paths["graphmoe"])
     get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(paths["lora"])
+    get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(
+        paths["prompt"]
+    )
     get_peft_model(tiny_model(hidden_size=64), tiny_config()).save_pretrained(paths["other"])
     return paths
 
@@ -112,6 +115,7 @@ WRONG = {
     "not an adapter": ("--model BASE --adapter BASE", "cannot load the adapter"),
     "another model's adapter": ("--model BASE --adapter OTHER", "cannot attach the adapter: the checkpoint does not"),
     "LoRA has no fold": ("--model BASE --adapter LORA --fold always", "LoraConfig, which has no fold; leave"),
+    "virtual tokens": ("--model BASE --adapter PROMPT", "PromptTuningConfig, virtual tokens"),
     "negative rounds": ("--preset tiny --layers 1 --rounds -1", "rounds must be 0 (no adapter) or more, got -1"),
     "too long for a preset": ("--preset llama-3-8b --seq 9000", "longer than the model's 8192 positions"),
     "too long for a model": ("--model BASE --seq 200", "longer than the model's 128 positions"),
