@@ -22,6 +22,7 @@ GROUPS = {
     "rounds": "the layer at T = 1..5: what each further round costs",
     "decoder": "a whole decoder layer: prefill, and decode with a cache",
     "model": "tokens a second of generate, on a small whole model",
+    "profile": "where the time of that model goes: attention, MLP, experts, routing, GRU",
     "scaling": "time against tokens, experts, rank and top-k",
 }
 # Long, and of interest to few: run when they are asked for.

@@ -31,8 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chosen = metafunc.config.stash[CHOSEN]
+    if "profiled" in metafunc.fixturenames:
+        metafunc.parametrize("profiled", chosen.profiled, ids=[model.name for model in chosen.profiled])
     if "contender" in metafunc.fixturenames:
-        cases = metafunc.config.stash[CHOSEN].cases
+        cases = chosen.cases
         found = [(case, contender) for case in cases for contender in case.contenders]
         ids = [f"{case.name}: {contender.label}".replace(", ", "-").replace(": ", "-") for case, contender in found]
         metafunc.parametrize("case, contender", found, ids=ids)
@@ -41,7 +44,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """A case is measured with those of its contenders that `-k` left."""
     left = [item.callspec.params for item in session.items if hasattr(item, "callspec")]
-    session.config.stash[SESSION].select((params["case"], params["contender"]) for params in left)
+    contenders = [(params["case"], params["contender"]) for params in left if "contender" in params]
+    session.config.stash[SESSION].select(contenders)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +59,7 @@ def measured(pytestconfig: pytest.Config) -> Iterator[Session]:
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
     session = config.stash[SESSION]
-    if session.content["rows"]:
+    if session.content["rows"] or session.content["profiles"]:
         terminalreporter.section("GraphMoE")
         terminalreporter.write_line(summary(session.content, config.stash[CHOSEN].left_out))
         if session.path is not None:

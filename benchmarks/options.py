@@ -11,7 +11,7 @@ import torch
 from benchmarks.cases import DTYPES, GROUPS, NOT_BY_DEFAULT, OPERATORS, PLANS, Case, Plan, table
 from benchmarks.devices import CpuDevice, CudaDevice, Device
 from benchmarks.providers import PROVIDERS, missing
-from benchmarks.sizes import MODELS
+from benchmarks.sizes import MODELS, Model
 from graphmoe_kernels.cost import DTYPES as KNOWN_DTYPES
 
 DEFAULT_SIZES = {"cpu": "llama-3.2-1b", "cuda": "llama-3-8b"}
@@ -40,6 +40,8 @@ class Chosen(NamedTuple):
     Attributes:
         device: where.
         cases: the cases, each with the contenders that can run.
+        profiled: the models whose parts are profiled.
+        plan: the token counts.
         left_out: providers that cannot run here, and why.
         seconds: of timing a case.
         dtype: of all cases.
@@ -47,6 +49,8 @@ class Chosen(NamedTuple):
 
     device: Device
     cases: list[Case]
+    profiled: list[Model]
+    plan: Plan
     left_out: dict[str, str]
     seconds: float
     dtype: str
@@ -82,12 +86,13 @@ def choose(config: pytest.Config) -> Chosen:
             kept = case.keep(runnable)
             if case.group in groups and kept.contenders:
                 cases.append(kept)
-    if not cases:
+    profiled = [MODELS[name] for name in models] if "profile" in groups else []
+    if not cases and not profiled:
         raise pytest.UsageError(
             f"--groups {','.join(groups)} has no case with the providers {', '.join(runnable)}; the operators "
             f"({', '.join(OPERATORS)}) have triton and torch alone"
         )
-    return Chosen(device, cases, left_out, option("seconds") or SECONDS[device.kind], dtype)
+    return Chosen(device, cases, profiled, plan, left_out, option("seconds") or SECONDS[device.kind], dtype)
 
 
 def _device(kind: str | None) -> Device:

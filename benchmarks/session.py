@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from benchmarks.limits import LIMIT_SIZES, as_limits, measure_limits
 from benchmarks.measure import Found, measure
 from benchmarks.memory import TooLarge
 from benchmarks.options import Chosen
+from benchmarks.profiles import profiles
+from benchmarks.sizes import Model
 from benchmarks.workplace import Workplace
 
 
@@ -63,6 +66,7 @@ class Session:
         if case.name not in self._found:
             workplace = self.workplace()
             self.document.begin(case.name)
+            start = time.perf_counter()
             selected = case._replace(contenders=tuple(self.selected.get(case.name, case.contenders)))
             try:
                 found = measure(selected, workplace)
@@ -73,15 +77,26 @@ class Session:
                 self._found[case.name] = found
                 self.content["checks"] += found.checks
                 self.content["rows"] += found.rows
-                self.document.end(case.name, "done")
+                self.document.end(case.name, "done", time.perf_counter() - start)
         known = self._found[case.name]
         if isinstance(known, TooLarge):
             raise known
         return known
 
+    def profile(self, model: Model) -> list[dict[str, Any]]:
+        """Where the time of a small whole model goes."""
+        self.workplace()
+        step = f"profile, {model.name}"
+        start = time.perf_counter()
+        self.document.begin(step)
+        found = profiles(model, self.chosen.device, self.chosen.dtype, self.chosen.plan)
+        self.content["profiles"] += found
+        self.document.end(step, "done", time.perf_counter() - start)
+        return found
+
     def save(self) -> None:
         """Write what was found to the results, if anything was."""
-        if self.content["rows"]:
+        if self.content["rows"] or self.content["profiles"]:
             self.path = RESULTS / file_name(self.content["conditions"])
             self.document.path = self.path
             self.document.save()

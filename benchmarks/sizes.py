@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from graphmoe_kernels.cost import Sizes
+from graphmoe_model.profiling.models import PRESETS
 
 
 class Model(NamedTuple):
@@ -14,7 +15,6 @@ class Model(NamedTuple):
         name: how options and results call it.
         hidden, intermediate: D and F.
         heads, kv_heads, head_dim: of the attention.
-        layers: decoder layers.
         experts, rank: of the adapter that is timed on it, unless a case says otherwise.
     """
 
@@ -24,7 +24,6 @@ class Model(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int
-    layers: int
     experts: int = 8
     rank: int = 16
 
@@ -50,13 +49,11 @@ class Model(NamedTuple):
         )
 
 
-MODELS = {
-    model.name: model
-    for model in (
-        # For tests and continuous integration: every code path in a moment, figures that mean nothing.
-        Model("tiny", 64, 160, heads=4, kv_heads=2, head_dim=16, layers=2, experts=4, rank=4),
-        Model("llama-3.2-1b", 2048, 8192, heads=32, kv_heads=8, head_dim=64, layers=16),
-        Model("llama-3-8b", 4096, 14336, heads=32, kv_heads=8, head_dim=128, layers=32),
-        Model("qwen3-4b", 2560, 9728, heads=32, kv_heads=8, head_dim=128, layers=36),
-    )
-}
+def _published(name: str) -> Model:
+    p = PRESETS[name]
+    return Model(name, p.hidden_size, p.intermediate_size, p.num_attention_heads, p.num_key_value_heads, p.head_dim)
+
+
+# For tests and continuous integration: every code path in a moment, figures that mean nothing.
+TINY = Model("tiny", 64, 160, heads=4, kv_heads=2, head_dim=16, experts=4, rank=4)
+MODELS = {model.name: model for model in (TINY, *map(_published, ("llama-3.2-1b", "llama-3-8b", "qwen3-4b")))}

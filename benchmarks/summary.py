@@ -15,6 +15,7 @@ NOTE = (
     "every contender kept the error budget against fp64; those of a case were timed in turns; 'over' is how many times "
     "as long as the case's yardstick (1.00) it took, by the median over the turns"
 )
+PARTS = ("attention", "mlp", "experts", "routing", "gru", "other")
 HEADER = ("", "median", "quartiles", "turns", "over", "quartiles", "peak MB", "of the limit")
 
 
@@ -34,6 +35,8 @@ def summary(content: Mapping[str, Any], left_out: Mapping[str, str]) -> str:
         cases.setdefault(row["case"], []).append(row)
     for case, rows in cases.items():
         lines += [table((case, *HEADER[1:]), _rows(rows)), ""]
+    if content["profiles"]:
+        lines += [table(("share of a forward", *PARTS), _shares(content["profiles"])), ""]
     failed = [check for check in content["checks"] if not check["passed"]]
     skipped = {name: step["note"] for name, step in content["steps"].items() if step["state"] == "skipped"}
     lines += [f"not timed: {check['label']} in {check['case']}: {check['fault']}" for check in failed]
@@ -43,6 +46,13 @@ def summary(content: Mapping[str, Any], left_out: Mapping[str, str]) -> str:
     if load is not None and cores and load > BUSY * cores:
         lines.append(f"the machine was busy before the run (load average {load}): trust the ratios more than the times")
     return "\n".join(lines)
+
+
+def _shares(profiles: list[dict[str, Any]]) -> Iterator[list[str]]:
+    for profile in profiles:
+        whole = sum(profile["seconds"].values())
+        name = f"  {profile['model']}, {profile['phase']}, {profile['tokens']} tokens: {profile['adapter']}"
+        yield [name, *(f"{profile['seconds'][part] / whole:.1%}" for part in PARTS)]
 
 
 def _rows(rows: list[dict[str, Any]]) -> Iterator[list[str]]:

@@ -13,6 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.cases import Case, Contender
 from benchmarks.memory import TooLarge
 from benchmarks.session import Session
+from benchmarks.sizes import Model
 
 
 class Replay:
@@ -33,6 +34,15 @@ class Replay:
 
 
 REPLAY = Replay()
+
+
+@pytest.mark.timeout(3600)
+def test_profile(measured: Session, profiled: Model) -> None:
+    """Every part of the model is in its profile: a share of nothing would mislead."""
+    found = measured.profile(profiled)
+    for profile in found:
+        assert profile["seconds"]["attention"] > 0, profile
+        assert profile["seconds"]["mlp"] > 0, profile
 
 
 @pytest.mark.timeout(3600)  # a case's oracle, checks and turns all fall on its first test

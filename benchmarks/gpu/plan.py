@@ -20,6 +20,7 @@ from benchmarks.limits import as_limits, measure_limits
 from benchmarks.measure import measure
 from benchmarks.memory import TooLarge
 from benchmarks.operators import OPERATORS, Operator
+from benchmarks.profiles import profiles
 from benchmarks.providers import PROVIDERS, missing
 from benchmarks.roofline import Limits
 from benchmarks.workplace import Workplace
@@ -100,12 +101,20 @@ class Run:
         self.document.content["checks"] += found.checks
         self.document.content["rows"] += found.rows
 
+    def profile(self) -> None:
+        """Where the time of a small whole model goes."""
+        p = self.preset
+        self.document.content["profiles"] = profiles(p.model, self.device, p.dtype, p.plan)
+
 
 class Stage(NamedTuple):
     """Cases that come next, and how many seconds one of them may take."""
 
     seconds: float
     chosen: Callable[[Case, Sizes], bool]
+
+
+PROFILE = Stage(60, lambda case, s: False)
 
 
 def _stages(preset: Preset) -> Iterator[Stage | tuple[int, ...]]:
@@ -129,6 +138,7 @@ def _stages(preset: Preset) -> Iterator[Stage | tuple[int, ...]]:
     yield Stage(30, layer("training", 1, main))
     yield Stage(30, lambda case, s: case.group == "rounds")
     yield Stage(30, lambda case, s: case.group == "model")
+    yield PROFILE
     yield Stage(15, lambda case, s: case.group in ("expert_swiglu", "gru_step") and s.tokens in (first, main))
     yield Stage(20, lambda case, s: case.group == "scaling")
     yield tuple(tokens for tokens in preset.plan.tokens if tokens not in (main, first))
@@ -146,6 +156,8 @@ def steps(preset: Preset, kind: str) -> Iterator[Step]:
             for tokens in stage:
                 yield from (_kernels(preset, operator, tokens) for operator in OPERATORS)
             continue
+        if stage is PROFILE:
+            yield Step("profile", stage.seconds, Run.profile)
         chosen = [case for case in left if stage.chosen(case, _sizes(case))]
         left = [case for case in left if case not in chosen]
         for case in chosen:

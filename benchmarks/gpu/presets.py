@@ -51,7 +51,7 @@ PRESETS = {
     ),
     # For the code path alone, in Triton's interpreter, which has no bf16.
     "tiny": Preset(
-        model=Model("tiny", 32, 32, heads=2, kv_heads=1, head_dim=16, layers=1, experts=3, rank=4),
+        model=Model("tiny", 32, 32, heads=2, kv_heads=1, head_dim=16, experts=3, rank=4),
         dtype="fp32",
         plan=Plan((1,), (4,), batch=2, context=3, whole_layers=1, prompt=3, new_tokens=2),
         test=Sizes(32, 32, 5, experts=3, rank=4, tokens=5, dtype="fp32"),
