@@ -99,7 +99,8 @@ class Plan(NamedTuple):
         decode, prefill: of the layer, ascending; the last of ``prefill`` is the main one.
         routing: further ones for the routing alone.
         batch, context: of the decoder layer's prefill and decode.
-        training: of the training step, where it is not the main one.
+        decoder: of the decoder layer's prefill and of the rounds, where they are not the main one's.
+        training_rounds: T of the training steps whose memory is compared.
         whole_layers, prompt, new_tokens: of the whole model that generates.
     """
 
@@ -108,7 +109,8 @@ class Plan(NamedTuple):
     routing: tuple[int, ...] = ()
     batch: int = 1
     context: int = 2048
-    training: int | None = None
+    decoder: int | None = None
+    training_rounds: tuple[int, ...] = (1, 2, 3, 4, 5)
     whole_layers: int = 4
     prompt: int = 128
     new_tokens: int = 64
@@ -124,7 +126,9 @@ class Plan(NamedTuple):
 
 PLANS = {
     "cuda": Plan((1, 16, 64), (512, 2048, 8192), routing=(16384,), batch=16),
-    "cpu": Plan((1,), (64, 256), context=512, training=128, whole_layers=2, prompt=32, new_tokens=8),
+    "cpu": Plan(
+        (1,), (64, 256), context=512, decoder=64, training_rounds=(1, 3), whole_layers=2, prompt=32, new_tokens=8
+    ),
 }
 DTYPES = {"cuda": "bf16", "cpu": "fp32"}
 SCALING = {"experts": (8, 16, 32, 64), "rank": (4, 8, 16, 32, 64), "top_k": (1, 2, 4, 8)}
@@ -185,26 +189,25 @@ class _Maker:
                 yield self.case("layer", "inference", providers, self.sizes(tokens, rounds), graph=graph)
         compiled = (self.ours[0], "literal_compiled")
         yield self.case("layer", "inference", compiled, self.sizes(main), note="against torch.compile")
-        training = self.plan.training or main
-        for rounds in (3, 1):
+        for rounds, tokens in ((3, main), (1, self.plan.decoder or main)):
             providers = [*self.ours, "literal", *alone, "peer_mixlora", "mixlora"]
-            yield self.case("layer", "training", providers, self.sizes(training, rounds))
+            yield self.case("layer", "training", providers, self.sizes(tokens, rounds))
         if self.kind == "cuda":  # on a CPU, compiling the backward takes longer than all the rest
-            yield self.case("layer", "training", compiled, self.sizes(training), note="against torch.compile")
+            yield self.case("layer", "training", compiled, self.sizes(main), note="against torch.compile")
 
     def rounds(self) -> Iterator[Case]:
-        values = range(1, MAX_ROUNDS + 1)
-        for tokens in (self.plan.prefill[0] if self.kind == "cpu" else self.plan.main, self.plan.decode[0]):
+        for tokens in (self.plan.decoder or self.plan.main, self.plan.decode[0]):
             for mode in ("inference", "training"):
                 if mode == "training" and tokens in self.plan.decode:
                     continue
+                values = self.plan.training_rounds if mode == "training" else range(1, MAX_ROUNDS + 1)
                 providers = ("dense", self.ours[0], "literal")
                 found = self.along("rounds", values, providers, self.sizes(tokens))
                 graph = mode == "inference" and self.in_graph(tokens)
                 yield Case("rounds", self.model, mode, found, graph=graph)
 
     def decoders(self) -> Iterator[Case]:
-        for mode, tokens in (("prefill", self.plan.main), ("decode", 1)):
+        for mode, tokens in (("prefill", self.plan.decoder or self.plan.main), ("decode", 1)):
             ours = self.along("rounds", range(1, MAX_ROUNDS + 1), (self.ours[0],), self.sizes(tokens))
             others = self.along("rounds", (3,), ("dense", "peft_lora", "literal"), self.sizes(tokens))
             yield Case(

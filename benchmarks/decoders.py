@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from benchmarks.cases import Case, Contender
-from benchmarks.checks import verdict
+from benchmarks.checks import sample_rows, verdict
 from benchmarks.layer_timing import Judge
 from benchmarks.layers import DTYPES, Forward, Layer
 from benchmarks.preparation import Prepared, Work
@@ -21,9 +21,7 @@ from benchmarks.work import layer_work
 from benchmarks.workplace import Workplace
 from graphmoe_kernels.cost import Sizes
 
-# Tokens of the input among which the sample is looked for.
-POOL = 256
-# Inputs that are tried until one has tokens whose routing is decided.
+# Inputs that are tried until one has enough sampled tokens whose routing is decided.
 SEEDS = 20
 
 
@@ -161,11 +159,11 @@ class DecoderTiming:
             shape = (self.skeleton.batch, self.skeleton.length, sizes.hidden)
             h = layer.draw(sizes.tokens, seed=20 + seed).view(shape)
             x, _ = self.skeleton.mlp_input(h)
-            pool = torch.linspace(0, sizes.tokens - 1, min(POOL, sizes.tokens), dtype=torch.float64).long().to(x.device)
-            rows = pool[layer.decided(x[pool], sizes)]
-            if len(rows):
-                return h, rows[:: max(1, len(rows) // 32)]
-        raise RuntimeError(f"no token of {SEEDS} inputs has a routing that rounding does not change")
+            sample = sample_rows(sizes.tokens, x.device)
+            rows = sample[layer.decided(x[sample], sizes)]
+            if len(rows) >= len(sample) // 4:
+                return h, rows
+        raise RuntimeError(f"of {SEEDS} inputs none has enough tokens whose routing rounding does not change")
 
 
 def attention_work(case: Case, sizes: Sizes) -> Work:

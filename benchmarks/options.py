@@ -15,7 +15,7 @@ from benchmarks.sizes import MODELS, Model
 from graphmoe_kernels.cost import DTYPES as KNOWN_DTYPES
 
 DEFAULT_SIZES = {"cpu": "llama-3.2-1b", "cuda": "llama-3-8b"}
-SECONDS = {"cpu": 2.0, "cuda": 0.5}
+SECONDS = {"cpu": 1.0, "cuda": 0.5}
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -125,5 +125,5 @@ def _plan(plan: Plan, tokens: str | None) -> Plan:
     many = tuple(count for count in counts if count > max(plan.decode))
     batch = plan.batch if many and many[-1] % plan.batch == 0 else 1
     return plan._replace(
-        decode=few or (counts[0],), prefill=many or (counts[-1],), routing=(), batch=batch, training=None
+        decode=few or (counts[0],), prefill=many or (counts[-1],), routing=(), batch=batch, decoder=None
     )
