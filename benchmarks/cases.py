@@ -102,6 +102,7 @@ class Plan(NamedTuple):
         decoder: of the decoder layer's prefill and of the rounds, where they are not the main one's.
         training_rounds: T of the training steps whose memory is compared.
         whole_layers, prompt, new_tokens: of the whole model that generates.
+        profiled: sequences whose forward that model is profiled in.
     """
 
     decode: tuple[int, ...]
@@ -114,6 +115,7 @@ class Plan(NamedTuple):
     whole_layers: int = 4
     prompt: int = 128
     new_tokens: int = 64
+    profiled: tuple[int, ...] = (512, 2048)
 
     @property
     def main(self) -> int:
@@ -125,9 +127,17 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "cuda": Plan((1, 16, 64), (512, 2048, 8192), routing=(16384,), batch=16),
+    "cuda": Plan(decode=(1, 16, 64), prefill=(512, 2048, 8192), routing=(16384,), batch=16),
     "cpu": Plan(
-        (1,), (64, 256), context=512, decoder=64, training_rounds=(1, 3), whole_layers=2, prompt=32, new_tokens=8
+        decode=(1,),
+        prefill=(64, 256),
+        context=512,
+        decoder=64,
+        training_rounds=(1, 3),
+        whole_layers=2,
+        prompt=32,
+        new_tokens=4,
+        profiled=(32, 128),
     ),
 }
 DTYPES = {"cuda": "bf16", "cpu": "fp32"}

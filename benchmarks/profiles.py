@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.cases import Plan
@@ -18,7 +17,6 @@ ADAPTERS = (
     ("peft_lora", 1, "LoRA"),
     ("ours", 1, "MixLoRA (T=1)"),
     ("ours", 3, "GraphMoE (T=3)"),
-    ("literal", 3, "GraphMoE (T=3), literal"),
 )
 REPETITIONS = 3
 
@@ -31,11 +29,6 @@ def profiles(model: Model, device: Device, dtype: str, plan: Plan) -> list[dict[
     for provider, rounds, title in ADAPTERS:
         name = ours if provider == "ours" else provider
         adapted = with_adapter(base, name, model.sizes(1, rounds, dtype))
-        profiled = profile_model(adapted, title, lengths=_lengths(plan), name=model.name, repetitions=REPETITIONS)
+        profiled = profile_model(adapted, title, lengths=plan.profiled, name=model.name, repetitions=REPETITIONS)
         found += [profile.as_dict() for profile in profiled]
     return found
-
-
-def _lengths(plan: Plan) -> Sequence[int]:
-    """Of one sequence, up to what a batch of the decoder's prefill has."""
-    return [tokens for tokens in plan.prefill if tokens <= 2048]

@@ -33,8 +33,15 @@ def summary(content: Mapping[str, Any], left_out: Mapping[str, str]) -> str:
     cases: dict[str, list[Any]] = {}
     for row in content["rows"]:
         cases.setdefault(row["case"], []).append(row)
+    alone = {case: rows[0] for case, rows in cases.items() if len(rows) == 1}
+    if alone:  # with nobody to compare with, a table of its own would be a heading and a line
+        lines += [
+            table(("alone", *HEADER[1:]), (_row(f"{case}: {row['label']}", row, None) for case, row in alone.items())),
+            "",
+        ]
     for case, rows in cases.items():
-        lines += [table((case, *HEADER[1:]), _rows(rows)), ""]
+        if case not in alone:
+            lines += [table((case, *HEADER[1:]), _rows(rows)), ""]
     if content["profiles"]:
         lines += [table(("share of a forward", *PARTS), _shares(content["profiles"])), ""]
     failed = [check for check in content["checks"] if not check["passed"]]
@@ -59,17 +66,20 @@ def _rows(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
     labels = [row["label"] for row in rows]
     yardstick = next((name for name in YARDSTICKS if name in labels), labels[0])
     for row in rows:
-        time, ratio = row["seconds"], row["ratios"].get(yardstick)
-        low, high = (seconds(q) for q in time["quartiles"])
-        yield [
-            "  "
-            + row["label"]
-            + ("" if row["tokens a second"] is None else f" ({row['tokens a second']:,.1f} tokens/s)"),
-            seconds(time["median"]),
-            f"{low} .. {high}",
-            str(time["turns"]),
-            "1.00" if ratio is None else f"{ratio['median']:.2f}",
-            "" if ratio is None else "{:.2f} .. {:.2f}".format(*ratio["quartiles"]),
-            "-" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e6:,.1f}",
-            "-" if row["share"] is None else f"{row['share']:.1%}",
-        ]
+        yield _row(row["label"], row, row["ratios"].get(yardstick))
+
+
+def _row(name: str, row: dict[str, Any], ratio: dict[str, Any] | None) -> list[str]:
+    time = row["seconds"]
+    low, high = (seconds(q) for q in time["quartiles"])
+    rate = "" if row["tokens a second"] is None else f" ({row['tokens a second']:,.1f} tokens/s)"
+    return [
+        f"  {name}{rate}",
+        seconds(time["median"]),
+        f"{low} .. {high}",
+        str(time["turns"]),
+        "1.00" if ratio is None else f"{ratio['median']:.2f}",
+        "" if ratio is None else "{:.2f} .. {:.2f}".format(*ratio["quartiles"]),
+        "-" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e6:,.1f}",
+        "-" if row["share"] is None else f"{row['share']:.1%}",
+    ]

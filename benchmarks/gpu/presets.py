@@ -53,7 +53,7 @@ PRESETS = {
     "tiny": Preset(
         model=Model("tiny", 32, 32, heads=2, kv_heads=1, head_dim=16, experts=3, rank=4),
         dtype="fp32",
-        plan=Plan((1,), (4,), batch=2, context=3, whole_layers=1, prompt=3, new_tokens=2),
+        plan=Plan((1,), (4,), batch=2, context=3, whole_layers=1, prompt=3, new_tokens=2, profiled=(4,)),
         test=Sizes(32, 32, 5, experts=3, rank=4, tokens=5, dtype="fp32"),
         many=4,
         copy_bytes=2**16,

@@ -19,7 +19,7 @@ from benchmarks.sizes import MODELS
 from benchmarks.workplace import Workplace
 
 TINY = MODELS["tiny"]
-PLAN = Plan((1,), (5, 12), batch=2, context=3, whole_layers=1, prompt=4, new_tokens=2)
+PLAN = Plan((1,), (5, 12), batch=2, context=3, whole_layers=1, prompt=4, new_tokens=2, profiled=(4, 8))
 CPU = CpuDevice()
 HERE = [name for name in PROVIDERS if name not in missing(PROVIDERS, CPU) and name != "literal_compiled"]
 
