@@ -56,7 +56,7 @@ class Case(NamedTuple):
         mode: ``"inference"`` or ``"training"`` (forward and backward); of a decoder layer ``"prefill"`` or
             ``"decode"``; of a model ``"generate"``.
         contenders: who is timed.
-        graph: as a replayed CUDA graph.
+        graph: as a replayed CUDA graph, those of its contenders that one can hold.
         later: of an operator: whether it is called as in a round after the first.
         batch: sequences among which the tokens are divided (decoder).
         context: tokens in the cache before the call (decoder, model).
@@ -194,8 +194,6 @@ class _Maker:
                 if tokens in (main, self.plan.decode[0]):
                     providers += ["peer_mixlora", "mixlora"]
                 graph = self.in_graph(tokens)
-                if graph:  # a loop over experts finds their tokens on the host: it cannot be captured
-                    providers = [name for name in providers if name not in ("peer_mixlora", "mixlora")]
                 yield self.case("layer", "inference", providers, self.sizes(tokens, rounds), graph=graph)
         compiled = (self.ours[0], "literal_compiled")
         yield self.case("layer", "inference", compiled, self.sizes(main), note="against torch.compile")

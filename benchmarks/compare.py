@@ -21,9 +21,9 @@ class Pair(NamedTuple):
 
     @property
     def agree(self) -> bool:
-        """Whether the intervals between the quartiles have a point in common."""
-        low, high = self.first.quartiles or (self.first.value,) * 2
-        other_low, other_high = self.second.quartiles or (self.second.value,) * 2
+        """Whether the ranges have a point in common."""
+        low, high = self.first.range or (self.first.value,) * 2
+        other_low, other_high = self.second.range or (self.second.value,) * 2
         return low <= other_high and other_low <= high
 
 
@@ -39,13 +39,13 @@ def compare(first: Source, second: Source, across_devices: bool = False) -> str:
     shared = [Pair(what, ratio, ratios[1][what]) for what, ratio in ratios[0].items() if what in ratios[1]]
     if not shared:
         raise ResultError(f"{first.path} and {second.path} have no ratio in common: no case and labels are in both")
-    header = ("time over time, median [quartiles] of the turns", "A", "B", "agree")
+    header = ("time over time, median [lowest, highest] of the turns", "A", "B", "agree")
     rows = [[pair.what, str(pair.first), str(pair.second), "yes" if pair.agree else "NO"] for pair in shared]
     lines = [f"A: {first.path}", f"B: {second.path}", *_differences(first, second), "", table(header, rows), ""]
     for name, own in zip("AB", ratios, strict=True):
         if len(own) > len(shared):
             lines.append(f"{plural(len(own) - len(shared), 'ratio')} of {name} alone, not compared")
-    lines.append(f"{sum(pair.agree for pair in shared)} of {len(shared):,} ratios agree within their quartiles")
+    lines.append(f"{sum(pair.agree for pair in shared)} of {len(shared):,} ratios agree within their ranges")
     return "\n".join(lines)
 
 

@@ -125,6 +125,7 @@ class DecoderTiming:
         provider, sizes = PROVIDERS[contender.provider], contender.sizes
         built = provider.build(self.workplace.layer(sizes), sizes)
         built.set_mode(False)
+        captured = self.case.graph and provider.capturable
         forward = self.skeleton.forward(Wrapped(built.subject.forward))
 
         def infer() -> Tensor:
@@ -136,8 +137,8 @@ class DecoderTiming:
             lambda: self._compare(built, infer()),
             infer,
             work=_add(layer_work(provider.form, sizes, False), attention_work(self.case, sizes)),
-            capture=self.case.graph,
-            verify=(lambda result: self._compare(built, result).fault) if self.case.graph else None,
+            capture=captured,
+            verify=(lambda result: self._compare(built, result).fault) if captured else None,
         )
 
     def _compare(self, built: Built, result: object) -> Any:

@@ -32,16 +32,16 @@ class Ratio(NamedTuple):
 
     Attributes:
         value: the median over the turns, or the ratio of two medians.
-        quartiles: over the turns; None where there is no ratio turn by turn.
+        range: lowest and highest over the turns; None where there is no ratio turn by turn.
     """
 
     value: float
-    quartiles: tuple[float, float] | None = None
+    range: tuple[float, float] | None = None
 
     def __str__(self) -> str:
-        if self.quartiles is None:
+        if self.range is None:
             return f"{self.value:.3f}"
-        return f"{self.value:.3f} [{self.quartiles[0]:.3f}, {self.quartiles[1]:.3f}]"
+        return f"{self.value:.3f} [{self.range[0]:.3f}, {self.range[1]:.3f}]"
 
 
 class Document:
@@ -131,9 +131,9 @@ def turn_ratio(over: dict[str, Any], under: dict[str, Any]) -> Ratio | None:
     if over["case"] != under["case"]:
         return None
     if (found := over["ratios"].get(under["label"])) is not None:
-        return Ratio(found["median"], (found["quartiles"][0], found["quartiles"][1]))
+        return Ratio(found["median"], (found["range"][0], found["range"][1]))
     if (found := under["ratios"].get(over["label"])) is not None:
-        low, high = found["quartiles"]
+        low, high = found["range"]
         return Ratio(1 / found["median"], (1 / high, 1 / low))
     return None
 

@@ -107,8 +107,8 @@ def draw_lines(ax: Axes, lines: Sequence[Line], more: Sequence[tuple[float, floa
         values = [y.value for y in line.y]
         ax.plot(line.x, values, color=colour, marker=marker, linestyle=dashes, linewidth=1.6, markersize=5)
         for x, y in zip(line.x, line.y, strict=True):
-            if y.quartiles is not None:
-                ax.vlines(x, *y.quartiles, color=colour, linewidth=1)
+            if y.range is not None:
+                ax.vlines(x, *y.range, color=colour, linewidth=1)
         ends.append((line.x[-1], values[-1], line.label, colour))
     _label(ax, ends)
 

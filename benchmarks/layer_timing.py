@@ -90,7 +90,7 @@ class LayerTiming:
         built = provider.build(layer, sizes)
         inputs, sample = self._input(layer, sizes)
         calls = [self._call(built, x) for x in inputs]
-        turns = itertools.cycle(calls)
+        turns, captured = itertools.cycle(calls), self.case.graph and provider.capturable
 
         def verify(result: object) -> str | None:
             assert isinstance(result, Tensor)
@@ -100,10 +100,10 @@ class LayerTiming:
             contender,
             lambda: self.judge.check(built, sample),
             # A graph reads one input for ever; the weights alone exceed the caches.
-            calls[0] if self.case.graph else lambda: next(turns)(),
+            calls[0] if captured else lambda: next(turns)(),
             work=layer_work(provider.form, sizes, self.training),
-            capture=self.case.graph,
-            verify=verify if self.case.graph else None,
+            capture=captured,
+            verify=verify if captured else None,
         )
 
     def _input(self, layer: Layer, sizes: Sizes) -> tuple[list[Tensor], Sample]:

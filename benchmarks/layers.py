@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from benchmarks.checks import sample_rows
 from benchmarks.devices import Device
 from benchmarks.operators import Outputs
+from benchmarks.plain import Forward
 from graphmoe_kernels import DenseMLP, LayerWeights, RethinkingSpec, rethink
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.rethinking import rounds
@@ -27,8 +28,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 MARGIN = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.1}
 # alpha = 2r, as in the paper's Table 2.
 SCALE = 2.0
-
-Forward = Callable[[Tensor], Tensor]
 
 
 class Subject(NamedTuple):

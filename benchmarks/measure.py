@@ -63,6 +63,7 @@ class Ready(NamedTuple):
     call: Call
     calls: int
     peak: int | None
+    captured: bool = False
 
 
 def measure(case: Case, workplace: Workplace) -> Found:
@@ -118,7 +119,7 @@ def make_ready(prepared: Prepared, case: Case, device: Device) -> Ready:
         fault = None if prepared.verify is None else prepared.verify(call())
         if fault is not None:
             raise AssertionError(f"in a CUDA graph, {fault}")
-        return Ready(prepared, call, prepared.calls, peak)
+        return Ready(prepared, call, prepared.calls, peak, captured=True)
     if device.kind != "cpu":
         return Ready(prepared, prepared.call, prepared.calls, peak)
     prepared.call()
@@ -149,7 +150,7 @@ def _row(case: Case, label: str, ready: Ready, samples: dict[str, Samples], work
         "group": case.group,
         "model": case.model.name,
         "mode": case.mode,
-        "graph": case.graph and workplace.device.graphs,
+        "graph": ready.captured,
         "round": None if case.later is None else "later" if case.later else "first",
         "context": case.context,
         "provider": contender.provider,

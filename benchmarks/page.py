@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 OWN_FIRST = "its own first row"
 ROWS_NOTE = (
     "A row's time over that of another provider at the same T, or over the first row of its own provider: median "
-    "[quartiles] over the turns in which both were timed. MB and GFLOP are what the computation must move and compute; "
-    "the share of the limit is that time which the binding limit alone asks for, over the median."
+    "[lowest, highest] over the turns in which both were timed. MB and GFLOP are what the computation must move and "
+    "compute; the share of the limit is that time which the binding limit alone asks for, over the median."
 )
 ERRORS = ("largest error", "plain computation's own")
 
@@ -31,8 +31,8 @@ def page(sources: Sequence[Source], plots: Mapping[Path, Sequence[Drawn]] | None
         "",
         "## Targets",
         "",
-        "Each figure is a ratio of times: the median over the turns in which both were timed, with its quartiles in "
-        'brackets, or "of medians" where they took no turns with each other. GPU targets are about one H200, bf16, at '
+        "Each figure is a ratio of times: the median over the turns in which both were timed, with the lowest and the "
+        'highest in brackets, or "of medians" where they took no turns with each other. GPU targets are about one H200, bf16, at '
         "Llama-3-8B sizes.",
         "",
         *markdown_table(HEADER, target_rows(known)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,9 +17,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from graphmoe_kernels import DenseMLP, GRUWeights, LayerWeights, RethinkingSpec, get_activation
-
-Forward = Callable[[Tensor], Tensor]
+from benchmarks.plain import Forward, rounds_of
+from graphmoe_kernels import DenseMLP, LayerWeights, RethinkingSpec, get_activation
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -43,7 +42,7 @@ def peer_mixlora(weights: LayerWeights, spec: RethinkingSpec) -> Forward:
     """
     _check(weights, spec)
     base = weights.base.dense()
-    return _rounds(lambda x: _mixlora(x, base, weights, spec), weights.gru, spec)
+    return rounds_of(lambda x: _mixlora(x, base, weights, spec), weights.gru, spec)
 
 
 def _check(weights: LayerWeights, spec: RethinkingSpec) -> None:
@@ -114,7 +113,7 @@ def mixlora_package(mlp: nn.Module, weights: LayerWeights, spec: RethinkingSpec)
                 vars(linear)["weight"] = own  # nn.Module's own assignment would be 5% of a call for one token
         return moe(x[None])[0]  # it wants [batch, tokens, D]
 
-    return _rounds(layer, weights.gru, spec)
+    return rounds_of(layer, weights.gru, spec)
 
 
 def mixlora_missing() -> str | None:
@@ -157,37 +156,6 @@ def _mixlora_module(mlp: LlamaMLP, weights: LayerWeights, spec: RethinkingSpec) 
         for linear in held:
             del linear.weight
     return moe, linears
-
-
-def _rounds(layer: Forward, gru: GRUWeights | None, spec: RethinkingSpec) -> Forward:
-    """y_T: ``layer`` once per round, its input moved by the GRU in between."""
-
-    def forward(x: Tensor) -> Tensor:
-        state = None
-        for _ in range(spec.rounds - 1):
-            assert gru is not None
-            state = _next_state(x, layer(x), state, gru, spec)
-            x = x + F.linear(state, gru.output)
-        return layer(x)
-
-    return forward
-
-
-def _next_state(x: Tensor, y: Tensor, state: Tensor | None, gru: GRUWeights, spec: RethinkingSpec) -> Tensor:
-    """h' [N, G] by GraphMoE's Eq. 5 and 6; h is zero where ``state`` is None. The gates are formed in fp32 at least."""
-    wide = torch.promote_types(y.dtype, torch.float32)
-    squash = torch.sigmoid if spec.candidate_activation == "sigmoid" else torch.tanh
-    read = y if spec.candidate_input == "expert_output" else x
-    if state is None:
-        z = torch.sigmoid(F.linear(y, gru.update[:, gru.width :]).to(wide))
-        c = squash(F.linear(read, gru.candidate[:, gru.width :], gru.candidate_bias).to(wide))
-        return (z * c).to(y.dtype)
-    both, h = torch.cat([state, y], dim=1), state.to(wide)  # [N, G + D], [N, G]
-    z = torch.sigmoid(F.linear(both, gru.update).to(wide))
-    q = torch.sigmoid(F.linear(both, gru.reset).to(wide))
-    reset = torch.cat([(q * h).to(y.dtype), read], dim=1)  # [N, G + D]
-    c = squash(F.linear(reset, gru.candidate, gru.candidate_bias).to(wide))
-    return ((1 - z) * h + z * c).to(y.dtype)
 
 
 def peft_lora(mlp: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None) -> nn.Module:

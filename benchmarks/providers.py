@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.devices import CpuDevice, Device
-from benchmarks.layers import SCALE, Forward, Layer, Subject, dense_weights
+from benchmarks.layers import SCALE, Layer, Subject, dense_weights
+from benchmarks.plain import Forward, plain_literal
 from graphmoe_kernels import DenseMLP
 from graphmoe_kernels.backend import interpreting
 from graphmoe_kernels.cost import Sizes
@@ -55,6 +56,7 @@ class Provider(NamedTuple):
         build: (layer, sizes) -> the provider over that layer.
         form: its arithmetic, a form of the cost model or ``"lora"``.
         missing: why it cannot run on a device, or None.
+        capturable: whether a CUDA graph can hold it: nothing in it waits for the device.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Provider(NamedTuple):
     build: Callable[[Layer, Sizes], Built]
     form: str
     missing: Callable[[Device], str | None] = lambda device: None
+    capturable: bool = True
 
 
 def _rethinking(layer: Layer, sizes: Sizes, forward: Forward, module: nn.Module | None) -> Built:
@@ -77,9 +80,9 @@ def _ours(layer: Layer, sizes: Sizes, *, backend: str, fold: str = "auto") -> Bu
 
 
 def _literal_compiled(layer: Layer, sizes: Sizes) -> Built:
-    ffn = layer.ffn(sizes, "never", "torch")
+    forward = plain_literal(layer.weights(sizes), layer.spec(sizes))
     torch._dynamo.reset()
-    return _rethinking(layer, sizes, torch.compile(ffn, dynamic=False), ffn)
+    return _rethinking(layer, sizes, torch.compile(forward, dynamic=False), None)
 
 
 def _peer_mixlora(layer: Layer, sizes: Sizes) -> Built:
@@ -143,15 +146,20 @@ PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider("triton", "this package on Triton", partial(_ours, backend="triton"), "folded", _triton_missing),
-        Provider("torch", "this package on PyTorch", partial(_ours, backend="torch"), "folded"),
+        Provider("torch", "this package on PyTorch", partial(_ours, backend="torch"), "folded", capturable=False),
         Provider(
             "literal",
             "the literal loop (fold='never') on PyTorch, eager",
             partial(_ours, backend="torch", fold="never"),
             "literal",
+            capturable=False,
         ),
         Provider(
-            "literal_compiled", "the literal loop under torch.compile", _literal_compiled, "literal", _compiler_missing
+            "literal_compiled",
+            "the literal loop in plain PyTorch, all experts at once, under torch.compile",
+            _literal_compiled,
+            "literal",
+            _compiler_missing,
         ),
         Provider("dense", "the MLP of Transformers alone", partial(_dense_alike, make=lambda mlp: mlp), "dense"),
         Provider("peft_lora", "the MLP with plain LoRA of PEFT on its three projections", _peft_lora, "lora"),
@@ -167,6 +175,7 @@ PROVIDERS: dict[str, Provider] = {
             "MixLoRA as published: a loop over experts, base down once per expert, run T times",
             _peer_mixlora,
             "peers",
+            capturable=False,
         ),
         Provider(
             "mixlora",
@@ -174,6 +183,7 @@ PROVIDERS: dict[str, Provider] = {
             _mixlora,
             "peers",
             lambda device: peers.mixlora_missing(),
+            capturable=False,
         ),
     )
 }

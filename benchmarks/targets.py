@@ -78,7 +78,7 @@ class Target(NamedTuple):
             return None
         pick = max if self.at_most is not None else min
         ratio, row = pick(found, key=lambda each: each[0].value)
-        note = " (of medians)" if self.figure == "seconds" and ratio.quartiles is None else ""
+        note = " (of medians)" if self.figure == "seconds" and ratio.range is None else ""
         if len(found) > 1:
             note += f", the worst of {len(found)}: {row['model']}, {row['sizes']['tokens']:,} tokens"
         return ratio, note
@@ -274,8 +274,8 @@ def _ratio(target: Target, over: dict[str, Any], under: dict[str, Any]) -> Ratio
     ratio = turn_ratio(over, under) or Ratio(over["seconds"]["median"] / under["seconds"]["median"])
     if not target.further:
         return ratio
-    low, high = ratio.quartiles or (0.0, 0.0)
-    return Ratio((ratio.value - 1) / 2, None if ratio.quartiles is None else ((low - 1) / 2, (high - 1) / 2))
+    low, high = ratio.range or (0.0, 0.0)
+    return Ratio((ratio.value - 1) / 2, None if ratio.range is None else ((low - 1) / 2, (high - 1) / 2))
 
 
 def _gru_seconds(kernels: Sequence[dict[str, Any]], name: str) -> float | None:

@@ -47,7 +47,7 @@ def in_turns(*rows):
         for other in rows:
             if other is not each:
                 ratio = each["seconds"]["median"] / other["seconds"]["median"]
-                each["ratios"][other["label"]] = {"median": ratio, "quartiles": [0.99 * ratio, 1.01 * ratio]}
+                each["ratios"][other["label"]] = {"median": ratio, "range": [0.99 * ratio, 1.01 * ratio]}
     return list(rows)
 
 

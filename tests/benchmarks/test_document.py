@@ -115,11 +115,11 @@ def test_the_newest_of_each_kind_of_device_is_found_and_the_rest_named(tmp_path)
 
 
 def test_ratios_are_those_of_the_turns_in_either_direction():
-    """The inverse of a ratio has the inverse quartiles, in order; rows of two cases have no ratio turn by turn."""
+    """The inverse of a ratio has the inverse range, in order; rows of two cases have no ratio turn by turn."""
     fast, slow = row("triton", 1.0), row("dense", 2.0)
     in_turns(fast, slow)
     fast["ratios"] = {}
-    slow["ratios"] = {"triton, T=3": {"median": 2.0, "quartiles": [1.6, 2.5]}}
+    slow["ratios"] = {"triton, T=3": {"median": 2.0, "range": [1.6, 2.5]}}
     assert turn_ratio(slow, fast) == Ratio(2.0, (1.6, 2.5))
     assert turn_ratio(fast, slow) == Ratio(0.5, (0.4, 0.625))
     assert turn_ratio(fast, {**slow, "case": "another"}) is None

@@ -14,6 +14,7 @@ from benchmarks.layer_timing import Judge
 from benchmarks.layers import Layer, Subject
 from benchmarks.limits import H200
 from benchmarks.memory import TooLarge, check_fits, needed_bytes
+from benchmarks.plain import plain_literal
 from benchmarks.providers import PROVIDERS, missing
 from benchmarks.sizes import MODELS
 from benchmarks.workplace import Workplace
@@ -136,6 +137,30 @@ def test_a_wrong_gradient_is_refused():
     assert "gru.update: error 5.0e-01" in verdict.fault
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_what_is_compiled_computes_the_layer(rounds, training):
+    """The compiled baseline has to be the layer before a compiler touches it; compiling takes too long for a test."""
+    sizes = TINY.sizes(12, rounds, "fp32")
+    layer = Layer(sizes, CPU)
+    built = PROVIDERS["literal"].build(layer, sizes)
+    subject = Subject(plain_literal(layer.weights(sizes), layer.spec(sizes)), built.subject.leaves)
+    judge = Judge(training, torch.float32)
+    assert judge.check(built._replace(subject=subject, module=None), judge.sample(*layer.input(sizes))).fault is None
+
+
+def test_a_graph_holds_those_that_can_be_captured_and_the_row_says_so():
+    """A baseline that asks the device something cannot be captured: it runs as it can, and is not called a graph."""
+
+    class Capturing(CpuDevice):
+        graphs = True
+
+    sizes = TINY.sizes(1, 3, "fp32")
+    case = Case("layer", TINY, "inference", (Contender("dense", sizes), Contender("peer_mixlora", sizes)), graph=True)
+    found = measuring.measure(case, Workplace(Capturing(), None, 0.0))
+    assert {row["provider"]: row["graph"] for row in found.rows} == {"dense": True, "peer_mixlora": False}
+
+
 def test_a_graph_that_replays_another_result_is_refused(monkeypatch):
     """A capture can go wrong where the call itself is right: what is timed is what has to be right."""
 
@@ -147,10 +172,10 @@ def test_a_graph_that_replays_another_result_is_refused(monkeypatch):
             return lambda: y * 1.01
 
     sizes = TINY.sizes(1, 3, "fp32")
-    case = Case("layer", TINY, "inference", (Contender("literal", sizes),), graph=True)
+    case = Case("layer", TINY, "inference", (Contender("dense", sizes),), graph=True)
     found = measuring.measure(case, Workplace(Replaying(), None, 0.0))
     assert found.rows == []
-    assert "in a CUDA graph, y: error 1.0e-02" in found.fault("literal")
+    assert "in a CUDA graph, y: error 1.0e-02" in found.fault("dense")
 
 
 def test_calls_take_turns(monkeypatch):
@@ -190,7 +215,7 @@ def test_time_is_what_the_clock_says():
 def test_ratios_are_taken_turn_by_turn():
     """A machine that slows down for a turn slows both: their ratio stays, and so does its spread."""
     mine, its = Samples([2.0, 20.0, 2.2], []), Samples([1.0, 10.0, 1.1], [])
-    assert mine.over(its) == {"median": pytest.approx(2.0), "quartiles": [pytest.approx(2.0)] * 2}
+    assert mine.over(its) == {"median": pytest.approx(2.0), "range": [pytest.approx(2.0)] * 2}
     assert mine.summary()["quartiles"] == [pytest.approx(2.1), pytest.approx(11.1)]
 
 

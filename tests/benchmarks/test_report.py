@@ -189,13 +189,13 @@ def test_options_that_do_not_go_together_are_refused(capsys, arguments, message)
 
 
 def other_run(factor, **changes):
-    """The layer's result again, its ratio and quartiles ``factor`` times as large."""
+    """The layer's result again, its ratio and range ``factor`` times as large."""
     content = plain()
     content["conditions"] |= changes
     for each, other, by in ((0, "dense", factor), (1, "triton, T=3", 1 / factor)):
         ratio = content["rows"][each]["ratios"][other]
         ratio["median"] *= by
-        ratio["quartiles"] = [by * q for q in ratio["quartiles"]]
+        ratio["range"] = [by * q for q in ratio["range"]]
     return content
 
 
@@ -205,11 +205,11 @@ def compared(tmp_path, first, second, *options):
 
 
 @pytest.mark.parametrize("factor, agree", [(1.0, 1), (1.02, 1), (1.03, 0), (1 / 1.03, 0)])
-def test_ratios_agree_if_their_quartiles_overlap(tmp_path, capsys, factor, agree):
+def test_ratios_agree_if_their_ranges_overlap(tmp_path, capsys, factor, agree):
     """A ratio and its inverse are one finding, not two; disagreement is no failure of the command."""
     assert compared(tmp_path, plain(), other_run(factor)) == 0
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == f"{agree} of 1 ratios agree within their quartiles"
+    assert printed.splitlines()[-1] == f"{agree} of 1 ratios agree within their ranges"
     assert printed.count("over dense") == 1
     assert f"{2 * factor:.3f}" in printed
 

@@ -147,7 +147,7 @@ def test_the_h200_goes_before_another_gpu_and_the_newer_before_the_older():
 def test_the_ratio_turn_by_turn_goes_before_that_of_medians_which_says_so():
     """A disturbance between two steps must not pass for a ratio."""
     together = layer("triton", "dense", 1.5, (3, 1))
-    together[0]["ratios"] = {"dense, T=1": {"median": 1.4, "quartiles": [1.3, 1.45]}}
+    together[0]["ratios"] = {"dense, T=1": {"median": 1.4, "range": [1.3, 1.45]}}
     lone = row("dense", 1e-6, rounds=1, case="another case")
     assert found("prefill, 8192 tokens, T=3", document([*together, lone])).found == "1.400 [1.300, 1.450]"
     apart = [row("triton", 1.5e-3), lone | {"seconds": together[1]["seconds"]}]
