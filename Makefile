@@ -9,7 +9,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.graphmoe-installed
 
 .DEFAULT_GOAL := help
-.PHONY: env demo test test-all aot bench gpu-report tune predictions check clean help
+.PHONY: env demo test test-all aot bench report gpu-report tune predictions check clean help
 
 env: $(STAMP)  ## build .venv, or bring it up to date (instant when nothing changed)
 
@@ -43,8 +43,11 @@ aot: env $(OTHER_TRITON:%=%/.installed)  ## compile every kernel for every devic
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$*
 	@touch $@
 
-bench: env  ## the benchmarks: latency of each round, profile of the layer
-	$(PY) -m pytest benchmarks $(ARGS)
+bench: env  ## the benchmarks on this machine, in 5 minutes on a 2-core CPU: latency of each round, against others, shares
+	$(PY) -m pytest benchmarks -q $(ARGS)
+
+report: env  ## results as the table of targets, a page and plots; ARGS="--compare A.json B.json": do two runs agree
+	$(PY) -m benchmarks.report $(ARGS)
 
 gpu-report: env  ## check and time the kernels and the layer on a GPU, in 8.5 minutes; writes benchmarks/results/
 	$(PY) -m benchmarks.gpu.report $(ARGS)

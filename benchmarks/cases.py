@@ -134,7 +134,7 @@ PLANS = {
         context=512,
         decoder=64,
         training_rounds=(1, 3),
-        whole_layers=2,
+        whole_layers=1,
         prompt=32,
         new_tokens=4,
         profiled=(32, 128),
@@ -208,9 +208,11 @@ class _Maker:
             for mode in ("inference", "training"):
                 if mode == "training" and tokens in self.plan.decode:
                     continue
-                values = self.plan.training_rounds if mode == "training" else range(1, MAX_ROUNDS + 1)
-                providers = ("dense", self.ours[0], "literal")
-                found = self.along("rounds", values, providers, self.sizes(tokens))
+                ours = self.plan.training_rounds if mode == "training" else range(1, MAX_ROUNDS + 1)
+                theirs = [rounds for rounds in ours if rounds % 2]  # a straight line all the same
+                found = self.along("rounds", (1,), ("dense",), self.sizes(tokens))
+                found += self.along("rounds", ours, self.ours[:1], self.sizes(tokens))
+                found += self.along("rounds", theirs, ("literal",), self.sizes(tokens))
                 graph = mode == "inference" and self.in_graph(tokens)
                 yield Case("rounds", self.model, mode, found, graph=graph)
 
