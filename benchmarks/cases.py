@@ -146,13 +146,18 @@ SCALING = {"experts": (8, 16, 32, 64), "rank": (4, 8, 16, 32, 64), "top_k": (1, 
 
 def table(model: Model, kind: str, dtype: str, plan: Plan) -> Iterator[Case]:
     """Every case of a model's sizes on ``"cuda"`` or ``"cpu"``, group by group."""
-    make = _Maker(model, kind, dtype, plan)
-    yield from make.operators()
-    yield from make.layers()
-    yield from make.rounds()
-    yield from make.decoders()
-    yield make.generation()
-    yield from make.scaling()
+    make, seen = _Maker(model, kind, dtype, plan), set()
+    for case in (
+        *make.operators(),
+        *make.layers(),
+        *make.rounds(),
+        *make.decoders(),
+        make.generation(),
+        *make.scaling(),
+    ):
+        if case.name not in seen:  # with one token count, the largest is the smallest too
+            seen.add(case.name)
+            yield case
 
 
 class _Maker:
@@ -175,7 +180,7 @@ class _Maker:
         return tuple(c for i, c in enumerate(found) if c.label not in {other.label for other in found[:i]})
 
     def in_graph(self, tokens: int) -> bool:
-        return self.kind == "cuda" and tokens in self.plan.decode
+        return self.kind == "cuda" and tokens <= max(PLANS["cuda"].decode)
 
     def operators(self) -> Iterator[Case]:
         for group in OPERATORS:
@@ -206,7 +211,7 @@ class _Maker:
     def rounds(self) -> Iterator[Case]:
         for tokens in (self.plan.decoder or self.plan.main, self.plan.decode[0]):
             for mode in ("inference", "training"):
-                if mode == "training" and tokens in self.plan.decode:
+                if mode == "training" and tokens != (self.plan.decoder or self.plan.main):
                     continue
                 ours = self.plan.training_rounds if mode == "training" else range(1, MAX_ROUNDS + 1)
                 theirs = [rounds for rounds in ours if rounds % 2]  # a straight line all the same

@@ -39,7 +39,7 @@ def now() -> str:
 
 def file_name(found: dict[str, Any]) -> str:
     """``<device>-<date>-<commit>.json`` of some conditions."""
-    return f"{found['device']['kind']}-{found['date'][:16].replace(':', '')}-{found['commit'][:10]}.json"
+    return f"{found['device']['kind']}-{found['date'][:19].replace(':', '')}-{found['commit'][:10]}.json"
 
 
 def _version(name: str) -> str:

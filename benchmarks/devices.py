@@ -150,7 +150,11 @@ class CudaDevice:
         return torch.cuda.mem_get_info(self.torch)[0] + unused
 
     def capture(self, call: Call) -> Call:
-        """A replay of the CUDA graph of ``call``, which must not wait for the device."""
+        """A replay of the CUDA graph of ``call``, which must not wait for the device.
+
+        Raises:
+            RuntimeError: it cannot be captured, and why.
+        """
         stream = torch.cuda.Stream(self.torch)
         stream.wait_stream(torch.cuda.current_stream(self.torch))
         with torch.cuda.stream(stream):
@@ -159,8 +163,22 @@ class CudaDevice:
         torch.cuda.current_stream(self.torch).wait_stream(stream)
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = call()
+        failed: Exception | None = None
+        kept: object = None
+        try:
+            with torch.cuda.graph(graph):
+                try:
+                    kept = call()
+                except Exception as error:  # the end of the capture raises too, and would hide it
+                    failed = error
+        except Exception as error:
+            failed = failed or error
+        if failed is not None:
+            # Back to the stream that the capture left, and a capture that ends: it frees the random generator.
+            torch.cuda.set_stream(torch.cuda.default_stream(self.torch))
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device=self.torch)
+            raise RuntimeError(f"cannot be captured: {failed}") from failed
 
         def replay() -> object:
             graph.replay()

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.cases import PLANS, Case, Contender
+from benchmarks.cases import Case, Contender
 from benchmarks.checks import Verdict, device_error
 from benchmarks.layers import DTYPES
 from benchmarks.preparation import Prepared
@@ -36,7 +36,7 @@ class GenerationTiming:
     def __init__(self, case: Case, workplace: Workplace) -> None:
         self.case, self.sizes = case, case.contenders[0].sizes
         self.dtype, device = DTYPES[self.sizes.dtype], workplace.device
-        plan = PLANS[device.kind]
+        plan = workplace.plan
         self.new_tokens = plan.new_tokens
         self.base = make_model(case.model, plan.whole_layers, self.dtype, device.torch)
         generator = torch.Generator(device.torch).manual_seed(9)

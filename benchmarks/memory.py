@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.cases import OPERATORS, PLANS, Case, Contender
 from benchmarks.generation import VOCABULARY
 from graphmoe_kernels.cost import Sizes, fold_bytes
@@ -23,9 +25,10 @@ def needed_bytes(case: Case) -> int:
         return _whole_model(case)
     layers = {(c.sizes.experts, c.sizes.rank): c.sizes for c in case.contenders}
     if case.group in OPERATORS:
-        return 3 * _activations(case.contenders[0], case.mode) + 2 * sum(fold_bytes(case.contenders[0].sizes).values())
+        alone = case.contenders[0]._replace(sizes=replace(case.contenders[0].sizes, rounds=1))
+        return 3 * _activations(alone, case.mode) + 2 * sum(fold_bytes(case.contenders[0].sizes).values())
     first = case.contenders[0].sizes
-    base = 3 * first.hidden * first.intermediate * (first.element + EXACT)
+    base = 3 * first.hidden * first.intermediate * (first.element + EXACT * len(layers))  # each has its own oracle
     adapters = sum(_adapter(s) * (s.element + EXACT) for s in layers.values())
     folds = sum(sum(fold_bytes(c.sizes, "executed").values()) for c in case.contenders if c.provider in FOLDING)
     inputs = 8 * first.tokens * first.hidden * first.element

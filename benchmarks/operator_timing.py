@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -53,6 +54,13 @@ class OperatorTiming:
                 if t.is_floating_point()
             }
             one = partial(gradients, self.operator, backend=backend, upstream=upstream)
+
+        def verify(result: Any) -> str | None:
+            again = one(sets[0])
+            assert isinstance(again, dict)
+            differ = [name for name, t in again.items() if not torch.equal(result[0][name], t)]
+            return f"{', '.join(differ)} differs from that of the call itself" if differ else None
+
         return Prepared(
             contender,
             lambda: check_operator(self.operator, sets[0], self.dtype, backend),
@@ -61,6 +69,7 @@ class OperatorTiming:
             work=operator_work(self.case.group, self.sizes, bool(self.case.later), training),
             # The experts on PyTorch ask the device how many tokens chose each of them.
             capture=self.case.graph and (backend == "triton" or self.case.group != "expert_swiglu"),
+            verify=verify,
         )
 
 

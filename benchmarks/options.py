@@ -40,6 +40,7 @@ class Chosen(NamedTuple):
     Attributes:
         device: where.
         cases: the cases, each with the contenders that can run.
+        providers: who can run of those that were asked for.
         profiled: the models whose parts are profiled.
         plan: the token counts.
         left_out: providers that cannot run here, and why.
@@ -49,6 +50,7 @@ class Chosen(NamedTuple):
 
     device: Device
     cases: list[Case]
+    providers: list[str]
     profiled: list[Model]
     plan: Plan
     left_out: dict[str, str]
@@ -78,6 +80,8 @@ def choose(config: pytest.Config) -> Chosen:
     if option("providers") and left_out:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise pytest.UsageError(f"--providers: cannot run here: {reasons}")
+    if (seconds := option("seconds")) is not None and seconds < 0:
+        raise pytest.UsageError(f"--seconds must not be negative, got {seconds}")
     plan = _plan(PLANS[device.kind], option("tokens"))
     runnable = [name for name in providers if name not in left_out]
     cases = []
@@ -92,7 +96,8 @@ def choose(config: pytest.Config) -> Chosen:
             f"--groups {','.join(groups)} has no case with the providers {', '.join(runnable)}; the operators "
             f"({', '.join(OPERATORS)}) have triton and torch alone"
         )
-    return Chosen(device, cases, profiled, plan, left_out, option("seconds") or SECONDS[device.kind], dtype)
+    seconds = SECONDS[device.kind] if seconds is None else seconds
+    return Chosen(device, cases, runnable, profiled, plan, left_out, seconds, dtype)
 
 
 def _device(kind: str | None) -> Device:
@@ -108,7 +113,7 @@ def _names(text: str, known: Iterable[str], option: str) -> list[str]:
     if unknown or not names:
         what = f"unknown {', '.join(unknown)}" if unknown else "no name"
         raise pytest.UsageError(f"{option}: {what}; there are {', '.join(known)}")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _plan(plan: Plan, tokens: str | None) -> Plan:

@@ -32,8 +32,8 @@ def page(sources: Sequence[Source], plots: Mapping[Path, Sequence[Drawn]] | None
         "## Targets",
         "",
         "Each figure is a ratio of times: the median over the turns in which both were timed, with the lowest and the "
-        'highest in brackets, or "of medians" where they took no turns with each other. GPU targets are about one H200, '
-        "bf16, at Llama-3-8B sizes.",
+        'highest in brackets, or "of medians" where they took no turns with each other. GPU targets are about one '
+        "H200, bf16, at Llama-3-8B sizes.",
         "",
         *markdown_table(HEADER, target_rows(known)),
         "",

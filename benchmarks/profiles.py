@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.cases import Plan
@@ -21,13 +22,15 @@ ADAPTERS = (
 REPETITIONS = 3
 
 
-def profiles(model: Model, device: Device, dtype: str, plan: Plan) -> list[dict[str, Any]]:
-    """Seconds by part for every adapter, prefill and decode, at the lengths of the plan."""
+def profiles(model: Model, device: Device, dtype: str, plan: Plan, providers: Sequence[str]) -> list[dict[str, Any]]:
+    """Seconds by part for every adapter of ``providers``, prefill and decode, at the lengths of the plan."""
     base = make_model(model, plan.whole_layers, DTYPES[dtype], device.torch)
     ours = "triton" if device.kind == "cuda" else "torch"
     found = []
     for provider, rounds, title in ADAPTERS:
         name = ours if provider == "ours" else provider
+        if name not in providers:
+            continue
         adapted = with_adapter(base, name, model.sizes(1, rounds, dtype))
         profiled = profile_model(adapted, title, lengths=plan.profiled, name=model.name, repetitions=REPETITIONS)
         found += [profile.as_dict() for profile in profiled]

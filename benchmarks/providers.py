@@ -82,7 +82,7 @@ def _ours(layer: Layer, sizes: Sizes, *, backend: str, fold: str = "auto") -> Bu
 def _literal_compiled(layer: Layer, sizes: Sizes) -> Built:
     forward = plain_literal(layer.weights(sizes), layer.spec(sizes))
     torch._dynamo.reset()
-    return _rethinking(layer, sizes, torch.compile(forward, dynamic=False), None)
+    return _rethinking(layer, sizes, torch.compile(forward, dynamic=False, fullgraph=True), None)
 
 
 def _peer_mixlora(layer: Layer, sizes: Sizes) -> Built:

@@ -32,7 +32,7 @@ class Session:
         self.document = Document(None)
         self.selected: dict[str, list[Contender]] = {}
         self._workplace: Workplace | None = None
-        self._found: dict[str, Found | TooLarge] = {}
+        self._found: dict[str, Found | Exception] = {}
 
     @property
     def content(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Session:
             found = measure_limits(device, copy_bytes, matrix, self.chosen.seconds / 2, dtype)
             self.content["limits"] = found
             processors = self.content["conditions"]["device"].get("multiprocessors", 1)
-            self._workplace = Workplace(device, as_limits(found, processors), self.chosen.seconds)
+            self._workplace = Workplace(device, as_limits(found, processors), self.chosen.seconds, self.chosen.plan)
         return self._workplace
 
     def __getitem__(self, case: Case) -> Found:
@@ -70,16 +70,17 @@ class Session:
             selected = case._replace(contenders=tuple(self.selected.get(case.name, case.contenders)))
             try:
                 found = measure(selected, workplace)
-            except TooLarge as error:
+            except Exception as error:  # told to every contender of the case, and not tried anew for each
                 self._found[case.name] = error
-                self.document.end(case.name, "skipped", note=str(error))
+                state = "skipped" if isinstance(error, TooLarge) else "failed"
+                self.document.end(case.name, state, time.perf_counter() - start, str(error))
             else:
                 self._found[case.name] = found
                 self.content["checks"] += found.checks
                 self.content["rows"] += found.rows
                 self.document.end(case.name, "done", time.perf_counter() - start)
         known = self._found[case.name]
-        if isinstance(known, TooLarge):
+        if isinstance(known, Exception):
             raise known
         return known
 
@@ -89,7 +90,7 @@ class Session:
         step = f"profile, {model.name}"
         start = time.perf_counter()
         self.document.begin(step)
-        found = profiles(model, self.chosen.device, self.chosen.dtype, self.chosen.plan)
+        found = profiles(model, self.chosen.device, self.chosen.dtype, self.chosen.plan, self.chosen.providers)
         self.content["profiles"] += found
         self.document.end(step, "done", time.perf_counter() - start)
         return found

@@ -13,7 +13,8 @@ YARDSTICKS = ("dense", "torch, T=1", "triton, T=1")
 BUSY = 0.25
 NOTE = (
     "every contender kept the error budget against fp64; those of a case were timed in turns; 'over' is how many times "
-    "as long as the case's yardstick (1.00) it took, by the median over the turns; the range is that of all turns"
+    "as long as the case's yardstick (1.00) it took, by the median over the turns; the range is that of "
+    "all turns; peak MB is what a call holds beyond what is kept (in inference the fold is kept)"
 )
 PARTS = ("attention", "mlp", "experts", "routing", "gru", "other")
 HEADER = ("", "median", "quartiles", "turns", "over", "range", "peak MB", "of the limit")
@@ -74,7 +75,7 @@ def _row(name: str, row: dict[str, Any], ratio: dict[str, Any] | None) -> list[s
     low, high = (seconds(q) for q in time["quartiles"])
     rate = "" if row["tokens a second"] is None else f" ({row['tokens a second']:,.1f} tokens/s)"
     return [
-        f"  {name}{rate}",
+        f"  {name}{rate}{', in a graph' if row['graph'] else ''}",
         seconds(time["median"]),
         f"{low} .. {high}",
         str(time["turns"]),

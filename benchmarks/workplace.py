@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from benchmarks.cases import Plan
 from benchmarks.devices import Device
 from benchmarks.layers import Layer, make_mlp
 from benchmarks.roofline import Limits
@@ -19,11 +20,12 @@ class Workplace:
     Args:
         device: where everything lies and runs.
         limits: what the device can do, where it was measured.
-        seconds: how long the contenders of a case are timed together, five turns at least.
+        seconds: how long the contenders of a case are timed together, some turns at least.
+        plan: the sizes of the whole model.
     """
 
-    def __init__(self, device: Device, limits: Limits | None, seconds: float) -> None:
-        self.device, self.limits, self.seconds = device, limits, seconds
+    def __init__(self, device: Device, limits: Limits | None, seconds: float, plan: Plan) -> None:
+        self.device, self.limits, self.seconds, self.plan = device, limits, seconds, plan
         self._layers: dict[Sizes, Layer] = {}
         self._mlp: tuple[Sizes, LlamaMLP] | None = None
 

@@ -90,9 +90,14 @@ def _forward_all(operator: Operator, sets: list[Operands], backend: str) -> list
 
 
 def _torch_call(operator: Operator, sets: list[Operands], device: Device) -> dict[str, Call]:
-    """The PyTorch backend's forward, unless it does not fit or cannot be captured: then there is nothing beside it."""
+    """The PyTorch backend's forward, unless it does not fit: then there is nothing beside the kernels.
+
+    That of the experts asks the device how many tokens chose each of them, which no graph can hold.
+    """
+    call = partial(_forward_all, operator, sets, "torch")
     try:
-        return {"torch": device.capture(partial(_forward_all, operator, sets, "torch"))}
+        call()
+        return {"torch": call if operator.name == "experts" else device.capture(call)}
     except Exception:  # the kernels' own rows must not be lost for it; a lost device raises in the last line again
         device.release()
         device.synchronize()

@@ -96,7 +96,7 @@ class Run:
             TooLarge: it does not fit in memory.
         """
         if self._workplace is None:
-            self._workplace = Workplace(self.device, self.limits(), self.preset.seconds)
+            self._workplace = Workplace(self.device, self.limits(), self.preset.seconds, self.preset.plan)
         found = measure(case.keep([name for name in PROVIDERS if name not in self._left_out]), self._workplace)
         self.document.content["checks"] += found.checks
         self.document.content["rows"] += found.rows
@@ -104,7 +104,7 @@ class Run:
     def profile(self) -> None:
         """Where the time of a small whole model goes."""
         p = self.preset
-        self.document.content["profiles"] = profiles(p.model, self.device, p.dtype, p.plan)
+        self.document.content["profiles"] = profiles(p.model, self.device, p.dtype, p.plan, list(PROVIDERS))
 
 
 class Stage(NamedTuple):
@@ -131,12 +131,12 @@ def _stages(preset: Preset) -> Iterator[Stage | tuple[int, ...]]:
     yield Stage(50, layer("training", 3, main))
     yield Stage(20, lambda case, s: case.group == "decoder")
     yield Stage(10, lambda case, s: case.group == "routing" and s.tokens in (first, *preset.plan.routing, main))
-    yield (main, first)
     yield Stage(20, layer("inference", 1, main, first))
     yield Stage(70, layer("inference", 3, main, note=compiled))
     yield Stage(90, layer("training", 3, main, note=compiled))
+    yield (main, first)
     yield Stage(30, layer("training", 1, main))
-    yield Stage(30, lambda case, s: case.group == "rounds")
+    yield Stage(60, lambda case, s: case.group == "rounds")
     yield Stage(30, lambda case, s: case.group == "model")
     yield PROFILE
     yield Stage(15, lambda case, s: case.group in ("expert_swiglu", "gru_step") and s.tokens in (first, main))

@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return work(options)
     from benchmarks.conditions import now
 
-    path = options.file or options.out.resolve() / f"{options.device}-{now()[:16].replace(':', '')}.json"
+    name = f"{options.device}-{now()[:19].replace(':', '')}.json"
+    path = (options.file or options.out / name).resolve()
     supervise(options, path, 60 * options.minutes - (time.monotonic() - start))
     return finish(path)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import devices
-from benchmarks.cases import PLANS, table
+from benchmarks.cases import table
 from benchmarks.devices import CpuDevice
 from benchmarks.document import Document
 from benchmarks.gpu import plan, report
@@ -157,7 +157,6 @@ def test_the_plan_names_every_step_once_and_starts_with_what_matters():
 def test_every_case_of_the_plan_runs_and_a_skipped_one_says_why(tmp_path, monkeypatch):
     """A case that cannot run costs its own step alone; what was measured is in the document."""
     monkeypatch.setattr(devices, "MIN_TURNS", 2)
-    monkeypatch.setitem(PLANS, "cpu", TINY.plan)
     run = new_run(tmp_path / "r.json")
     cases = {case.name: case for case in table(TINY.model, "cpu", "fp32", TINY.plan)}
     names = [name for name in cases if name.startswith(("rounds", "gru_step", "decoder")) and "training" not in name]

@@ -9,6 +9,8 @@ import torch
 
 from benchmarks import measure as measuring
 from benchmarks.cases import GROUPS, PLANS, Case, Contender, Plan, table
+from benchmarks.checks import verdict
+from benchmarks.decoders import DecoderTiming
 from benchmarks.devices import MIN_TURNS, CpuDevice, Samples
 from benchmarks.layer_timing import Judge
 from benchmarks.layers import Layer, Subject
@@ -27,14 +29,13 @@ HERE = [name for name in PROVIDERS if name not in missing(PROVIDERS, CPU) and na
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """As few turns and repeats as there can be, and the whole model as small as the plan says."""
+    """As few turns and repeats as there can be."""
     monkeypatch.setattr("benchmarks.devices.MIN_TURNS", 2)
     monkeypatch.setattr(measuring, "SHORTEST_TURN", 0.0)
-    monkeypatch.setitem(PLANS, "cpu", PLAN)
 
 
 def workplace():
-    return Workplace(CPU, H200, seconds=0.0)
+    return Workplace(CPU, H200, 0.0, PLAN)
 
 
 def cases(group, kind="cpu"):
@@ -157,7 +158,7 @@ def test_a_graph_holds_those_that_can_be_captured_and_the_row_says_so():
 
     sizes = TINY.sizes(1, 3, "fp32")
     case = Case("layer", TINY, "inference", (Contender("dense", sizes), Contender("peer_mixlora", sizes)), graph=True)
-    found = measuring.measure(case, Workplace(Capturing(), None, 0.0))
+    found = measuring.measure(case, Workplace(Capturing(), None, 0.0, PLAN))
     assert {row["provider"]: row["graph"] for row in found.rows} == {"dense": True, "peer_mixlora": False}
 
 
@@ -173,9 +174,28 @@ def test_a_graph_that_replays_another_result_is_refused(monkeypatch):
 
     sizes = TINY.sizes(1, 3, "fp32")
     case = Case("layer", TINY, "inference", (Contender("dense", sizes),), graph=True)
-    found = measuring.measure(case, Workplace(Replaying(), None, 0.0))
+    found = measuring.measure(case, Workplace(Replaying(), None, 0.0, PLAN))
     assert found.rows == []
     assert "in a CUDA graph, y: error 1.0e-02" in found.fault("dense")
+
+
+def test_a_check_of_nothing_passes_nobody():
+    """With no sampled token there is nothing to differ in: that must not read as right."""
+    none = {"y": torch.empty(0, 4)}
+    assert verdict(none, none, none, torch.float32).fault == "y has no elements to compare"
+
+
+def test_the_decoder_check_is_not_dazzled_by_the_residual():
+    """The residual is much of a decoder layer's output: an error of the MLP has to show all the same."""
+    case = next(case for case in cases("decoder") if case.mode == "prefill").keep(["literal"])
+    timing = DecoderTiming(case, workplace())
+    prepared = timing.prepare(case.contenders[0])
+    assert prepared.check().fault is None
+    y = prepared.call()
+    off = timing.residual.view(y.shape) + (y - timing.residual.view(y.shape)) * (1 + 1e-4)
+    built = PROVIDERS["literal"].build(timing.workplace.layer(case.contenders[0].sizes), case.contenders[0].sizes)
+    assert timing._compare(built, y).fault is None
+    assert "added by the MLP: error 1.0e-04" in timing._compare(built, off).fault
 
 
 def test_calls_take_turns(monkeypatch):
