@@ -6,10 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks.gpu.devices import CudaDevice
-from benchmarks.gpu.layers import Layer
+from benchmarks.checks import Verdict
+from benchmarks.devices import CudaDevice
+from benchmarks.layer_timing import Judge
+from benchmarks.layers import Layer, Subject
+from benchmarks.providers import Built
 from graphmoe_kernels.cost import Sizes
+from graphmoe_kernels.testing import trainable
+from graphmoe_model import FusedGraphMoEFFN
 
 MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -17,12 +23,45 @@ MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reas
 SMALL = Sizes(hidden=264, intermediate=712, gru_width=26, experts=8, top_k=2, rank=16)
 
 
-def make(sizes: Sizes = SMALL, **changes: object) -> Layer:
+class GPULayer:
+    """A layer at some sizes with the checks that let it be timed.
+
+    Attributes:
+        fused: this package's layer on Triton.
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes, self.layer = sizes, Layer(sizes, CudaDevice())
+        self.adapter = self.layer.adapter
+        self.fused = self.sharing("auto", "triton")
+
+    def sharing(self, fold: str, backend: str) -> FusedGraphMoEFFN:
+        """A layer of other settings over the same parameters."""
+        return self.layer.ffn(self.sizes, fold, backend)
+
+    def input(self, tokens: int, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [N, D] and the rows to check, whose routing is decided; with a ``seed`` any x."""
+        x, rows = self.layer.input(replace(self.sizes, tokens=tokens))
+        return (x, rows) if seed is None else (self.layer.draw(tokens, seed), rows)
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        """The trainable tensors by name."""
+        return trainable(self.layer.weights(self.sizes))
+
+    def check(self, forward, module: nn.Module, x: torch.Tensor, rows: torch.Tensor, training: bool) -> Verdict:
+        """Output and, in training, every gradient against fp64."""
+        definitions = (self.layer.definition(self.sizes, exact) for exact in (False, True))
+        built = Built(Subject(forward, self.leaves()), module, "layer", *definitions)
+        judge = Judge(training, self.layer.dtype)
+        return judge.check(built, judge.sample(x, rows))
+
+
+def make(sizes: Sizes = SMALL, **changes: object) -> GPULayer:
     """A layer with `changes` of ``sizes`` (rounds, dtype, ...), on the device."""
-    return Layer(replace(sizes, **changes), CudaDevice())
+    return GPULayer(replace(sizes, **changes))
 
 
-def step(layer: Layer, forward, x: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
+def step(layer: GPULayer, forward, x: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
     """The output and the gradients of x and of every trainable tensor."""
     leaf = x.detach().requires_grad_()
     y = forward(leaf)

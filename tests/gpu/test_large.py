@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.gpu.checks import check_operator
-from benchmarks.gpu.operators import OPERATORS
+from benchmarks.checks import check_operator
+from benchmarks.operators import OPERATORS
 from graphmoe_kernels import expert_order
 from graphmoe_kernels.cost import Sizes
 from tests.gpu.layers import MARKS, free_gigabytes

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu.layers import Provider
-from benchmarks.gpu.operators import recorded_launches
+from benchmarks.operators import recorded_launches
 from tests.gpu.layers import MARKS, make, step
 
 pytestmark = MARKS
@@ -17,11 +16,10 @@ pytestmark = MARKS
 def test_the_layer_keeps_the_budget(dtype, rounds):
     """Decode and prefill, output and every gradient, against fp64; the same check that lets a layer be timed."""
     layer = make(rounds=rounds, dtype=dtype)
-    fused = layer.provider("fused")
     for tokens in (1, 16, 65, 700):
         x, rows = layer.input(tokens)
         for training in (False, True):
-            found = layer.check(fused, x, rows, training)
+            found = layer.check(layer.fused, layer.fused, x, rows, training)
             assert found.fault is None, f"{tokens} tokens, training={training}: {found.fault}"
 
 
@@ -46,7 +44,7 @@ def test_fp64_goes_to_pytorch():
     layer = make(rounds=2, dtype="fp64")
     x, rows = layer.input(5)
     ffn = layer.sharing("auto", "auto")
-    found = layer.check(Provider("auto", ffn, ffn), x, rows, training=True)
+    found = layer.check(ffn, ffn, x, rows, training=True)
     assert found.fault is None
 
 
@@ -66,8 +64,8 @@ def test_inductor_compiles_the_layer_whole(training):
     """fullgraph=True: no break at a kernel; the compiled layer keeps the same budget, forward and backward."""
     torch._dynamo.reset()
     layer = make(rounds=2, dtype="bf16")
-    compiled = Provider("compiled", torch.compile(layer.fused, fullgraph=True), layer.fused)
+    compiled = torch.compile(layer.fused, fullgraph=True)
     for tokens in (16, 300):
         x, rows = layer.input(tokens)
-        found = layer.check(compiled, x, rows, training)
+        found = layer.check(compiled, layer.fused, x, rows, training)
         assert found.fault is None, f"{tokens} tokens: {found.fault}"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from benchmarks.gpu.devices import CudaDevice
+from benchmarks.devices import CudaDevice
 from graphmoe_kernels.cost import Sizes
 from tests.gpu.layers import MARKS, make, step
 
