@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any, NamedTuple
 
 from benchmarks.document import Ratio, ResultError, Source, turn_ratio
@@ -18,6 +19,11 @@ class Pair(NamedTuple):
     what: str
     first: Ratio
     second: Ratio
+
+    @property
+    def shift(self) -> float:
+        """By how much the second is larger than the first."""
+        return self.second.value / self.first.value - 1
 
     @property
     def agree(self) -> bool:
@@ -39,12 +45,19 @@ def compare(first: Source, second: Source, across_devices: bool = False) -> str:
     shared = [Pair(what, ratio, ratios[1][what]) for what, ratio in ratios[0].items() if what in ratios[1]]
     if not shared:
         raise ResultError(f"{first.path} and {second.path} have no ratio in common: no case and labels are in both")
-    header = ("time over time, median [lowest, highest] of the turns", "A", "B", "agree")
-    rows = [[pair.what, str(pair.first), str(pair.second), "yes" if pair.agree else "NO"] for pair in shared]
+    if first.path.resolve() == second.path.resolve():
+        raise ResultError(f"{first.path} is named twice: name two results")
+    header = ("time over time, median [lowest, highest] of the turns", "A", "B", "shift", "agree")
+    rows = [
+        [pair.what, str(pair.first), str(pair.second), f"{pair.shift:+.1%}", "yes" if pair.agree else "NO"]
+        for pair in shared
+    ]
     lines = [f"A: {first.path}", f"B: {second.path}", *_differences(first, second), "", table(header, rows), ""]
     for name, own in zip("AB", ratios, strict=True):
         if len(own) > len(shared):
             lines.append(f"{plural(len(own) - len(shared), 'ratio')} of {name} alone, not compared")
+    shifts = sorted(abs(pair.shift) for pair in shared)
+    lines.append(f"the medians differ by {statistics.median(shifts):.1%} in the middle and by {shifts[-1]:.1%} at most")
     lines.append(f"{sum(pair.agree for pair in shared)} of {len(shared):,} ratios agree within their ranges")
     return "\n".join(lines)
 

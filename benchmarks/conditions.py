@@ -25,7 +25,7 @@ def conditions(device: Device, commit: str | None = None) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in PACKAGES},
-            "graphmoe": _version("graphmoe"),
+            "graphmoe": _version("graphmoe_kernels", "graphmoe"),
         },
         "commit": commit or os.environ.get("GRAPHMOE_COMMIT") or checked_out_commit(),
         "date": now(),
@@ -42,11 +42,11 @@ def file_name(found: dict[str, Any]) -> str:
     return f"{found['device']['kind']}-{found['date'][:19].replace(':', '')}-{found['commit'][:10]}.json"
 
 
-def _version(name: str) -> str:
-    if util.find_spec(name) is None:
+def _version(module: str, distribution: str | None = None) -> str:
+    if util.find_spec(module) is None:
         return "missing"
     try:
-        return metadata.version(name.replace("_", "-"))
+        return metadata.version(distribution or module.replace("_", "-"))
     except metadata.PackageNotFoundError:
         return "not installed"  # it runs from its checkout
 

@@ -5,6 +5,7 @@ A contender that is wrong fails. Nothing here fails for being slow.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -24,8 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    # The tables at the end have ratios; those of pytest-benchmark need not be wide.
-    config.option.benchmark_columns = config.option.benchmark_columns or ["median", "iqr", "rounds"]
+    # The tables at the end have the same times, and ratios; `-v` shows those of pytest-benchmark too.
+    config.option.benchmark_quiet = True
     config.stash[CHOSEN] = choose(config)
     config.stash[SESSION] = Session(config.stash[CHOSEN])
 
@@ -37,8 +38,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" in metafunc.fixturenames:
         cases = chosen.cases
         found = [(case, contender) for case in cases for contender in case.contenders]
-        ids = [f"{case.name}: {contender.label}".replace(", ", "-").replace(": ", "-") for case, contender in found]
+        ids = [identifier(f"{case.name} {contender.label}") for case, contender in found]
         metafunc.parametrize("case, contender", found, ids=ids)
+
+
+def identifier(name: str) -> str:
+    """A name as `-k` takes it: "T=3, 16 tokens" is T3-16-tokens."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name.replace("=", "")).strip("-")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without cases, or without models to profile, there is no test of them to skip."""
+    chosen = config.stash[CHOSEN]
+    empty = {name for name, found in (("test_contender", chosen.cases), ("test_profile", chosen.profiled)) if not found}
+    items[:] = [item for item in items if getattr(item, "originalname", "") not in empty]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -59,7 +72,7 @@ def measured(pytestconfig: pytest.Config) -> Iterator[Session]:
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
     session = config.stash[SESSION]
-    if session.content["rows"] or session.content["profiles"]:
+    if session.content["steps"]:
         terminalreporter.section("GraphMoE")
         terminalreporter.write_line(summary(session.content, config.stash[CHOSEN].left_out))
         if session.path is not None:

@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# PyTorch's profiler writes two lines to stderr for every use of it, which counts peak memory here.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
 import torch
 from torch.profiler import ProfilerActivity, profile
 

@@ -139,7 +139,10 @@ def turn_ratio(over: dict[str, Any], under: dict[str, Any]) -> Ratio | None:
 
 
 def newest(folder: Path) -> tuple[list[Source], list[str]]:
-    """The newest result of each kind of device in a folder, and a line for each file that was passed over."""
+    """The newest result of each kind of device in a folder, and a line for each file that was passed over.
+
+    One that measured only the tiny sizes, whose figures mean nothing, counts where there is no other.
+    """
     found: dict[str, Source] = {}
     passed_over = []
     for path in sorted(folder.glob("*.json")):
@@ -149,13 +152,17 @@ def newest(folder: Path) -> tuple[list[Source], list[str]]:
             passed_over.append(str(error))
             continue
         kind = source.content["conditions"]["device"]["kind"]
-        if kind not in found or _date(source) >= _date(found[kind]):
-            found[kind] = source
+        other = found.get(kind)
+        if other is None or _standing(source) >= _standing(other):
+            found[kind], source = source, other  # type: ignore[assignment]
+        if source is not None:
+            passed_over.append(f"{source.path}: older or tiny; name it to see it")
     return list(found.values()), passed_over
 
 
-def _date(source: Source) -> str:
-    return source.content["conditions"]["date"]
+def _standing(source: Source) -> tuple[bool, str]:
+    models = {row["model"] for row in source.content["rows"]}
+    return models != {"tiny"}, source.content["conditions"]["date"]
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -171,6 +178,8 @@ def _parse(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ResultError(f"{path} is no result file: it holds a {type(content).__name__}, not an object")
     if content.get("schema") != SCHEMA:
+        if "schema" not in content and "profiles" in content:
+            raise ResultError(f"{path} is what `graphmoe profile` wrote, not the benchmarks: name a result of theirs")
         named = [f"{key} {content[key]}" for key in ("schema", "version") if key in content]
         has = named[0] if named else "no schema number"
         raise ResultError(f"{path} has {has}, expected is schema {SCHEMA}: {RUN_AGAIN}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.cases import DTYPES, GROUPS, NOT_BY_DEFAULT, OPERATORS, PLANS, Case, Plan, table
-from benchmarks.devices import CpuDevice, CudaDevice, Device
+from benchmarks.devices import MIN_TURNS, CpuDevice, CudaDevice, Device
 from benchmarks.providers import PROVIDERS, missing
 from benchmarks.sizes import MODELS, Model
 from graphmoe_kernels.cost import DTYPES as KNOWN_DTYPES
@@ -22,6 +22,7 @@ def add_options(parser: pytest.Parser) -> None:
     """Declares them."""
     group = parser.getgroup("GraphMoE benchmarks")
     add = group.addoption
+    seconds = ", ".join(f"{value:g} on {device}" for device, value in SECONDS.items())
     sizes = ", ".join(f"{name} on {device}" for device, name in DEFAULT_SIZES.items())
     add("--sizes", help=f"whose layers, of {', '.join(MODELS)}; several with commas (default: {sizes})")
     add("--groups", help=f"what is timed, of {', '.join(GROUPS)} (default: all but {', '.join(NOT_BY_DEFAULT)})")
@@ -30,7 +31,7 @@ def add_options(parser: pytest.Parser) -> None:
     add("--dtype", choices=tuple(KNOWN_DTYPES), help="(default: bf16 on cuda, fp32 on cpu)")
     add("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
-    add("--seconds", type=float, help=f"of timing a case, 5 turns at least (default: {SECONDS})")
+    add("--seconds", type=float, help=f"of timing a case, {MIN_TURNS} turns at least (default: {seconds})")
     add("--save-results", action="store_true", help="also write benchmarks/results/<device>-<date>-<commit>.json")
 
 
@@ -72,10 +73,10 @@ def choose(config: pytest.Config) -> Chosen:
             raise pytest.UsageError(f"--threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
     dtype = option("dtype") or DTYPES[device.kind]
-    models = _names(option("sizes") or DEFAULT_SIZES[device.kind], MODELS, "--sizes")
+    models = _names(option("sizes"), DEFAULT_SIZES[device.kind], MODELS, "--sizes")
     default = ",".join(name for name in GROUPS if name not in NOT_BY_DEFAULT)
-    groups = _names(option("groups") or default, GROUPS, "--groups")
-    providers = _names(option("providers") or ",".join(PROVIDERS), PROVIDERS, "--providers")
+    groups = _names(option("groups"), default, GROUPS, "--groups")
+    providers = _names(option("providers"), ",".join(PROVIDERS), PROVIDERS, "--providers")
     left_out = missing(providers, device)
     if option("providers") and left_out:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
@@ -107,7 +108,8 @@ def _device(kind: str | None) -> Device:
     return CudaDevice() if kind == "cuda" or (kind is None and available) else CpuDevice()
 
 
-def _names(text: str, known: Iterable[str], option: str) -> list[str]:
+def _names(given: str | None, default: str, known: Iterable[str], option: str) -> list[str]:
+    text = default if given is None else given
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in known]
     if unknown or not names:

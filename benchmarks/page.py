@@ -33,7 +33,7 @@ def page(sources: Sequence[Source], plots: Mapping[Path, Sequence[Drawn]] | None
         "",
         "Each figure is a ratio of times: the median over the turns in which both were timed, with the lowest and the "
         'highest in brackets, or "of medians" where they took no turns with each other. GPU targets are about one '
-        "H200, bf16, at Llama-3-8B sizes.",
+        "H200, bf16, at Llama-3-8B sizes. The median decides, also where the bound lies within the range.",
         "",
         *markdown_table(HEADER, target_rows(known)),
         "",

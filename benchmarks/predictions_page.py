@@ -45,7 +45,7 @@ def page(result: dict[str, Any] | None, readings: Sequence[dict[str, Any]]) -> s
 
 def _measured_line(result: dict[str, Any] | None) -> str:
     if result is None:
-        return "Nothing has been measured yet."
+        return "Nothing of this package has been measured yet."
     c = result["conditions"]
     versions = ", ".join(f"{name} {version}" for name, version in c["versions"].items())
     return f"Measured: {c['device']['name']}, commit {c['commit'][:10]}, {c['date'][:10]}, {versions}."
@@ -55,8 +55,8 @@ def _limits() -> list[str]:
     return [
         "## The limits",
         "",
-        f"Measured on one H200 with PyTorch's own copy and product: {H200.bandwidth / 1e12:.1f} TB/s of device copy "
-        f"(bytes read and written), {H200.matrix / 1e12:.0f} TFLOP/s of bf16 products of random data, "
+        f"Taken for an H200, as PyTorch's own copy and product reach it: {H200.bandwidth / 1e12:.1f} TB/s of device "
+        f"copy (bytes read and written), {H200.matrix / 1e12:.0f} TFLOP/s of bf16 products of random data, "
         f"{H200.multiprocessors} multiprocessors. Assumed: {H200.l2_bandwidth / 1e12:.1f} TB/s from the L2 cache to "
         f"all multiprocessors, {H200.sm_bandwidth / 1e9:.0f} GB/s to one of them, {H200.integer / 1e12:.0f} T 32-bit "
         f"integer operations a second, {1e6 * H200.launch:.1f} us a launch in a CUDA graph.",

@@ -16,7 +16,20 @@ NOTE = (
     "as long as the case's yardstick (1.00) it took, by the median over the turns; the range is that of "
     "all turns; peak MB is what a call holds beyond what is kept (in inference the fold is kept)"
 )
-PARTS = ("attention", "mlp", "experts", "routing", "gru", "other")
+PARTS = {
+    "attention": "attention",
+    "mlp": "base MLP",
+    "experts": "experts",
+    "routing": "routing",
+    "gru": "GRU",
+    "other": "other",
+}
+# Below this share of the limit a layer's time is the calling of its operations.
+IDLE = 0.1
+OVERHEAD = (
+    "Some layers reach less than a tenth of the limit: their time is that of calling many small operations, not of the "
+    "arithmetic that folding saves, and they say nothing about large ones."
+)
 HEADER = ("", "median", "quartiles", "turns", "over", "range", "peak MB", "of the limit")
 
 
@@ -44,7 +57,9 @@ def summary(content: Mapping[str, Any], left_out: Mapping[str, str]) -> str:
         if case not in alone:
             lines += [table((case, *HEADER[1:]), _rows(rows)), ""]
     if content["profiles"]:
-        lines += [table(("share of a forward", *PARTS), _shares(content["profiles"])), ""]
+        lines += [table(("share of a forward", *PARTS.values()), _shares(content["profiles"])), ""]
+    if any(row["share"] is not None and row["share"] < IDLE and row["group"] == "layer" for row in content["rows"]):
+        lines += [OVERHEAD, ""]
     failed = [check for check in content["checks"] if not check["passed"]]
     skipped = {name: step["note"] for name, step in content["steps"].items() if step["state"] == "skipped"}
     lines += [f"not timed: {check['label']} in {check['case']}: {check['fault']}" for check in failed]

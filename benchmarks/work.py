@@ -7,6 +7,7 @@ from dataclasses import replace
 from benchmarks.preparation import Work
 from benchmarks.roofline import work as kernel_work
 from graphmoe_kernels.cost import Sizes, Term, fold_build, layer_terms, round_terms
+from graphmoe_kernels.rethinking.folding import padded
 from graphmoe_kernels.rethinking.policy import fold_break_even
 
 # Products with frozen weights: their backward has the gradient of the input alone.
@@ -37,7 +38,7 @@ def layer_work(form: str, sizes: Sizes, training: bool) -> Work:
 
 
 def _break_even(sizes: Sizes) -> float:
-    return fold_break_even(sizes.hidden, sizes.intermediate, sizes.gru_width, sizes.rounds)
+    return fold_break_even(sizes.hidden, sizes.intermediate, padded(sizes.gru_width), sizes.rounds)
 
 
 def _terms(form: str, sizes: Sizes) -> list[Term]:

@@ -43,7 +43,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the report; 0 if a layer or a kernel was timed and no check failed, 1 otherwise, 2 without a GPU."""
     start = time.monotonic()
-    options = parser().parse_args(arguments)
+    p = parser()
+    options = p.parse_args(arguments)
+    if options.minutes < 1:
+        p.error(f"--minutes must be at least 1, got {options.minutes:g}")
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     import torch
@@ -54,7 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.worker is not None:
         return work(options)
     from benchmarks.conditions import now
+    from benchmarks.document import Document, ResultError
+    from benchmarks.gpu.plan import steps
+    from benchmarks.gpu.presets import PRESETS
 
+    names = [step.name for step in steps(PRESETS[options.sizes], options.device)]
+    if unknown := [text for text in options.only if not any(text in name for name in names)]:
+        p.error(f"--only {unknown[0]!r} is in no step's name; the steps are:\n  " + "\n  ".join(names))
+    if options.file is not None:
+        try:
+            Document(options.file)
+        except ResultError as error:
+            p.error(str(error))
     name = f"{options.device}-{now()[:19].replace(':', '')}.json"
     path = (options.file or options.out / name).resolve()
     supervise(options, path, 60 * options.minutes - (time.monotonic() - start))

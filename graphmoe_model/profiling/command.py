@@ -77,10 +77,13 @@ def run(options: ProfileOptions, console: Console) -> list[Profile]:
         ValueError: whatever is wrong with the options, the model or the adapter, before anything is measured.
         MemoryError: the model or a forward does not fit into memory.
     """
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {options.out} cannot be written to: {error.strerror}; name another folder") from error
     with _threads(options.threads):
         device = _device(options.device)
         model = _load(options, device)
-        options.out.mkdir(parents=True, exist_ok=True)
         settings = {name: v for name, v in (("fold", options.fold), ("backend", options.backend)) if v is not None}
         profiles: list[Profile] = []
         with console.status("") as status:

@@ -101,6 +101,17 @@ def test_paths_that_cannot_be_read_are_refused(tmp_path):
         load(tmp_path / "plot.json")
 
 
+def test_tiny_sizes_do_not_hide_a_result(tmp_path):
+    """A quick try with --save-results must not leave every target not measured."""
+    for name, date, model in (("real", "2026-11-01", "llama-3.2-1b"), ("try", "2026-11-02", "tiny")):
+        content = document([row("triton", 1.0) | {"model": model}], CPU)
+        content["conditions"]["date"] = f"{date}T00:00:00+00:00"
+        saved(tmp_path, content, f"{name}.json")
+    (source,), passed_over = newest(tmp_path)
+    assert source.path.name == "real.json"
+    assert passed_over == [f"{tmp_path / 'try.json'}: older or tiny; name it to see it"]
+
+
 def test_the_newest_of_each_kind_of_device_is_found_and_the_rest_named(tmp_path):
     """By the date in the file: names and times of files say little after a checkout. Old schemas are not hidden."""
     for name, device, date in (("b", CPU, "2026-11-01"), ("a", CPU, "2026-11-02"), ("c", None, "2026-10-01")):
@@ -110,8 +121,9 @@ def test_the_newest_of_each_kind_of_device_is_found_and_the_rest_named(tmp_path)
     saved(tmp_path, {"version": 1}, "old.json")
     sources, passed_over = newest(tmp_path)
     assert {source.path.name for source in sources} == {"a.json", "c.json"}
-    assert len(passed_over) == 1
-    assert "old.json has version 1" in passed_over[0]
+    assert len(passed_over) == 2
+    assert "b.json: older or tiny; name it to see it" in passed_over[0]
+    assert "old.json has version 1" in passed_over[1]
 
 
 def test_ratios_are_those_of_the_turns_in_either_direction():

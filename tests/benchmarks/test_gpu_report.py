@@ -172,6 +172,24 @@ def test_every_case_of_the_plan_runs_and_a_skipped_one_says_why(tmp_path, monkey
     assert found["conditions"]["left out"].keys() >= {"liger", "mixlora"}
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--minutes", "0"], "--minutes must be at least 1, got 0"),
+        (["--only", "nothinglike"], "--only 'nothinglike' is in no step's name; the steps are:"),
+        (["--file", __file__], "is no JSON"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_starts(arguments, message, tmp_path, capsys, monkeypatch):
+    """A page without a figure, or a traceback, is no answer."""
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
+    with pytest.raises(SystemExit) as error:
+        report.main(["--device", "cpu", "--sizes", "tiny", "--out", str(tmp_path), *arguments])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @interpreted
 def test_the_whole_command_on_the_cpu(tmp_path):
     """The path that a GPU run takes: the two processes, limits, checks, kernels, a layer, JSON, Markdown, exit code."""

@@ -48,6 +48,7 @@ def test_by_default_everything_but_the_scaling_is_measured():
         ({"threads": 0}, "--threads must be at least 1, got 0"),
         ({"seconds": -1.0}, "--seconds must not be negative, got -1.0"),
         ({"sizes": ","}, "--sizes: no name; there are "),
+        ({"groups": ""}, "--groups: no name; there are "),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(options, message, monkeypatch):

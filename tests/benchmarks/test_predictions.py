@@ -47,7 +47,7 @@ def result(**changes):
 def test_without_a_result_every_measured_column_says_so():
     text = page(None, [])
     assert "before any of these kernels had run on a GPU" in text
-    assert "Nothing has been measured yet." in text
+    assert "Nothing of this package has been measured yet." in text
     rows = [line for line in text.splitlines() if line.startswith(("| experts forward", "| prefill", "| decode"))]
     assert rows
     assert all("not measured" in row for row in rows)

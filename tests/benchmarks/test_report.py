@@ -204,6 +204,13 @@ def compared(tmp_path, first, second, *options):
     return main(["--compare", *map(str, paths), *options])
 
 
+def test_a_result_is_not_compared_with_itself(tmp_path, capsys):
+    """Everything would agree."""
+    path = saved(tmp_path, document(LAYER), "a.json")
+    assert main(["--compare", str(path), str(path)]) == 2
+    assert "is named twice" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("factor, agree", [(1.0, 1), (1.02, 1), (1.03, 0), (1 / 1.03, 0)])
 def test_ratios_agree_if_their_ranges_overlap(tmp_path, capsys, factor, agree):
     """A ratio and its inverse are one finding, not two; disagreement is no failure of the command."""
