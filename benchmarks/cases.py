@@ -99,7 +99,7 @@ class Plan(NamedTuple):
         decode, prefill: of the layer, ascending; the last of ``prefill`` is the main one.
         routing: further ones for the routing alone.
         batch, context: of the decoder layer's prefill and decode.
-        decoder: of the decoder layer's prefill and of the rounds, where they are not the main one's.
+        decoder: of training steps, of the decoder layer's prefill and of the rounds, where it is not the main one.
         training_rounds: T of the training steps whose memory is compared.
         whole_layers, prompt, new_tokens: of the whole model that generates.
         profiled: sequences whose forward that model is profiled in.
@@ -202,9 +202,9 @@ class _Maker:
                 yield self.case("layer", "inference", providers, self.sizes(tokens, rounds), graph=graph)
         compiled = (self.ours[0], "literal_compiled")
         yield self.case("layer", "inference", compiled, self.sizes(main), note="against torch.compile")
-        for rounds, tokens in ((3, main), (1, self.plan.decoder or main)):
+        for rounds in (3, 1):
             providers = [*self.ours, "literal", *alone, "peer_mixlora", "mixlora"]
-            yield self.case("layer", "training", providers, self.sizes(tokens, rounds))
+            yield self.case("layer", "training", providers, self.sizes(self.plan.decoder or main, rounds))
         if self.kind == "cuda":  # on a CPU, compiling the backward takes longer than all the rest
             yield self.case("layer", "training", compiled, self.sizes(main), note="against torch.compile")
 
