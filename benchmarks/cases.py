@@ -130,7 +130,7 @@ PLANS = {
     "cuda": Plan(decode=(1, 16, 64), prefill=(512, 2048, 8192), routing=(16384,), batch=16),
     "cpu": Plan(
         decode=(1,),
-        prefill=(64, 256),
+        prefill=(64, 128),
         context=512,
         decoder=64,
         training_rounds=(1, 3),
