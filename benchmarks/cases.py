@@ -122,6 +122,11 @@ class Plan(NamedTuple):
         return self.prefill[-1]
 
     @property
+    def shorter(self) -> int:
+        """What cases of many contenders or of a backward have."""
+        return self.decoder or self.main
+
+    @property
     def tokens(self) -> tuple[int, ...]:
         return (*self.decode, *self.prefill)
 
@@ -204,25 +209,23 @@ class _Maker:
         yield self.case("layer", "inference", compiled, self.sizes(main), note="against torch.compile")
         for rounds in (3, 1):
             providers = [*self.ours, "literal", *alone, "peer_mixlora", "mixlora"]
-            yield self.case("layer", "training", providers, self.sizes(self.plan.decoder or main, rounds))
+            yield self.case("layer", "training", providers, self.sizes(self.plan.shorter, rounds))
         if self.kind == "cuda":  # on a CPU, compiling the backward takes longer than all the rest
             yield self.case("layer", "training", compiled, self.sizes(main), note="against torch.compile")
 
     def rounds(self) -> Iterator[Case]:
-        for tokens in (self.plan.decoder or self.plan.main, self.plan.decode[0]):
-            for mode in ("inference", "training"):
-                if mode == "training" and tokens != (self.plan.decoder or self.plan.main):
-                    continue
-                ours = self.plan.training_rounds if mode == "training" else range(1, MAX_ROUNDS + 1)
-                theirs = [rounds for rounds in ours if rounds % 2]  # a straight line all the same
-                found = self.along("rounds", (1,), ("dense",), self.sizes(tokens))
-                found += self.along("rounds", ours, self.ours[:1], self.sizes(tokens))
-                found += self.along("rounds", theirs, ("literal",), self.sizes(tokens))
-                graph = mode == "inference" and self.in_graph(tokens)
-                yield Case("rounds", self.model, mode, found, graph=graph)
+        short, one = self.plan.shorter, self.plan.decode[0]
+        for mode, tokens in (("inference", short), ("training", short), ("inference", one)):
+            ours = self.plan.training_rounds if mode == "training" else range(1, MAX_ROUNDS + 1)
+            theirs = [rounds for rounds in ours if rounds % 2]  # a straight line all the same
+            found = self.along("rounds", (1,), ("dense",), self.sizes(tokens))
+            found += self.along("rounds", ours, self.ours[:1], self.sizes(tokens))
+            found += self.along("rounds", theirs, ("literal",), self.sizes(tokens))
+            graph = mode == "inference" and self.in_graph(tokens)
+            yield Case("rounds", self.model, mode, found, graph=graph)
 
     def decoders(self) -> Iterator[Case]:
-        for mode, tokens in (("prefill", self.plan.decoder or self.plan.main), ("decode", 1)):
+        for mode, tokens in (("prefill", self.plan.shorter), ("decode", 1)):
             ours = self.along("rounds", range(1, MAX_ROUNDS + 1), (self.ours[0],), self.sizes(tokens))
             others = self.along("rounds", (3,), ("dense", "peft_lora", "literal"), self.sizes(tokens))
             yield Case(

@@ -13,7 +13,6 @@ from typing import Any
 from benchmarks.devices import Device, load_average
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "transformers", "peft", "liger_kernel", "mixlora")
 
 

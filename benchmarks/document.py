@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMA = 2
 RUN_AGAIN = "run the benchmarks again (`make bench`, or `make gpu-report` on a GPU)"
 # What a row is judged and drawn by; the other keys of the schema may be null.

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.document import ResultError, Source, load, newest
+from benchmarks.document import RESULTS, ResultError, Source, load, newest
 from benchmarks.page import page
 from benchmarks.tables import plural
 from benchmarks.targets import HEADER, conditions_line, target_rows
 from graphmoe_kernels.cost.report import table
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case, Contender
-from benchmarks.conditions import RESULTS, conditions, file_name
-from benchmarks.document import Document
+from benchmarks.conditions import conditions, file_name
+from benchmarks.document import RESULTS, Document
 from benchmarks.limits import LIMIT_SIZES, as_limits, measure_limits
 from benchmarks.measure import Found, measure
 from benchmarks.memory import TooLarge

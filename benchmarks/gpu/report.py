@@ -14,8 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.document import RESULTS
+
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 NO_GPU = "The GPU report needs a CUDA device, and there is none (--device cpu --sizes tiny tries the code path)."
 # A step without progress for so long hangs: its process is ended, and the next goes on after it.
 STUCK_SECONDS = 200.0
