@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -13,15 +14,15 @@ from peft import LoraConfig
 from graphmoe_kernels.backend import check_backend
 from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS
 from graphmoe_kernels.rethinking import CANDIDATE_INPUTS, FOLD_MODES, RethinkingSpec
+from graphmoe_model.methods import METHODS, PRESETS, Method
 
-METHODS = ("mixlora",)
 ROUTER_AUX_LOSSES = ("paper", "switch")
 
 # The fields of LoraConfig that this method implements; any other one must keep its default.
 SUPPORTED_LORA_FIELDS = frozenset(
     [
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-        *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "inference_mode"),
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "inference_mode"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
         *("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices"),
     ]
@@ -45,15 +46,22 @@ def _check_real(name: str, value: object, what: str, holds: Callable[[float], bo
         raise ValueError(f"{name} must be a number that is {what}, got {value!r}")
 
 
+def _others(holds: Callable[[Method], bool]) -> str:
+    return " or ".join(f"method={name!r}" for name, method in METHODS.items() if holds(method))
+
+
 def _option(default: object, text: str):  # type: ignore[no-untyped-def]
     return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class GraphMoEConfig(LoraConfig):
-    """Mixture of LoRA experts on the MLPs, with self-rethinking, and plain LoRA on the attention projections.
+    """Mixture of LoRA experts on the MLPs, with self-rethinking, and what the method puts on the attention projections.
 
-    The fields of ``LoraConfig`` that are not listed here and that this method implements: ``use_rslora``,
+    ``method`` and ``use_dora`` name one of the eight base methods (`graphmoe_model.methods.METHODS`); what is left at
+    None has that method's default. ``rounds`` above 1 is GraphMoE on it.
+
+    The fields of ``LoraConfig`` that are not listed here and that this method implements: ``use_rslora``, ``use_dora``,
     ``init_lora_weights`` (True or False), ``target_modules``, ``exclude_modules``, ``layers_to_transform``,
     ``layers_pattern``, ``modules_to_save``, ``trainable_token_indices``, ``rank_pattern``, ``alpha_pattern``,
     ``inference_mode``. Any other one, when set, raises ``ValueError``.
@@ -62,22 +70,32 @@ class GraphMoEConfig(LoraConfig):
     projection and every gated MLP of the decoder layers is adapted.
 
     Raises:
-        ValueError: a value out of range, an unknown name, or options of ``LoraConfig`` that GraphMoE does not
-            implement (all of them in one message).
+        ValueError: a value out of range, an unknown name, an option that the method does not have, or options of
+            ``LoraConfig`` that GraphMoE does not implement (all of them in one message).
     """
 
     r: int = _option(16, "LoRA rank of every expert and of the attention projections")
     lora_alpha: int = _option(32, "LoRA scale: s = lora_alpha / r (lora_alpha / sqrt(r) with use_rslora)")
     lora_dropout: float = _option(0.05, "dropout on the input of every A, in training")
-    method: str = _option("mixlora", "what an expert is: 'mixlora', a whole MLP with LoRA on gate, up and down")
-    num_experts: int = _option(8, "n, experts a layer")
-    top_k: int = _option(2, "k, experts a token and round")
-    rounds: int = _option(3, "T, rounds of self-rethinking; 1 is the base method without a GRU")
+    method: str = _option(
+        "mixlora",
+        "'mixlora': whole MLPs as experts, chosen by one router; 'loramoe' and 'mola': experts in every linear, mixed "
+        "by its own router, all of them or the top k; 'lora': one expert",
+    )
+    num_experts: int | list[int] | str = _option(  # noqa: RUF009 - a dataclass field, as the others
+        None,
+        "n, experts a layer: a number, a list with one for every decoder layer, or a pattern such as '2-4-6-8' for as "
+        "many equal groups of layers; 8, in loramoe 6",
+    )
+    top_k: int = _option(None, "k, experts a token and round; 2 (loramoe mixes all, lora has one)")
+    rounds: int = _option(None, "T, rounds of self-rethinking; 1 is the base method without a GRU; 3, in lora 1")
     gru_hidden_scale: float = _option(0.1, "GRU width as a share of the hidden size: G = int(scale * D)")
     candidate_input: str = _option("expert_output", "of the GRU candidate: 'expert_output' or 'hidden_state'")
     candidate_activation: str = _option("sigmoid", "of the GRU candidate: 'sigmoid' or 'tanh'")
     norm_topk_prob: bool = _option(True, "divide the chosen routing weights by their sum")
-    router_aux_loss_coef: float = _option(0.01, "weight of the load-balance loss; 0 turns it off")
+    router_aux_loss_coef: float = _option(
+        None, "weight of the load-balance loss, 0 turns it off; 0.01 (loramoe and lora have none)"
+    )
     router_aux_loss: str = _option("paper", "'paper' (Eq. 8, top-k entries) or 'switch' (full softmax)")
     fold: str = _option("auto", "'auto', 'always' or 'never': how later rounds are computed, not what")
     backend: str = _option("auto", "'auto', 'triton' or 'torch': which implementation of the operators runs")
@@ -86,8 +104,39 @@ class GraphMoEConfig(LoraConfig):
         self.check_supported()
         super().__post_init__()
         self.peft_type = GraphMoEPeftType.GRAPHMOE
-        self._check_numbers()
         self._check_names()
+        for name in ("num_experts", "rounds", "router_aux_loss_coef"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self.base_method, name))
+        counts = self._expert_counts()
+        if self.top_k is None:
+            self.top_k = max(counts) if self.base_method.dense else self.base_method.top_k
+        self._check_numbers()
+        self._check_method(counts)
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> GraphMoEConfig:
+        """The papers' settings of a method: ``lora``, ``dora``, ``mixlora``, ``mixdora``, ``loramoe``, ``doramoe``,
+        ``mola``, ``moda``, and ``graphmoe-<name>`` for GraphMoE on each of the last six; ``changes`` overrule them.
+
+        Source: GraphMoE, Table 2; ranks as give the parameters in its Table 1.
+
+        Raises:
+            ValueError: there is no such preset, or what the constructor refuses.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    @property
+    def base_method(self) -> Method:
+        """What ``method`` names."""
+        return METHODS[self.method]
+
+    @property
+    def title(self) -> str:
+        """What the literature calls this method: ``"MixLoRA"``, ``"GraphMoE(MoDA)"``."""
+        return self.base_method.name(self.use_dora, self.rounds)
 
     def check_supported(self) -> None:
         """``ValueError`` naming every option of ``LoraConfig`` that is set but not implemented here."""
@@ -106,14 +155,70 @@ class GraphMoEConfig(LoraConfig):
         if refused:
             raise ValueError(f"GraphMoE does not implement these options of LoraConfig: {'; '.join(refused)}")
 
+    def _expert_counts(self) -> list[int]:
+        """The numbers in ``num_experts``, whatever its form."""
+        given = self.num_experts
+        parts: list[Any] = given if isinstance(given, list) else [given]
+        if isinstance(given, str):
+            if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)+", given):
+                raise ValueError(
+                    f"num_experts={given!r} is no pattern; expected numbers joined by '-', such as '2-4-6-8'"
+                )
+            parts = [int(part) for part in given.split("-")]
+        if not parts or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in parts):
+            raise ValueError(
+                "num_experts must be an integer of at least 1, a list of them (one for every decoder layer) or a "
+                f"pattern such as '2-4-6-8', got {given!r}"
+            )
+        return parts
+
+    def experts_by_layer(self, num_layers: int) -> list[int]:
+        """n of each of a model's decoder layers.
+
+        Raises:
+            ValueError: a list of another length, or a pattern whose groups cannot be of equal size.
+        """
+        counts = self._expert_counts()
+        if isinstance(self.num_experts, list) and len(counts) != num_layers:
+            raise ValueError(
+                f"num_experts lists {len(counts)} layers, the model has {num_layers} decoder layers; give one number "
+                "for each, also for layers that are not adapted"
+            )
+        if num_layers % len(counts):
+            raise ValueError(
+                f"num_experts={self.num_experts!r} asks for {len(counts)} equal groups of layers, but the model has "
+                f"{num_layers}; give a list with a number for every layer"
+            )
+        return [n for n in counts for _ in range(num_layers // len(counts))]
+
+    def _check_method(self, counts: list[int]) -> None:
+        """Refuse what the method does not have, rather than ignore it."""
+        method = self.base_method
+        if method.routers is None and (counts != [1] or self.top_k != 1):
+            raise ValueError(
+                f"method={self.method!r} has one expert and no router, got num_experts={self.num_experts!r} and "
+                f"top_k={self.top_k}; leave both out, or choose {_others(lambda m: m.routers is not None)}"
+            )
+        if method.dense and self.top_k != max(counts):
+            raise ValueError(
+                f"method={self.method!r} mixes all experts (its routing is dense), so top_k={self.top_k} has no place; "
+                f"leave top_k out, or choose {_others(lambda m: m.routers is not None and not m.dense)}"
+            )
+        if (method.dense or method.routers is None) and self.router_aux_loss_coef:
+            why = "its experts are all used by every token" if method.dense else "it has no router"
+            raise ValueError(
+                f"method={self.method!r} has no load-balance loss ({why}): router_aux_loss_coef must be 0, got "
+                f"{self.router_aux_loss_coef}"
+            )
+        if not method.dense and min(counts) < self.top_k:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={min(counts)}; a token cannot choose more")
+
     def _check_numbers(self) -> None:
-        counts = {name: getattr(self, name) for name in ("r", "num_experts", "top_k", "rounds")}
+        counts = {name: getattr(self, name) for name in ("r", "top_k", "rounds")}
         counts.update({f"rank_pattern[{key!r}]": value for key, value in (self.rank_pattern or {}).items()})
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}; a token cannot choose more")
         alphas = {f"alpha_pattern[{key!r}]": value for key, value in (self.alpha_pattern or {}).items()}
         for name, value in {"lora_alpha": self.lora_alpha, **alphas}.items():
             _check_real(name, value, "positive", lambda v: v > 0)
@@ -122,7 +227,7 @@ class GraphMoEConfig(LoraConfig):
         _check_real("router_aux_loss_coef", self.router_aux_loss_coef, "0 or positive", lambda v: v >= 0)
 
     def _check_names(self) -> None:
-        choices = {
+        choices: dict[str, Iterable[str]] = {
             "method": METHODS,
             "candidate_input": CANDIDATE_INPUTS,
             "candidate_activation": CANDIDATE_ACTIVATIONS,
@@ -131,9 +236,9 @@ class GraphMoEConfig(LoraConfig):
         }
         for name, known in choices.items():
             value = getattr(self, name)
-            if value not in known:
+            if not isinstance(value, str) or value not in known:
                 raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(map(repr, known))}")
-        for name in ("norm_topk_prob", "use_rslora"):
+        for name in ("norm_topk_prob", "use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         check_backend(self.backend)
@@ -141,7 +246,7 @@ class GraphMoEConfig(LoraConfig):
     def gru_width(self, hidden_size: int) -> int:
         """G for a model of this hidden size; ``ValueError`` if it is 0 while there are rounds to join."""
         width = int(self.gru_hidden_scale * hidden_size)
-        if width < 1 and self.rounds > 1:
+        if width < 1 and self.rounds != 1:
             raise ValueError(
                 f"gru_hidden_scale={self.gru_hidden_scale} gives a GRU of width 0 at hidden size "
                 f"{hidden_size}; it must be at least {1 / hidden_size:.3g}, or set rounds=1"
@@ -154,12 +259,14 @@ class GraphMoEConfig(LoraConfig):
         alpha = self.lora_alpha if lora_alpha is None else lora_alpha
         return alpha / (r**0.5 if self.use_rslora else r)
 
-    def spec(self, activation: str, scale: float, *, training: bool, statistics: bool) -> RethinkingSpec:
-        """The kernels' settings for a layer with this activation and LoRA scale."""
+    def spec(
+        self, activation: str, scale: float, num_experts: int, *, training: bool, statistics: bool
+    ) -> RethinkingSpec:
+        """The kernels' settings for a layer with this activation, LoRA scale and number of experts."""
         kind = "topk" if self.router_aux_loss == "paper" else "full"
         return RethinkingSpec(
             rounds=self.rounds,
-            top_k=self.top_k,
+            top_k=num_experts if self.base_method.dense else self.top_k,
             scale=scale,
             activation=activation,
             normalize=self.norm_topk_prob,

@@ -109,7 +109,7 @@ class FusedGraphMoEFFN(nn.Module, BaseTunerLayer):
         self._check_input(x)
         adapter: GraphMoEAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
         record = self._records(adapter.config)
-        spec = adapter.config.spec(self.sizes.activation, adapter.scale, training=self.training, statistics=record)
+        spec = adapter.config.spec(self.sizes.activation, adapter.scale, 8, training=self.training, statistics=record)
         mask = self._token_mask(x) if record else None
         output = rethink(
             x.reshape(-1, x.shape[-1]),  # [N, D]
