@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from graphmoe_kernels.cost import Sizes
-from graphmoe_model.profiling.models import PRESETS
+from graphmoe_model.model_shapes import MODEL_SHAPES
 
 
 class Model(NamedTuple):
@@ -50,7 +50,7 @@ class Model(NamedTuple):
 
 
 def _published(name: str) -> Model:
-    p = PRESETS[name]
+    p = MODEL_SHAPES[name]
     return Model(name, p.hidden_size, p.intermediate_size, p.num_attention_heads, p.num_key_value_heads, p.head_dim)
 
 

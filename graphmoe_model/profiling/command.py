@@ -15,8 +15,9 @@ import transformers
 from rich.console import Console
 from torch import nn
 
+from graphmoe_model.model_shapes import MODEL_SHAPES
 from graphmoe_model.profiling.measure import PHASES, check_lengths, profile_model
-from graphmoe_model.profiling.models import PRESETS, preset_config, random_model, saved_model, with_adapter, with_rounds
+from graphmoe_model.profiling.models import profiled_config, random_model, saved_model, with_adapter, with_rounds
 from graphmoe_model.profiling.report import describe, print_report, write_report
 from graphmoe_model.profiling.result import Profile
 
@@ -52,7 +53,7 @@ class ProfileOptions:
     def __post_init__(self) -> None:
         if (self.model is None) == (self.preset is None):
             given = "both were given" if self.model else "neither was given"
-            raise ValueError(f"name the model by --model or by --preset ({', '.join(PRESETS)}); {given}")
+            raise ValueError(f"name the model by --model or by --preset ({', '.join(MODEL_SHAPES)}); {given}")
         if self.layers is not None and self.preset is None:
             raise ValueError("--layers sets the layers of a --preset; a --model has its own")
         if self.threads is not None and self.threads < 1:
@@ -134,7 +135,7 @@ def _load(options: ProfileOptions, device: torch.device) -> nn.Module:
     if options.model is not None:
         return saved_model(options.model, dtype, device)
     assert options.preset is not None
-    config = preset_config(options.preset, options.layers)
+    config = profiled_config(options.preset, options.layers)
     check_lengths(options.seq, options.phase, config.max_position_embeddings)  # before gigabytes are drawn
     return random_model(config, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), device)
 

@@ -1,56 +1,28 @@
-"""The models that the command profiles: presets with random weights, and models and adapters from a name or folder."""
+"""The models that the command profiles: known shapes with random weights; models and adapters by name or folder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.model_shapes import check_is_model, first_line, model_config, model_shape
 from graphmoe_model.profiling.memory import check_fits, memory_error
 
 
-class Preset(NamedTuple):
-    """A model's sizes by their names in Transformers; ``layers`` is how many are built unless asked otherwise."""
+def profiled_config(name: str, layers: int | None = None) -> Any:
+    """A known model's configuration, with as many layers as a profile builds unless asked otherwise.
 
-    model_type: str
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    layers: int
-
-
-# The real models' sizes, layer for layer. Fewer layers leave the shares within a layer as they are among themselves,
-# and give the embeddings and the head ("other") more weight.
-PRESETS = {
-    "tiny": Preset("llama", 512, 1408, 8, 8, 64, 2048, 16384, False, layers=2),
-    "llama-3.2-1b": Preset("llama", 2048, 8192, 32, 8, 64, 128256, 131072, True, layers=4),
-    "llama-3-8b": Preset("llama", 4096, 14336, 32, 8, 128, 128256, 8192, False, layers=4),
-    "qwen3-4b": Preset("qwen3", 2560, 9728, 32, 8, 128, 151936, 40960, True, layers=4),
-}
-
-
-def preset_config(name: str, layers: int | None = None) -> Any:
-    """The configuration of a preset; ``ValueError`` for an unknown one or fewer than one layer."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)} (--model takes any other model)")
-    if layers is not None and layers < 1:
-        raise ValueError(f"a model must have at least 1 layer, got {layers}")
-    sizes = PRESETS[name]._asdict()
-    return AutoConfig.for_model(
-        sizes.pop("model_type"), **{**sizes, "num_hidden_layers": layers or sizes.pop("layers")}, name_or_path=name
-    )
+    Raises:
+        ValueError: no model of that name is known, or fewer than one layer is asked for.
+    """
+    return model_config(name, model_shape(name).profiled_layers if layers is None else layers)
 
 
 def random_model(config: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -71,15 +43,12 @@ def saved_model(name: str, dtype: torch.dtype | None, device: torch.device) -> P
         ValueError: there is none by that name, or it is an adapter.
         MemoryError: it does not fit.
     """
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise ValueError(f"there is no folder {name} to load a model from")
-    if (Path(name) / "adapter_config.json").exists():
-        raise ValueError(f"{name} is an adapter: pass its base model with --model and the adapter with --adapter")
+    check_is_model(name)
     with memory_error("the model", "choose a smaller dtype"):
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if dtype is None else dtype)
         except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load the model {name!r}: {_first_line(error)}") from error
+            raise ValueError(f"cannot load the model {name!r}: {first_line(error)}") from error
         return model.to(device)
 
 
@@ -109,10 +78,7 @@ def with_adapter(model: nn.Module, path: str, **settings: Any) -> Iterator[tuple
     Raises:
         ValueError: there is no adapter, it does not fit the model, or it knows no such settings.
     """
-    try:
-        config = PeftConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot load the adapter {path!r}: {_first_line(error)}") from error
+    config = saved_adapter_config(path)
     if config.is_prompt_learning:
         raise ValueError(
             f"{path} is an adapter of {type(config).__name__}, virtual tokens: it changes no module's time"
@@ -125,6 +91,14 @@ def with_adapter(model: nn.Module, path: str, **settings: Any) -> Iterator[tuple
     config.inference_mode = True
     with _attached(lambda: PeftModel.from_pretrained(model, path, config=config)) as adapted:
         yield adapted, adapter_title(config)
+
+
+def saved_adapter_config(path: str) -> PeftConfig:
+    """The configuration of an adapter in a folder or on the hub; ``ValueError`` if there is none."""
+    try:
+        return PeftConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot load the adapter {path!r}: {first_line(error)}") from error
 
 
 def adapter_title(config: PeftConfig) -> str:
@@ -145,7 +119,3 @@ def _attached(attach: Any) -> Iterator[nn.Module]:
         yield adapted
     finally:
         adapted.unload()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

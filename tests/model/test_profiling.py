@@ -13,10 +13,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from graphmoe_kernels import ranges
+from graphmoe_model.model_shapes import MODEL_SHAPES
 from graphmoe_model.profiling import CATEGORIES, Profile, profile_model
 from graphmoe_model.profiling.attribution import attribute, last_forward
 from graphmoe_model.profiling.memory import check_fits, memory_error
-from graphmoe_model.profiling.models import PRESETS, adapter_title, preset_config, with_rounds
+from graphmoe_model.profiling.models import adapter_title, profiled_config, with_rounds
 from graphmoe_model.profiling.modules import module_ranges
 from graphmoe_model.profiling.result import summarise
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model, tokens
@@ -317,17 +318,17 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_built():
         check_fits(2**40 * 1000, torch.bfloat16, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_models_that_can_be_adapted(name):
+@pytest.mark.parametrize("name", MODEL_SHAPES)
+def test_known_models_are_models_that_can_be_adapted(name):
     """On the meta device: sizes that do not fit together fail here, not on the machine of a user."""
-    config = preset_config(name, layers=1)
+    config = profiled_config(name, layers=1)
     assert config.num_hidden_layers == 1
-    assert preset_config(name).num_hidden_layers == PRESETS[name].layers
+    assert profiled_config(name).num_hidden_layers == MODEL_SHAPES[name].profiled_layers
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert model.model.layers[0].self_attn.q_proj.weight.shape == (
-        PRESETS[name].num_attention_heads * PRESETS[name].head_dim,
-        PRESETS[name].hidden_size,
+        MODEL_SHAPES[name].num_attention_heads * MODEL_SHAPES[name].head_dim,
+        MODEL_SHAPES[name].hidden_size,
     )
 
 
