@@ -33,7 +33,7 @@ LENGTHS = [64, 256, 1024]
 
 
 class ListCommand(TyperCommand):
-    """Takes ``--seq 64 256`` for ``--seq 64 --seq 256``; none of the commands has positional arguments."""
+    """Takes ``--seq 64 256`` for ``--seq 64 --seq 256``; for commands without positional arguments."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As Typer's, with a list option's name repeated before each of its values."""
@@ -134,6 +134,111 @@ def profile(
         console = Console()
         run(options, console)
         console.print(f"Report: {out}")
+
+
+@app.command(cls=ListCommand)
+def params(
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The papers' settings: lora, dora, mixlora, mixdora, loramoe, doramoe, mola, moda, graphmoe-<name> of "
+            "each but the first two; several of them, or all."
+        ),
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="A saved GraphMoE adapter instead: a folder, or a name.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model: tiny, llama-3.2-1b, llama-3-8b, qwen3-4b, or else a folder or a name on the hub, of "
+            "which the config.json is read.",
+            show_default="the adapter's own",
+        ),
+    ] = None,
+    method: Annotated[
+        Literal["lora", "mixlora", "loramoe", "mola"] | None,
+        typer.Option(help="A method with its defaults instead of a preset."),
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", help="LoRA rank.", show_default="the preset's")] = None,
+    num_experts: Annotated[
+        str | None,
+        typer.Option(
+            help="Experts a layer: 8, a pattern as 2-4-6-8 for equal groups of layers, or 2,2,4,4 for each layer.",
+            show_default="the preset's",
+        ),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts a token.", show_default="the preset's")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Rounds T; more than one add a GRU.", show_default="the preset's")
+    ] = None,
+    dora: Annotated[
+        bool | None, typer.Option("--dora/--no-dora", help="DoRA's magnitudes.", show_default="the preset's")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON in place of the table.")] = False,
+) -> None:
+    """How many parameters an adapter trains on a model, in which parts.
+
+    Nothing is downloaded but a model's config.json where --model asks for it,
+    and no weights are allocated.
+
+    Example: graphmoe params --preset mixlora graphmoe-mixlora --model llama-3-8b
+    """
+    settings = {
+        "method": method,
+        "r": r,
+        "num_experts": None if num_experts is None else _expert_counts(num_experts),
+        "top_k": top_k,
+        "rounds": rounds,
+        "use_dora": dora,
+    }
+    with _errors("params"):
+        from rich.console import Console
+
+        from graphmoe_model.parameters import run
+
+        run(
+            Console(),
+            model=model,
+            presets=preset or (),
+            adapter=adapter,
+            settings={name: value for name, value in settings.items() if value is not None},
+            as_json=as_json,
+        )
+
+
+def _expert_counts(text: str) -> int | list[int] | str:
+    """A number or a list of them; anything else is a pattern, or for the config to refuse."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        return text
+    return int(text) if len(parts) == 1 else [int(part) for part in parts]
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[
+        Literal["graphmoe", "moe-peft", "attention-lora"],
+        typer.Option(
+            help="graphmoe: an adapter of this package. moe-peft: one that MoE-PEFT reads. attention-lora: PEFT's LoRA "
+            "adapter of the attention projections alone."
+        ),
+    ] = "graphmoe",
+    rounds: Annotated[
+        int | None, typer.Option(help="Rounds T of the adapter to write.", show_default="the source's")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that exists.")] = False,
+) -> None:
+    """Convert a saved adapter from or to another format.
+
+    Example: graphmoe convert moe_peft_adapter graphmoe_adapter --to graphmoe
+    """
+    with _errors("convert"):
+        from rich.console import Console
+
+        from graphmoe_model.conversion.command import run
+
+        run(source, target, to=to, rounds=rounds, overwrite=overwrite, console=Console())
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from graphmoe_model import GraphMoEConfig, collect_routing
 from graphmoe_model.demo.base import BaseTexts, TrainingQuestions, make_base, make_tokenizer
@@ -26,6 +26,7 @@ from graphmoe_model.demo.latency import measure_latency
 from graphmoe_model.demo.report import DemoResults, print_results, write_report
 from graphmoe_model.demo.task import LABELS, held_out_questions
 from graphmoe_model.demo.train import accuracy, answer_logits, train
+from graphmoe_model.parameters import parameters_by_component
 
 GOAL = 0.9
 BASE_BATCH, BATCH = 32, 16
@@ -139,7 +140,7 @@ def run(scale: Scale, seed: int, folder: Path, console: Console) -> DemoResults:
         seed=seed,
         conditions=_conditions(),
         base_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        parameters=parameters_by_component(model),
+        parameters={part: count for part, count in parameters_by_component(model).items() if count},
         accuracy_before=accuracy(before, held_out),
         accuracy_after=accuracy(after, held_out),
         questions=len(held_out),
@@ -151,17 +152,6 @@ def run(scale: Scale, seed: int, folder: Path, console: Console) -> DemoResults:
         reload_difference=difference,
         seconds=seconds,
     )
-
-
-def parameters_by_component(model: nn.Module) -> dict[str, int]:
-    """Trainable parameters: attention LoRA, experts, router, GRU."""
-    found = {"attention LoRA": 0, "experts": 0, "router": 0, "GRU": 0}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            component = {"experts": "experts", "router": "router", "gru": "GRU"}
-            part = next((title for key, title in component.items() if f".{key}." in name), "attention LoRA")
-            found[part] += parameter.numel()
-    return found
 
 
 def _choice(logits: Tensor) -> str:

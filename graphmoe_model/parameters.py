@@ -1,0 +1,229 @@
+"""How many parameters an adapter trains, and in which of its parts: of a model, or of a config before there is one.
+
+``graphmoe params`` prints the second.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft import get_peft_model
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.ffn import FusedGraphMoEFFN
+from graphmoe_model.methods import PRESETS
+from graphmoe_model.model_shapes import MODEL_SHAPES, first_line, load_config
+from graphmoe_model.profiling.models import saved_adapter_config
+from graphmoe_model.targets import ATTENTION_OUTPUT, QUERY_KEY_VALUE
+
+# "experts" and "routers" are the MLPs'; "magnitudes" are DoRA's everywhere; "other" is what is trained beside the
+# method, such as modules_to_save.
+COMPONENTS = (
+    *("attention LoRA", "attention experts", "attention routers"),
+    *("experts", "routers", "magnitudes", "GRU", "other"),
+)
+
+
+class AdapterParameters(NamedTuple):
+    """What an adapter trains on a model.
+
+    Attributes:
+        components: trainable parameters by component, all of `COMPONENTS`.
+        base: parameters of the model without the adapter.
+    """
+
+    components: dict[str, int]
+    base: int
+
+    @property
+    def total(self) -> int:
+        """All trainable parameters."""
+        return sum(self.components.values())
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters over the model's own, as the papers give it."""
+        return self.total / self.base
+
+
+def parameters_by_component(model: nn.Module) -> dict[str, int]:
+    """A model's trainable parameters by component, all of `COMPONENTS`; each parameter is in exactly one."""
+    mlps = {name for name, module in model.named_modules() if isinstance(module, FusedGraphMoEFFN)}
+    found = dict.fromkeys(COMPONENTS, 0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[_component(name.split("."), mlps)] += parameter.numel()
+    return found
+
+
+def _component(path: list[str], mlps: set[str]) -> str:
+    """Of the parameter with this name in a model whose adapted MLPs have those."""
+    if "modules_to_save" in path:  # may hold copies of anything
+        return "other"
+    if "lora_graphmoe" in path:
+        container = path.index("lora_graphmoe")
+        in_mlp = ".".join(path[:container]) in mlps
+        names = {
+            "gru": "GRU",
+            "magnitude": "magnitudes",
+            "router": "routers" if in_mlp else "attention routers",
+        }
+        own = path[container + 2 :]  # behind the adapter's name, which could be one of these
+        return next((names[part] for part in own if part in names), "experts" if in_mlp else "attention experts")
+    if "lora_magnitude_vector" in path:
+        return "magnitudes"
+    pair = next((i for i, part in enumerate(path) if part in ("lora_A", "lora_B")), 0)
+    return "attention LoRA" if pair and path[pair - 1] in QUERY_KEY_VALUE | ATTENTION_OUTPUT else "other"
+
+
+def adapter_parameters(config: GraphMoEConfig, model_config: Any) -> AdapterParameters:
+    """What an adapter of this config would train on a model of that (Transformers) configuration.
+
+    Both are built on the meta device: nothing is downloaded, and no memory is taken for weights.
+
+    Raises:
+        ValueError: it is no causal language model, or the adapter is of no such, or it cannot be adapted so.
+    """
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(f"adapters of causal language models are counted, got task_type={config.task_type!r}")
+    config = copy.deepcopy(config)  # attaching writes the targets it finds into it
+    config.inference_mode = False  # a saved adapter's is on, and nothing of it would be trainable
+    config.base_model_name_or_path = None  # PEFT warns of another model than the saved one's
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(model_config)
+        except ValueError as error:
+            raise ValueError(f"this is no causal language model: {first_line(error)}") from error
+        base = model.num_parameters()
+        try:
+            adapted = get_peft_model(model, config)
+        except TypeError as error:  # an MLP of a kind that has no place for experts
+            raise ValueError(str(error)) from error
+    return AdapterParameters(parameters_by_component(adapted), base)
+
+
+# --- graphmoe params -------------------------------------------------------------------------------------------------
+
+
+class _Row(NamedTuple):
+    name: str
+    title: str
+    parameters: AdapterParameters
+
+
+def run(
+    console: Console,
+    *,
+    model: str | None = None,
+    presets: Sequence[str] = (),
+    adapter: str | None = None,
+    settings: dict[str, Any] | None = None,
+    as_json: bool = False,
+) -> None:
+    """What ``graphmoe params`` does; `graphmoe_model.cli` says what each option means.
+
+    Args:
+        settings: fields of `GraphMoEConfig` to overrule the presets', or to make a config of.
+
+    Raises:
+        ValueError: options that exclude each other or need one another, or whatever is wrong with one of them.
+    """
+    configs, base_model = _configs(presets, adapter, settings or {})
+    model = model or base_model
+    if not model:
+        raise ValueError(f"name the base model by --model: {', '.join(MODEL_SHAPES)}, a folder or a name on the hub")
+    model_config = load_config(model)
+    rows = []
+    for name, config in configs:
+        try:
+            rows.append(_Row(name, config.title, adapter_parameters(config, model_config)))
+        except ValueError as error:
+            raise ValueError(f"{name} on {model}: {error}") from error
+    if as_json:
+        print(json.dumps(_document(model, rows), indent=2))
+        return
+    table = _table(model, rows)
+    whole = Measurement.get(console, console.options.update_width(1000), table).maximum
+    console.width = max(console.width, whole)  # shortened numbers would be wrong ones
+    console.print(table)
+
+
+def _configs(
+    presets: Sequence[str], adapter: str | None, settings: dict[str, Any]
+) -> tuple[list[tuple[str, GraphMoEConfig]], str | None]:
+    """The configs to count, each by its name, and the base model that they bring with them."""
+    if adapter is not None:
+        if presets or settings:
+            given = ["--preset"] * bool(presets) + [_flag(name, value) for name, value in settings.items()]
+            raise ValueError(f"--adapter has settings of its own; leave out {', '.join(given)}")
+        config = saved_adapter_config(adapter)
+        if not isinstance(config, GraphMoEConfig):
+            raise ValueError(f"{adapter} is an adapter of {type(config).__name__}; GraphMoE adapters are counted here")
+        return [(adapter, config)], config.base_model_name_or_path
+    if presets:
+        if "method" in settings:
+            raise ValueError("--method starts from the method's defaults, a --preset has its own method; choose one")
+        names = list(PRESETS) if "all" in presets else list(dict.fromkeys(presets))
+        return [(name, _preset(name, settings)) for name in names], None
+    if settings:
+        config = GraphMoEConfig(**settings)
+        return [(config.method, config)], None
+    raise ValueError(f"name what to count: --preset (all, {', '.join(PRESETS)}), --adapter or --method")
+
+
+def _preset(name: str, settings: dict[str, Any]) -> GraphMoEConfig:
+    try:
+        return GraphMoEConfig.from_preset(name, **settings)
+    except ValueError as error:
+        raise ValueError(f"--preset {name}: {error}" if name in PRESETS else str(error)) from error
+
+
+def _flag(name: str, value: object) -> str:
+    if name == "use_dora":
+        return "--dora" if value else "--no-dora"
+    return f"--{name.replace('_', '-')}"
+
+
+def _table(model: str, rows: list[_Row]) -> Table:
+    """One row an adapter; components that none of them has are left out."""
+    base = rows[0].parameters.base
+    shown = [name for name in COMPONENTS if any(row.parameters.components[name] for row in rows)]
+    table = Table(
+        title=f"Trainable parameters on {escape(model)} ({base:,} parameters)", title_justify="left", box=box.SIMPLE
+    )
+    for name in ("name", "method"):
+        table.add_column(name, no_wrap=True)
+    for name in (*shown, "total", "share"):
+        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    for name, title, parameters in rows:
+        counts = [f"{parameters.components[part]:,}" for part in shown]
+        table.add_row(escape(name), escape(title), *counts, f"{parameters.total:,}", f"{parameters.share:.3%}")
+    return table
+
+
+def _document(model: str, rows: list[_Row]) -> dict[str, Any]:
+    return {
+        "model": model,
+        "base_parameters": rows[0].parameters.base,
+        "adapters": [
+            {
+                "name": name,
+                "method": title,
+                "components": {part: count for part, count in parameters.components.items() if count},
+                "total": parameters.total,
+                "share": parameters.share,
+            }
+            for name, title, parameters in rows
+        ],
+    }
