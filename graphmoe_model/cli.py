@@ -168,7 +168,7 @@ def params(
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts a token.", show_default="the preset's")] = None,
     rounds: Annotated[
-        int | None, typer.Option(help="Rounds T; more than one add a GRU.", show_default="the preset's")
+        int | None, typer.Option(help="Rounds T; more than one need a GRU.", show_default="the preset's")
     ] = None,
     dora: Annotated[
         bool | None, typer.Option("--dora/--no-dora", help="DoRA's magnitudes.", show_default="the preset's")
@@ -215,7 +215,9 @@ def _expert_counts(text: str) -> int | list[int] | str:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    source: Annotated[
+        Path, typer.Argument(help="The folder of an adapter as GraphMoE, MoE-PEFT or PEFT's LoRA saves it.")
+    ],
     target: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[
         Literal["graphmoe", "moe-peft", "attention-lora"],
@@ -225,13 +227,14 @@ def convert(
         ),
     ] = "graphmoe",
     rounds: Annotated[
-        int | None, typer.Option(help="Rounds T of the adapter to write.", show_default="the source's")
+        int | None,
+        typer.Option(help="Rounds T of the GraphMoE adapter to write, with fresh GRUs.", show_default="the source's"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that exists.")] = False,
 ) -> None:
-    """Convert a saved adapter from or to another format.
+    """Convert a saved adapter from or to another format, or add rounds to it.
 
-    Example: graphmoe convert moe_peft_adapter graphmoe_adapter --to graphmoe
+    Example: graphmoe convert moe_peft_adapter graphmoe_adapter --rounds 3
     """
     with _errors("convert"):
         from rich.console import Console

@@ -25,7 +25,7 @@ from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.methods import PRESETS
 from graphmoe_model.model_shapes import MODEL_SHAPES, first_line, load_config
 from graphmoe_model.profiling.models import saved_adapter_config
-from graphmoe_model.targets import ATTENTION_OUTPUT, QUERY_KEY_VALUE
+from graphmoe_model.targets import ATTENTION_OUTPUT, QUERY_KEY_VALUE, check_targets
 
 # "experts" and "routers" are the MLPs'; "magnitudes" are DoRA's everywhere; "other" is what is trained beside the
 # method, such as modules_to_save.
@@ -106,10 +106,12 @@ def adapter_parameters(config: GraphMoEConfig, model_config: Any) -> AdapterPara
         except ValueError as error:
             raise ValueError(f"this is no causal language model: {first_line(error)}") from error
         base = model.num_parameters()
-        try:
-            adapted = get_peft_model(model, config)
-        except TypeError as error:  # an MLP of a kind that has no place for experts
-            raise ValueError(str(error)) from error
+        if config.target_modules is not None:
+            try:
+                check_targets(model, config)
+            except TypeError as error:  # for the caller the model is as wrong as any other that cannot be adapted
+                raise ValueError(str(error)) from error
+        adapted = get_peft_model(model, config)
     return AdapterParameters(parameters_by_component(adapted), base)
 
 
