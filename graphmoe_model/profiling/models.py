@@ -105,7 +105,8 @@ def adapter_title(config: PeftConfig) -> str:
     """What a profile calls an adapter."""
     if not isinstance(config, GraphMoEConfig):
         return {"LORA": "LoRA"}.get(str(getattr(config.peft_type, "value", config.peft_type)), str(config.peft_type))
-    return f"{'MixLoRA' if config.rounds == 1 else 'GraphMoE'} (T={config.rounds})"
+    title = "GraphMoE" if config.title == "GraphMoE(MixLoRA)" else config.title  # the method unless another is named
+    return f"{title} (T={config.rounds})"
 
 
 @contextmanager

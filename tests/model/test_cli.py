@@ -1,4 +1,4 @@
-"""The commands from their arguments to what they print and write, and what they say to wrong ones."""
+"""``graphmoe profile`` from its arguments to its files, and what it says to wrong ones."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from typer.testing import CliRunner
 
 import graphmoe_model.cli
-from graphmoe_model import GraphMoEConfig
 from graphmoe_model.cli import app
-from graphmoe_model.methods import METHODS, PRESETS
-from graphmoe_model.model_shapes import MODEL_SHAPES, model_config
-from graphmoe_model.parameters import adapter_parameters
 from graphmoe_model.profiling import CATEGORIES, command, memory
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 
@@ -223,144 +219,3 @@ def test_the_defaults_of_the_command_are_those_of_its_options(monkeypatch):
     assert seen == [command.ProfileOptions(preset="tiny")]
     assert seen[0].variants == [0, 1, 3]
     assert command.ProfileOptions(preset="tiny", adapter="a").variants == ["a"]
-
-
-# --- graphmoe params -------------------------------------------------------------------------------------------------
-
-
-def counted(*arguments: object) -> list[dict[str, Any]]:
-    """The adapters of ``graphmoe params --json``."""
-    result = graphmoe("params", *arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)["adapters"]
-
-
-def test_params_prints_the_papers_counts():
-    """One row an adapter, no component that none has, and no number shortened to fit a narrow terminal."""
-    result = graphmoe("params", "--preset", "mixlora", "graphmoe-mixlora", "--model", "llama-3-8b")
-    assert result.exit_code == 0, result.output
-    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.split()}
-    experts = ["13,631,488", "226,492,416", "1,048,576"]
-    assert rows["mixlora"] == ["mixlora", "MixLoRA", *experts, "0", "241,172,480", "3.003%"]
-    assert rows["graphmoe-mixlora"][1:] == ["GraphMoE(MixLoRA)", *experts, "230,505,856", "471,678,336", "5.874%"]
-    assert "8,030,261,248 parameters" in result.stdout
-    assert "magnitudes" not in result.stdout
-    assert "…" not in result.stdout
-
-
-def test_params_as_json():
-    """Alone on stdout, so that a program can read it; without components that are zero."""
-    result = graphmoe("params", "--preset", "mixlora", "--model", "tiny", "--json")
-    expected = adapter_parameters(GraphMoEConfig.from_preset("mixlora"), model_config("tiny"))
-    assert json.loads(result.stdout) == {
-        "model": "tiny",
-        "base_parameters": expected.base,
-        "adapters": [
-            {
-                "name": "mixlora",
-                "method": "MixLoRA",
-                "components": {name: count for name, count in expected.components.items() if count},
-                "total": expected.total,
-                "share": expected.total / expected.base,
-            }
-        ],
-    }
-
-
-@pytest.mark.methods
-def test_params_of_all_presets():
-    """In the order of the papers, each once, whatever else is named."""
-    found = counted("--preset", "mola", "all", "--model", "tiny")
-    assert [adapter["name"] for adapter in found] == list(PRESETS)
-    assert [adapter["method"] for adapter in found] == [GraphMoEConfig.from_preset(name).title for name in PRESETS]
-
-
-@pytest.mark.methods
-@pytest.mark.parametrize(
-    "arguments, settings",
-    [
-        ("--preset mixlora --r 32", {"r": 32}),
-        ("--preset mixlora --num-experts 4 --top-k 3", {"num_experts": 4, "top_k": 3}),
-        ("--preset mixlora --num-experts 2-4", {"num_experts": "2-4"}),
-        ("--preset mixlora --num-experts 2,4", {"num_experts": [2, 4]}),
-        ("--preset mixlora --rounds 2", {"rounds": 2}),
-        ("--preset mixlora --dora", {"use_dora": True}),
-        ("--preset mixdora --no-dora", {}),
-    ],
-)
-def test_params_overrules_a_preset(arguments, settings):
-    """An option taken and forgotten would print the count of something else."""
-    expected = adapter_parameters(GraphMoEConfig.from_preset("mixlora", **settings), model_config("tiny"))
-    (found,) = counted(*arguments.split(), "--model", "tiny")
-    assert found["total"] == expected.total
-    assert found["method"] == GraphMoEConfig.from_preset("mixlora", **settings).title
-
-
-@pytest.mark.methods
-@pytest.mark.parametrize("method", METHODS)
-def test_params_of_a_method_with_its_defaults(method):
-    config = GraphMoEConfig(method=method, r=4)
-    (found,) = counted("--method", method, "--r", 4, "--model", "tiny")
-    assert (found["name"], found["method"]) == (method, config.title)
-    assert found["total"] == adapter_parameters(config, model_config("tiny")).total
-
-
-def test_params_of_a_saved_adapter(saved, tmp_path):
-    """On the model that is named, read from its folder, or else on the adapter's own."""
-    (found,) = counted("--adapter", saved["graphmoe"], "--model", saved["base"])
-    assert found["total"] == adapter_parameters(tiny_config(), tiny_model().config).total
-    GraphMoEConfig.from_preset("mixlora", base_model_name_or_path="tiny").save_pretrained(str(tmp_path))
-    assert [a["total"] for a in counted("--adapter", tmp_path)] == [
-        a["total"] for a in counted("--preset", "mixlora", "--model", "tiny")
-    ]
-
-
-WRONG_PARAMS = {
-    "nothing to count": ("--model tiny", "name what to count: --preset (all, lora, dora, mixlora"),
-    "no model": ("--preset mixlora", "name the base model by --model: tiny, llama-3.2-1b"),
-    "an adapter of no model": ("--adapter GRAPHMOE", "name the base model by --model"),
-    "unknown preset": ("--preset mixlor --model tiny", "unknown preset 'mixlor'; there are lora, dora, mixlora"),
-    "unknown model": ("--preset mixlora --model ./nowhere", "there is no folder ./nowhere"),
-    "not a model": ("--preset mixlora --model TMP", "cannot read the configuration of the model"),
-    "an adapter as the model": ("--preset mixlora --model GRAPHMOE", "is an adapter: pass its base model"),
-    "not an adapter": ("--adapter BASE --model tiny", "cannot load the adapter"),
-    "another method's adapter": ("--adapter LORA --model tiny", "is an adapter of LoraConfig; GraphMoE adapters"),
-    "preset and adapter": ("--adapter GRAPHMOE --preset mola --no-dora --r 2", "leave out --preset, --r, --no-dora"),
-    "preset and method": ("--preset mixlora --method mola --model tiny", "a --preset has its own method; choose one"),
-    "what a method has not": (
-        "--preset all --num-experts 4 --model tiny",
-        "--preset lora: method='lora' has one expert",
-    ),
-    "no number of experts": ("--preset mixlora --num-experts 4,x --model tiny", "num_experts='4,x' is no pattern"),
-    "another model's layers": ("--preset mixlora --num-experts 4,4,4 --model tiny", "num_experts lists 3 layers"),
-}
-
-
-@pytest.mark.methods
-@pytest.mark.parametrize("case", WRONG_PARAMS)
-def test_a_wrong_argument_of_params_ends_in_one_line_and_status_2(case, saved, tmp_path):
-    places = {"TMP": tmp_path, **{name.upper(): path for name, path in saved.items()}}
-    arguments, message = WRONG_PARAMS[case]
-    result = graphmoe("params", *(places.get(word, word) for word in arguments.split()))
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert result.stderr.startswith("graphmoe params: error: ")
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stdout == ""
-
-
-def test_the_help_of_params_names_what_there_is():
-    """The names stand in the help as text, as the command line must not import them for it."""
-    help_text = " ".join(graphmoe("params", "--help").stdout.replace("│", " ").split())
-    for name in (*MODEL_SHAPES, *METHODS, *(preset for preset in PRESETS if "graphmoe" not in preset)):
-        assert name in help_text
-    for option in ("--preset", "--adapter", "--model", "--method", "--r", "--num-experts", "--top-k", "--rounds"):
-        assert option in help_text
-    for option in ("--dora", "--no-dora", "--json"):
-        assert option in help_text
-
-
-def test_the_help_of_convert_names_its_options():
-    help_text = graphmoe("convert", "--help").stdout.lower()
-    for word in ("source", "target", "--to", "graphmoe", "moe-peft", "attention-lora", "--rounds", "--overwrite"):
-        assert word in help_text

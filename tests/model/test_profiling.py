@@ -350,6 +350,8 @@ def test_fresh_adapters_count_in_every_term_and_leave_the_model_as_it_was():
 def test_adapters_are_called_by_their_method():
     assert adapter_title(tiny_config(rounds=1)) == "MixLoRA (T=1)"
     assert adapter_title(tiny_config(rounds=4)) == "GraphMoE (T=4)"
+    assert adapter_title(tiny_config(method="mola", use_dora=True)) == "GraphMoE(MoDA) (T=3)"
+    assert adapter_title(tiny_config(method="loramoe", rounds=1)) == "LoRAMoE (T=1)"
     assert adapter_title(LoraConfig()) == "LoRA"
 
 
