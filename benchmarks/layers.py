@@ -19,7 +19,7 @@ from benchmarks.operators import Outputs
 from benchmarks.plain import Forward
 from graphmoe_kernels import DenseMLP, LayerWeights, RethinkingSpec, rethink
 from graphmoe_kernels.cost import Sizes
-from graphmoe_kernels.rethinking import rounds
+from graphmoe_kernels.rethinking import round_routing
 from graphmoe_kernels.testing import cast_layer, trainable
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
 
@@ -167,12 +167,12 @@ class Layer:
 @contextmanager
 def _recorded_logits() -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
-    original = rounds.route
+    original = round_routing.route_one
 
     def route(*arguments: Any, **options: Any) -> Any:
         routing = original(*arguments, **options)
         seen.append(routing.logits)
         return routing
 
-    with mock.patch.object(rounds, "route", route):
+    with mock.patch.object(round_routing, "route_one", route):
         yield seen

@@ -60,6 +60,7 @@ def _mixlora(x: Tensor, base: DenseMLP, weights: LayerWeights, spec: RethinkingS
     """y [N, D] of one round."""
     activation = get_activation(spec.activation).function
     wide = torch.promote_types(x.dtype, torch.float32)
+    assert isinstance(weights.router, Tensor)
     probabilities = torch.softmax(F.linear(x.to(wide), weights.router.to(wide)), dim=-1)  # [N, n]
     mixing, chosen = torch.topk(probabilities, spec.top_k, dim=-1)
     mixing = (mixing / mixing.sum(dim=-1, keepdim=True)).to(x.dtype)  # [N, k]
@@ -68,7 +69,7 @@ def _mixlora(x: Tensor, base: DenseMLP, weights: LayerWeights, spec: RethinkingS
     gate, up = base.project_in(x)  # [N, F] each
     outputs = []
     # Taken apart once: the gradient of `tensor[i]` would be as large as the stack of all experts, n times.
-    for i, pairs in enumerate(zip(*(t.unbind() for t in weights.experts), strict=True)):
+    for i, pairs in enumerate(zip(*(t.unbind() for t in weights.experts.pairs), strict=True)):
         gate_A, gate_B, up_A, up_B, down_A, down_B = pairs
         _, tokens = torch.where(chosen_by[i])  # [m]
         read = x[tokens]
@@ -108,7 +109,7 @@ def mixlora_package(mlp: nn.Module, weights: LayerWeights, spec: RethinkingSpec)
     moe, linears = _mixlora_module(mlp, weights, spec)
 
     def layer(x: Tensor) -> Tensor:
-        for stacked, held in zip(weights.experts, linears, strict=True):
+        for stacked, held in zip(weights.experts.pairs, linears, strict=True):
             for linear, own in zip(held, stacked.unbind(), strict=True):
                 vars(linear)["weight"] = own  # nn.Module's own assignment would be 5% of a call for one token
         return moe(x[None])[0]  # it wants [batch, tokens, D]
@@ -143,6 +144,7 @@ def _mixlora_module(mlp: LlamaMLP, weights: LayerWeights, spec: RethinkingSpec) 
             "top_k": spec.top_k,
         }
     )
+    assert isinstance(weights.router, Tensor)
     config.model_type_, config.dtype_ = "llama", weights.router.dtype
     config.act_fn_ = get_activation(spec.activation).function  # left out, it would be None and be called all the same
     moe = package.MixLoraSparseMoe(mlp, config)

@@ -32,6 +32,7 @@ def plain_literal(weights: LayerWeights, spec: RethinkingSpec) -> Forward:
 
     def layer(x: Tensor) -> Tensor:
         wide = at_least_fp32(x.dtype)
+        assert isinstance(weights.router, Tensor)
         probabilities = torch.softmax(F.linear(x.to(wide), weights.router.to(wide)), dim=-1)  # [N, n]
         mixing, chosen = torch.topk(probabilities, spec.top_k, dim=-1)  # [N, k] each
         if spec.normalize:

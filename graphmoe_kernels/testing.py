@@ -6,10 +6,12 @@ the literal computation makes in that same dtype, plus a small absolute term. No
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.rethinking.weights import DenseMLP, ExpertWeights, GRUWeights, LayerWeights
+from graphmoe_kernels.rethinking.weights import DenseMLP, ExpertWeights, GRUWeights, LayerWeights, LinearRouters
 
 # Absolute slack, relative to the oracle's norm: what is left when the literal computation happens to be exact.
 SLACK = {torch.float64: 1e-12, torch.float32: 2e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}
@@ -23,13 +25,16 @@ def make_layer(
     gru_width: int | None,
     *,
     bias: bool = False,
+    routers: Literal["layer", "linear"] | None = "layer",
+    dora: bool = False,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
     seed: int = 0,
 ) -> LayerWeights:
     """A layer of random weights in which every term matters: nothing is zero, all parts have like sizes.
 
-    Shapes as in `LayerWeights`; ``gru_width=None`` gives a layer without GRU. Drawn in fp64, then rounded.
+    Shapes as in `LayerWeights`; ``gru_width=None`` gives a layer without GRU, ``routers`` one that chooses experts, one
+    for each linear, or none (for one expert), ``dora`` magnitudes off their start. Drawn in fp64, then rounded.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -52,7 +57,14 @@ def make_layer(
         G = gru_width
         update, reset, candidate = (draw(G, G + D, std=(G + D) ** -0.5) for _ in range(3))
         gru = GRUWeights(update, reset, candidate, draw(G, std=0.3), draw(D, G, std=G**-0.5))
-    return LayerWeights(base, draw(n, D, std=2 * D**-0.5), experts, gru)
+    router: Tensor | LinearRouters | None = draw(n, D, std=2 * D**-0.5)
+    if routers == "linear":
+        router = LinearRouters(*(draw(n, width, std=2 * width**-0.5) for width in (D, D, F)))
+    if dora:
+        norms = (torch.linalg.vector_norm(weight, dim=1) for weight in (base.gate, base.up, base.down))
+        gate, up, down = (norm * (1 + 0.5 * draw(n, len(norm), std=1).tanh()) for norm in norms)
+        experts = experts._replace(gate_magnitude=gate, up_magnitude=up, down_magnitude=down)
+    return LayerWeights(base, None if routers is None else router, experts, gru)
 
 
 def cast_layer(
@@ -67,15 +79,21 @@ def cast_layer(
     frozen = [None if t is None else t.detach().to(device, dtype) for t in base]
     gru = None if weights.gru is None else GRUWeights(*map(cast, weights.gru))  # type: ignore[arg-type]
     experts = ExpertWeights(*map(cast, weights.experts))  # type: ignore[arg-type]
-    return LayerWeights(DenseMLP(*frozen), cast(weights.router), experts, gru)  # type: ignore[arg-type]
+    router: Any = weights.router
+    router = LinearRouters(*map(cast, router)) if isinstance(router, LinearRouters) else cast(router)
+    return LayerWeights(DenseMLP(*frozen), router, experts, gru)  # type: ignore[arg-type]
 
 
 def trainable(weights: LayerWeights) -> dict[str, Tensor]:
     """The layer's trainable tensors by name."""
-    named = {"router": weights.router, **weights.experts._asdict()}
+    named: dict[str, Tensor | None] = {"router": None, **weights.experts._asdict()}
+    if isinstance(weights.router, LinearRouters):
+        named |= {f"router.{name}": tensor for name, tensor in weights.router._asdict().items()}
+    else:
+        named["router"] = weights.router
     if weights.gru is not None:
         named |= {f"gru.{name}": tensor for name, tensor in weights.gru._asdict().items()}
-    return named
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def relative_error(value: Tensor, oracle: Tensor) -> float:

@@ -37,7 +37,12 @@ class SeparateMLP(NamedTuple):
     def dense(self) -> DenseMLP:
         """The weights, dequantised if they are quantised."""
         linears = (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
-        return DenseMLP(*map(dense_weight, linears), *(linear.bias for linear in linears))
+        gate, up, down = map(dense_weight, linears)
+        return DenseMLP(gate, up, down, *self.biases())
+
+    def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those of gate, up and down."""
+        return self.mlp.gate_proj.bias, self.mlp.up_proj.bias, self.mlp.down_proj.bias
 
     def sources(self) -> list[Tensor | None]:
         """The stored tensors: three weights and three biases."""
@@ -62,10 +67,13 @@ class FusedMLP(NamedTuple):
     def dense(self) -> DenseMLP:
         """The weights, dequantised if they are quantised; gate and up are views of one tensor."""
         gate, up = dense_weight(self.mlp.gate_up_proj).chunk(2)
+        return DenseMLP(gate, up, dense_weight(self.mlp.down_proj), *self.biases())
+
+    def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those of gate and up (views of one tensor) and down."""
         bias = self.mlp.gate_up_proj.bias
-        gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
-        down = self.mlp.down_proj
-        return DenseMLP(gate, up, dense_weight(down), gate_bias, up_bias, down.bias)
+        gate, up = (None, None) if bias is None else bias.chunk(2)
+        return gate, up, self.mlp.down_proj.bias
 
     def sources(self) -> list[Tensor | None]:
         """The stored tensors: two weights and two biases."""

@@ -3,7 +3,7 @@
 Per layer and round L = n * sum_i f_i p_i, with f_i expert i's share of all top-k choices (sum_i f_i = 1) and p_i its
 mean routing probability over the tokens, padding left out of both. Perfectly balanced routing gives L = 1 in the
 switch form, where p is the full softmax, and L = the mean probability mass of the k chosen experts (at most 1) in the
-paper's form, where p is zero outside the top k. L is averaged over rounds and layers.
+paper's form, where p is zero outside the top k. L is averaged over rounds and routers: one a layer, or one a linear.
 
 Eq. 8 is taken over one forward. Under gradient accumulation the micro-batches' losses are averaged, which differs from
 Eq. 8 over the whole batch by the covariance of f and p among micro-batches: it falls as 1 / (tokens a micro-batch).
@@ -37,7 +37,7 @@ class RouterLoss(NamedTuple):
     """One forward's router loss.
 
     Attributes:
-        balance: scalar, Eq. 8 averaged over layers and rounds.
+        balance: scalar, Eq. 8 averaged over routers and rounds.
         weighted: scalar, the same with every layer's ``router_aux_loss_coef``.
     """
 
@@ -46,7 +46,7 @@ class RouterLoss(NamedTuple):
 
 
 def balance_loss(record: RoutingRecord) -> Tensor:
-    """Eq. 8 of one layer, averaged over its rounds: a scalar in the dtype of ``record.mass``, 0 without tokens."""
+    """Eq. 8 of one router, averaged over its rounds: a scalar in the dtype of ``record.mass``, 0 without tokens."""
     counts, mass, tokens = record
     share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)  # f, [T, n]
     probability = mass / tokens.clamp(min=1)  # p, [T, n]
@@ -84,30 +84,29 @@ def router_loss(model: nn.Module) -> Tensor:
 
 
 def _last_loss(layers: list[Any]) -> RouterLoss | None:
-    """Over the layers that have a record and a positive coefficient; None if there are none."""
-    pairs = [(_coefficient(layer), layer) for layer in layers if layer.routing is not None]
-    pairs = [(coefficient, layer) for coefficient, layer in pairs if coefficient > 0]
+    """Over the routers that have a record and a positive coefficient; None if there are none."""
+    counted = [layer for layer in layers if _coefficient(layer) > 0]
+    pairs = [(_coefficient(layer), record) for layer in counted for record in layer.routing.values()]
     if not pairs:
         return None
     if torch.is_grad_enabled():
-        for _, layer in pairs:
-            if not layer.routing.mass.requires_grad and _adapter(layer).router.weight.requires_grad:
+        for layer in counted:
+            if _trains_router(layer) and not all(record.mass.requires_grad for record in layer.routing.values()):
                 raise RuntimeError(_NO_GRADIENT)
-    device = pairs[0][1].routing.mass.device
-    losses = torch.stack([balance_loss(layer.routing).to(device) for _, layer in pairs])
+    device = pairs[0][1].mass.device
+    losses = torch.stack([balance_loss(record).to(device) for _, record in pairs])
     coefficients = losses.new_tensor([coefficient for coefficient, _ in pairs])
     return RouterLoss(losses.mean(), (coefficients * losses).mean())
 
 
-def _adapter(layer: Any) -> Any:
-    """The layer's active adapter, or None."""
-    names = [] if layer.disable_adapters else [n for n in layer.active_adapters if n in layer.lora_graphmoe]
-    return layer.lora_graphmoe[names[0]] if names else None
+def _trains_router(layer: Any) -> bool:
+    adapter = layer.lora_graphmoe[layer.active_name()]
+    return any(p.requires_grad for name, p in adapter.named_parameters() if "router" in name.split("."))
 
 
 def _coefficient(layer: Any) -> float:
-    adapter = _adapter(layer)
-    return 0.0 if adapter is None else adapter.config.router_aux_loss_coef
+    config = layer.active_config()
+    return 0.0 if config is None else config.router_aux_loss_coef
 
 
 # --- in the model's forward ------------------------------------------------------------------------------------------
@@ -155,7 +154,7 @@ class RouterLossHooks:
             context.token_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
             context.in_loss = False
             for layer in routed_layers(model).values():
-                layer.routing = None
+                layer.routing = {}
         if kwargs.get("output_router_logits") or kwargs.get("fused_lm_head"):
             kwargs = {**kwargs, "output_router_logits": False}  # the base has no routers; `after` fills in aux_loss
         return args, kwargs
@@ -180,7 +179,7 @@ class RouterLossHooks:
             return outputs
         self.context.in_loss = True
         for layer in layers:  # the loss has the graph; a record that kept it too would outlive a discarded loss
-            layer.routing = None if layer.routing is None else layer.routing.detach()
+            layer.routing = {name: record.detach() for name, record in layer.routing.items()}
         return _add_to_loss(outputs, loss.weighted * _batch_share(model, args, kwargs))
 
     def _note(self, balance: Tensor) -> None:

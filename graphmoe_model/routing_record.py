@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 
 class RoutingRecord(NamedTuple):
-    """One forward's routing statistics of one layer.
+    """One forward's routing statistics of one router.
 
     Attributes:
-        counts: [T, n], tokens that chose each expert in each round.
+        counts: [T, n], tokens that chose each expert in each round; where routing is dense, all of them.
         mass: [T, n], differentiable; the routing probability each expert got, summed over tokens (top-k entries for
             the paper's loss, full softmax for the switch form).
         tokens: scalar tensor, how many tokens were counted (padding is not).
@@ -35,25 +35,41 @@ class RoutingRecord(NamedTuple):
 
 
 class ExpertLoad:
-    """How many tokens each expert got, per layer and round, summed over forwards (`collect_routing`).
+    """How many tokens each expert got, per router and round, summed over forwards (`collect_routing`).
+
+    A router has its layer's name, and where every linear has a router of its own, that linear's.
 
     Attributes:
-        counts: layer name -> [T, n] int64, on the layer's device; layers that have not run are absent.
+        counts: router name -> [T, n] int64, on the layer's device; layers that have not run are absent. Where routing
+            is dense every token counts for every expert.
+        weights: router name -> [T, n] fp64, the routing probability that each expert got, summed over tokens (of the
+            top k alone, or of the whole softmax with ``router_aux_loss="switch"``).
     """
 
     def __init__(self, names: dict[nn.Module, str]) -> None:
         self.counts: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
         self._names = names
+        self._dense: set[str] = set()  # routers by which every token has all experts
 
     def load(self) -> dict[str, Tensor]:
-        """Layer name -> [T, n]: each expert's share of a round's choices; rows sum to 1, or to 0 without tokens."""
-        return {name: _shares(counts.double()) for name, counts in self.counts.items()}
+        """Router name -> [T, n]: each expert's share of a round; rows sum to 1, or to 0 without tokens.
 
-    def add(self, layer: nn.Module, counts: Tensor) -> None:
-        """Count one forward of a layer; ``ValueError`` if it ran with other rounds or experts than before."""
-        name, counts = self._names[layer], counts.detach().to(torch.int64)
+        Of the choices or, where routing is dense and all are chosen, of the routing probability.
+        """
+        return {
+            name: _shares(self.weights[name] if name in self._dense else counts.double())
+            for name, counts in self.counts.items()
+        }
+
+    def add(self, layer: Any, router: str, record: RoutingRecord) -> None:
+        """Count one forward of a router; ``ValueError`` if it ran with other rounds or experts than before."""
+        name = ".".join(part for part in (self._names[layer], router) if part)
+        counts, weights = record.counts.detach().to(torch.int64), record.mass.detach().double()
+        if layer.active_config().base_method.dense:
+            self._dense.add(name)
         if name not in self.counts:
-            self.counts[name] = counts
+            self.counts[name], self.weights[name] = counts, weights
             return
         if self.counts[name].shape != counts.shape:
             raise ValueError(
@@ -61,6 +77,7 @@ class ExpertLoad:
                 f"{list(counts.shape)}; collect each adapter in a collect_routing of its own"
             )
         self.counts[name] = self.counts[name] + counts
+        self.weights[name] = self.weights[name] + weights
 
 
 @dataclass
@@ -84,17 +101,18 @@ class RoutingContext:
         """Whether routing is wanted although no loss needs it."""
         return bool(self.loads)
 
-    def record(self, layer: Any, record: RoutingRecord) -> None:
-        """Leave a forward's record on the layer, in place of the one before.
+    def record(self, layer: Any, records: dict[str, RoutingRecord]) -> None:
+        """Leave a forward's records, by router, on the layer, in place of those before.
 
         Activation checkpointing runs a layer again inside the backward pass. That run is not recorded: it would count
         the tokens twice, and its record would keep alive the activations that checkpointing is there to free.
         """
         if _in_backward():
             return
-        layer.routing = record
+        layer.routing = records
         for load in self.loads:
-            load.add(layer, record.counts)
+            for router, record in records.items():
+                load.add(layer, router, record)
 
 
 def routed_layers(model: nn.Module) -> dict[str, Any]:
@@ -109,7 +127,7 @@ def collect_routing(model: nn.Module) -> Iterator[ExpertLoad]:
 
         with collect_routing(model) as routing:
             model.generate(**inputs)
-        routing.counts["model.layers.0.mlp"]  # [T, n]
+        routing.counts["model.layers.0.mlp"]  # [T, n]; of LoRAMoE and MoLA ["model.layers.0.mlp.gate_proj"] and so on
 
     Padding is left out where the model gets a 2-D ``attention_mask`` [B, P]; without one, or with a 4-D mask (which
     ``generate`` makes for a static cache), every token counts. Blocks may be nested; each counts for itself. Under data

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from graphmoe_model.base_mlp import check_mlp, is_gated_mlp
+from graphmoe_model.base_mlp import check_mlp, dense_weight, is_gated_mlp, wrap_mlp
 from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.experts import check_rows
 from graphmoe_model.ffn import FusedGraphMoEFFN
+from graphmoe_model.linear import check_linear
 
 # A module with children of the first kind is an attention; it is adapted in all children of both kinds.
 QUERY_KEY_VALUE = frozenset(
@@ -31,11 +33,13 @@ class DecoderLayer(NamedTuple):
     """What one decoder layer holds, by full module names.
 
     Attributes:
+        name: its own.
         projections: linears of its attention.
         mlps: its gated MLPs.
         others: further modules with submodules: ungated MLPs, sparse expert blocks, state-space mixers.
     """
 
+    name: str
     projections: list[str]
     mlps: list[str]
     others: list[str]
@@ -89,7 +93,8 @@ def default_targets(model: nn.Module, config: GraphMoEConfig) -> set[str]:
     found = [name for layer in layers for name in layer.mlps if _selects(config, name)]
     if refused or not found:
         raise ValueError(_no_mlp(model, refused, any(layer.mlps for layer in layers)))
-    found += [name for layer in layers for name in layer.projections if _selects(config, name)]
+    if config.base_method.attention is not None:
+        found += [name for layer in layers for name in layer.projections if _selects(config, name)]
     _check_layer_indices(found, config)
     return _condensed(found, list(modules), config)
 
@@ -112,10 +117,13 @@ def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
                 f"target_modules select {name}, which lies inside {inside}, selected too; a GraphMoE layer "
                 "adapts an MLP as a whole: leave its linears out"
             )
-        if isinstance(module, BaseTunerLayer) or (not is_gated_mlp(module) and not any(module.children())):
-            continue  # a further adapter, or a single layer for LoRA
+        if isinstance(module, BaseTunerLayer):
+            continue  # a further adapter
+        single = not is_gated_mlp(module) and not any(module.children())
+        if single and config.base_method.attention == "lora":
+            continue
         try:
-            check_mlp(module)
+            _check_linear(module, config) if single else check_mlp(module)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
     if not any(map(_is_mlp, selected.values())):
@@ -137,6 +145,58 @@ def _check_entries(modules: dict[str, nn.Module], config: GraphMoEConfig) -> Non
         raise ValueError(f"target_modules: no module is called {', '.join(unknown)}; there are {', '.join(last)}")
 
 
+def _check_linear(module: nn.Module, config: GraphMoEConfig) -> None:
+    """A single layer beside the MLPs, for a method that does not put LoRA on it."""
+    if config.base_method.attention is None:
+        raise ValueError(
+            f"method={config.method!r} adapts MLPs alone: leave this module out of target_modules, or choose "
+            "method='mola', which has experts on attention projections, or 'mixlora', which has LoRA there"
+        )
+    check_linear(module)
+
+
+def check_selected(model: nn.Module, config: GraphMoEConfig) -> None:
+    """Refuse what the modules that ``target_modules`` select do not allow, before anything in the model has changed.
+
+    Raises:
+        ValueError: the list or pattern in ``num_experts`` does not fit the model, or has no number for a module outside
+            of the decoder layers; DoRA on a weight with a zero row.
+    """
+    by_layer = experts_by_name(model, config)
+    for name, module in walk(model):
+        if not name or not check_target_module_exists(config, name):
+            continue
+        if by_layer and not any(name.startswith(f"{layer}.") for layer in by_layer):
+            raise ValueError(
+                f"num_experts={config.num_experts!r} has no number for {name}, which is in no decoder layer; leave it "
+                "out of target_modules, or give one number for all"
+            )
+        if config.use_dora:
+            _check_dora(name, module.base_layer if isinstance(module, BaseTunerLayer) else module)
+
+
+def _check_dora(name: str, module: Any) -> None:
+    if is_gated_mlp(module):
+        base = wrap_mlp(module).dense()
+        for part, weight in (("gate_proj", base.gate), ("up_proj", base.up), ("down_proj", base.down)):
+            check_rows(weight, f"{name}.{part}")
+    else:
+        check_rows(dense_weight(module), name)
+
+
+def experts_by_name(model: nn.Module, config: GraphMoEConfig) -> dict[str, int]:
+    """Decoder layer name -> n, for a ``num_experts`` that differs by layer; empty if it is one number.
+
+    Raises:
+        ValueError: the list or pattern does not fit the model's number of decoder layers.
+    """
+    if isinstance(config.num_experts, int):
+        return {}
+    layers = decoder_layers(model)
+    counts = config.experts_by_layer(len(layers))
+    return {layer.name: n for layer, n in zip(layers, counts, strict=True)}
+
+
 def _has_attention(layer: nn.Module) -> bool:
     return any(map(_is_attention, layer.children()))
 
@@ -150,7 +210,7 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def _decoder_layer(name: str, layer: nn.Module) -> DecoderLayer:
-    found = DecoderLayer([], [], [])
+    found = DecoderLayer(name, [], [], [])
     for child_name, child in layer.named_children():
         full = f"{name}.{child_name}"
         if _is_attention(child):

@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from graphmoe_model.base_mlp import is_gated_mlp
 from graphmoe_model.checkpoints import check_adapter_state
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.ffn import NOT_MERGEABLE, FusedGraphMoEFFN
+from graphmoe_model.ffn import FusedGraphMoEFFN
+from graphmoe_model.layer import NOT_MERGEABLE, RoutedLayer
+from graphmoe_model.linear import RoutedLoRALinear
 from graphmoe_model.router_loss import attach_router_loss, detach_router_loss
-from graphmoe_model.targets import check_targets, default_targets, walk
+from graphmoe_model.targets import check_selected, check_targets, default_targets, experts_by_name, walk
 
 # Every path component that an adapter's own parameters have below its name.
 ADAPTER_COMPONENTS = frozenset(
     [
         *("lora_graphmoe", "router", "experts", "gate_proj", "up_proj", "down_proj", "A", "B", "weight", "bias"),
         *("gru", "update_gate", "reset_gate", "candidate", "output_proj", "lora_A", "lora_B"),
+        *("magnitude", "lora_magnitude_vector"),
     ]
 )
 
@@ -37,7 +40,7 @@ class GraphMoEModel(LoraModel):
     """
 
     prefix = "lora_"
-    tuner_layer_cls: Any = (LoraLayer, FusedGraphMoEFFN)  # PEFT only ever passes it to isinstance
+    tuner_layer_cls: Any = (LoraLayer, RoutedLayer)  # PEFT only ever passes it to isinstance
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)  # type: ignore[arg-type]
@@ -67,6 +70,7 @@ class GraphMoEModel(LoraModel):
             peft_config.target_modules = targets
         else:
             check_targets(self.model, peft_config)
+        check_selected(self.model, peft_config)
         return peft_config
 
     def _create_and_replace(  # type: ignore[override]  # LoraModel's differs from BaseTuner's
@@ -80,7 +84,9 @@ class GraphMoEModel(LoraModel):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        if not isinstance(target, FusedGraphMoEFFN) and not is_gated_mlp(target):
+        assert isinstance(lora_config, GraphMoEConfig)
+        is_mlp = isinstance(target, FusedGraphMoEFFN) or is_gated_mlp(target)
+        if not is_mlp and lora_config.base_method.attention == "lora":
             super()._create_and_replace(
                 lora_config,
                 adapter_name,
@@ -91,16 +97,32 @@ class GraphMoEModel(LoraModel):
                 parameter_name=parameter_name,
             )
             return
-        assert isinstance(lora_config, GraphMoEConfig)
-        r = _by_pattern(lora_config.rank_pattern, current_key, lora_config.r)
-        alpha = _by_pattern(lora_config.alpha_pattern, current_key, lora_config.lora_alpha)
-        if isinstance(target, FusedGraphMoEFFN):
-            target.update_layer(adapter_name, lora_config, r=r, lora_alpha=alpha)
+        settings = {
+            "r": _by_pattern(lora_config.rank_pattern, current_key, lora_config.r),
+            "lora_alpha": _by_pattern(lora_config.alpha_pattern, current_key, lora_config.lora_alpha),
+            "num_experts": self._num_experts(lora_config, current_key),
+        }
+        if isinstance(target, FusedGraphMoEFFN | RoutedLoRALinear):
+            target.update_layer(adapter_name, lora_config, **settings)
             return
-        ffn = FusedGraphMoEFFN(target, lora_config, adapter_name, r=r, lora_alpha=alpha)
+        layer: RoutedLayer
+        try:
+            if is_mlp:
+                layer = FusedGraphMoEFFN(target, lora_config, adapter_name, **settings)
+            else:
+                layer = RoutedLoRALinear(target, lora_config, adapter_name, **settings)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{current_key}: {error}") from error
         if adapter_name not in self.active_adapters:
-            ffn.requires_grad_(False)  # a further adapter is not trainable until it is made active
-        self._replace_module(parent, target_name, ffn, target)
+            layer.requires_grad_(False)  # a further adapter is not trainable until it is made active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _num_experts(self, config: GraphMoEConfig, name: str) -> int | None:
+        """n of the decoder layer that a module is in, where it differs by layer."""
+        for layer, count in experts_by_name(self.model, config).items():
+            if name.startswith(f"{layer}."):
+                return count
+        return None
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter the active one; ``ValueError`` for more than one."""

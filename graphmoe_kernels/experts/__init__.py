@@ -12,6 +12,9 @@ from graphmoe_kernels.experts.op import expert_swiglu_op
 from graphmoe_kernels.experts.operands import Inputs, Settings
 from graphmoe_kernels.launching import SMALLEST_TILE
 
+# Tensors that the implementations take as they are: routing weights, and vectors whose distance from 1 matters.
+OWN_DTYPE = ("weights", "experts", "gate_scale", "up_scale")
+
 
 def expert_swiglu(
     gate: Tensor,
@@ -31,6 +34,8 @@ def expert_swiglu(
     low_update: Tensor | None = None,
     gate_scale: Tensor | None = None,
     up_scale: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
     order: Tensor | None = None,
@@ -39,10 +44,10 @@ def expert_swiglu(
 ) -> tuple[Tensor, Tensor]:
     """c = sum_j w_j act(g_j) * u_j and z = sum_j w_j A_D,e_j (act(g_j) * u_j) over a token's k slots.
 
-    g_j = m_G,e_j * (``gate`` + ``state`` ``fold_gate``^T + s B_G,e_j a_G,e_j), u_j likewise: the experts of MixLoRA,
-    with their outputs combined before the (linear, shared) down projection. The caller gets y = W_D c + s B_D z. A
-    method whose experts are mixed inside each linear (LoRAMoE, MoLA) is one expert of rank n*r with its gates
-    multiplied into the low-rank activations.
+    g_j = m_G,e_j * (``gate`` + ``state`` ``fold_gate``^T + s B_G,e_j a_G,e_j) + b_G, u_j likewise: the experts of
+    MixLoRA, with their outputs combined before the (linear, shared) down projection. The caller gets y = W_D c + s B_D
+    z. Experts that are mixed inside each linear are one expert of rank n*r, with the mixing weights multiplied into its
+    low-rank activations.
 
     Args:
         gate, up: [N, F], the frozen projections' output.
@@ -55,7 +60,9 @@ def expert_swiglu(
         activation: a name of `graphmoe_kernels.ACTIVATIONS`.
         state, fold_gate, fold_up: [N, G], [F, G], [F, G]: the later rounds' update of the pre-activation; all or none.
         low_update: [N, 2nr], what a later round adds to ``low``, or None.
-        gate_scale, up_scale: [n, F], the experts' scale vectors m (DoRA's magnitude over norm); both or none.
+        gate_scale, up_scale: [n, F], the experts' scale vectors m (DoRA's magnitude over norm), in any float dtype;
+            both or none.
+        gate_bias, up_bias: [F], b, constants that no scale vector multiplies; both or none.
         dropout, seed: LoRA dropout on the input of ``down_A``; the seed (one int64, where ``gate`` is) names the mask
             (`graphmoe_kernels.experts.dropout`), so that backward and a recomputation draw the same one.
         order: [N] int32, a permutation of the tokens in which neighbours share experts (`expert_order`). It changes
@@ -66,13 +73,14 @@ def expert_swiglu(
             power of two, at least 16) up to 256.
 
     Returns:
-        c [N, F] and z [N, n*r] in the dtype of ``gate``. Parameters of another float dtype are cast to it. Row strides
-        of activations are free; all else is made contiguous.
+        c [N, F] and z [N, n*r] in the dtype of ``gate``. Parameters of another float dtype are cast to it, all but the
+        scale vectors. Row strides of activations are free; all else is made contiguous.
 
     Raises:
         TypeError: a floating tensor that is not, or integer ids that are not.
         ValueError: shapes that do not belong together, tensors on several devices, dropout outside [0, 1) or without
-            a seed, a state without its folds, one scale vector, an unknown activation, a backend that cannot run this.
+            a seed, a state without its folds, one scale vector or bias, a bias that wants a gradient, an unknown
+            activation, a backend that cannot run this.
     """
     get_activation(activation)
     if not 0 <= dropout < 1:
@@ -83,6 +91,8 @@ def expert_swiglu(
         raise ValueError("state, fold_gate and fold_up belong together: pass all three or none")
     if (gate_scale is None) != (up_scale is None):
         raise ValueError("gate_scale and up_scale belong together: pass both or none")
+    if (gate_bias is None) != (up_bias is None):
+        raise ValueError("gate_bias and up_bias belong together: pass both or none (zeros where there is none)")
     inputs = Inputs(
         gate,
         up,
@@ -100,14 +110,18 @@ def expert_swiglu(
         experts,
     )
     _check_shapes(inputs)
+    _check_biases(gate, gate_bias, up_bias)
     _check_extras(gate, seed, order, tickets)
     resolved = resolve_backend(backend, "gate", gate)
     if resolved == "triton":
         launch.check_supported(inputs, activation)
 
-    settings = Settings(float(scale), activation, float(dropout), seed if dropout > 0 else None, order, tickets)
+    if gate_bias is not None and up_bias is not None:
+        gate_bias, up_bias = gate_bias.to(gate.dtype), up_bias.to(gate.dtype)
+    drawn = seed if dropout > 0 else None
+    settings = Settings(float(scale), activation, float(dropout), gate_bias, up_bias, drawn, order, tickets)
     with without_autocast(gate):
-        inputs = inputs.map(lambda name, x: x if name in ("weights", "experts") else x.to(gate.dtype))
+        inputs = inputs.map(lambda name, x: x if name in OWN_DTYPE else x.to(gate.dtype))
         if resolved == "reference":
             return reference.expert_swiglu(inputs, settings)
         return expert_swiglu_op(*inputs, *settings, resolved)
@@ -143,6 +157,19 @@ def _check_shapes(inputs: Inputs) -> None:
             raise TypeError(f"{name} has dtype {tensor.dtype}; experts are integers, all else is floating point")
     if not 1 <= k <= n:
         raise ValueError(f"each token needs 1..{n} experts (there are {n}), got k={k}")
+
+
+def _check_biases(gate: Tensor, *biases: Tensor | None) -> None:
+    width = gate.shape[1]
+    for name, bias in zip(("gate_bias", "up_bias"), biases, strict=True):
+        if bias is None:
+            continue
+        if bias.shape != (width,) or not bias.is_floating_point():
+            raise ValueError(f"{name} must be floating point [{width}], got {bias.dtype} {list(bias.shape)}")
+        if bias.device != gate.device:
+            raise ValueError(f"{name} is on {bias.device}, gate on {gate.device}; put them on one device")
+        if bias.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} is a constant of this operator and gets no gradient; pass it detached")
 
 
 def _check_extras(gate: Tensor, seed: Tensor | None, order: Tensor | None, tickets: Tensor | None) -> None:

@@ -20,10 +20,10 @@ DTYPES = {"half": ("bf16", "fp16"), "float": ("fp32",)}
 # Arguments of the activations' dtype; all other pointers are fp32 sums or indices.
 IN_DTYPE = (
     *("gate", "up", "state", "fold_gate", "fold_up", "low", "low_update", "gate_B", "up_B", "down_A"),
-    *("gate_scale", "up_scale", "c", "z", "d_c", "d_z", "d_gate", "d_up", "d_low"),
+    *("gate_bias", "up_bias", "c", "z", "d_c", "d_z", "d_gate", "d_up", "d_low"),
 )
 FP32 = (
-    *("weights", "partial", "partial_gate", "partial_up", "partial_weights", "d_weights"),
+    *("weights", "gate_scale", "up_scale", "partial", "partial_gate", "partial_up", "partial_weights", "d_weights"),
     *("d_gate_B", "d_up_B", "d_down_A", "d_gate_scale", "d_up_scale"),
 )
 INTEGERS = {"experts": "*i32", "order": "*i32", "present": "*i32", "tickets": "*i32", "seed": "*i64"}
@@ -38,6 +38,7 @@ class Variant(NamedTuple):
     later: bool = True
     dropout: bool = False
     scales: bool = False
+    biases: bool = False
     order: bool = True
     slots: int = 2
     rank: int = 16
@@ -46,6 +47,7 @@ class Variant(NamedTuple):
         """Pointers that a launch of this variant passes None for."""
         found = [] if self.later else ["state", "fold_gate", "fold_up", "low_update"]
         found += [] if self.scales else ["gate_scale", "up_scale", "d_gate_scale", "d_up_scale"]
+        found += [] if self.biases else ["gate_bias", "up_bias"]
         return found + ([] if self.dropout else ["seed"]) + ([] if self.order else ["order"])
 
 
@@ -54,7 +56,8 @@ VARIANTS = {
         Variant("first round", later=False),
         Variant("later round"),
         Variant("later round, dropout", dropout=True),
-        Variant("scale vectors", later=False, scales=True),
+        Variant("scale vectors and biases", later=False, scales=True, biases=True),
+        Variant("scale vectors, later round", scales=True),
     ),
     "skinny": (
         Variant("first round", later=False, order=False),
@@ -97,6 +100,7 @@ def _case(kernel: str, size: str, dtype: str, variant: Variant, config: dict[str
         "HAS_STATE": variant.later,
         "HAS_UPDATE": variant.later and not variant.dropout,
         "HAS_SCALE": variant.scales,
+        "HAS_BIAS": variant.biases,
         "HAS_ORDER": variant.order,
         "DROPOUT": variant.dropout,
         **blocks,

@@ -73,7 +73,8 @@ def check_supported(inputs: Inputs, activation: str) -> None:
     if size.columns > MAX_COLUMNS:
         raise ValueError(
             f"k={size.slots} experts a token of rank {size.rank} (padded to {size.rank_padded}) need {size.columns} "
-            f"columns, and the Triton kernels hold up to {MAX_COLUMNS}; lower top_k or r, or use backend='torch'"
+            f"columns, and the Triton kernels hold up to {MAX_COLUMNS} (experts that are mixed inside each linear "
+            "count as one expert of rank n*r); lower top_k or r, or use backend='torch'"
         )
     inner = 0 if inputs.state is None else inputs.state.shape[1]
     if size.width * max(inner, size.rank) >= 2**31:
@@ -131,6 +132,8 @@ def prepare(inputs: Inputs, settings: Settings) -> Call:
     dropping = settings.dropout > 0 and settings.seed is not None
     arguments = {
         **inputs._asdict(),
+        "gate_bias": None if settings.gate_bias is None else settings.gate_bias.contiguous(),
+        "up_bias": None if settings.up_bias is None else settings.up_bias.contiguous(),
         "order": settings.order,
         "seed": settings.seed if dropping else None,
         "tokens": size.tokens,
@@ -153,6 +156,7 @@ def prepare(inputs: Inputs, settings: Settings) -> Call:
         "HAS_STATE": state is not None,
         "HAS_UPDATE": low_update is not None,
         "HAS_SCALE": inputs.gate_scale is not None,
+        "HAS_BIAS": settings.gate_bias is not None,
         "HAS_ORDER": settings.order is not None,
         "DROPOUT": dropping,
     }

@@ -15,7 +15,10 @@ from graphmoe_kernels.experts import launch, pytorch
 from graphmoe_kernels.experts.operands import FLOATING, OPTIONAL, Inputs, Settings
 
 _TENSORS = ", ".join(f"Tensor{'?' if name in OPTIONAL else ''} {name}" for name in Inputs._fields)
-_SETTINGS = "float scale, str activation, float dropout, Tensor? seed, Tensor? order, Tensor? tickets"
+_SETTINGS = (
+    "float scale, str activation, float dropout, Tensor? gate_bias, Tensor? up_bias, Tensor? seed, Tensor? order, "
+    "Tensor? tickets"
+)
 _COUNT = len(Inputs._fields)
 _FLOATING = len(FLOATING)  # they come first
 
@@ -66,16 +69,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *rest, ctx.backend = inputs
     settings = Settings(*rest[_COUNT:])
     ctx.plain = settings.scale, settings.activation, settings.dropout
-    ctx.save_for_backward(*rest[:_COUNT], settings.seed, settings.order)
+    ctx.save_for_backward(*rest[:_COUNT], settings.gate_bias, settings.up_bias, settings.seed, settings.order)
 
 
 def _backward(ctx: Any, grad_c: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, seed, order = ctx.saved_tensors
+    *tensors, gate_bias, up_bias, seed, order = ctx.saved_tensors
     needed = [asked and x is not None for asked, x in zip(ctx.needs_input_grad, tensors[:_FLOATING], strict=False)]
-    found = iter(
-        expert_swiglu_backward_op(grad_c, grad_z, *tensors, *ctx.plain, seed, order, None, ctx.backend, needed)
-    )
-    return *(next(found) if asked else None for asked in needed), *(None,) * 8
+    settings = (*ctx.plain, gate_bias, up_bias, seed, order, None)
+    found = iter(expert_swiglu_backward_op(grad_c, grad_z, *tensors, *settings, ctx.backend, needed))
+    without = (None,) * (1 + len(settings) + 1)  # experts, the settings, the backend
+    return *(next(found) if asked else None for asked in needed), *without
 
 
 expert_swiglu_op.register_autograd(_backward, setup_context=_setup_context)

@@ -48,16 +48,25 @@ class Inputs(NamedTuple):
 class Settings(NamedTuple):
     """The operator's arguments that carry no gradient.
 
-    ``order`` and ``tickets`` are for the Triton kernels: a permutation of the tokens that puts like experts together,
-    and zeroed counters, one for 16 tokens.
+    ``gate_bias`` and ``up_bias`` [F] are there together or not at all. ``order`` and ``tickets`` are for the Triton
+    kernels: a permutation of the tokens that puts like experts together, and zeroed counters, one for 16 tokens.
     """
 
     scale: float
     activation: str
     dropout: float
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
     seed: Tensor | None = None
     order: Tensor | None = None
     tickets: Tensor | None = None
+
+    @property
+    def biases(self) -> tuple[Tensor, Tensor] | None:
+        """gate_bias and up_bias."""
+        if self.gate_bias is None or self.up_bias is None:
+            return None
+        return self.gate_bias, self.up_bias
 
 
 OPTIONAL = ("state", "fold_gate", "fold_up", "low_update", "gate_scale", "up_scale")

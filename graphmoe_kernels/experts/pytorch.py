@@ -71,6 +71,7 @@ class Block:
         position: [b, k], where a token's slots stand among the sorted pairs.
         rows: one `Rows` for every expert that somebody chose.
         weights: [p, 1], each sorted pair's routing weight.
+        biases: gate_bias and up_bias [F], or None.
         mask: [b * k, F] dropout mask in token order, or None.
     """
 
@@ -86,6 +87,7 @@ class Block:
         stops = itertools.accumulate(counts)
         self.rows = [Rows(e, slice(stop - m, stop)) for e, (m, stop) in enumerate(zip(counts, stops, strict=True)) if m]
         self.weights = inputs.weights[tokens].reshape(-1, 1)[self.order].to(self.dtype)
+        self.biases = None if settings.biases is None else [b.to(self.dtype) for b in settings.biases]
         self.mask: Tensor | None = None
         if settings.dropout > 0 and settings.seed is not None:
             seed = settings.seed.to(flat.device)
@@ -120,11 +122,14 @@ class Block:
         return PreActivation(g, u, low_gate, low_up)
 
     def scaled(self, pre: PreActivation, rows: Rows) -> tuple[Tensor, Tensor]:
-        """g and u times their expert's scale vectors."""
-        if self.inputs.scales is None:
-            return pre.g, pre.u
-        gate_scale, up_scale = self.inputs.scales
-        return pre.g * gate_scale[rows.expert], pre.u * up_scale[rows.expert]
+        """g and u times their expert's scale vectors, and the biases."""
+        g, u = pre.g, pre.u
+        if self.inputs.scales is not None:
+            gate_scale, up_scale = self.inputs.scales
+            g, u = g * gate_scale[rows.expert].to(self.dtype), u * up_scale[rows.expert].to(self.dtype)
+        if self.biases is not None:
+            g, u = g + self.biases[0], u + self.biases[1]
+        return g, u
 
     def drop(self, x: Tensor, rows: Rows) -> Tensor:
         """x [m, F] with the rows' dropout mask on it; x itself without dropout."""
@@ -215,7 +220,7 @@ def _block_backward(
         if inputs.scales is not None and grads.scales is not None:
             for d, x, vector, d_vector in zip((d_gate, d_up), pre[:2], inputs.scales, grads.scales, strict=True):
                 d_vector[e].add_(torch.linalg.vecdot(d[span], x, dim=0))
-                d[span].mul_(vector[e])
+                d[span].mul_(vector[e].to(d.dtype))
         for d, B, d_B, low, up in (
             (d_gate[span], inputs.gate_B, grads.gate_B, pre.low_gate, False),
             (d_up[span], inputs.up_B, grads.up_B, pre.low_up, True),

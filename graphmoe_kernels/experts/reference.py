@@ -40,7 +40,9 @@ def expert_swiglu(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
         g = gate + s * torch.einsum("nfr,nr->nf", inputs.gate_B[e], low_gate[rows, e])
         u = up + s * torch.einsum("nfr,nr->nf", inputs.up_B[e], low_up[rows, e])
         if inputs.scales is not None:
-            g, u = g * inputs.scales[0][e], u * inputs.scales[1][e]
+            g, u = (g * inputs.scales[0][e]).to(g.dtype), (u * inputs.scales[1][e]).to(u.dtype)  # scales may be wider
+        if settings.biases is not None:
+            g, u = g + settings.biases[0], u + settings.biases[1]
         hidden = act(g) * u  # [N, F]
         c = c + w * hidden
         dropped = hidden if mask is None else hidden * mask[:, slot].to(hidden.dtype)

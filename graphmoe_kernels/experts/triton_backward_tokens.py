@@ -20,14 +20,14 @@ from graphmoe_kernels.experts.triton_tile import (
 
 @triton.jit(do_not_specialize=["tokens", "threshold", "splits"])
 def backward_tokens_kernel(
-    gate, up, state, fold_gate, fold_up, low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, weights,
-    experts, order, seed, d_c, d_z, d_gate, d_up, d_low, d_weights, partial_gate, partial_up, partial_weights,
-    present, tickets, tokens, width, inner, num_experts, stride_gate, stride_up, stride_state, stride_low,
-    stride_update, scale, threshold, kept, split_width, splits,
+    gate, up, state, fold_gate, fold_up, low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, gate_bias,
+    up_bias, weights, experts, order, seed, d_c, d_z, d_gate, d_up, d_low, d_weights, partial_gate, partial_up,
+    partial_weights, present, tickets, tokens, width, inner, num_experts, stride_gate, stride_up, stride_state,
+    stride_low, stride_update, scale, threshold, kept, split_width, splits,
     SLOTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
     SLOTS_PADDED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_STATE: tl.constexpr, HAS_UPDATE: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Program (tile of tokens, split of F), as in the forward kernel.
 
@@ -64,9 +64,10 @@ def backward_tokens_kernel(
                 chosen = next_expert(ids, chosen, num_experts)
                 d_g, d_u, _, _, _, d_weight = slot_gradient(
                     g_parts[part], u_parts[part], tl.load(d_c + at, mask=inside, other=0.0).to(tl.float32), d_z,
-                    low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, weights, listed, ids, chosen, token,
-                    live, f, f1, width, num_experts, stride_low, stride_update, seed, scale, threshold, kept, SLOTS,
-                    SLOTS_PADDED, RANK, RANK_PADDED, ACTIVATION, HAS_UPDATE, HAS_SCALE, DROPOUT, PART,
+                    low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, gate_bias, up_bias, weights, listed,
+                    ids, chosen, token, live, f, f1, width, num_experts, stride_low, stride_update, seed, scale,
+                    threshold, kept, SLOTS, SLOTS_PADDED, RANK, RANK_PADDED, ACTIVATION, HAS_UPDATE, HAS_SCALE,
+                    HAS_BIAS, DROPOUT, PART,
                 )
                 weight_rows += tl.where(ids == chosen[:, None], d_weight[:, None], 0.0)
                 if HAS_SCALE:

@@ -60,14 +60,14 @@ def add_slot(
 
 @triton.jit(do_not_specialize=["tokens", "threshold", "split_tiles"])
 def backward_weights_kernel(
-    gate, up, state, fold_gate, fold_up, low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, weights,
-    experts, order, seed, d_c, d_z, d_gate_B, d_up_B, d_down_A, d_gate_scale, d_up_scale, present, tokens, width,
-    inner, num_experts, stride_gate, stride_up, stride_state, stride_low, stride_update, scale, threshold, kept,
-    split_tiles,
+    gate, up, state, fold_gate, fold_up, low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, gate_bias,
+    up_bias, weights, experts, order, seed, d_c, d_z, d_gate_B, d_up_B, d_down_A, d_gate_scale, d_up_scale, present,
+    tokens, width, inner, num_experts, stride_gate, stride_up, stride_state, stride_low, stride_update, scale,
+    threshold, kept, split_tiles,
     SLOTS: tl.constexpr, SLOTS_PADDED: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_STATE: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_ORDER: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Program (columns of F, split of the tokens' tiles).
 
@@ -99,10 +99,11 @@ def backward_weights_kernel(
                 chosen = next_expert(ids, chosen, num_experts)
                 d_g, d_u, g_pre, u_pre, read, _ = slot_gradient(
                     g_parts[part], u_parts[part],
-                    tl.load(d_c + token[:, None] * width + f[None, :], mask=inside, other=0.0).to(tl.float32), d_z,
-                    low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, weights, listed, ids, chosen, token,
-                    live, f, f0, width, num_experts, stride_low, stride_update, seed, scale, threshold, kept, SLOTS,
-                    SLOTS_PADDED, RANK, RANK_PADDED, ACTIVATION, HAS_UPDATE, HAS_SCALE, DROPOUT, PART,
+                    tl.load(d_c + token[:, None] * width + f[None, :], mask=inside, other=0.0).to(tl.float32), d_z, low,
+                    low_update, gate_B, up_B, down_A, gate_scale, up_scale, gate_bias, up_bias, weights, listed, ids,
+                    chosen, token, live, f, f0, width, num_experts, stride_low, stride_update, seed, scale, threshold,
+                    kept, SLOTS, SLOTS_PADDED, RANK, RANK_PADDED, ACTIVATION, HAS_UPDATE, HAS_SCALE, HAS_BIAS, DROPOUT,
+                    PART,
                 )
                 if HAS_SCALE:
                     for i in range(tl.load(listed)):

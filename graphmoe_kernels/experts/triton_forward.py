@@ -13,7 +13,7 @@ from graphmoe_kernels.experts.triton_tile import (
     list_present,
     next_expert,
     row_experts,
-    scale_rows,
+    scale_and_shift,
     slot_pre_activation,
     slot_rows,
     tile_rows,
@@ -23,13 +23,13 @@ from graphmoe_kernels.triton_activations import activate
 
 @triton.jit(do_not_specialize=["tokens", "threshold", "splits"])
 def forward_kernel(
-    gate, up, state, fold_gate, fold_up, low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, weights,
-    experts, order, seed, c, z, partial, present, tickets, tokens, width, inner, num_experts, stride_gate,
-    stride_up, stride_state, stride_low, stride_update, scale, threshold, kept, split_width, splits,
+    gate, up, state, fold_gate, fold_up, low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, gate_bias,
+    up_bias, weights, experts, order, seed, c, z, partial, present, tickets, tokens, width, inner, num_experts,
+    stride_gate, stride_up, stride_state, stride_low, stride_update, scale, threshold, kept, split_width, splits,
     SLOTS: tl.constexpr, SLOTS_PADDED: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr,
     COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_STATE: tl.constexpr, HAS_UPDATE: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Program (tile of tokens, split of F). Shapes as in `graphmoe_kernels.expert_swiglu`.
 
@@ -62,10 +62,9 @@ def forward_kernel(
                     g_parts[part], u_parts[part], low, low_update, gate_B, up_B, listed, chosen, token, f, width,
                     num_experts, stride_low, stride_update, scale, HAS_UPDATE, RANK, RANK_PADDED,
                 )
-                if HAS_SCALE:
-                    s_gate, s_up = scale_rows(gate_scale, up_scale, chosen, f, width, num_experts)
-                    g *= s_gate
-                    u *= s_up
+                g, u = scale_and_shift(
+                    g, u, gate_scale, up_scale, gate_bias, up_bias, chosen, f, width, num_experts, HAS_SCALE, HAS_BIAS
+                )
                 w = expert_weights(weights, ids, chosen, token, live, num_experts, SLOTS, SLOTS_PADDED)
                 hidden = activate(g, ACTIVATION) * u * w[:, None]
                 mixed += hidden

@@ -10,7 +10,7 @@ from graphmoe_kernels.experts.triton_tile import (
     expert_weights,
     keep_mask,
     low_rank_rows,
-    scale_rows,
+    scale_and_shift,
     slot_pre_activation,
 )
 from graphmoe_kernels.triton_activations import activate, differentiate
@@ -18,10 +18,12 @@ from graphmoe_kernels.triton_activations import activate, differentiate
 
 @triton.jit
 def slot_gradient(
-    g_base, u_base, d_c, d_z, low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, weights, listed, ids,
-    chosen, token, live, f, f0, width, num_experts, stride_low, stride_update, seed, scale, threshold, kept,
+    g_base, u_base, d_c, d_z, low, low_update, gate_B, up_B, down_A, gate_scale, up_scale, gate_bias, up_bias, weights,
+    listed, ids, chosen, token, live, f, f0, width, num_experts, stride_low, stride_update, seed, scale, threshold,
+    kept,
     SLOTS: tl.constexpr, SLOTS_PADDED: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr,
-    ACTIVATION: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_SCALE: tl.constexpr, DROPOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
     """Recompute a slot and differentiate it.
@@ -34,11 +36,9 @@ def slot_gradient(
         g_base, u_base, low, low_update, gate_B, up_B, listed, chosen, token, f, width, num_experts, stride_low,
         stride_update, scale, HAS_UPDATE, RANK, RANK_PADDED,
     )
-    g, u = g_pre, u_pre
-    if HAS_SCALE:
-        s_gate, s_up = scale_rows(gate_scale, up_scale, chosen, f, width, num_experts)
-        g *= s_gate
-        u *= s_up
+    g, u = scale_and_shift(
+        g_pre, u_pre, gate_scale, up_scale, gate_bias, up_bias, chosen, f, width, num_experts, HAS_SCALE, HAS_BIAS
+    )
     active = activate(g, ACTIVATION)
     hidden = active * u
 

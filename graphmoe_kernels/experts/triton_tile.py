@@ -209,6 +209,22 @@ def scale_rows(gate_scale, up_scale, chosen, f, width, num_experts):
 
 
 @triton.jit
+def scale_and_shift(
+    g, u, gate_scale, up_scale, gate_bias, up_bias, chosen, f, width, num_experts, HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """g and u times their expert's scale vectors, and the biases [F]."""
+    if HAS_SCALE:
+        s_gate, s_up = scale_rows(gate_scale, up_scale, chosen, f, width, num_experts)
+        g *= s_gate
+        u *= s_up
+    if HAS_BIAS:
+        g += tl.load(gate_bias + f, mask=f < width, other=0.0).to(tl.float32)[None, :]
+        u += tl.load(up_bias + f, mask=f < width, other=0.0).to(tl.float32)[None, :]
+    return g, u
+
+
+@triton.jit
 def keep_mask(seed, token, chosen, f0, threshold, BLOCK_F: tl.constexpr):
     """Which entries of a slot's tile dropout keeps: [BLOCK_M, BLOCK_F], as `graphmoe_kernels.experts.dropout` says.
 

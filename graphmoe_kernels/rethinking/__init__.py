@@ -20,6 +20,7 @@ from graphmoe_kernels.rethinking.weights import (
     ExpertWeights,
     GRUWeights,
     LayerWeights,
+    LinearRouters,
     RethinkingOutput,
     RethinkingSpec,
 )
@@ -58,7 +59,7 @@ def rethink(
         ValueError: settings or shapes that make no sense together, x on another device (each message names them).
     """
     check_spec(spec, weights)
-    check_input(x, weights.router)
+    check_input(x, weights)
     if fold not in FOLD_MODES:
         raise ValueError(f"unknown fold {fold!r}; expected one of {', '.join(map(repr, FOLD_MODES))}")
     check_backend(backend)
@@ -87,18 +88,22 @@ def check_spec(spec: RethinkingSpec, weights: LayerWeights) -> None:
         )
     if spec.candidate_activation not in CANDIDATE_ACTIVATIONS:
         raise ValueError(f"unknown candidate_activation {spec.candidate_activation!r}; expected 'sigmoid' or 'tanh'")
+    experts = weights.experts.gate_A.shape[0]
+    if weights.router is None and experts != 1:
+        raise ValueError(f"{experts} experts need a router; without one there can be one expert")
     if not 0 <= spec.dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), got {spec.dropout}")
 
 
-def check_input(x: Tensor, router: Tensor) -> None:
-    """`TypeError` or `ValueError` for an x that is no batch of hidden states for this router [n, D]."""
+def check_input(x: Tensor, weights: LayerWeights) -> None:
+    """`TypeError` or `ValueError` for an x that is no batch of hidden states for this layer."""
+    hidden, device = weights.experts.gate_A.shape[2], weights.experts.gate_A.device
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if x.dim() != 2 or x.shape[1] != router.shape[1]:
-        raise ValueError(f"x must be [tokens, {router.shape[1]}], got {list(x.shape)}; flatten a batch first")
-    if x.device != router.device:
-        raise ValueError(f"x is on {x.device}, the router on {router.device}; put them on one device")
+    if x.dim() != 2 or x.shape[1] != hidden:
+        raise ValueError(f"x must be [tokens, {hidden}], got {list(x.shape)}; flatten a batch first")
+    if x.device != device:
+        raise ValueError(f"x is on {x.device}, the experts on {device}; put them on one device")
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -110,8 +115,9 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _break_even(weights: LayerWeights, spec: RethinkingSpec) -> float:
     assert weights.gru is not None
-    hidden, intermediate = weights.router.shape[1], weights.experts.gate_B.shape[1]
-    return fold_break_even(hidden, intermediate, padded(weights.gru.width), spec.rounds)
+    hidden, intermediate = weights.experts.gate_A.shape[2], weights.experts.gate_B.shape[1]
+    dora = weights.experts.magnitudes is not None
+    return fold_break_even(hidden, intermediate, padded(weights.gru.width), spec.rounds, dora)
 
 
 __all__ = [
@@ -125,6 +131,7 @@ __all__ = [
     "FoldSettings",
     "GRUWeights",
     "LayerWeights",
+    "LinearRouters",
     "RethinkingOutput",
     "RethinkingSpec",
     "build_fold",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, build_fold
+from graphmoe_kernels.rethinking.folding import FoldSettings, build_fold
 from graphmoe_kernels.rethinking.weights import LayerWeights
 
 Source = tuple[int, int, torch.dtype, torch.device, tuple[int, ...]]
@@ -29,8 +29,10 @@ _caches: weakref.WeakValueDictionary[int, FoldCache] = weakref.WeakValueDictiona
 def fold_sources(weights: LayerWeights) -> list[Tensor]:
     """Every tensor that a layer's fold is computed from."""
     found: list[Tensor | None] = list(weights.experts)
+    if weights.gru is not None or weights.experts.magnitudes is not None:
+        found += weights.base.sources()
     if weights.gru is not None:
-        found += [*weights.base.sources(), weights.router, *weights.gru]
+        found += [*weights.routers(), *weights.gru]
     return [t for t in found if t is not None]
 
 
@@ -65,15 +67,22 @@ class FoldCache:
 
     Args:
         weights: gives the layer's weights as they are at the time of the call.
+        sources: which of their tensors the fold is computed from.
+        build: computes it, as `build_fold` does; what it gives has ``tensors()``.
     """
 
-    def __init__(self, weights: Callable[[], LayerWeights]) -> None:
-        self.weights = weights
+    def __init__(
+        self,
+        weights: Callable[[], Any],
+        sources: Callable[[Any], list[Tensor]] = fold_sources,
+        build: Callable[..., Any] = build_fold,
+    ) -> None:
+        self.weights, self.sources, self.build = weights, sources, build
         self._start()
 
     def _start(self) -> None:
         _watch_optimizers()
-        self.fold: Fold | None = None
+        self.fold: Any = None
         self._key: tuple[FoldSettings, int, tuple[Source, ...]] | None = None
         self._held: list[Tensor] = []
         self._compiled = False
@@ -81,18 +90,18 @@ class FoldCache:
         _caches[serial] = self
         self.handle = torch.tensor(serial)  # a tensor, so that no compiled graph is specialised to one layer
 
-    def get(self, weights: LayerWeights, settings: FoldSettings) -> Fold:
+    def get(self, weights: Any, settings: FoldSettings) -> Any:
         """The fold of ``weights`` under ``settings``: the kept one if it is theirs, else a new one, then kept."""
-        sources = fold_sources(weights)
+        sources = self.sources(weights)
         if not torch.compiler.is_compiling():
             return self.refresh(sources, weights, settings)
         if self.fold is None:  # the first compiled call computes its fold in the graph; nothing vouches for it later
-            self.fold, self._compiled = build_fold(weights, settings, copy=True), True
+            self.fold, self._compiled = self.build(weights, settings, copy=True), True
             return self.fold
         refresh_fold(self.handle, self.fold.tensors(), sources, settings.scale, settings.candidate_input)
         return self.fold
 
-    def refresh(self, sources: list[Tensor], weights: LayerWeights, settings: FoldSettings) -> Fold:
+    def refresh(self, sources: list[Tensor], weights: Any, settings: FoldSettings) -> Any:
         """`get` outside of a compiled graph. Tensors of the right size are written in place and keep their address."""
         key = (settings, _optimizer_steps, fingerprint(sources))
         if self.fold is not None and key == self._key:
@@ -103,8 +112,8 @@ class FoldCache:
                 "layer once in evaluation mode, with the weights it is to have, before capturing it"
             )
         with torch.inference_mode(False), torch.no_grad():
-            fold = build_fold(weights, settings, copy=True)
-            if self.fold is not None and _alike(self.fold, fold):
+            fold = self.build(weights, settings, copy=True)
+            if self.fold is not None and _alike(self.fold.tensors(), fold.tensors()):
                 for kept, new in zip(self.fold.tensors(), fold.tensors(), strict=True):
                     kept.copy_(new)
             else:
@@ -123,16 +132,16 @@ class FoldCache:
             self.fold = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"weights": self.weights}
+        return {"weights": self.weights, "sources": self.sources, "build": self.build}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.weights = state["weights"]
+        self.weights, self.sources, self.build = state["weights"], state["sources"], state["build"]
         self._start()
 
 
-def _alike(kept: Fold, new: Fold) -> bool:
-    def layout(fold: Fold) -> list[tuple[torch.Size, torch.dtype, torch.device] | None]:
-        return [t if t is None else (t.shape, t.dtype, t.device) for t in (*fold.experts, *(fold.later or ()))]
+def _alike(kept: list[Tensor], new: list[Tensor]) -> bool:
+    def layout(tensors: list[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
+        return [(t.shape, t.dtype, t.device) for t in tensors]
 
     return layout(kept) == layout(new)
 

@@ -12,8 +12,14 @@ from graphmoe_kernels.gru import gru_step
 from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking import rounds
 from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, RoundsFold, build_fold
+from graphmoe_kernels.rethinking.round_routing import (
+    RoundRouting,
+    RoundSettings,
+    mixed_weight,
+    route,
+    token_order,
+)
 from graphmoe_kernels.rethinking.weights import LayerWeights, RethinkingOutput, RethinkingSpec
-from graphmoe_kernels.routing import Routing
 
 
 def rethink_folded(
@@ -28,32 +34,36 @@ def rethink_folded(
 
     Without a ``fold`` it is built here, inside the autograd graph.
     """
-    base = weights.base
-    routing = rounds.route(x, weights.router, spec, token_mask, backend)  # before the cast: autocast would lower it
+    base, down_router = weights.base, weights.down_router
+    mixed, settings = down_router is not None, RoundSettings(spec, token_mask, backend)
+    # Before the cast to the projections' dtype: autocast would lower the router's input.
+    first = routing = route(x, weights.input_router(), mixed, settings)
     gate, up = rounds.project_in(base, x)  # [N, F] each, read by every round
     x = x.to(gate.dtype)
     if fold is None:
         fold = build_fold(weights, FoldSettings(gate.dtype, spec.scale, spec.candidate_input))
-    experts, order = fold.experts, rounds.token_order(routing, gate, backend)
+    experts, settings = fold.experts, settings._replace(order=token_order(routing, gate, backend))
+    gate, up = rounds.without_bias(gate, up, experts)
 
     low = rounds.project_low(x, experts, spec)  # [N, 2nr]
-    c, z = rounds.expert_round(gate, up, low, experts, routing, spec, backend, order)
-    routings, state = [routing], None
+    out = rounds.expert_round(rounds.RoundInputs(gate, up, low), experts, routing, down_router, settings)
+    routings, state = [out.routings], None
     for _ in range(1, spec.rounds):
-        assert fold.later is not None
+        later = fold.later
+        assert later is not None
         with named_range("gru"):
-            state = _think(c, z, x, state, routing, spec, fold.later, backend)
-        del c  # before the next one is made: the widest tensor of a round
+            reads = _gru_inputs(out, x, state, routing, weights, fold, spec)
+            state = _think(reads, state, later, spec, backend)
+        del out  # before the next one is made: the widest tensor of a round
         total = state.total
-        routing = rounds.route(total, fold.later.router, spec, token_mask, backend, offset=routings[0].logits)
-        routings.append(routing)
+        routing = route(total, later.router, mixed, settings, before=first)
         low_t, low_update = low, state.low_update if spec.dropout == 0 else None
         if spec.dropout > 0:  # dropout(x_t) is not linear in x_t: form x_t, for A alone
-            x_t = x + F.linear(total, fold.later.output)
-            low_t = rounds.project_low(x_t, experts, spec)
-        update = (total, fold.later.gate, fold.later.up)
-        c, z = rounds.expert_round(gate, up, low_t, experts, routing, spec, backend, order, update, low_update)
-    return rounds.collect(rounds.output(base, c, z, experts.down_B, routing, spec), routings)
+            low_t = rounds.project_low(x + F.linear(total, later.output), experts, spec)
+        inputs = rounds.RoundInputs(gate, up, low_t, (total, later.gate, later.up), low_update)
+        out = rounds.expert_round(inputs, experts, routing, down_router, settings)
+        routings.append(out.routings)
+    return rounds.collect(rounds.output(base, out, experts, routing, spec), routings)
 
 
 class State(NamedTuple):
@@ -71,19 +81,10 @@ class State(NamedTuple):
     recurrent: Tensor
 
 
-def _think(
-    c: Tensor,
-    z: Tensor,
-    x: Tensor,
-    state: State | None,
-    routing: Routing,
-    spec: RethinkingSpec,
-    fold: RoundsFold,
-    backend: str,
-) -> State:
-    """One GRU step on a round's c and z, and the product that reads h and H for the round after it."""
+def _think(reads: Tensor, state: State | None, fold: RoundsFold, spec: RethinkingSpec, backend: str) -> State:
+    """One GRU step on what it ``reads`` [N, 3G'], and the product that reads h and H for the round after it."""
     pair = gru_step(
-        _gru_inputs(c, z, x, state, routing, spec, fold),
+        reads,
         None if state is None else state.recurrent,
         None if state is None else state.last,
         None if state is None else state.total,
@@ -99,16 +100,27 @@ def _think(
 
 
 def _gru_inputs(
-    c: Tensor, z: Tensor, x: Tensor, state: State | None, routing: Routing, spec: RethinkingSpec, fold: RoundsFold
+    out: rounds.RoundOutput,
+    x: Tensor,
+    state: State | None,
+    routing: RoundRouting,
+    weights: LayerWeights,
+    fold: Fold,
+    spec: RethinkingSpec,
 ) -> Tensor:
-    """The GRU's input [N, 3G'] from c and z, without a down projection."""
-    inputs = rounds.add_product(F.linear(c, fold.inputs), z, fold.inputs_low)
-    if fold.inputs_bias is not None:
-        mixed = rounds.mixed_weight(routing, spec, inputs.dtype)
-        inputs = inputs + (fold.inputs_bias if mixed is None else mixed * fold.inputs_bias)
-    if fold.candidate_x is None or fold.candidate_state is None:
+    """The GRU's input [N, 3G'] from a round's experts: without a down projection, unless DoRA scales what it gives."""
+    later = fold.later
+    assert later is not None
+    if later.inputs_low is None:
+        inputs = F.linear(rounds.output(weights.base, out, fold.experts, routing, spec), later.inputs)
+    else:
+        inputs = rounds.add_product(F.linear(out.c[0], later.inputs), out.z, later.inputs_low)
+    if later.inputs_bias is not None:
+        mixed = mixed_weight(routing, spec, inputs.dtype)
+        inputs = inputs + (later.inputs_bias if mixed is None else mixed * later.inputs_bias)
+    if later.candidate_x is None or later.candidate_state is None:
         return inputs
-    candidate = F.linear(x, fold.candidate_x)
+    candidate = F.linear(x, later.candidate_x)
     if state is not None:
-        candidate = rounds.add_product(candidate, state.total, fold.candidate_state)
+        candidate = rounds.add_product(candidate, state.total, later.candidate_state)
     return torch.cat([inputs, candidate], dim=1)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphmoe_kernels.rethinking.rounds import PreparedExperts, prepare_experts
+from graphmoe_kernels.rethinking.prepared import PreparedExperts, prepare_experts
 from graphmoe_kernels.rethinking.weights import GRUWeights, LayerWeights
 
 ALIGNMENT = 16
@@ -33,10 +33,11 @@ class RoundsFold(NamedTuple):
         gate, up: W_G W_g and W_U W_g (M of the design), [F, G'] each.
         reread: [2nr + 2G', 2G'], what a GRU step's h and H, side by side, are multiplied with: A W_g of all experts
             reads H, W_z over W_r reads h. One product instead of two, for a few zeros.
-        router: R W_g, [n, G'].
-        inputs: W^y W_D (Q), [3G', F]; with ``candidate_input="hidden_state"`` without its last third, [2G', F].
-        inputs_low: W^y s B_D, [3G' or 2G', n*r].
-        inputs_bias: W^y b_D, [3G' or 2G'], or None for an MLP whose down projection has no bias.
+        router: R W_g of the routers that read x: [n, G'], [2n, G'] where every linear has one, None without any.
+        inputs: W^y W_D (Q), [3G', F]; with ``candidate_input="hidden_state"`` without its last third, [2G', F]. With
+            DoRA, whose vectors stand between the two, W^y alone, [3G' or 2G', D].
+        inputs_low: W^y s B_D, [3G' or 2G', n*r], or None with DoRA.
+        inputs_bias: W^y b_D, [3G' or 2G'], or None with DoRA and for an MLP whose down projection has no bias.
         candidate_weight: the state's columns of W_o, [G', G']; candidate_bias: [G'].
         output: W_g, [D, G'].
         candidate_x, candidate_state: W_o^x [G', D] and W_o^x W_g [G', G'] with ``candidate_input="hidden_state"``.
@@ -45,9 +46,9 @@ class RoundsFold(NamedTuple):
     gate: Tensor
     up: Tensor
     reread: Tensor
-    router: Tensor
+    router: Tensor | None
     inputs: Tensor
-    inputs_low: Tensor
+    inputs_low: Tensor | None
     inputs_bias: Tensor | None
     candidate_weight: Tensor
     candidate_bias: Tensor
@@ -64,7 +65,7 @@ class Fold(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """Those that are there, in order."""
-        return [*self.experts, *(t for t in self.later or () if t is not None)]
+        return [t for t in (*self.experts, *(self.later or ())) if t is not None]
 
 
 def widen(gru: GRUWeights) -> GRUWeights:
@@ -101,8 +102,8 @@ def build_fold(weights: LayerWeights, settings: FoldSettings, copy: bool = False
     The sources may have other dtypes than the fold (fp32 adapters on a bf16 base). With ``copy`` no tensor of the fold
     shares memory with a source: a fold that is kept is written into later.
     """
-    with torch.autocast(weights.router.device.type, enabled=False):
-        experts = prepare_experts(weights.experts, settings.dtype, settings.scale, copy)
+    with torch.autocast(weights.experts.gate_A.device.type, enabled=False):
+        experts = prepare_experts(weights, settings.dtype, settings.scale, copy)
         if weights.gru is None:
             return Fold(experts, None)
         return Fold(experts, _fold_rounds(weights, weights.gru, experts, settings, copy))
@@ -111,7 +112,7 @@ def build_fold(weights: LayerWeights, settings: FoldSettings, copy: bool = False
 def _fold_rounds(
     weights: LayerWeights, gru: GRUWeights, experts: PreparedExperts, settings: FoldSettings, copy: bool
 ) -> RoundsFold:
-    base, router, dtype = weights.base.dense(), weights.router, settings.dtype
+    base, router, dtype = weights.base.dense(), weights.input_router(), settings.dtype
     gru = widen(gru)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     out = gru.output.to(dtype, copy=copy)  # [D, G']
@@ -123,16 +124,17 @@ def _fold_rounds(
         candidate_x = reads_x.to(dtype, copy=copy)
         candidate_state = candidate_x @ out
     columns = columns.to(dtype)
+    dora = experts.down_scale is not None
     reads_total = F.pad(experts.low_A @ out, (width, 0))  # [2nr, 2G']
     reads_last = F.pad(gru.recurrent_gates().to(dtype), (0, width))  # [2G', 2G']
     return RoundsFold(
         gate=base.gate.to(dtype) @ out,
         up=base.up.to(dtype) @ out,
         reread=torch.cat([reads_total, reads_last]),
-        router=router.to(exact) @ gru.output.to(exact),
-        inputs=columns @ base.down.to(dtype),
-        inputs_low=columns @ experts.down_B,
-        inputs_bias=None if base.down_bias is None else columns @ base.down_bias.to(dtype),
+        router=None if router is None else router.to(exact) @ gru.output.to(exact),
+        inputs=columns if dora else columns @ base.down.to(dtype),
+        inputs_low=None if dora else columns @ experts.down_B,
+        inputs_bias=None if dora or base.down_bias is None else columns @ base.down_bias.to(dtype),
         candidate_weight=gru.recurrent_candidate().to(dtype, copy=True),
         candidate_bias=gru.candidate_bias.clone() if copy else gru.candidate_bias,
         output=out,

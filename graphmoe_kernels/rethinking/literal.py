@@ -13,6 +13,8 @@ from torch import Tensor
 from graphmoe_kernels.gru import gru_step
 from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking import rounds
+from graphmoe_kernels.rethinking.prepared import prepare_experts
+from graphmoe_kernels.rethinking.round_routing import RoundSettings, route, token_order
 from graphmoe_kernels.rethinking.weights import GRUWeights, LayerWeights, RethinkingOutput, RethinkingSpec
 
 
@@ -20,19 +22,21 @@ def rethink_literal(
     x: Tensor, weights: LayerWeights, spec: RethinkingSpec, token_mask: Tensor | None = None, backend: str = "auto"
 ) -> RethinkingOutput:
     """y_T for x [N, D] by the literal loop; arguments as in `graphmoe_kernels.rethink`."""
-    base, router, _, gru = weights
+    base, gru, router, down_router = weights.base, weights.gru, weights.input_router(), weights.down_router
+    settings = RoundSettings(spec, token_mask, backend)
     experts, pair, routings = None, None, []
     for t in range(spec.rounds):
-        routing = rounds.route(x, router, spec, token_mask, backend)
-        routings.append(routing)
+        routing = route(x, router, down_router is not None, settings)
         gate, up = rounds.project_in(base, x)
         if experts is None:
             with named_range("experts"):
-                experts = rounds.prepare_experts(weights.experts, gate.dtype, spec.scale)
-            order = rounds.token_order(routing, gate, backend)
+                experts = prepare_experts(weights, gate.dtype, spec.scale)
+            settings = settings._replace(order=token_order(routing, gate, backend))
         low = rounds.project_low(x.to(gate.dtype), experts, spec)  # [N, 2nr]
-        c, z = rounds.expert_round(gate, up, low, experts, routing, spec, backend, order)
-        y = rounds.output(base, c, z, experts.down_B, routing, spec)
+        inputs = rounds.RoundInputs(*rounds.without_bias(gate, up, experts), low)
+        out = rounds.expert_round(inputs, experts, routing, down_router, settings)
+        routings.append(out.routings)
+        y = rounds.output(base, out, experts, routing, spec)
         if t == spec.rounds - 1:
             break
         assert gru is not None

@@ -1,7 +1,7 @@
 """Self-rethinking as GraphMoE's Algorithm 1 reads (Eq. 1 to 7): the oracle of everything else in this package.
 
-Nothing is folded, combined early or shared: every expert's adapted weights W + s B A are formed, every expert runs on
-every token, and the routing weights pick afterwards. Use it in fp64 to judge, never to run.
+Nothing is folded, combined early or shared: every expert's adapted weights W + s B A (or DoRA's) are formed, every
+expert runs on every token, and the routing weights pick afterwards. Use it in fp64 to judge, never to run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
-from graphmoe_kernels.rethinking.weights import LayerWeights, RethinkingSpec
+from graphmoe_kernels.rethinking.weights import LayerWeights, LinearRouters, RethinkingSpec
 
 
 def rethink_reference(x: Tensor, weights: LayerWeights, spec: RethinkingSpec) -> Tensor:
@@ -36,23 +36,51 @@ def rethink_reference(x: Tensor, weights: LayerWeights, spec: RethinkingSpec) ->
 
 
 def _mixture(x: Tensor, weights: LayerWeights, spec: RethinkingSpec) -> Tensor:
-    """sum_j w_j E_{e_j}(x), with the softmax in fp32 at least."""
+    """sum_i p_i E_i(x) by one router, or an MLP of linears that each mix their own experts by a router of their own."""
+    experts = range(weights.experts.gate_A.shape[0])
+    if isinstance(weights.router, LinearRouters):
+        gate = _mixed_linear(x, weights, spec, "gate", weights.router.gate)
+        up = _mixed_linear(x, weights, spec, "up", weights.router.up)
+        hidden = get_activation(spec.activation).function(gate) * up
+        return _mixed_linear(hidden, weights, spec, "down", weights.router.down)
+    if weights.router is None:
+        return _expert(x, weights, spec, 0)
+    mixing = _mixing(x, weights.router, spec)  # [N, n]
+    return torch.stack([mixing[:, i, None] * _expert(x, weights, spec, i) for i in experts]).sum(0)
+
+
+def _mixing(x: Tensor, router: Tensor, spec: RethinkingSpec) -> Tensor:
+    """Routing weights [N, n], zero outside the top k, with the softmax in fp32 at least."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    probabilities = torch.softmax(F.linear(x.to(dtype), weights.router.to(dtype)), dim=-1)  # [N, n]
+    probabilities = torch.softmax(F.linear(x.to(dtype), router.to(dtype)), dim=-1)
     values, chosen = torch.topk(probabilities, spec.top_k, dim=-1)
     if spec.normalize:
         values = values / values.sum(dim=-1, keepdim=True)
-    mixing = torch.zeros_like(probabilities).scatter(1, chosen, values).to(x.dtype)  # [N, n]
-    y = torch.zeros_like(x)
-    for i in range(probabilities.shape[1]):
-        y = y + mixing[:, i, None] * _expert(x, weights, spec, i)
-    return y
+    return torch.zeros_like(probabilities).scatter(1, chosen, values).to(x.dtype)
 
 
 def _expert(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, i: int) -> Tensor:
-    """E_i(x) = W~_D (act(W~_G x) * (W~_U x)) with W~ = W + s B_i A_i."""
+    """E_i(x) = W~_D (act(W~_G x) * (W~_U x))."""
+    gate, up = (_adapted_linear(x, weights, spec, name, i) for name in ("gate", "up"))
+    return _adapted_linear(get_activation(spec.activation).function(gate) * up, weights, spec, "down", i)
+
+
+def _mixed_linear(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, name: str, router: Tensor) -> Tensor:
+    """W x + b + sum_i p_i(x) (W~_i x - W x): plug-in experts of one linear."""
+    mixing = _mixing(x, router, spec)
+    plain = F.linear(x, getattr(weights.base.dense(), name), getattr(weights.base.dense(), f"{name}_bias"))
+    y = plain
+    for i in range(router.shape[0]):
+        y = y + mixing[:, i, None] * (_adapted_linear(x, weights, spec, name, i) - plain)
+    return y
+
+
+def _adapted_linear(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, name: str, i: int) -> Tensor:
+    """W~ x + b with W~ = W + s B_i A_i; with DoRA m_i * (W + s B_i A_i) / ||W + s B_i A_i||, row by row."""
     base, e = weights.base.dense(), weights.experts
-    gate = F.linear(x, base.gate + spec.scale * e.gate_B[i] @ e.gate_A[i], base.gate_bias)
-    up = F.linear(x, base.up + spec.scale * e.up_B[i] @ e.up_A[i], base.up_bias)
-    hidden = get_activation(spec.activation).function(gate) * up
-    return F.linear(hidden, base.down + spec.scale * e.down_B[i] @ e.down_A[i], base.down_bias)
+    adapted = getattr(base, name) + spec.scale * getattr(e, f"{name}_B")[i] @ getattr(e, f"{name}_A")[i]
+    magnitude = getattr(e, f"{name}_magnitude")
+    if magnitude is not None:
+        norm = torch.linalg.vector_norm(adapted.detach(), dim=1)
+        adapted = (magnitude[i] / norm)[:, None].to(adapted.dtype) * adapted
+    return F.linear(x, adapted, getattr(base, f"{name}_bias"))

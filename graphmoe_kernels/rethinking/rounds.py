@@ -1,4 +1,13 @@
-"""The steps that the literal and the folded recurrence share: routing, one round of experts, the output."""
+"""The steps that the literal and the folded recurrence share: one round of experts, and the output.
+
+Experts are chosen or mixed. Chosen experts are whole MLPs (one router, k slots a token, each slot one expert). Mixed
+experts belong to a linear, whose own router weighs them (two routers read x, one reads c): that is a single slot with
+one expert of rank n*r, whose low-rank activations are multiplied with the routing weights. Without a router there is
+one expert, chosen by all.
+
+DoRA multiplies what W and B give by a vector for every expert. Inside the operator where a slot has one expert; around
+it where it has a mixture, and around the base down projection, which then runs once a slot.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +17,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphmoe_kernels.backend import resolve_backend
+from graphmoe_kernels.dora import scaled_by
 from graphmoe_kernels.experts import expert_swiglu
-from graphmoe_kernels.launching import SKINNY_TOKENS
+from graphmoe_kernels.mixing import mixed_change, mixing_weights, weighted
 from graphmoe_kernels.ranges import named_range
-from graphmoe_kernels.rethinking.weights import BaseMLP, ExpertWeights, RethinkingOutput, RethinkingSpec
-from graphmoe_kernels.routing import Routing, expert_order, route_tokens
+from graphmoe_kernels.rethinking.prepared import PreparedExperts
+from graphmoe_kernels.rethinking.round_routing import (
+    RoundRouting,
+    RoundSettings,
+    mixed_weight,
+    route_one,
+)
+from graphmoe_kernels.rethinking.weights import BaseMLP, RethinkingOutput, RethinkingSpec
+from graphmoe_kernels.routing import Routing
 
 
-class PreparedExperts(NamedTuple):
-    """The experts as the operators take them, in the compute dtype.
+class RoundOutput(NamedTuple):
+    """A round's experts before the down projection.
 
     Attributes:
-        low_A: A of gate and up, all experts, [2nr, D]: one product gives what `expert_swiglu` calls ``low``.
-        gate_B, up_B: [n, F, r]; down_A: [n, r, F].
-        down_B: s B_D of all experts side by side, [D, n*r]: what an [N, n*r] activation is multiplied with.
+        c: what the base down projection reads, [N, F] each: all slots together, or with DoRA one by one.
+        z: [N, n*r], what B of the down projection reads.
+        down_changes: with DoRA one for each c: by how much more than once its base projection counts, [N, D]. Else ().
+        routings: of all routers, in the order of `LayerWeights.routers`.
     """
 
-    low_A: Tensor
-    gate_B: Tensor
-    up_B: Tensor
-    down_A: Tensor
-    down_B: Tensor
+    c: tuple[Tensor, ...]
+    z: Tensor
+    down_changes: tuple[Tensor, ...]
+    routings: tuple[Routing, ...]
 
 
-def prepare_experts(experts: ExpertWeights, dtype: torch.dtype, scale: float, copy: bool = False) -> PreparedExperts:
-    """Casts and joins the experts' weights, differentiably; with ``copy`` nothing is shared with them."""
-    low_A = torch.cat([experts.gate_A.flatten(0, 1), experts.up_A.flatten(0, 1)]).to(dtype)
-    gate_B, up_B, down_A = (t.to(dtype, copy=copy) for t in (experts.gate_B, experts.up_B, experts.down_A))
-    down_B = scale * experts.down_B.permute(1, 0, 2).flatten(1)
-    return PreparedExperts(low_A, gate_B, up_B, down_A, down_B.to(dtype))
+class RoundInputs(NamedTuple):
+    """What a round's experts read.
+
+    Attributes:
+        gate, up: [N, F], the base pre-activations (`without_bias`); those of round 1 in a folded round.
+        low: [N, 2nr], `project_low` of the same x.
+        update: H, M_gate and M_up of a folded round.
+        low_update: [N, 2nr], (A W_g) H of a folded round.
+    """
+
+    gate: Tensor
+    up: Tensor
+    low: Tensor
+    update: tuple[Tensor, Tensor, Tensor] | None = None
+    low_update: Tensor | None = None
 
 
 def draw_seed(spec: RethinkingSpec, device: torch.device) -> Tensor | None:
@@ -45,43 +70,19 @@ def draw_seed(spec: RethinkingSpec, device: torch.device) -> Tensor | None:
     return torch.randint(2**62, (1,), dtype=torch.int64, device=device) if spec.dropout > 0 else None
 
 
-def route(
-    x: Tensor,
-    router: Tensor,
-    spec: RethinkingSpec,
-    token_mask: Tensor | None,
-    backend: str,
-    offset: Tensor | None = None,
-) -> Routing:
-    """This round's routing of R x (plus ``offset``) under the layer's settings, in fp32 at least."""
-    with named_range("routing"):
-        return route_tokens(
-            x,
-            router,
-            spec.top_k,
-            offset=offset,
-            normalize=spec.normalize,
-            statistics=spec.statistics,
-            token_mask=token_mask,
-            backend=backend,
-        )
-
-
-def token_order(routing: Routing, gate: Tensor, backend: str) -> Tensor | None:
-    """An order of the tokens for the Triton kernels, or None where it gains nothing: elsewhere, and for few tokens.
-
-    The first round's serves all rounds. It never changes a result, and tokens mostly keep their experts.
-    """
-    if resolve_backend(backend, "gate", gate) != "triton" or gate.shape[0] <= SKINNY_TOKENS:
-        return None
-    with named_range("routing"):
-        return expert_order(routing.experts)
-
-
 def project_in(base: BaseMLP, x: Tensor) -> tuple[Tensor, Tensor]:
     """The frozen projections' gate and up pre-activations, [N, F] each."""
     with named_range("mlp"):
         return base.project_in(x)
+
+
+def without_bias(gate: Tensor, up: Tensor, experts: PreparedExperts) -> tuple[Tensor, Tensor]:
+    """What `expert_round` takes: with DoRA the products alone, as their biases come after its vectors."""
+    if experts.gate_bias is not None:
+        gate = gate - experts.gate_bias
+    if experts.up_bias is not None:
+        up = up - experts.up_bias
+    return gate, up
 
 
 def project_low(x: Tensor, experts: PreparedExperts, spec: RethinkingSpec) -> Tensor:
@@ -91,24 +92,92 @@ def project_low(x: Tensor, experts: PreparedExperts, spec: RethinkingSpec) -> Te
 
 
 def expert_round(
-    gate: Tensor,
-    up: Tensor,
-    low: Tensor,
+    inputs: RoundInputs,
     experts: PreparedExperts,
-    routing: Routing,
-    spec: RethinkingSpec,
-    backend: str,
-    order: Tensor | None = None,
-    update: tuple[Tensor, Tensor, Tensor] | None = None,
-    low_update: Tensor | None = None,
+    routing: RoundRouting,
+    down_router: Tensor | None,
+    settings: RoundSettings,
+) -> RoundOutput:
+    """One round of experts up to the down projection; ``down_router`` [n, F] is there for mixed experts."""
+    if down_router is not None:
+        return _mixed_round(inputs, experts, routing, down_router, settings)
+    if experts.down_scale is None:
+        c, z = _swiglu(inputs, experts, routing, settings)
+        return RoundOutput((c,), z, (), routing.routings)
+    return _round_by_slots(inputs, experts, routing, settings)
+
+
+def _round_by_slots(
+    inputs: RoundInputs, experts: PreparedExperts, routing: RoundRouting, settings: RoundSettings
+) -> RoundOutput:
+    """Chosen experts with DoRA: each slot's c apart, for its expert has its own vector after the down projection."""
+    assert experts.down_scale is not None
+    parts, changes, z = [], [], None
+    for slot in range(routing.experts.shape[1]):
+        own = slice(slot, slot + 1)
+        alone = routing._replace(weights=routing.weights[:, own], experts=routing.experts[:, own])
+        c, own_z = _swiglu(inputs, experts, alone, settings)
+        parts.append(c)
+        changes.append(F.embedding(alone.experts[:, 0].long(), experts.down_scale - 1).to(c.dtype))  # [N, D]
+        z = own_z if z is None else z + own_z
+    assert z is not None
+    return RoundOutput(tuple(parts), z, tuple(changes), routing.routings)
+
+
+def _mixed_round(
+    inputs: RoundInputs,
+    experts: PreparedExperts,
+    routing: RoundRouting,
+    down_router: Tensor,
+    settings: RoundSettings,
+) -> RoundOutput:
+    """Experts mixed inside each linear: the low-rank activations times the routing weights are one wide expert's."""
+    assert routing.mixing is not None
+    if inputs.low_update is not None:
+        inputs = inputs._replace(low=inputs.low + inputs.low_update, low_update=None)
+    with named_range("experts"):
+        inputs = inputs._replace(low=weighted(inputs.low, routing.mixing.flatten(1)))
+        if experts.gate_scale is not None and experts.up_scale is not None:
+            inputs = _mixed_dora(inputs, experts, routing.mixing, experts.gate_scale, experts.up_scale)
+    wide = experts._replace(gate_scale=None, up_scale=None, gate_bias=None, up_bias=None)
+    c, z = _swiglu(inputs, wide, routing, settings)
+    with named_range("routing"):
+        down = route_one(c, down_router, settings)
+        mixing = mixing_weights(down)  # [N, n]
+    changes: tuple[Tensor, ...] = ()
+    if experts.down_scale is not None:
+        changes = (mixed_change(mixing, experts.down_scale).to(c.dtype),)
+    return RoundOutput((c,), weighted(z, mixing), changes, (*routing.routings, down))
+
+
+def _mixed_dora(
+    inputs: RoundInputs, experts: PreparedExperts, mixing: Tensor, gate_scale: Tensor, up_scale: Tensor
+) -> RoundInputs:
+    """(1 + sum_i p_i (m'_i - 1)) times what W gives, plus the bias: the base pre-activations of mixed DoRA experts."""
+    gate, up = inputs.gate, inputs.up
+    if inputs.update is not None:
+        state, fold_gate, fold_up = inputs.update
+        gate, up = torch.addmm(gate, state, fold_gate.T), torch.addmm(up, state, fold_up.T)
+    gate = scaled_by(gate, mixed_change(mixing[:, 0], gate_scale))
+    up = scaled_by(up, mixed_change(mixing[:, 1], up_scale))
+    if experts.gate_bias is not None:
+        gate = gate + experts.gate_bias
+    if experts.up_bias is not None:
+        up = up + experts.up_bias
+    return inputs._replace(gate=gate, up=up, update=None)
+
+
+def _swiglu(
+    inputs: RoundInputs, experts: PreparedExperts, routing: RoundRouting, settings: RoundSettings
 ) -> tuple[Tensor, Tensor]:
-    """c [N, F] and z [N, n*r] of one round; ``update`` is (H, M_gate, M_up) in a folded round."""
-    state, fold_gate, fold_up = update or (None, None, None)
+    """c [N, F] and z [N, n*r] of all the slots in ``routing``."""
+    spec = settings.spec
+    state, fold_gate, fold_up = inputs.update or (None, None, None)
     with named_range("experts"):
         return expert_swiglu(
-            gate,
-            up,
-            low,
+            inputs.gate,
+            inputs.up,
+            inputs.low,
             experts.gate_B,
             experts.up_B,
             experts.down_A,
@@ -119,18 +188,17 @@ def expert_round(
             state=state,
             fold_gate=fold_gate,
             fold_up=fold_up,
-            low_update=low_update,
+            low_update=inputs.low_update,
+            gate_scale=experts.gate_scale,
+            up_scale=experts.up_scale,
+            gate_bias=experts.gate_bias,
+            up_bias=experts.up_bias,
             dropout=spec.dropout,
-            seed=draw_seed(spec, gate.device),
-            order=order,
-            tickets=routing.tickets if routing.tickets.numel() else None,
-            backend=backend,
+            seed=draw_seed(spec, inputs.gate.device),
+            order=settings.order,
+            tickets=routing.tickets,
+            backend=settings.backend,
         )
-
-
-def mixed_weight(routing: Routing, spec: RethinkingSpec, dtype: torch.dtype) -> Tensor | None:
-    """sum_j w_j, [N, 1], or None when it is 1 by construction."""
-    return None if spec.normalize else routing.weights.sum(dim=-1, keepdim=True).to(dtype)
 
 
 def add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -138,25 +206,49 @@ def add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return y.addmm_(x.to(y.dtype), weight.to(y.dtype).T)
 
 
-def output(base: BaseMLP, c: Tensor, z: Tensor, down_B: Tensor, routing: Routing, spec: RethinkingSpec) -> Tensor:
-    """y = W_D c + s B_D z + (sum_j w_j) b_D, [N, D]: one down projection whatever k is; ``down_B`` [D, n*r]
-    is that of `PreparedExperts`."""
+def output(
+    base: BaseMLP, out: RoundOutput, experts: PreparedExperts, routing: RoundRouting, spec: RethinkingSpec
+) -> Tensor:
+    """y = W_D c + s B_D z + (sum_j w_j) b_D, [N, D]; with DoRA the sum over slots of each one's scaled W_D c."""
+    if out.down_changes:
+        return _output_by_slots(base, out, experts, routing, spec)
     with named_range("mlp"):
-        y = base.project_out(c)
+        y = base.project_out(out.c[0])
     with named_range("experts"):
-        y = add_product(y, z, down_B)
+        y = add_product(y, out.z, experts.down_B)
     mixed = mixed_weight(routing, spec, y.dtype)
-    if mixed is not None:
-        bias = base.dense().down_bias
-        if bias is not None:  # project_out added the bias once; unnormalised weights do not sum to one
-            y = y + (mixed - 1) * bias.to(y.dtype)
+    if mixed is not None and experts.down_bias is not None:
+        # project_out added the bias once; unnormalised weights do not sum to one
+        y = y + (mixed - 1) * experts.down_bias.to(y.dtype)
     return y
 
 
-def collect(y: Tensor, routings: list[Routing]) -> RethinkingOutput:
-    """The output with the rounds' statistics stacked to [T, n]."""
-    if routings[0].counts is None:
+def _output_by_slots(
+    base: BaseMLP, out: RoundOutput, experts: PreparedExperts, routing: RoundRouting, spec: RethinkingSpec
+) -> Tensor:
+    total, bias = None, experts.down_bias
+    for c, change in zip(out.c, out.down_changes, strict=True):
+        with named_range("mlp"):
+            part = base.project_out(c)
+        if bias is not None:
+            part = part - bias.to(part.dtype)
+        part = scaled_by(part, change)
+        total = part if total is None else total + part
+    assert total is not None
+    with named_range("experts"):
+        y = add_product(total, out.z, experts.down_B)
+    if bias is None:
+        return y
+    mixed = mixed_weight(routing, spec, y.dtype)
+    return y + (bias.to(y.dtype) if mixed is None else mixed * bias.to(y.dtype))
+
+
+def collect(y: Tensor, rounds: list[tuple[Routing, ...]]) -> RethinkingOutput:
+    """The output with all routers' statistics of all rounds stacked to [R, T, n]."""
+    if not rounds[0] or rounds[0][0].counts is None:
         return RethinkingOutput(y, None, None)
-    counts = torch.stack([r.counts for r in routings if r.counts is not None])
-    mass = torch.stack([r.mass for r in routings if r.mass is not None])
-    return RethinkingOutput(y, counts, mass)
+
+    def stacked(field: str) -> Tensor:
+        return torch.stack([torch.stack([getattr(routing, field) for routing in routings]) for routings in rounds], 1)
+
+    return RethinkingOutput(y, stacked("counts"), stacked("mass"))

@@ -24,6 +24,10 @@ class BaseMLP(Protocol):
         """The weights as plain tensors, dequantised if need be."""
         ...
 
+    def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those of gate [F], up [F] and down [D]."""
+        ...
+
     def sources(self) -> list[Tensor | None]:
         """The tensors that `dense` reads, as they are stored: what a cached fold depends on."""
         ...
@@ -51,15 +55,20 @@ class DenseMLP(NamedTuple):
         """Itself."""
         return self
 
+    def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See `BaseMLP.biases`."""
+        return self.gate_bias, self.up_bias, self.down_bias
+
     def sources(self) -> list[Tensor | None]:
         """Its tensors."""
         return list(self)
 
 
 class ExpertWeights(NamedTuple):
-    """LoRA pairs of n experts of rank r on gate, up and down.
+    """LoRA pairs of n experts of rank r on gate, up and down, and DoRA's magnitudes, all three or none.
 
-    gate_A, up_A [n, r, D]; gate_B, up_B [n, F, r]; down_A [n, r, F]; down_B [n, D, r].
+    gate_A, up_A [n, r, D]; gate_B, up_B [n, F, r]; down_A [n, r, F]; down_B [n, D, r]; gate_magnitude, up_magnitude
+    [n, F]; down_magnitude [n, D].
     """
 
     gate_A: Tensor
@@ -68,6 +77,32 @@ class ExpertWeights(NamedTuple):
     up_B: Tensor
     down_A: Tensor
     down_B: Tensor
+    gate_magnitude: Tensor | None = None
+    up_magnitude: Tensor | None = None
+    down_magnitude: Tensor | None = None
+
+    @property
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """A and B of gate, up and down."""
+        return self.gate_A, self.gate_B, self.up_A, self.up_B, self.down_A, self.down_B
+
+    @property
+    def magnitudes(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Those of gate, up and down, which are there together or not at all."""
+        if self.gate_magnitude is None or self.up_magnitude is None or self.down_magnitude is None:
+            return None
+        return self.gate_magnitude, self.up_magnitude, self.down_magnitude
+
+
+class LinearRouters(NamedTuple):
+    """A router for each linear, on that linear's own input: its experts are mixed inside it.
+
+    gate, up [n, D]; down [n, F].
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
 
 
 class GRUWeights(NamedTuple):
@@ -104,12 +139,36 @@ class GRUWeights(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """Everything a rethinking layer computes with: router [n, D], experts, and a GRU if there is a second round."""
+    """Everything a rethinking layer computes with.
+
+    Attributes:
+        base: the frozen MLP.
+        router: [n, D], one router that chooses whole experts; or one for each linear; or None for a single expert.
+        experts: their weights.
+        gru: there if there is a second round.
+    """
 
     base: BaseMLP
-    router: Tensor
+    router: Tensor | LinearRouters | None
     experts: ExpertWeights
     gru: GRUWeights | None
+
+    @property
+    def down_router(self) -> Tensor | None:
+        """[n, F], the router that reads the down projection's input, where every linear has one."""
+        return self.router.down if isinstance(self.router, LinearRouters) else None
+
+    def input_router(self) -> Tensor | None:
+        """The routers that read x, one over the other: [n, D], or [2n, D] (gate, up) where every linear has one."""
+        if isinstance(self.router, LinearRouters):
+            return torch.cat([self.router.gate, self.router.up])
+        return self.router
+
+    def routers(self) -> list[Tensor]:
+        """All of them, in the order in which `RethinkingOutput` counts."""
+        if isinstance(self.router, LinearRouters):
+            return list(self.router)
+        return [] if self.router is None else [self.router]
 
 
 class RethinkingSpec(NamedTuple):
@@ -117,7 +176,7 @@ class RethinkingSpec(NamedTuple):
 
     Attributes:
         rounds: T; 1 is the plain mixture of LoRA experts.
-        top_k: experts a token and round.
+        top_k: experts a token and round; n where all are mixed.
         scale: s = alpha / r.
         activation: the MLP's, by a name of `graphmoe_kernels.ACTIVATIONS`.
         normalize: divide the chosen routing weights by their sum.
@@ -140,7 +199,10 @@ class RethinkingSpec(NamedTuple):
 
 
 class RethinkingOutput(NamedTuple):
-    """y [N, D] of the last round; counts and mass [T, n] of all rounds, or None without statistics."""
+    """y [N, D] of the last round; counts and mass [R, T, n] of R routers in T rounds, or None without statistics.
+
+    R is 1, or 3 (gate, up, down) where every linear has a router; without a router there are no statistics.
+    """
 
     y: Tensor
     counts: Tensor | None

@@ -16,7 +16,8 @@ from graphmoe_kernels import (
     rethink_literal,
     rethink_reference,
 )
-from graphmoe_kernels.rethinking import FoldSettings, cache, folding, rounds
+from graphmoe_kernels.rethinking import FoldSettings, cache, folding
+from graphmoe_kernels.rethinking import literal as literal_loop
 from graphmoe_kernels.testing import cast_layer, relative_error, trainable
 from tests.kernels.cases import ODD, Sizes, layer
 
@@ -242,7 +243,7 @@ def test_one_round_uses_the_kept_experts(monkeypatch):
     def prepare_experts(*_):
         raise AssertionError("prepared again")
 
-    monkeypatch.setattr(rounds, "prepare_experts", prepare_experts)
+    monkeypatch.setattr(literal_loop, "prepare_experts", prepare_experts)
     monkeypatch.setattr(folding, "prepare_experts", prepare_experts)
     for fold in ("auto", "always"):
         assert torch.equal(rethink(x, weights, ONE_ROUND, fold=fold, cache=kept).y, literal)

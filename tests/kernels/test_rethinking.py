@@ -121,7 +121,7 @@ def test_no_tokens(run, rounds):
     assert found["y"].shape == (0, ODD.hidden)
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in found.values())
     output = run(x, weights, spec)
-    assert torch.equal(output.counts, torch.zeros(rounds, ODD.experts, dtype=output.counts.dtype))
+    assert torch.equal(output.counts, torch.zeros(1, rounds, ODD.experts, dtype=output.counts.dtype))
 
 
 @pytest.mark.oracle
@@ -137,7 +137,7 @@ def test_all_tokens_to_the_same_experts(top_k):
         gru=weights.gru._replace(output=1e-3 * weights.gru.output),
     )
     x = tokens(7).abs() + 0.5
-    assert ((rethink(x, weights, spec).counts > 0).sum(dim=1) == top_k).all()
+    assert ((rethink(x, weights, spec).counts > 0).sum(dim=2) == top_k).all()
     oracle = check(spec, weights, x)
     unused = [0, 2, 3, 4] if top_k == 1 else [0, 2, 4]
     assert torch.equal(oracle["gate_B"][unused], torch.zeros_like(oracle["gate_B"][unused]))
@@ -185,7 +185,7 @@ def test_statistics_are_the_same_on_every_path(statistics, normalize):
     spec = BASE._replace(statistics=statistics, normalize=normalize, rounds=4)
     weights, x = layer(spec), tokens(9)
     mask = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
-    upstream = torch.randn(4, ODD.experts, dtype=torch.float64)
+    upstream = torch.randn(1, 4, ODD.experts, dtype=torch.float64)
     counts, found = [], []
     for run in IMPLEMENTATIONS.values():
         outputs = []
@@ -197,8 +197,8 @@ def test_statistics_are_the_same_on_every_path(statistics, normalize):
         found.append(gradients(mass, x, weights, upstream))
         counts.append(outputs[-1].counts)
     assert torch.equal(*counts)
-    assert counts[0].shape == (4, ODD.experts)
-    assert (counts[0].sum(dim=1) == 7 * spec.top_k).all()
+    assert counts[0].shape == (1, 4, ODD.experts)
+    assert (counts[0].sum(dim=2) == 7 * spec.top_k).all()
     assert_equal_to(*found, upstream)
 
 

@@ -33,7 +33,9 @@ def by_algorithm_1(layer: FusedGraphMoEFFN, x: Tensor) -> Tensor:
         state["gru.output_proj.weight"],
     )
     settings = layer.lora_graphmoe["default"].config
-    spec = settings.spec(layer.sizes.activation, settings.lora_alpha / settings.r, training=False, statistics=False)
+    spec = settings.spec(
+        layer.sizes.activation, settings.scaling(), settings.num_experts, training=False, statistics=False
+    )
     weights = LayerWeights(mlp, state["router.weight"], experts, gru)
     return rethink_reference(x.reshape(-1, D), weights, spec).view(x.shape)
 

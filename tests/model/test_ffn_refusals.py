@@ -33,7 +33,7 @@ def test_merging_is_refused(refused):
         (
             torch.zeros(2, D, dtype=torch.bfloat16),
             TypeError,
-            "x is torch.bfloat16, the MLP's weights are torch.float32",
+            "x is torch.bfloat16, the layer's weights are torch.float32",
         ),
         (torch.zeros(2, D, dtype=torch.long), TypeError, "x must be floating point, got torch.int64; pass hidden"),
         (torch.zeros(2, D + 1), ValueError, rf"hidden size {D} as its last dimension, got \[2, {D + 1}\]"),

@@ -1,0 +1,149 @@
+"""What a wrapped MLP and a wrapped linear have in common: adapters by name, records of their routing, kept folds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from graphmoe_kernels import FoldCache
+from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.routing_record import RoutingContext, RoutingRecord
+
+NOT_MERGEABLE = (
+    "GraphMoE adapters cannot be merged into the base model: which experts run depends on the input, and later "
+    "rounds are nonlinear in it. Keep the adapter (its folds are cached for inference), or unload() it."
+)
+
+
+class RoutedLayer(nn.Module, BaseTunerLayer):
+    """A frozen ``base_layer`` with routed adapters in ``lora_graphmoe``, one of which is active.
+
+    Attributes:
+        routing_context: what the model tells its layers about the batch; shared by all of them.
+        routing: the last recorded forward's statistics by router, the router's name relative to the layer; "" is the
+            layer's only one.
+    """
+
+    adapter_layer_names = ("lora_graphmoe",)
+
+    def __init__(self, base_layer: nn.Module, config: GraphMoEConfig, adapter_name: str) -> None:
+        super().__init__()
+        if not isinstance(config, GraphMoEConfig):
+            raise TypeError(f"config must be a GraphMoEConfig, got {type(config).__name__}")
+        self.base_layer = base_layer
+        self.lora_graphmoe = nn.ModuleDict()
+        self.routing_context = RoutingContext()
+        self.routing: dict[str, RoutingRecord] = {}
+        self._folds: dict[str, FoldCache] = {}
+        base_layer.requires_grad_(False)
+        self._active_adapter = adapter_name
+
+    def _add_adapter(self, adapter_name: str, adapter: nn.Module, fold: FoldCache, config: GraphMoEConfig) -> None:
+        """Enter an adapter, where the base is."""
+        self.lora_graphmoe[adapter_name] = adapter
+        self._folds[adapter_name] = fold
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def refold(self) -> None:
+        """Forget the cached folds; the next forward in evaluation builds them anew."""
+        for cache in self._folds.values():
+            cache.drop()
+
+    def train(self, mode: bool = True) -> RoutedLayer:
+        """As ``nn.Module.train``; drops the cached folds, also on eval()."""
+        self.refold()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RoutedLayer:
+        # `.to(...)` gives the weights other storage; a fold that holds the old one would keep it in memory.
+        self.refold()
+        return super()._apply(fn, recurse)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its folds; the next one by name becomes active if it was."""
+        self._folds.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: the layer is not a linear map of its input, so no base weights can hold it."""
+        raise NotImplementedError(NOT_MERGEABLE)
+
+    def unmerge(self) -> None:
+        """Refused, as nothing can have been merged."""
+        raise NotImplementedError("GraphMoE adapters are never merged, so there is nothing to unmerge")
+
+    def active_name(self) -> str | None:
+        """The adapter to run, or None for the base layer alone; ``ValueError`` if there is more than one."""
+        if self.disable_adapters:
+            return None
+        present = [name for name in self.active_adapters if name in self.lora_graphmoe]
+        if len(present) > 1:
+            raise ValueError(
+                f"one GraphMoE adapter can be active at a time, got {', '.join(present)}: rounds of different "
+                "adapters do not add up; activate one with set_adapter"
+            )
+        return present[0] if present else None
+
+    def active_config(self) -> GraphMoEConfig | None:
+        """The active adapter's configuration."""
+        name = self.active_name()
+        return None if name is None else self.lora_graphmoe[name].config  # type: ignore[return-value]
+
+    def _records(self, config: GraphMoEConfig) -> bool:
+        """Whether a forward has to record its routing."""
+        if config.base_method.routers is None:
+            return False
+        return self.routing_context.collecting or (self.training and config.router_aux_loss_coef > 0)
+
+    def _record(self, x: Tensor, mask: Tensor | None, statistics: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Leave the (counts, mass) [T, n] of a forward's routers behind."""
+        tokens = mask.sum() if mask is not None else torch.full((), x.numel() // x.shape[-1], device=x.device)
+        records = {name: RoutingRecord(counts, mass, tokens) for name, (counts, mass) in statistics.items()}
+        self.routing_context.record(self, records)
+
+    def _token_mask(self, x: Tensor) -> Tensor | None:
+        """The batch's padding mask for the tokens of x, flattened to [N], or None if all count."""
+        mask = self.routing_context.token_mask
+        if mask is None or x.dim() != 3:
+            return None
+        if mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
+            return None
+        return mask[:, -x.shape[1] :].reshape(-1).bool().to(x.device)
+
+    def _check_x(self, x: Tensor, weight: Tensor, width: int, what: str) -> None:
+        """`TypeError` or `ValueError` for an x that the base layer, whose ``weight`` this is, does not take."""
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point, got {x.dtype}; pass hidden states, not token ids")
+        if x.shape[-1] != width:
+            raise ValueError(f"x must have the {what} {width} as its last dimension, got {list(x.shape)}")
+        device, dtype = weight.device, weight.dtype
+        if device.type == "meta":
+            raise ValueError(
+                "this layer's weights hold no data (meta device): weights offloaded to CPU or disk are not "
+                "supported; load the model with a device_map that keeps decoder layers on a device"
+            )
+        if x.device != device:
+            raise ValueError(f"x is on {x.device}, the layer on {device}; move one of them")
+        if dtype.is_floating_point and x.dtype != dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(f"x is {x.dtype}, the layer's weights are {dtype}; cast one of them or use torch.autocast")
+
+
+def experts_of_layer(config: GraphMoEConfig, num_experts: int | None) -> int:
+    """n for one layer: as given, or the config's own number.
+
+    Raises:
+        ValueError: neither says it (the config has a list or a pattern), or it is below the config's top_k.
+    """
+    if num_experts is None:
+        if not isinstance(config.num_experts, int):
+            raise ValueError(
+                f"num_experts={config.num_experts!r} differs by layer; for a single layer pass num_experts, which "
+                "get_peft_model does for a whole model"
+            )
+        return config.num_experts
+    if num_experts < config.top_k and not config.base_method.dense:
+        raise ValueError(f"num_experts={num_experts} is below the config's top_k={config.top_k}")
+    return num_experts

@@ -1,0 +1,153 @@
+"""`RoutedLoRALinear`: takes the place of a linear layer and mixes LoRA experts into it by a router of its own."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from graphmoe_kernels import FoldCache, FoldSettings
+from graphmoe_kernels.mixing import LinearExperts, LinearSettings, PreparedLinear, mix_linear, prepare_linear
+from graphmoe_model.base_mlp import dense_weight
+from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.experts import LoRAPairs, check_rows
+from graphmoe_model.layer import RoutedLayer, experts_of_layer
+
+
+class LinearAdapter(LoRAPairs):
+    """The trainable part of one linear: A, B, ``router.weight``, with DoRA ``magnitude``."""
+
+    def __init__(
+        self, config: GraphMoEConfig, in_features: int, out_features: int, num_experts: int, r: int, scale: float
+    ) -> None:
+        super().__init__(
+            num_experts,
+            r,
+            in_features,
+            out_features,
+            zero_B=bool(config.init_lora_weights),
+            dora=config.use_dora,
+            router=True,
+        )
+        self.config = config
+        self.scale = scale
+
+
+class RoutedLoRALinear(RoutedLayer):
+    """A linear layer with plug-in experts: y = W x + b + s sum_i p_i(x) B_i A_i x for x [..., in] (MoLA, Eq. 2).
+
+    The linear is kept, frozen, as ``base_layer``; adapters live in ``lora_graphmoe`` by name. A fresh adapter leaves
+    the linear's output as it was.
+
+    Args:
+        linear: a module with ``in_features``, ``out_features`` and a weight [out, in], quantised or not.
+        config: a `GraphMoEConfig` of a method with experts on the attention (``method="mola"``).
+        adapter_name: the name of the adapter made from ``config``.
+        kwargs: further arguments of `update_layer`.
+
+    Raises:
+        TypeError: the module is no linear layer, or wrapped already, or ``config`` is no `GraphMoEConfig`.
+        ValueError: the config's method has no experts outside of MLPs, DoRA on a weight with a zero row, or
+            ``config.num_experts`` differs by layer and no ``num_experts`` is given.
+    """
+
+    def __init__(self, linear: nn.Module, config: GraphMoEConfig, adapter_name: str = "default", **kwargs: Any) -> None:
+        check_linear(linear)
+        super().__init__(linear, config, adapter_name)
+        self.in_features, self.out_features = int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]
+        self.update_layer(adapter_name, config, **kwargs)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: GraphMoEConfig,
+        r: int | None = None,
+        lora_alpha: float | None = None,
+        num_experts: int | None = None,
+    ) -> None:
+        """Add an adapter; arguments as in `FusedGraphMoEFFN.update_layer`."""
+        if config.base_method.attention != "experts":
+            raise ValueError(
+                f"method={config.method!r} puts no experts on single linears; method='mola' does, and 'lora' and "
+                "'mixlora' put LoRA on attention projections"
+            )
+        n, rank = experts_of_layer(config, num_experts), config.r if r is None else r
+        if config.use_dora:
+            check_rows(dense_weight(self.base_layer), type(self.base_layer).__name__)
+        scale = config.scaling(r, lora_alpha)
+        adapter = LinearAdapter(config, self.in_features, self.out_features, n, rank, scale)
+        cache = FoldCache(partial(self._experts, adapter_name), LinearExperts.sources, _prepare)
+        self._add_adapter(adapter_name, adapter, cache, config)
+        if config.use_dora:
+            adapter.start_magnitudes(dense_weight(self.base_layer), scale)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y [..., out] for x [..., in]; raises as `FusedGraphMoEFFN.forward`."""
+        name = self.active_name()
+        if name is None:
+            return self.base_layer(x, *args, **kwargs)
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        self._check_x(x, weight, self.in_features, "linear's input size")
+        adapter: LinearAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
+        config, record = adapter.config, self._records(adapter.config)
+        mask = self._token_mask(x) if record else None
+        y = self.base_layer(x, *args, **kwargs)
+        kind = "topk" if config.router_aux_loss == "paper" else "full"
+        mixed, routing = mix_linear(
+            y.reshape(-1, y.shape[-1]),  # [N, out]
+            x.reshape(-1, x.shape[-1]),  # [N, in]
+            adapter.router.weight,  # type: ignore[union-attr]
+            self._prepared(name, adapter, y.dtype),
+            LinearSettings(
+                config.top_k,
+                adapter.scale,
+                config.norm_topk_prob,
+                config.lora_dropout if self.training else 0.0,
+                kind if record else None,
+            ),
+            mask,
+            config.backend,
+        )
+        if routing.counts is not None and routing.mass is not None:
+            self._record(x, mask, {"": (routing.counts[None], routing.mass[None])})
+        return mixed.view(y.shape)
+
+    def _prepared(self, name: str, adapter: LinearAdapter, dtype: torch.dtype) -> PreparedLinear:
+        """The adapter as the kernels take it; kept between forwards where no gradient can reach it."""
+        experts = self._experts(name)
+        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in experts.sources())
+        if self.training or differentiable:
+            return prepare_linear(experts, dtype, adapter.scale)
+        kept: PreparedLinear = self._folds[name].get(experts, FoldSettings(dtype, adapter.scale, ""))
+        return kept
+
+    def _experts(self, adapter_name: str) -> LinearExperts:
+        adapter: LinearAdapter = self.lora_graphmoe[adapter_name]  # type: ignore[assignment]
+        router: Tensor = adapter.router.weight  # type: ignore[union-attr]
+        if adapter.magnitude is None:
+            return LinearExperts(adapter.A, adapter.B, router)
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        return LinearExperts(adapter.A, adapter.B, router, adapter.magnitude, dense_weight(self.base_layer), bias)
+
+
+def _prepare(experts: LinearExperts, settings: FoldSettings, copy: bool = False) -> PreparedLinear:
+    return prepare_linear(experts, settings.dtype, settings.scale, copy)
+
+
+def check_linear(module: nn.Module) -> None:
+    """`TypeError` for a module that cannot take experts: anything but a linear layer that nothing wraps."""
+    kind = type(module).__name__
+    if isinstance(module, BaseTunerLayer):
+        raise TypeError(f"this linear is wrapped already ({kind}); use update_layer to add an adapter")
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not hasattr(module, "in_features") or not hasattr(module, "out_features"):
+        raise TypeError(f"{kind} is not a linear layer with a weight of its own; experts go on linear layers and MLPs")
+    if type(weight.data).__name__ == "DTensor":
+        raise TypeError(
+            f"this {kind}'s weight is spread over devices (DTensor, tensor parallelism), which is not supported; load "
+            "the model without tp_plan and shard whole decoder layers (FSDP) after attaching"
+        )
