@@ -1,0 +1,164 @@
+"""An adapter without its model: the configuration and the tensors, as they stand in a saved folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from torch import Tensor
+
+from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
+from graphmoe_model.conversion.files import read_config, read_weights, write_folder
+from graphmoe_model.conversion.layout import (
+    CONTAINER,
+    Entry,
+    Shape,
+    check_tensors,
+    linear_entries,
+    mlp_entries,
+    resolved,
+)
+
+ROOT = "base_model.model."  # what PEFT puts before a module's name
+_TENSOR = re.compile(
+    rf"{re.escape(ROOT)}(?P<module>.+?)\.(?:{CONTAINER}\.(?P<part>.+)|lora_[AB]\.weight|lora_magnitude_vector)"
+)
+_PATH = re.compile(r"(?P<stem>.+)\.(?P<layer>\d+)\.(?P<place>\D.*)")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A GraphMoE adapter.
+
+    Attributes:
+        config: its configuration.
+        tensors: by the names they have in a saved adapter, on the CPU, each in the dtype it was saved in.
+        notes: what whoever converted it should know.
+    """
+
+    config: GraphMoEConfig
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> list[Module]:
+        """Its adapted modules, MLPs and attention projections, in the order of their tensors."""
+        gated: dict[str, bool] = {}
+        for match in map(_TENSOR.fullmatch, self.tensors):
+            if match:
+                of_mlp = (match["part"] or "").startswith(("experts.", "gru."))
+                gated[match["module"]] = gated.get(match["module"], False) or of_mlp
+        return [Module.at(path, is_mlp) for path, is_mlp in gated.items()]
+
+
+class Module(NamedTuple):
+    """An adapted module: ``model.layers.3.self_attn.q_proj`` has the stem ``model.layers``, the layer 3 and the place
+    ``self_attn.q_proj``; a module outside of numbered layers has the layer None and its whole path as its place."""
+
+    path: str
+    is_mlp: bool
+    stem: str
+    layer: int | None
+    place: str
+
+    @classmethod
+    def at(cls, path: str, is_mlp: bool) -> Module:
+        """The module of this path."""
+        match = _PATH.fullmatch(path)
+        if match is None:
+            return cls(path, is_mlp, "", None, path)
+        return cls(path, is_mlp, match["stem"], int(match["layer"]), match["place"])
+
+    def entries(self, config: GraphMoEConfig) -> Iterator[tuple[str, Entry]]:
+        """Its tensors, by their full names."""
+        for entry in mlp_entries(config) if self.is_mlp else linear_entries(config):
+            yield f"{ROOT}{self.path}.{entry.name}", entry
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """A saved GraphMoE adapter.
+
+    Raises:
+        FileNotFoundError: the folder or one of its two files is not there.
+        ValueError: it is another method's adapter, a file is damaged, or a module's tensors are not just those
+            that its configuration asks for (all of them are named).
+    """
+    peft_type = read_config(folder).get("peft_type")
+    if peft_type != GraphMoEPeftType.GRAPHMOE.value:
+        raise ValueError(f"{folder} holds an adapter of peft_type {peft_type!r}, expected 'GRAPHMOE'")
+    adapter = Adapter(GraphMoEConfig.from_pretrained(str(folder)), read_weights(folder))
+    check_adapter(adapter, str(folder))
+    return adapter
+
+
+def write_adapter(adapter: Adapter, folder: str | Path, overwrite: bool = False) -> None:
+    """Save an adapter as ``PeftModel.from_pretrained`` loads it; the folder appears whole or not at all.
+
+    Raises:
+        FileExistsError: the folder is a file, or is not empty and ``overwrite`` is off.
+    """
+    write_folder(folder, lambda place: save_safetensors(adapter.config, adapter.tensors, place), overwrite)
+
+
+def save_safetensors(config: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """The two files of an adapter, as ``PeftModel.save_pretrained`` writes them."""
+    dataclasses.replace(config, inference_mode=True).save_pretrained(str(folder))
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def rank_and_alpha(config: Any, path: str) -> tuple[int, float]:
+    """r and alpha of a module, ``rank_pattern`` and ``alpha_pattern`` looked up as PEFT does."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    r = ranks.get(get_pattern_key(list(ranks), path), config.r)
+    return r, alphas.get(get_pattern_key(list(alphas), path), config.lora_alpha)
+
+
+def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """``rank_pattern`` or ``alpha_pattern`` that gives each module its value: by last name where all of a name agree,
+    else by path; nothing for the default."""
+    by_name: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        by_name.setdefault(path.rpartition(".")[2], {})[path] = value
+    pattern: dict[str, Any] = {}
+    for name, group in by_name.items():
+        alike = len(set(group.values())) == 1
+        chosen = {name: next(iter(group.values()))} if alike else group
+        pattern |= {key: value for key, value in chosen.items() if value != default}
+    return pattern
+
+
+def check_adapter(adapter: Adapter, what: str) -> None:
+    """``ValueError`` naming every tensor that is missing, has no place, or does not have its shape."""
+    config, problems = adapter.config, []
+    expected: dict[str, Shape] = {}
+    modules = adapter.modules
+    for module in modules:
+        scoped: dict[str, int | str] = {letter: f"{module.path}.{letter}" for letter in ("F", "n", "in", "out")}
+        if isinstance(config.num_experts, int):
+            scoped["n"] = config.num_experts
+        scoped["r"] = rank_and_alpha(config, module.path)[0]
+        expected |= {name: resolved(entry.shape, scoped) for name, entry in module.entries(config)}
+    if not any(module.is_mlp for module in modules):
+        problems.append("there is no adapted MLP")
+    rest = {name: t for name, t in adapter.tensors.items() if not is_other(config, name)}
+    sizes = check_tensors(rest, expected, what, problems)
+    if config.rounds > 1 and sizes["G"] != config.gru_width(sizes["D"]):
+        raise ValueError(
+            f"{what}: its GRUs have the width {sizes['G']}, but gru_hidden_scale={config.gru_hidden_scale} of the "
+            f"hidden size {sizes['D']} is {config.gru_width(sizes['D'])}"
+        )
+
+
+def is_other(config: Any, name: str) -> bool:
+    """Whether a tensor is a copy of a base module's (``modules_to_save``) or of some embeddings
+    (``trainable_token_indices``)."""
+    saved = any(f".{module}." in name for module in config.modules_to_save or ())
+    return saved or (config.trainable_token_indices is not None and name.endswith("trainable_tokens_delta"))

@@ -1,0 +1,93 @@
+"""What ``graphmoe convert`` does: read an adapter in the format it has, and write it in another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from graphmoe_model.config import GraphMoEPeftType
+from graphmoe_model.conversion.adapter import Adapter, read_adapter, write_adapter
+from graphmoe_model.conversion.exports import attention_lora, to_moe_peft
+from graphmoe_model.conversion.files import read_config
+from graphmoe_model.conversion.imports import from_moe_peft
+from graphmoe_model.conversion.peer_config import PEER_TYPES
+from graphmoe_model.conversion.rounds import with_rounds
+
+FORMATS = ("graphmoe", "moe-peft", "attention-lora")
+
+
+def run(
+    source: str | Path,
+    target: str | Path,
+    to: str = "graphmoe",
+    rounds: int | None = None,
+    overwrite: bool = False,
+    *,
+    console: Console,
+) -> Adapter:
+    """Converts the adapter in ``source``, whose format its adapter_config.json tells, and prints what it is.
+
+    Args:
+        source: the adapter's folder: GraphMoE's, MoE-PEFT's or PEFT's LoRA.
+        target: the folder to write.
+        to: ``"graphmoe"``, ``"moe-peft"`` or ``"attention-lora"``.
+        rounds: T of the GraphMoE adapter to write, with fresh GRUs; None: the source's.
+        overwrite: whether an adapter in ``target`` is replaced.
+        console: where the summary goes.
+
+    Returns:
+        The adapter that was written, or whose part was.
+
+    Raises:
+        ValueError: the source cannot be read or converted, or an option is unknown or does not go with another.
+        OSError: the source is not there, or the target is, or cannot be written to.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"unknown format {to!r}; there are {', '.join(FORMATS)}")
+    if rounds is not None and to != "graphmoe":
+        raise ValueError(f"rounds={rounds} goes with the format 'graphmoe' alone: {to!r} has no GRU to add")
+    adapter = _read(source)
+    if rounds is not None and rounds != adapter.config.rounds:
+        adapter = with_rounds(adapter, rounds)
+    notes = list(adapter.notes)
+    if to == "graphmoe":
+        write_adapter(adapter, target, overwrite)
+    else:
+        notes += (to_moe_peft if to == "moe-peft" else attention_lora)(adapter, target, overwrite)
+    _print(adapter, notes, Path(target), to, console)
+    return adapter
+
+
+def _read(source: str | Path) -> Adapter:
+    peft_type = read_config(source).get("peft_type")
+    if peft_type == GraphMoEPeftType.GRAPHMOE.value:
+        return read_adapter(source)
+    if peft_type in PEER_TYPES:
+        return from_moe_peft(source)
+    raise ValueError(
+        f"{source} holds an adapter of peft_type {peft_type!r}; what can be converted is "
+        f"{', '.join([GraphMoEPeftType.GRAPHMOE.value, *PEER_TYPES])}"
+    )
+
+
+def _print(adapter: Adapter, notes: list[str], target: Path, to: str, console: Console) -> None:
+    config, modules = adapter.config, adapter.modules
+    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = {
+        "method": config.title,
+        "rounds": str(config.rounds),
+        "rank, alpha": f"{config.r}, {config.lora_alpha}",
+        "experts": f"{config.num_experts}, of which {config.top_k} run for a token",
+        "layers": str(len({module.layer for module in modules})),
+        "adapted in a layer": ", ".join(dict.fromkeys(module.place for module in modules)),
+        "tensors": f"{len(adapter.tensors):,}",
+        "parameters": f"{sum(tensor.numel() for tensor in adapter.tensors.values()):,}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    for note in notes:
+        console.print(f"Note: {note}", style="yellow", markup=False, highlight=False)
+    console.print(f"Written as {to}: {target}", markup=False, highlight=False)
