@@ -31,6 +31,8 @@ def fold_sources(weights: LayerWeights) -> list[Tensor]:
     found: list[Tensor | None] = list(weights.experts)
     if weights.gru is not None or weights.experts.magnitudes is not None:
         found += weights.base.sources()
+    else:
+        found.append(weights.base.biases()[2])  # all of the base that prepared experts hold
     if weights.gru is not None:
         found += [*weights.routers(), *weights.gru]
     return [t for t in found if t is not None]

@@ -9,6 +9,7 @@ from graphmoe_kernels import expert_swiglu
 FLOATING = ["gate", "up", "low", "gate_B", "up_B", "down_A", "weights"]
 LATER_ROUND = ["state", "fold_gate", "fold_up", "low_update"]
 SCALES = ["gate_scale", "up_scale"]
+BIASES = ["gate_bias", "up_bias"]  # constants: they get no gradient
 SETTINGS = {"scale": 1.5, "activation": "silu"}
 
 
@@ -20,6 +21,7 @@ def operands(
     top_k: int = 2,
     inner: int | None = None,
     scales: bool = False,
+    biases: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Random fp64 operands; ``inner`` is the GRU's width in a later round, None in the first."""
 
@@ -46,6 +48,8 @@ def operands(
         }
     if scales:
         found |= {name: 1 + 0.3 * draw(experts, width) for name in SCALES}
+    if biases:
+        found |= {name: draw(width) for name in BIASES}
     return found
 
 
@@ -64,7 +68,7 @@ def results(given: dict[str, torch.Tensor], backend: str = "auto", **settings) -
     leaves = {
         name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         for name, t in given.items()
-        if t.is_floating_point()
+        if t.is_floating_point() and name not in BIASES
     }
     c, z = expert_swiglu(**(given | leaves), **(SETTINGS | settings), backend=backend)
     upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (c, z)]

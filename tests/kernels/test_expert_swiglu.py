@@ -26,6 +26,7 @@ def by_definition(given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.T
             low_gate, low_up = low[i].view(2, n, rank)[:, e]
             g = (gate + s * given["gate_B"][e] @ low_gate) * (given["gate_scale"][e] if "gate_scale" in given else 1)
             u = (up + s * given["up_B"][e] @ low_up) * (given["up_scale"][e] if "up_scale" in given else 1)
+            g, u = g + given.get("gate_bias", 0), u + given.get("up_bias", 0)
             hidden = given["weights"][i, j] * act(g) * u
             c[i] += hidden
             z[i, own] += given["down_A"][e] @ hidden
@@ -45,6 +46,8 @@ SHAPES = {
     "rank 5": {"rank": 5},
     "F = 1": {"width": 1},
     "scale vectors": {"scales": True},
+    "scale vectors and biases": {"scales": True, "biases": True},
+    "biases alone": {"biases": True},
 }
 
 

@@ -67,7 +67,9 @@ def test_operator_is_registered_as_torch_expects(inner, dropout, scales):
     given = cast(operands(inner=inner, scales=scales), torch.float32)
     given = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in given.items()}
     tensors = Inputs(*(given.get(name) for name in Inputs._fields))
-    settings = Settings(1.5, "silu", dropout, torch.tensor([3]) if dropout else None, torch.arange(9).int())
+    biases = [torch.randn(21), torch.randn(21)] if scales else [None, None]
+    seed = torch.tensor([3]) if dropout else None
+    settings = Settings(1.5, "silu", dropout, *biases, seed, torch.arange(9).int())
     torch.library.opcheck(torch.ops.graphmoe.expert_swiglu.default, (*tensors, *settings, "torch"))
     plain = [None if t is None else t.detach() for t in tensors]
     grads = torch.randn(9, 21), torch.randn(9, 15)
@@ -139,6 +141,22 @@ REFUSALS = [
         {"gate_scale": torch.ones(5, 21), "up_scale": torch.ones(21, 5)},
         ValueError,
         r"up_scale must be \[5, 21\].*got \[21, 5\]",
+    ),
+    ({"gate_bias": torch.ones(21)}, ValueError, r"gate_bias and up_bias belong together.*\(zeros where there is none"),
+    (
+        {"gate_bias": torch.ones(21), "up_bias": torch.ones(5, 21)},
+        ValueError,
+        r"up_bias must be floating point \[21\], got torch.float32 \[5, 21\]",
+    ),
+    (
+        {"gate_bias": torch.ones(21, requires_grad=True), "up_bias": torch.ones(21)},
+        ValueError,
+        "gate_bias is a constant of this operator and gets no gradient; pass it detached",
+    ),
+    (
+        {"gate_bias": torch.ones(21, device="meta"), "up_bias": torch.ones(21)},
+        ValueError,
+        "gate_bias is on meta, gate on cpu",
     ),
     ({"gate_B": torch.zeros(5, 3, 21)}, ValueError, r"gate_B must be \[5, 21, 3\].*got \[5, 3, 21\]"),
     ({"up_B": torch.zeros(4, 21, 3)}, ValueError, r"up_B must be \[5, 21, 3\].*got \[4, 21, 3\]"),

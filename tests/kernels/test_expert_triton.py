@@ -47,6 +47,8 @@ CASES = {
     "k = n": {"top_k": 5, "tokens": 5},
     "prime n, k = 3, rank 5": {"experts": 7, "top_k": 3, "rank": 5, "inner": 6},
     "scale vectors": {"scales": True, "inner": 6},
+    "scale vectors and biases": {"scales": True, "biases": True},
+    "biases": {"biases": True, "inner": 6},
     "n = 64": {"tokens": 20, "experts": 64, "rank": 2, "width": 40},
     "rank 40, a plug-in method": {"experts": 1, "top_k": 1, "rank": 40, "width": 40},
 }
