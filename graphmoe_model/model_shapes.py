@@ -83,7 +83,8 @@ def load_config(name: str) -> Any:
     except (OSError, ValueError) as error:
         known = ", ".join(MODEL_SHAPES)
         raise ValueError(
-            f"cannot read the configuration of the model {name!r}: {first_line(error).rstrip('.')} (known by name: {known})"
+            f"cannot read the configuration of the model {name!r}: {first_line(error).rstrip('.')} "
+            f"(known by name: {known})"
         ) from error
 
 
