@@ -56,7 +56,7 @@ def move_from_start(state: dict[str, Tensor]) -> None:
         elif name.endswith("router.weight"):
             parameter.copy_(torch.randn_like(parameter) * 2 / parameter.shape[1] ** 0.5)
             # The down projection's input, act(g) * u, is much smaller than x.
-            parameter.mul_(8 if name == "experts.down_proj.router.weight" else 1)
+            parameter.mul_(4 if name == "experts.down_proj.router.weight" else 1)
         elif name == "gru.candidate.bias":
             parameter.normal_(std=0.3)
 
@@ -208,7 +208,7 @@ def decided_inputs(layer: nn.Module, dtype: torch.dtype, count: int, margin: flo
     2, and bf16 moves them by some 0.02.
     """
     weight = next(layer.base_layer.parameters())  # of the linear, or of the MLP's gate
-    x = torch.randn(60 * count, weight.shape[1], dtype=torch.float64).to(weight.device, dtype).double()
+    x = torch.randn(8 * count + 16, weight.shape[1], dtype=torch.float64).to(weight.device, dtype).double()
     logits: list[Tensor] = []
     by_equations(layer, x, logits)
     k = layer.lora_graphmoe["default"].config.top_k
