@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import shutil
@@ -114,7 +115,9 @@ def _load(path: Path) -> Any:
             f"Get the adapter as {SAFETENSORS_WEIGHTS_NAME}, or, if you trust its author, load it yourself and save "
             "its tensors in that format"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a seek to where a cut file has ended
+            raise
         raise ValueError(f"{path} is damaged ({error}); save or fetch the adapter again") from error
 
 

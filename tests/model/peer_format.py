@@ -76,15 +76,12 @@ def peer_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def peer_tensors(
-    settings: dict[str, Any], layers: int = LAYERS, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
+def peer_tensors(settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Random tensors of these names; routers so large that they do choose."""
     generator = torch.Generator().manual_seed(5)
-    sizes = {name: 1.0 if "moe_gate" in name else 0.3 for name in peer_shapes(settings, layers)}
     return {
-        name: (torch.randn(shape, generator=generator) * sizes[name]).to(dtype)
-        for name, shape in peer_shapes(settings, layers).items()
+        name: (torch.randn(shape, generator=generator) * (1.0 if "moe_gate" in name else 0.3)).to(dtype)
+        for name, shape in peer_shapes(settings).items()
     }
 
 
@@ -148,14 +145,14 @@ class PeerMixLoRA(nn.Module):
 
 def lora(settings: dict[str, Any], tensors: dict[str, Tensor], path: str, x: Tensor) -> Tensor:
     """s B A x, with s = alpha / r, or alpha / sqrt(r)."""
-    A, B = tensors[f"{path}.lora_A.weight"].float(), tensors[f"{path}.lora_B.weight"].float()
+    A, B = tensors[f"{path}.lora_A.weight"].to(x.dtype), tensors[f"{path}.lora_B.weight"].to(x.dtype)
     r = settings["r"]
     return (x @ A.T @ B.T) * (settings["lora_alpha"] / (math.sqrt(r) if settings.get("use_rslora") else r))
 
 
 def routing(settings: dict[str, Any], x: Tensor, router: Tensor) -> Tensor:
     """The softmax over all experts (LoRAMoE), or over the top k, others zero."""
-    p = (x.float() @ router.float().T).softmax(-1)
+    p = (x @ router.to(x.dtype).T).softmax(-1)
     if settings["peft_type"] == "LORAMOE":
         return p
     k = settings.get("top_k", 2)

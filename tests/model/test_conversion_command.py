@@ -1,0 +1,88 @@
+"""graphmoe convert: the source's format is found out, the summary says what was converted, errors say what to do."""
+
+import io
+import json
+import re
+
+import pytest
+from peft import PeftModel
+from rich.console import Console
+
+from graphmoe_model.conversion import from_moe_peft
+from graphmoe_model.conversion.command import run
+from tests.model.peer_format import peer_settings, write_peer
+from tests.model.tiny_models import logits, tiny_model
+
+pytestmark = pytest.mark.methods
+
+
+def converted(source, target, **options) -> str:
+    """What is printed."""
+    out = io.StringIO()
+    run(source, target, console=Console(file=out, width=200), **options)
+    return out.getvalue()
+
+
+def test_the_summary(tmp_path):
+    theirs = write_peer(tmp_path / "theirs", peer_settings("MIXLORA", act_fn="silu"))
+    text = converted(theirs, tmp_path / "ours")
+    facts = {
+        "method": "MixLoRA",
+        "rounds": "1",
+        "rank, alpha": "4, 6",
+        "experts": "3, of which 2 run for a token",
+        "layers": "2",
+        "adapted in a layer": "mlp, self_attn.k_proj, self_attn.o_proj, self_attn.q_proj, self_attn.v_proj",
+        "tensors": "30",
+        "parameters": f"{sum(t.numel() for t in from_moe_peft(theirs).tensors.values()):,}",
+    }
+    for name, value in facts.items():
+        assert re.search(rf"^{name} +{re.escape(value)} *$", text, re.MULTILINE), name
+    assert "Note: act_fn is 'silu' there" in text
+    assert text.rstrip().endswith(f"Written as graphmoe: {tmp_path / 'ours'}")
+
+
+def test_every_source_and_every_target(tmp_path):
+    """MoE-PEFT's, with rounds, back without them, and the attention alone; from ours and from theirs."""
+    theirs = write_peer(tmp_path / "theirs", peer_settings("MIXLORA"))
+    converted(theirs, tmp_path / "ours")
+    expected = logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "ours"))
+    for source in ("theirs", "ours"):
+        text = converted(tmp_path / source, tmp_path / f"{source} rounds", rounds=2)
+        assert "GraphMoE(MixLoRA)" in text
+        config = json.loads((tmp_path / f"{source} rounds" / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["rounds"]) == ("GRAPHMOE", 2)
+    converted(tmp_path / "ours", tmp_path / "back", to="moe-peft")
+    assert json.loads((tmp_path / "back/adapter_config.json").read_text())["peft_type"] == "MIXLORA"
+    converted(tmp_path / "ours", tmp_path / "attention", to="attention-lora")
+    assert json.loads((tmp_path / "attention/adapter_config.json").read_text())["peft_type"] == "LORA"
+    converted(tmp_path / "back", tmp_path / "again", rounds=1)
+    assert logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "again")).equal(expected)
+
+
+def test_an_adapter_is_upgraded_in_its_own_folder(tmp_path):
+    """Read as a whole before anything is written."""
+    folder = write_peer(tmp_path / "theirs", peer_settings("MIXLORA"))
+    with pytest.raises(FileExistsError, match="is not empty"):
+        converted(folder, folder, rounds=2)
+    converted(folder, folder, rounds=2, overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    PeftModel.from_pretrained(tiny_model(), folder)
+
+
+def test_what_the_user_can_mend(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        converted(tmp_path / "nowhere", tmp_path / "out")
+    theirs = write_peer(tmp_path / "theirs", peer_settings("MIXLORA"))
+    with pytest.raises(ValueError, match="unknown format 'gguf'; there are graphmoe, moe-peft, attention-lora"):
+        converted(theirs, tmp_path / "out", to="gguf")
+    with pytest.raises(ValueError, match="rounds=2 goes with the format 'graphmoe' alone"):
+        converted(theirs, tmp_path / "out", to="moe-peft", rounds=2)
+    with pytest.raises(ValueError, match="rounds must be an integer of at least 2"):
+        converted(theirs, tmp_path / "out", rounds=0)
+    (theirs / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(
+        ValueError, match="peft_type 'IA3'; what can be converted is GRAPHMOE, MIXLORA, LORAMOE, MOLA, LORA"
+    ):
+        converted(theirs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
