@@ -79,6 +79,8 @@ def _print(adapter: Adapter, notes: list[str], target: Path, to: str, console: C
         "method": config.title,
         "rounds": str(config.rounds),
         "rank, alpha": f"{config.r}, {config.lora_alpha}",
+        "other ranks": ", ".join(f"{value} in {key}" for key, value in (config.rank_pattern or {}).items()),
+        "other alphas": ", ".join(f"{value} in {key}" for key, value in (config.alpha_pattern or {}).items()),
         "experts": f"{config.num_experts}, of which {config.top_k} run for a token",
         "layers": str(len({module.layer for module in modules})),
         "adapted in a layer": ", ".join(dict.fromkeys(module.place for module in modules)),
@@ -86,7 +88,8 @@ def _print(adapter: Adapter, notes: list[str], target: Path, to: str, console: C
         "parameters": f"{sum(tensor.numel() for tensor in adapter.tensors.values()):,}",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        if value:
+            table.add_row(name, value)
     console.print(table)
     for note in notes:
         console.print(f"Note: {note}", style="yellow", markup=False, highlight=False)

@@ -23,6 +23,7 @@ from graphmoe_model.conversion.adapter import (
 )
 from graphmoe_model.conversion.files import write_folder
 from graphmoe_model.conversion.layout import LINEARS
+from graphmoe_model.conversion.peer_config import aux_loss_coef_there
 from graphmoe_model.conversion.refusals import moe_peft_reasons, peft_lora_reasons, raise_for
 
 
@@ -171,7 +172,7 @@ def _moe_settings(adapter: Adapter, targets: list[str]) -> tuple[dict[str, Any],
     if not config.base_method.dense:
         settings["top_k"] = config.top_k
         settings["router_loss"] = config.router_aux_loss_coef > 0
-        settings["router_aux_loss_coef"] = float(config.router_aux_loss_coef)
+        settings["router_aux_loss_coef"] = aux_loss_coef_there(config.router_aux_loss_coef, config.top_k)
         if config.router_aux_loss == "paper" and config.router_aux_loss_coef > 0:
             notes.append("in further training the load-balance loss there is of the full softmax, not of Eq. 8")
     if config.method == "mixlora":

@@ -65,9 +65,10 @@ def from_lora(settings: dict[str, Any], weights: dict[str, Tensor], what: str) -
             "magnitudes are the row norms of the base model's weights, which are not at hand"
         )
     numbers, problems = _layers(theirs, {int(match["layer"]) for match in found})
-    if isinstance(settings.get("target_modules"), list):
+    targets = settings.get("target_modules")
+    if isinstance(targets, list) and not theirs.exclude_modules:
         names = {place.rpartition(".")[2] for place in places}
-        listed, more = wanted([target.rpartition(".")[2] for target in settings["target_modules"]], names)
+        listed, more = wanted([t.rpartition(".")[2] if isinstance(t, str) else t for t in targets], names)
         notes += more
         problems += [f"{name}: in target_modules, but it has no tensors" for name in sorted(listed - names)]
     layers = Layers(stems[0], stems[0], numbers, mlp, [name for name in LINEARS if name in linears], projections, False)

@@ -63,6 +63,9 @@ def moe_config(settings: dict[str, Any], projections: list[str], what: str) -> t
             f"the experts' dropout is {expert['lora_dropout']} there, the attention's {settings['lora_dropout']}; here "
             "the experts' holds for both (in training)"
         )
+    top_k: Any = None if kind == "LORAMOE" else settings.get("top_k", TOP_K)
+    if coefficient:
+        coefficient = aux_loss_coef(coefficient, top_k)
     r, alpha = settings["r"], settings["lora_alpha"]
     expert_r, expert_alpha = expert.get("r", r), expert.get("lora_alpha", alpha)
     config = GraphMoEConfig(
@@ -72,9 +75,9 @@ def moe_config(settings: dict[str, Any], projections: list[str], what: str) -> t
         lora_dropout=expert.get("lora_dropout", settings["lora_dropout"]),
         rank_pattern={} if expert_r == r else {"mlp": expert_r},
         alpha_pattern={} if expert_alpha == alpha else {"mlp": expert_alpha},
-        use_rslora=bool(settings.get("use_rslora")),
+        use_rslora=settings.get("use_rslora", False),
         num_experts=settings["num_experts"],
-        top_k=None if kind == "LORAMOE" else settings.get("top_k", TOP_K),  # type: ignore[arg-type]
+        top_k=top_k,
         rounds=1,
         router_aux_loss_coef=coefficient,
         router_aux_loss="switch",
@@ -109,7 +112,10 @@ def _reasons(settings: dict[str, Any], projections: list[str]) -> list[str]:
     for name in ("r", "lora_alpha", "lora_dropout", "num_experts"):
         if settings.get(name) is None:
             reasons.append(f"{name}: missing from adapter_config.json")
-    for name in ("r", "num_experts"):
+    coefficient = settings.get("router_aux_loss_coef")
+    if not isinstance(coefficient, int | float | None):
+        reasons.append(f"router_aux_loss_coef must be a number, got {coefficient!r}")
+    for name in ("r", "num_experts", "top_k"):
         value = settings.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             reasons.append(f"{name} must be a whole number, got {value!r}")
@@ -148,8 +154,21 @@ def _expert_lora(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return expert, reasons + [f"expert_lora: {reason}" for reason in unread(expert, _READ | _WITHOUT_EFFECT)]
 
 
+def aux_loss_coef(there: float, top_k: int) -> float:
+    """The load-balance loss's weight here: the shares of the experts add up to 1 here and to the top k there.
+
+    There the tokens of all layers count as one batch; here the loss is the mean over the layers.
+    """
+    return float(f"{there * top_k:.12g}")  # without the rounding error that would come back as another number
+
+
+def aux_loss_coef_there(here: float, top_k: int) -> float:
+    """The inverse of `aux_loss_coef`."""
+    return float(f"{here / top_k:.12g}")
+
+
 def _aux_loss(settings: dict[str, Any]) -> tuple[float, list[str]]:
-    """The load-balance loss's weight: there it is on by default for MixLoRA and off for MoLA; LoRAMoE has none."""
+    """The load-balance loss's weight there: it is on by default for MixLoRA and off for MoLA; LoRAMoE has none."""
     kind = settings["peft_type"]
     if kind == "LORAMOE" or not settings.get("router_loss", kind == "MIXLORA"):
         return 0.0, []

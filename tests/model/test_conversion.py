@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from graphmoe_model import GraphMoEConfig
+from graphmoe_model import GraphMoEConfig, router_loss
 from graphmoe_model.conversion import (
     Adapter,
     attention_lora,
@@ -119,19 +119,41 @@ def test_what_an_import_says_of_the_configuration(kind, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "fields", "coefficient"),
     [
-        ("MIXLORA", {}, 0.001),
-        ("MIXLORA", {"router_aux_loss_coef": 0.02}, 0.02),
+        ("MIXLORA", {}, 0.002),
+        ("MIXLORA", {"router_aux_loss_coef": 0.02}, 0.04),
+        ("MIXLORA", {"router_aux_loss_coef": 0.01, "top_k": 3}, 0.03),
         ("MIXLORA", {"router_loss": False, "router_aux_loss_coef": 0.02}, 0.0),
         ("MOLA", {}, 0.0),
-        ("MOLA", {"router_loss": True, "router_aux_loss_coef": 0.02}, 0.02),
+        ("MOLA", {"router_loss": True, "router_aux_loss_coef": 0.02}, 0.04),
         ("LORAMOE", {"router_aux_loss_coef": 0.02}, 0.0),
     ],
 )
 def test_the_load_balance_loss_is_theirs(kind, fields, coefficient, tmp_path):
-    """On by default for MixLoRA, off for MoLA, none for LoRAMoE; of the full softmax."""
-    config = from_moe_peft(write_peer(tmp_path, peer_settings(kind, **fields))).config
-    assert config.router_aux_loss_coef == coefficient
-    assert config.router_aux_loss == "switch"
+    """On by default for MixLoRA, off for MoLA, none for LoRAMoE; of the full softmax; k times as large, and back."""
+    adapter = from_moe_peft(write_peer(tmp_path / "theirs", peer_settings(kind, **fields)))
+    assert adapter.config.router_aux_loss_coef == coefficient
+    assert adapter.config.router_aux_loss == "switch"
+    to_moe_peft(adapter, tmp_path / "back")
+    assert from_moe_peft(tmp_path / "back").config.router_aux_loss_coef == coefficient
+    if coefficient:
+        back = json.loads((tmp_path / "back/adapter_config.json").read_text())["router_aux_loss_coef"]
+        assert back == fields.get("router_aux_loss_coef", 0.001)
+
+
+def test_the_load_balance_loss_has_the_value_of_theirs(tmp_path):
+    """coef * n * sum over slots and experts of f[slot, e] P[e], for one layer (there, layers count as one batch)."""
+    settings = peer_settings("MIXLORA", router_aux_loss_coef=0.5)
+    tensors = {name: tensor for name, tensor in peer_tensors(settings).items() if ".0." in name.split("experts")[0]}
+    write_adapter(from_moe_peft(write_peer(tmp_path / "theirs", settings, tensors)), tmp_path / "ours")
+    base = tiny_model(num_hidden_layers=1)
+    model = PeftModel.from_pretrained(base, tmp_path / "ours", is_trainable=True).train()
+    inputs = []
+    base.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    model(input_ids=torch.randint(3, 60, (2, 9)))
+    p = (inputs[0].flatten(0, 1) @ tensors["mixlora.layers.0.mlp.moe_gate.weight"].T).softmax(-1)  # [N, n]
+    slots = torch.nn.functional.one_hot(p.topk(2).indices, 3).float().mean(0)  # f, [k, n]
+    expected = 0.5 * 3 * (slots * p.mean(0)).sum()
+    torch.testing.assert_close(router_loss(model).detach(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -24,12 +24,13 @@ def converted(source, target, **options) -> str:
 
 
 def test_the_summary(tmp_path):
-    theirs = write_peer(tmp_path / "theirs", peer_settings("MIXLORA", act_fn="silu"))
+    theirs = write_peer(tmp_path / "theirs", peer_settings("MIXLORA", act_fn="silu", expert_lora={"r": 3}))
     text = converted(theirs, tmp_path / "ours")
     facts = {
         "method": "MixLoRA",
         "rounds": "1",
         "rank, alpha": "4, 6",
+        "other ranks": "3 in mlp",
         "experts": "3, of which 2 run for a token",
         "layers": "2",
         "adapted in a layer": "mlp, self_attn.k_proj, self_attn.o_proj, self_attn.q_proj, self_attn.v_proj",
@@ -38,6 +39,7 @@ def test_the_summary(tmp_path):
     }
     for name, value in facts.items():
         assert re.search(rf"^{name} +{re.escape(value)} *$", text, re.MULTILINE), name
+    assert "other alphas" not in text
     assert "Note: act_fn is 'silu' there" in text
     assert text.rstrip().endswith(f"Written as graphmoe: {tmp_path / 'ours'}")
 

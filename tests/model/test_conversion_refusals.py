@@ -208,6 +208,9 @@ def test_a_projection_in_the_list_without_tensors(kind, tmp_path):
         ("MIXLORA", {"bias": "all"}, "bias='all': only 'none'"),
         ("MIXLORA", {"temperature": 0.5}, "temperature=0.5: not known here; take it out of adapter_config.json if"),
         ("MIXLORA", {"num_experts": "3"}, "num_experts must be a whole number, got '3'"),
+        ("MIXLORA", {"top_k": "2"}, "top_k must be a whole number, got '2'"),
+        ("MIXLORA", {"router_aux_loss_coef": "x"}, "router_aux_loss_coef must be a number, got 'x'"),
+        ("MIXLORA", {"use_rslora": "yes"}, "use_rslora must be True or False, got 'yes'"),
         ("MIXLORA", {"top_k": 4}, "top_k=4 exceeds num_experts=3"),
         ("LORAMOE", {"target_modules": ["q_proj", *MLP]}, "LoRA on q_proj: LoRAMoE here adapts the MLPs alone"),
         ("MIXLORA", {"target_modules": "all"}, "target_modules must be a list of names, got 'all'"),
@@ -246,6 +249,7 @@ def test_all_reasons_against_a_file_stand_in_one_message(tmp_path):
         ({"layers_to_transform": [0, 1, 2]}, "layer 2: all tensors missing"),
         ({"use_dora": True}, "lora_magnitude_vector: missing"),
         ({"a_new_option": 1}, "a_new_option=1: not known here"),
+        ({"target_modules": [1]}, "target_modules must be a list of names"),
         ({"r": None}, "r: missing from adapter_config.json"),
     ],
 )
