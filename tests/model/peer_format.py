@@ -99,6 +99,14 @@ def write_peer(
     return folder
 
 
+def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same tensors under the same names: values and dtypes."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
 # --- what it computes ------------------------------------------------------------------------------------------------
 
 
