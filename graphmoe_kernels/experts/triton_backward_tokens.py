@@ -71,9 +71,7 @@ def backward_tokens_kernel(
                 )
                 weight_rows += tl.where(ids == chosen[:, None], d_weight[:, None], 0.0)
                 if HAS_SCALE:
-                    s_gate, s_up = scale_rows(gate_scale, up_scale, chosen, f, width, num_experts)
-                    d_g *= s_gate
-                    d_u *= s_up
+                    d_g, d_u = scale_rows(d_g, d_u, gate_scale, up_scale, listed, chosen, f, width)
                 d_gate_sum += d_g
                 d_up_sum += d_u
                 d_g = d_g.to(dtype)

@@ -111,9 +111,7 @@ def backward_weights_kernel(
                         hit = (chosen == e)[:, None]
                         add_sum(d_gate_scale + own, e, tl.where(hit, d_g * g_pre, 0.0), f, width)
                         add_sum(d_up_scale + own, e, tl.where(hit, d_u * u_pre, 0.0), f, width)
-                    s_gate, s_up = scale_rows(gate_scale, up_scale, chosen, f, width, num_experts)
-                    d_g *= s_gate
-                    d_u *= s_up
+                    d_g, d_u = scale_rows(d_g, d_u, gate_scale, up_scale, listed, chosen, f, width)
                 w = expert_weights(weights, ids, chosen, token, live, num_experts, SLOTS, SLOTS_PADDED)
                 add_slot(
                     d_gate_B, d_up_B, d_down_A, (d_g * scale).to(dtype), (d_u * scale).to(dtype),

@@ -63,7 +63,7 @@ def forward_kernel(
                     num_experts, stride_low, stride_update, scale, HAS_UPDATE, RANK, RANK_PADDED,
                 )
                 g, u = scale_and_shift(
-                    g, u, gate_scale, up_scale, gate_bias, up_bias, chosen, f, width, num_experts, HAS_SCALE, HAS_BIAS
+                    g, u, gate_scale, up_scale, gate_bias, up_bias, listed, chosen, f, width, HAS_SCALE, HAS_BIAS
                 )
                 w = expert_weights(weights, ids, chosen, token, live, num_experts, SLOTS, SLOTS_PADDED)
                 hidden = activate(g, ACTIVATION) * u * w[:, None]

@@ -37,7 +37,7 @@ def slot_gradient(
         stride_update, scale, HAS_UPDATE, RANK, RANK_PADDED,
     )
     g, u = scale_and_shift(
-        g_pre, u_pre, gate_scale, up_scale, gate_bias, up_bias, chosen, f, width, num_experts, HAS_SCALE, HAS_BIAS
+        g_pre, u_pre, gate_scale, up_scale, gate_bias, up_bias, listed, chosen, f, width, HAS_SCALE, HAS_BIAS
     )
     active = activate(g, ACTIVATION)
     hidden = active * u

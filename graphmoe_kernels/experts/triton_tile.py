@@ -199,25 +199,30 @@ def slot_pre_activation(
 
 
 @triton.jit
-def scale_rows(gate_scale, up_scale, chosen, f, width, num_experts):
-    """The scale vectors [n, F] of every row's expert, [BLOCK_M, BLOCK_F] fp32 each."""
-    at = chosen.to(tl.int64)[:, None] * width + f[None, :]
-    inside = (chosen < num_experts)[:, None] & (f < width)[None, :]
-    s_gate = tl.load(gate_scale + at, mask=inside, other=0.0).to(tl.float32)
-    s_up = tl.load(up_scale + at, mask=inside, other=0.0).to(tl.float32)
-    return s_gate, s_up
+def scale_rows(g, u, gate_scale, up_scale, listed, chosen, f, width):
+    """g and u [BLOCK_M, BLOCK_F], every row times its expert's scale vectors [n, F].
+
+    Expert by expert as they are listed: a vector of columns in registers at a time, not a gathered tile.
+    """
+    for i in range(tl.load(listed)):
+        e = tl.load(listed + 1 + i)
+        hit = (chosen == e)[:, None]
+        at = e.to(tl.int64) * width + f
+        s = tl.load(gate_scale + at, mask=f < width, other=0.0).to(tl.float32)
+        g = tl.where(hit, g * s[None, :], g)
+        s = tl.load(up_scale + at, mask=f < width, other=0.0).to(tl.float32)
+        u = tl.where(hit, u * s[None, :], u)
+    return g, u
 
 
 @triton.jit
 def scale_and_shift(
-    g, u, gate_scale, up_scale, gate_bias, up_bias, chosen, f, width, num_experts, HAS_SCALE: tl.constexpr,
+    g, u, gate_scale, up_scale, gate_bias, up_bias, listed, chosen, f, width, HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     """g and u times their expert's scale vectors, and the biases [F]."""
     if HAS_SCALE:
-        s_gate, s_up = scale_rows(gate_scale, up_scale, chosen, f, width, num_experts)
-        g *= s_gate
-        u *= s_up
+        g, u = scale_rows(g, u, gate_scale, up_scale, listed, chosen, f, width)
     if HAS_BIAS:
         g += tl.load(gate_bias + f, mask=f < width, other=0.0).to(tl.float32)[None, :]
         u += tl.load(up_bias + f, mask=f < width, other=0.0).to(tl.float32)[None, :]
