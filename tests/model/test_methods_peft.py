@@ -22,7 +22,7 @@ from tests.model.tiny_models import logits, tiny_model, tokens
 pytestmark = pytest.mark.methods
 
 ALL = pytest.mark.parametrize("form", FORMS)
-DORA_FORMS = [form for form in FORMS if PRESETS[FORMS[form][0]]["use_dora"]]
+DORA_FORMS = [form for form, (preset, _) in FORMS.items() if PRESETS[preset]["use_dora"]]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEARS = ("gate_proj", "up_proj", "down_proj")
 LAYERS = 2
@@ -178,7 +178,9 @@ def _as_lora(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return state
 
 
-@pytest.mark.parametrize("form", DORA_FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.slow if "graphmoe" in form else ()) for form in DORA_FORMS]
+)
 def test_magnitudes_are_trained_and_saved(form, tmp_path):
     """After 20 steps of AdamW they differ from their start, in the MLP and in the attention, and load to the bit."""
     model = adapted(form, init_lora_weights=True)
