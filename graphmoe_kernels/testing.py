@@ -79,8 +79,8 @@ def cast_layer(
     frozen = [None if t is None else t.detach().to(device, dtype) for t in base]
     gru = None if weights.gru is None else GRUWeights(*map(cast, weights.gru))  # type: ignore[arg-type]
     experts = ExpertWeights(*map(cast, weights.experts))  # type: ignore[arg-type]
-    router: Any = weights.router
-    router = LinearRouters(*map(cast, router)) if isinstance(router, LinearRouters) else cast(router)
+    parts: Any = weights.router
+    router: Any = LinearRouters(*map(cast, parts)) if isinstance(parts, LinearRouters) else cast(parts)  # type: ignore[arg-type]
     return LayerWeights(DenseMLP(*frozen), router, experts, gru)  # type: ignore[arg-type]
 
 

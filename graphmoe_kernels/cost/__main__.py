@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from graphmoe_kernels.cost import report
 from graphmoe_kernels.cost.counter import count_layer
-from graphmoe_kernels.cost.sizes import DTYPES, Sizes
+from graphmoe_kernels.cost.sizes import DTYPES, ROUTERS, Sizes
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,6 +26,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-k", type=int, default=2, help="experts a token (%(default)s)")
     p.add_argument("--rank", type=int, default=16, help="LoRA rank r (%(default)s)")
     p.add_argument("--gru-scale", type=float, default=0.1, help="GRU width over hidden size (%(default)s)")
+    p.add_argument(
+        "--routers",
+        choices=ROUTERS,
+        default="layer",
+        help="layer: one router chooses whole experts (MixLoRA); linear: every linear mixes its own (LoRAMoE with "
+        "--top-k as large as --experts, MoLA); none: one expert (LoRA) (%(default)s)",
+    )
+    p.add_argument("--dora", action="store_true", help="experts with DoRA's magnitudes")
     p.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and activations (%(default)s)")
     p.add_argument("--terms", action="store_true", help="also every term of every form")
     return p
@@ -68,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rounds=a.rounds,
             tokens=a.tokens,
             dtype=a.dtype,
+            routers=a.routers,
+            dora=a.dora,
         )
     except ValueError as error:
         p.error(str(error))

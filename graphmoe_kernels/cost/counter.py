@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from graphmoe_kernels.cost.model import fold_build, multiply_adds
+from graphmoe_kernels.cost.model import fold_build, multiply_adds, prepare_build
 from graphmoe_kernels.cost.sizes import Sizes
 from graphmoe_kernels.experts import pytorch
 from graphmoe_kernels.experts.operands import Inputs, Settings
@@ -103,8 +103,16 @@ def count_layer(sizes: Sizes) -> list[Reading]:
     """
     sizes = replace(sizes, dtype="fp32")
     spec = RethinkingSpec(sizes.rounds, sizes.top_k, scale=2.0)
+    routers: Any = None if sizes.routers == "none" else sizes.routers
     weights = make_layer(
-        sizes.hidden, sizes.intermediate, sizes.experts, sizes.rank, sizes.gru_width, dtype=torch.float32
+        sizes.hidden,
+        sizes.intermediate,
+        sizes.experts,
+        sizes.rank,
+        sizes.gru_width,
+        routers=routers,
+        dora=sizes.dora,
+        dtype=torch.float32,
     )
     x = torch.randn(sizes.tokens, sizes.hidden, generator=torch.Generator().manual_seed(0))
     settings = FoldSettings(x.dtype, spec.scale, spec.candidate_input)
@@ -113,7 +121,7 @@ def count_layer(sizes: Sizes) -> list[Reading]:
         return [
             Reading(
                 "rethink_literal",
-                2 * sizes.tokens * multiply_adds("literal", sizes, "executed"),
+                2 * (sizes.tokens * multiply_adds("literal", sizes, "executed") + prepare_build(sizes)),
                 count_flops(lambda: rethink_literal(x, weights, spec)),
             ),
             Reading(

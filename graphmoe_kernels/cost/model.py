@@ -51,16 +51,35 @@ def traffic(form: str, sizes: Sizes, count: str = "needed") -> Traffic:
 
 
 def fold_build(sizes: Sizes, count: str = "needed") -> dict[str, int]:
-    """Multiply-adds of building the fold once, by product. M and Q need them all; the rest is a hundredth."""
+    """Multiply-adds of building the fold once, by product. M and Q need them all; the rest is a hundredth.
+
+    With DoRA there is no Q, and the experts' norms come with it (`prepare_build`).
+    """
     D, F, G = sizes.hidden, sizes.intermediate, _fold_width(sizes, count)
     low = sizes.experts * sizes.rank
-    return {
+    found = {
         "M = [W_G; W_U] W_g": 2 * F * D * G,
-        "Q = W^y W_D": 3 * G * D * F,
+        "Q = W^y W_D": 0 if sizes.dora else 3 * G * D * F,
         "A W_g": 2 * low * D * G,
-        "W^y B_D": 3 * G * D * low,
-        "R W_g": sizes.experts * D * G,
+        "W^y B_D": 0 if sizes.dora else 3 * G * D * low,
+        "R W_g": _input_routers(sizes) * D * G,
+        "DoRA's norms": prepare_build(sizes),
     }
+    return {name: value for name, value in found.items() if value}
+
+
+def prepare_build(sizes: Sizes) -> int:
+    """Multiply-adds of preparing the experts once: with DoRA the norms of W + s B A, by W A^T and A A^T."""
+    if not sizes.dora:
+        return 0
+    D, F, n, r = sizes.hidden, sizes.intermediate, sizes.experts, sizes.rank
+    linears = ((D, F), (D, F), (F, D))  # in and out
+    return sum(n * r * (inner * outer + r * inner + r * outer) for inner, outer in linears)
+
+
+def _input_routers(sizes: Sizes) -> int:
+    """Rows of the routers that read x."""
+    return {"layer": 1, "linear": 2, "none": 0}[sizes.routers] * sizes.experts
 
 
 def fold_bytes(sizes: Sizes, count: str = "needed") -> dict[str, int]:
@@ -72,16 +91,16 @@ def fold_bytes(sizes: Sizes, count: str = "needed") -> dict[str, int]:
     """
     F, G, e = sizes.intermediate, _fold_width(sizes, count), sizes.element
     low = sizes.experts * sizes.rank
-    found = {
-        "M": 2 * F * G * e,
-        "Q": 3 * G * F * e,
-        "A W_g, W^y B_D": 5 * low * G * e,
-        "R W_g": sizes.experts * G * sizes.router_element,
-    }
+    if sizes.dora:
+        found = {"M": 2 * F * G * e, "W^y": 3 * G * sizes.hidden * e, "A W_g": 2 * low * G * e}
+    else:
+        found = {"M": 2 * F * G * e, "Q": 3 * G * F * e, "A W_g, W^y B_D": 5 * low * G * e}
+    found["R W_g"] = _input_routers(sizes) * G * sizes.router_element
     if count == "executed":
         found["GRU, padded"] = (3 * G * G + G + sizes.hidden * G) * e
         found["zeros beside A W_g and the gates"] = (2 * low + 2 * G) * G * e
-        found["experts"] = 3 * low * (sizes.hidden + F) * e
+        vectors = sizes.experts * (2 * F + sizes.hidden) * max(4, e) if sizes.dora else 0
+        found["experts"] = 3 * low * (sizes.hidden + F) * e + vectors
     return found
 
 

@@ -36,8 +36,9 @@ def report(sizes: Sizes) -> str:
 
 
 def _heading(s: Sizes) -> str:
+    kind = {"layer": "", "linear": " mixed in every linear", "none": ""}[s.routers] + (", DoRA" if s.dora else "")
     return (
-        f"D={s.hidden} F={s.intermediate} experts={s.experts} top-k={s.top_k} rank={s.rank} GRU={s.gru_width} "
+        f"D={s.hidden} F={s.intermediate} experts={s.experts}{kind} top-k={s.top_k} rank={s.rank} GRU={s.gru_width} "
         f"(padded {padded(s.gru_width)}) rounds={s.rounds} tokens={s.tokens} {s.dtype}\n"
         "needed: chosen experts only; executed: what the PyTorch path multiplies, zeros included"
     )
@@ -88,14 +89,15 @@ def _traffic(s: Sizes) -> str:
 def _fold(s: Sizes) -> str:
     build = {count: 2 * sum(fold_build(s, count).values()) / 1e9 for count in COUNTS}
     kept = {count: fold_bytes(s, count) for count in COUNTS}
-    both = {count: kept[count]["M"] + kept[count]["Q"] for count in COUNTS}
-    tokens = fold_break_even(s.hidden, s.intermediate, padded(s.gru_width), s.rounds)
+    large = [name for name in ("M", "Q") if name in kept["needed"]]
+    both = {count: sum(kept[count][name] for name in large) for count in COUNTS}
+    tokens = fold_break_even(s.hidden, s.intermediate, padded(s.gru_width), s.rounds, s.dora)
     return "\n".join(
         [
             "The fold",
             f"  building it: {build['needed']:,.1f} GFLOP ({build['executed']:,.1f} executed)",
             f"  pays in a training step from {tokens:,.0f} tokens on; in inference it is kept",
-            f"  M and Q: {_mega(both['needed'])} MB ({_mega(both['executed'])} padded); "
+            f"  {' and '.join(large)}: {_mega(both['needed'])} MB ({_mega(both['executed'])} padded); "
             f"everything that is kept: {_mega(sum(kept['executed'].values()))} MB",
         ]
     )

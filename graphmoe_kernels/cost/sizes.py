@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Of what kind the experts are: whole MLPs that one router chooses, mixed in every linear by its own router, or one.
+ROUTERS = ("layer", "linear", "none")
+
 # Bytes of an element, by the names that the command line takes.
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
@@ -18,11 +21,14 @@ class Sizes:
         experts, top_k, rank: n, k, r.
         rounds: T.
         tokens: N in one call.
+        routers: one for the layer, which chooses whole experts; one for each linear, which mixes its own; or none.
+        dora: whether the experts have DoRA's magnitudes.
         dtype: of weights and activations, a name of `DTYPES`; the router's weights and logits are fp32 at least.
 
     Raises:
         TypeError: a size that is no int.
-        ValueError: a size below 1, more experts a token than there are, an unknown dtype.
+        ValueError: a size below 1, more experts a token than there are, several experts without a router, an unknown
+            dtype or kind of routers.
     """
 
     hidden: int
@@ -34,6 +40,8 @@ class Sizes:
     rounds: int = 3
     tokens: int = 1
     dtype: str = "bf16"
+    routers: str = "layer"
+    dora: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden", "intermediate", "gru_width", "experts", "top_k", "rank", "rounds", "tokens"):
@@ -46,6 +54,10 @@ class Sizes:
             raise ValueError(f"top_k must lie in 1..{self.experts} (the number of experts), got {self.top_k}")
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.routers not in ROUTERS:
+            raise ValueError(f"unknown routers {self.routers!r}; expected one of {', '.join(ROUTERS)}")
+        if self.routers == "none" and self.experts != 1:
+            raise ValueError(f"{self.experts} experts need a router; without one there can be one expert")
 
     @property
     def element(self) -> int:
@@ -56,6 +68,16 @@ class Sizes:
     def router_element(self) -> int:
         """Bytes of an element of the router's weights and logits."""
         return max(4, self.element)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether every linear mixes its own experts."""
+        return self.routers == "linear"
+
+    @property
+    def down_products(self) -> int:
+        """Base down projections a round: one, but with DoRA on chosen experts one a slot."""
+        return self.top_k if self.dora and not self.mixed else 1
 
     @property
     def used_experts(self) -> int:

@@ -43,6 +43,8 @@ class _Widths(NamedTuple):
     low: int  # k*r, or n*r where all experts run as one product
     low_weights: int  # rows of A (columns of B) read for it: r times the experts that are read
     used: int  # experts that a round reads at most
+    hidden_low: int  # k*r, or n*r where experts are mixed: what B of gate and up and A of down multiply
+    downs: int  # base down projections of a round
     e: int  # bytes of an element
     executed: bool  # the products as the code has them, zeros included
 
@@ -63,6 +65,8 @@ def _widths(form: str, sizes: Sizes, count: str) -> _Widths:
         low=sizes.rank * (sizes.experts if all_experts else sizes.top_k),
         low_weights=sizes.rank * (sizes.experts if all_experts else sizes.used_experts),
         used=sizes.used_experts,
+        hidden_low=sizes.rank * (sizes.experts if all_experts and sizes.mixed else sizes.top_k),
+        downs=sizes.down_products,
         e=sizes.element,
         executed=count == "executed",
     )
@@ -98,13 +102,39 @@ def _base_in(w: _Widths) -> Term:
     return Term("base gate, up", 2 * w.F * w.D, 2 * w.F * w.D * w.e, w.D * w.e, 2 * w.F * w.e)
 
 
-def _base_down(w: _Widths) -> Term:
-    return Term("base down", w.D * w.F, w.D * w.F * w.e, w.F * w.e, w.D * w.e)
+def _base_down(w: _Widths, times: int = 1) -> Term:
+    product = Term("base down", w.D * w.F, w.D * w.F * w.e, w.F * w.e, w.D * w.e)
+    return Term(product.name, *(times * part for part in product[1:]))
 
 
-def _router(sizes: Sizes, inner: int, name: str) -> Term:
+def _routers(sizes: Sizes, w: _Widths, inner: int, name: str) -> list[Term]:
+    """The routers that read x or, from its ``inner`` columns on, H; and the down projection's own, which reads c."""
     n, wide = sizes.experts, sizes.router_element
-    return Term(name, n * inner, n * inner * wide, inner * sizes.element, n * wide)
+    if sizes.routers == "none":
+        return []
+
+    def router(name: str, inner: int, times: int = 1) -> Term:
+        return Term(name, times * n * inner, times * n * inner * wide, inner * sizes.element, times * n * wide)
+
+    if not sizes.mixed:
+        return [router(name, inner)]
+    return [router(name, inner, times=2), router("router of down", w.F)]
+
+
+def _down(sizes: Sizes, w: _Widths) -> list[Term]:
+    """From c and z to y: the base down projection, with DoRA once a slot, and B."""
+    terms = [_base_down(w, w.downs), _down_B(w)]
+    if sizes.dora and sizes.mixed:
+        terms.append(Term("mixture of DoRA's vectors", sizes.experts * w.D, 4 * sizes.experts * w.D))
+    return terms
+
+
+def _mixed_dora(sizes: Sizes, w: _Widths) -> list[Term]:
+    """(1 + sum_i p_i (m_i - 1)) times the pre-activations, and their update, before the operator reads them."""
+    if not (sizes.dora and sizes.mixed):
+        return []
+    n, both = sizes.experts, 2 * w.F
+    return [Term("mixture of DoRA's vectors", n * both, 4 * n * both, both * w.e, both * w.e)]
 
 
 def _low_rank_A(w: _Widths) -> Term:
@@ -116,10 +146,10 @@ def _experts(w: _Widths, updated: bool = False) -> list[Term]:
 
     ``updated``: the low-rank activations are the sum of two tensors, the first round's and their update.
     """
-    k_r, used = w.k * w.r, w.used * w.r
+    k_r, used = w.hidden_low, w.used * w.r
     return [
         Term("low-rank B (gate, up)", 2 * k_r * w.F, 2 * used * w.F * w.e, 2 * k_r * w.e * (1 + updated)),
-        Term("SwiGLU, combine", read=2 * w.F * w.e, written=w.F * w.e),
+        Term("SwiGLU, combine", read=2 * w.F * w.e * w.downs, written=w.F * w.e * w.downs),
         Term("down A", k_r * w.F, used * w.F * w.e, written=w.low * w.e),
     ]
 
@@ -145,15 +175,17 @@ def _join(w: _Widths, t: int) -> list[Term]:
 
 
 def _literal_round(sizes: Sizes, w: _Widths, t: int) -> list[Term]:
-    terms = [_router(sizes, w.D, "router"), _base_in(w), _low_rank_A(w), *_experts(w), _base_down(w), _down_B(w)]
-    return terms + (_join(w, t) if t < sizes.rounds else [])
+    terms = [*_routers(sizes, w, w.D, "router"), _base_in(w), _low_rank_A(w), *_mixed_dora(sizes, w), *_experts(w)]
+    return [*terms, *_down(sizes, w), *(_join(w, t) if t < sizes.rounds else [])]
 
 
 def _peers_round(sizes: Sizes, w: _Widths, t: int) -> list[Term]:
     """Every expert gathers its tokens, runs its own down projection over the shared W_D, and is added to the output."""
     k_r, used = w.k * w.r, w.used * w.r
+    if sizes.mixed:  # an expert is a LoRA pair on each linear, not an MLP: nothing is projected down twice
+        return _literal_round(sizes, w, t)
     terms = [
-        _router(sizes, w.D, "router"),
+        *_routers(sizes, w, w.D, "router"),
         _base_in(w),
         Term("low-rank A (gate, up)", 2 * k_r * w.D, 2 * used * w.D * w.e, w.k * w.D * w.e, 2 * k_r * w.e),
         Term("low-rank B (gate, up)", 2 * k_r * w.F, 2 * used * w.F * w.e, 2 * k_r * w.e),
@@ -168,17 +200,26 @@ def _peers_round(sizes: Sizes, w: _Widths, t: int) -> list[Term]:
 
 def _folded_round(sizes: Sizes, w: _Widths, t: int) -> list[Term]:
     if t == 1:
-        terms = [_router(sizes, w.D, "router"), _base_in(w), _low_rank_A(w)]
+        terms = [*_routers(sizes, w, w.D, "router"), _base_in(w), _low_rank_A(w)]
     else:
         update = Term("fold update H M^T", 2 * w.F * w.G, 2 * w.F * w.G * w.e, w.G * w.e)
-        terms = [_router(sizes, w.G, "router update"), update]
-    terms += _experts(w, updated=t > 1)
+        # Every call of the operator computes it, and with DoRA on chosen experts there is one a slot.
+        update = Term(update.name, *(w.downs * part for part in update[1:]))
+        terms = [*_routers(sizes, w, w.G, "router update"), update]
+    terms += [*_mixed_dora(sizes, w), *_experts(w, updated=t > 1)]
     if t == sizes.rounds:
-        return [*terms, _base_down(w), _down_B(w)]
+        return [*terms, *_down(sizes, w)]
+    if sizes.dora:  # its vectors stand between W_D and the GRU's weights: y is formed
+        columns = Term("GRU input", 3 * w.G * w.D, 3 * w.G * w.D * w.e, w.D * w.e, 3 * w.G * w.e)
+        reads = [*_down(sizes, w), columns]
+    else:
+        reads = [
+            Term("GRU input Q c", 3 * w.G * w.F, 3 * w.G * w.F * w.e, w.F * w.e, 3 * w.G * w.e),
+            Term("GRU input of z", 3 * w.G * w.low, 3 * w.G * w.low_weights * w.e, w.low * w.e),
+        ]
     return [
         *terms,
-        Term("GRU input Q c", 3 * w.G * w.F, 3 * w.G * w.F * w.e, w.F * w.e, 3 * w.G * w.e),
-        Term("GRU input of z", 3 * w.G * w.low, 3 * w.G * w.low_weights * w.e, w.low * w.e),
+        *reads,
         _folded_gru_step(w, first=t == 1),
         _reread(w, last=t == sizes.rounds - 1),
     ]

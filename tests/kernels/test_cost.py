@@ -83,8 +83,15 @@ def test_building_and_keeping_the_fold_of_an_8b_layer():
         replace(SMALL, top_k=8),
         replace(SMALL, experts=1, top_k=1),
         replace(SMALL, experts=7, top_k=3, rank=5, gru_width=16, intermediate=97),
+        *(replace(SMALL, dora=True, rounds=rounds) for rounds in (1, 3)),
+        *(replace(SMALL, routers="linear", dora=dora, rounds=rounds) for dora in (False, True) for rounds in (1, 3)),
+        replace(SMALL, routers="linear", top_k=8),
+        *(replace(SMALL, routers="none", experts=1, top_k=1, dora=dora) for dora in (False, True)),
     ],
-    ids=["T=1", "T=3", "T=5, one token", "k=n", "n=1", "odd sizes"],
+    ids=[
+        *("T=1", "T=3", "T=5, one token", "k=n", "n=1", "odd sizes", "MixDoRA, T=1", "MixDoRA", "MoLA, T=1", "MoLA"),
+        *("MoDA, T=1", "MoDA", "LoRAMoE", "LoRA", "DoRA"),
+    ],
 )
 def test_executed_arithmetic_is_what_the_code_executes(sizes):
     """The model describes this code, not an idea of it: PyTorch's FLOP counter decides, to the last one."""
@@ -136,13 +143,15 @@ def test_the_counter_refuses_what_it_cannot_see(part):
         count_flops(run)
 
 
-def test_kept_bytes_are_the_folds_own():
+@pytest.mark.parametrize("dora", [False, True], ids=["", "DoRA"])
+@pytest.mark.parametrize("routers", ["layer", "linear"])
+def test_kept_bytes_are_the_folds_own(routers, dora):
     """What the model says a kept fold takes is what a fold's tensors take; in one round, the experts alone."""
     for width in (6, None):
-        layer = make_layer(64, 176, 8, 4, width, dtype=torch.float32)
+        layer = make_layer(64, 176, 8, 4, width, routers=routers, dora=dora, dtype=torch.float32)
         fold = build_fold(layer, FoldSettings(torch.float32, 2.0, "expert_output"), copy=True)
         found = sum(t.untyped_storage().nbytes() for t in fold.tensors())
-        modelled = fold_bytes(SMALL, "executed")
+        modelled = fold_bytes(replace(SMALL, routers=routers, dora=dora), "executed")
         assert found == (sum(modelled.values()) if width else modelled["experts"])
 
 
@@ -175,6 +184,8 @@ def test_terms_of_all_rounds_are_the_sum():
         ({"tokens": 0}, ValueError, "tokens must be at least 1, got 0"),
         ({"rank": 1.5}, TypeError, "rank must be an int, got 1.5"),
         ({"top_k": 9}, ValueError, r"top_k must lie in 1..8 \(the number of experts\), got 9"),
+        ({"routers": "mlp"}, ValueError, "unknown routers 'mlp'; expected one of layer, linear, none"),
+        ({"routers": "none"}, ValueError, "8 experts need a router; without one there can be one expert"),
         ({"dtype": "int8"}, ValueError, "unknown dtype 'int8'; expected one of bf16, fp16, fp32, fp64"),
     ],
 )
