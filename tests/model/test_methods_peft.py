@@ -319,3 +319,31 @@ def test_disable_delete_and_unload_give_the_base_back(form):
     model = adapted(form, base)
     model.delete_adapter("default")
     assert torch.equal(logits(model.base_model), expected)  # a PeftModel without any adapter refuses to run
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("lora", "graphmoe-mixdora"), ("mixdora", "loramoe"), ("loramoe", "graphmoe-mola"), ("moda", "dora")],
+)
+def test_a_second_adapter_of_another_method(first, second):
+    """One model holds adapters of several methods: each gives what it gives alone, whatever the attention has."""
+    model = adapted(first)
+    alone = logits(model)
+    model.add_adapter("second", config(second))
+    assert torch.equal(logits(model), alone)
+    model.set_adapter("second")
+    changed = logits(model)
+    assert not torch.allclose(changed, alone)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), changed)
+
+
+def test_experts_on_a_projection_that_has_lora_are_refused():
+    """MoLA beside MixLoRA would have to wrap PEFT's LoRA layers: refused by name, and nothing is left behind."""
+    model = adapted("mixlora")
+    expected, names = logits(model), {name for name, _ in model.named_modules()}
+    with pytest.raises(TypeError, match="q_proj"):
+        model.add_adapter("second", config("mola"))
+    assert {name for name, _ in model.named_modules()} == names
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), expected)
