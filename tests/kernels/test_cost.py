@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,30 @@ def test_multiply_adds_of_an_8b_layer(form, one, three, further):
     """The figures that the speed targets stand on: a changed term shows here."""
     found = multiply_adds(form, replace(LLAMA_8B, rounds=1)), multiply_adds(form, LLAMA_8B)
     assert (*map(mega, found), mega(further_round(form, LLAMA_8B))) == (one, three, further)
+
+
+METHODS = {
+    "LoRA (with rounds)": {"routers": "none", "experts": 1, "top_k": 1, "rank": 80},
+    "MixLoRA": {},
+    "LoRAMoE": {"routers": "linear", "experts": 6, "top_k": 6, "rank": 24},
+    "MoLA": {"routers": "linear", "rank": 10},
+}
+METHODS |= {
+    name: {**METHODS[plain], "dora": True}
+    for name, plain in zip(("DoRA (with rounds)", "MixDoRA", "DoRAMoE", "MoDA"), METHODS, strict=True)
+}
+
+
+@pytest.mark.methods
+@pytest.mark.parametrize("method", METHODS)
+def test_the_documented_cost_of_every_method(method):
+    """The table of methods and folds in docs/folding.md: its figures are this model's."""
+    page = (Path(__file__).parents[2] / "docs" / "folding.md").read_text()
+    (row,) = re.findall(rf"^\| {re.escape(method)} \|.*", page, re.MULTILINE)
+    found = re.search(r"(\d+) M literal, (\d+) M folded \| ([\d.]+) \|$", row)
+    sizes = replace(LLAMA_8B, **METHODS[method])
+    literal, folded = (multiply_adds(form, sizes) for form in ("literal", "folded"))
+    assert found.groups() == (str(mega(literal)), str(mega(folded)), f"{folded / literal:.2f}")
 
 
 @pytest.mark.parametrize("form, read", [("dense", 352), ("literal", 1096), ("folded", 480)])
