@@ -1,7 +1,9 @@
-"""The four plots of the demo's report, drawn with matplotlib and without a display."""
+"""The plots of the demo's report, drawn with matplotlib and without a display."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 if TYPE_CHECKING:
+    from graphmoe_model.demo.comparison import Comparison
     from graphmoe_model.demo.report import DemoResults
 
 CHANCE = 0.25  # four options a question
@@ -27,13 +30,20 @@ STYLE: Any = {  # matplotlib types its settings by a list of literal names
 
 
 def draw_plots(results: DemoResults) -> dict[str, bytes]:
-    """The plots as PNG files, by name: loss, accuracy, expert_load and latency."""
-    plots = {"loss": _loss, "accuracy": _accuracy, "expert_load": _expert_load, "latency": _latency}
+    """The plots as PNG files, by name: loss, accuracy, expert_load and latency; comparison if there was one."""
+    plots: dict[str, Callable[[Figure], None]] = {
+        "loss": partial(_loss, results),
+        "accuracy": partial(_accuracy, results),
+        "expert_load": partial(_expert_load, results),
+        "latency": partial(_latency, results),
+    }
+    if results.comparison is not None:
+        plots["comparison"] = partial(_comparison, results.comparison)
     drawn = {}
     with matplotlib.rc_context(STYLE):
         for name, plot in plots.items():
             figure = Figure(figsize=(7, 3.5), layout="constrained")  # not pyplot: no window, no global state
-            plot(results, figure)
+            plot(figure)
             png = BytesIO()
             figure.savefig(png, format="png", dpi=200)
             drawn[name] = png.getvalue()
@@ -135,3 +145,26 @@ def _latency(results: DemoResults, figure: Figure) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlim(rounds[0] - 0.25, rounds[-1] + 0.55)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _comparison(comparison: Comparison, figure: Figure) -> None:
+    methods = comparison.methods
+    figure.set_size_inches(7, 1.2 + 0.28 * len(methods))
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = range(len(methods))
+    colours = [BLUE if method.title.startswith("GraphMoE") else ORANGE for method in methods]
+    series = [
+        (left, f"Right answers after {comparison.steps:,} steps", [method.accuracy for method in methods], "{:.0%}"),
+        (right, "Training step, median milliseconds", [method.step_ms for method in methods], "{:.0f}"),
+    ]
+    for axes, title, values, form in series:
+        axes.bar_label(axes.barh(places, values, 0.7, color=colours), fmt=form, padding=3, fontsize=9)
+        axes.set_title(title, fontsize=10)
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x", visible=True)
+        axes.margins(x=0.12, y=0.02)
+    left.set_yticks(places, [method.title for method in methods])
+    left.invert_yaxis()  # the first method on top; the right panel shares the axis
+    left.axvline(comparison.base_accuracy, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="base model")
+    left.xaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(frameon=False, loc="outside lower center")

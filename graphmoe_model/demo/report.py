@@ -1,20 +1,24 @@
-"""What the demo found: tables on the console, and a report in Markdown with four plots."""
+"""What the demo found: tables on the console, and a report in Markdown with plots."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table as RichTable
 from torch import Tensor
 
+from graphmoe_model.demo.comparison import Comparison
+from graphmoe_model.demo.comparison_report import (
+    NO_RANKING,
+    comparison_section,
+    comparison_table,
+    what_was_measured,
+)
 from graphmoe_model.demo.latency import RoundLatency
+from graphmoe_model.demo.tables import Table, markdown_table, rich_table
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class DemoResults:
         examples: (prompt, right answer, answer before, answer after).
         reload_difference: the largest difference of a logit after saving and loading.
         seconds: wall time by stage.
+        comparison: of all methods, or None where it was left out.
     """
 
     seed: int
@@ -49,28 +54,21 @@ class DemoResults:
     examples: list[tuple[str, str, str, str]]
     reload_difference: float
     seconds: dict[str, float]
-
-
-class _Table(NamedTuple):
-    title: str
-    header: Sequence[str]
-    rows: list[list[str]]
+    comparison: Comparison | None
 
 
 def print_results(results: DemoResults, console: Console) -> None:
     """Print the tables of the report to a rich console."""
     for table in _tables(results):
-        rich = RichTable(title=escape(table.title), title_justify="left", title_style="bold")
-        for index, name in enumerate(table.header):
-            rich.add_column(escape(name), justify="right" if index else "left")
-        for row in table.rows:
-            rich.add_row(*map(escape, row))
-        console.print(rich)
+        console.print(rich_table(table))
     console.print(_reload_sentence(results), markup=False)
+    if results.comparison is not None:
+        console.print(rich_table(comparison_table(results.comparison)))
+        console.print(f"{what_was_measured(results.comparison)} {NO_RANKING}", markup=False)
 
 
 def write_report(results: DemoResults, folder: Path) -> Path:
-    """Write report.md and its four plots into ``folder`` (made if missing), and return the report's path.
+    """Write report.md and its plots into ``folder`` (made if missing), and return the report's path.
 
     Each file is written beside its place and then moved there; other files in the folder are left alone.
 
@@ -103,11 +101,11 @@ def _replace(path: Path, content: bytes) -> None:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _tables(results: DemoResults) -> list[_Table]:
+def _tables(results: DemoResults) -> list[Table]:
     return [_parameter_table(results), _accuracy_table(results), _load_table(results), _latency_table(results)]
 
 
-def _parameter_table(results: DemoResults) -> _Table:
+def _parameter_table(results: DemoResults) -> Table:
     base, trainable = results.base_parameters, sum(results.parameters.values())
 
     def row(name: str, count: int) -> list[str]:
@@ -115,18 +113,18 @@ def _parameter_table(results: DemoResults) -> _Table:
 
     rows = [row(name, count) for name, count in results.parameters.items()]
     rows += [row("all trainable", trainable), row("base model (frozen)", base)]
-    return _Table("Parameters", ("component", "parameters", "share of base", "share of total"), rows)
+    return Table("Parameters", ("component", "parameters", "share of base", "share of total"), rows)
 
 
-def _accuracy_table(results: DemoResults) -> _Table:
+def _accuracy_table(results: DemoResults) -> Table:
     pairs = {skill: (before, results.accuracy_after[skill]) for skill, before in results.accuracy_before.items()}
     pairs["mean of the skills"] = (fmean(results.accuracy_before.values()), fmean(results.accuracy_after.values()))
     rows = [[name, f"{b:.1%}", f"{a:.1%}", f"{100 * (a - b):+.1f}"] for name, (b, a) in pairs.items()]
     title = f"Accuracy on {results.questions:,} held-out questions"
-    return _Table(title, ("skill", "before", "after", "points"), rows)
+    return Table(title, ("skill", "before", "after", "points"), rows)
 
 
-def _load_table(results: DemoResults) -> _Table:
+def _load_table(results: DemoResults) -> Table:
     experts = max(load.shape[1] for load in results.expert_load.values())
     header = ("layer", "round", *map(str, range(experts)))
     rows = [
@@ -134,10 +132,10 @@ def _load_table(results: DemoResults) -> _Table:
         for layer, load in results.expert_load.items()
         for t, shares in enumerate(load.tolist(), start=1)
     ]
-    return _Table("Expert load: share of routed tokens by expert", header, rows)
+    return Table("Expert load: share of routed tokens by expert", header, rows)
 
 
-def _latency_table(results: DemoResults) -> _Table:
+def _latency_table(results: DemoResults) -> Table:
     first = results.latency[0]
     rows = []
     for entry in results.latency:
@@ -148,7 +146,7 @@ def _latency_table(results: DemoResults) -> _Table:
             times.append(f"{(entry.folded_ms - first.folded_ms) / further:.2f}")
         rows.append([str(entry.rounds), *times, *(() if further else ("–", "–"))])
     header = ("rounds T", "literal ms", "folded ms", "times as fast", "further round, literal", "further round, folded")
-    return _Table(f"Latency: {results.latency_conditions}", header, rows)
+    return Table(f"Latency: {results.latency_conditions}", header, rows)
 
 
 def _reload_sentence(results: DemoResults) -> str:
@@ -161,7 +159,7 @@ def _reload_sentence(results: DemoResults) -> str:
 
 
 def _markdown(results: DemoResults) -> str:
-    parameters, accuracy, load, latency = map(_markdown_table, _tables(results))
+    parameters, accuracy, load, latency = map(markdown_table, _tables(results))
     before, after = fmean(results.accuracy_before.values()), fmean(results.accuracy_after.values())
     sections = [
         "# GraphMoE demo report",
@@ -171,7 +169,7 @@ def _markdown(results: DemoResults) -> str:
         "were made by this project to be small enough for a CPU. The figures show that the method trains, saves, "
         "loads and routes as it should. They are no benchmark and say nothing about real language models.",
         "## Conditions",
-        _markdown_table(_Table("", ("", ""), _condition_rows(results))),
+        markdown_table(Table("", ("", ""), _condition_rows(results))),
         "## Parameters",
         "Trainable parameters of the adapter, against the frozen base model and against both together.",
         parameters,
@@ -197,19 +195,14 @@ def _markdown(results: DemoResults) -> str:
         "## Sample questions",
         *(_markdown_example(*example) for example in results.examples),
     ]
+    if results.comparison is not None:
+        sections += comparison_section(results.comparison)
     return "\n\n".join(sections) + "\n"
 
 
 def _condition_rows(results: DemoResults) -> list[list[str]]:
     seconds = [[f"time, {stage}", f"{taken:.1f} s"] for stage, taken in results.seconds.items()]
     return [["seed", str(results.seed)], *([name, text] for name, text in results.conditions.items()), *seconds]
-
-
-def _markdown_table(table: _Table) -> str:
-    ruler = [":--", *("--:" if name else ":--" for name in table.header[1:])]
-    title = [f"**{table.title}**", ""] if table.title else []
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in (table.header, ruler, *table.rows)]
-    return "\n".join([*title, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def _markdown_example(prompt: str, right: str, before: str, after: str) -> str:

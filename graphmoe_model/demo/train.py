@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,39 @@ from graphmoe_model.demo.base import IGNORED
 from graphmoe_model.demo.task import LABELS, Question
 
 
+class TrainingRun(NamedTuple):
+    """What a training left behind.
+
+    Attributes:
+        losses: (step, loss) as logged, each the mean since the one before.
+        mean_loss: over all steps; not finite if any step's was not.
+        step_ms: milliseconds of every step, without fetching its batch.
+    """
+
+    losses: list[tuple[int, float]]
+    mean_loss: float
+    step_ms: list[float]
+
+
 class ProgressBar(TrainerCallback):
-    """One line: steps done, time left, the last loss."""
+    """One line: steps done, time left, the last loss. Keeps the losses and the steps' times."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self.losses: list[tuple[int, float]] = []
+        self.step_ms: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
         self.bar = tqdm(total=state.max_steps, desc=self.title, unit="step", leave=True)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Its batch is there; from here the step is timed."""
+        self.started = time.perf_counter()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One step further."""
+        self.step_ms.append(1000 * (time.perf_counter() - self.started))
         self.bar.update(1)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -60,8 +81,8 @@ def train(
     batch_size: int,
     learning_rate: float,
     seed: int,
-) -> list[tuple[int, float]]:
-    """Train what is trainable in ``model`` with transformers' Trainer; returns (step, loss) as logged."""
+) -> TrainingRun:
+    """Train what is trainable in ``model`` with transformers' Trainer."""
     progress = ProgressBar(title)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -73,6 +94,7 @@ def train(
             warmup_steps=max(1, steps // 15),
             lr_scheduler_type="cosine",
             logging_steps=max(1, steps // 50),
+            logging_nan_inf_filter=False,  # with it a loss that is not finite would be logged as an earlier one
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -82,8 +104,8 @@ def train(
         collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
         trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[progress])
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return progress.losses
+        mean_loss = trainer.train().training_loss
+    return TrainingRun(progress.losses, mean_loss, progress.step_ms)
 
 
 @torch.no_grad()

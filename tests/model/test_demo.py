@@ -144,7 +144,8 @@ def test_wrong_options_end_with_a_message(arguments, message, capsys):
 
 
 def test_quick_run_writes_the_report_and_an_adapter_that_loads(tmp_path):
-    """Every stage end to end, as a user starts it. Exit status 0: the reloaded adapter gave the same logits."""
+    """Every stage end to end, as a user starts it. Exit status 0: the reloaded adapter gave the same logits, and all
+    losses were finite."""
     (tmp_path / "notes.txt").write_text("mine")
     result = subprocess.run(
         [sys.executable, "-m", "graphmoe_model.demo", "--quick", "--out", str(tmp_path)],
@@ -157,7 +158,7 @@ def test_quick_run_writes_the_report_and_an_adapter_that_loads(tmp_path):
     assert "Warning" not in result.stdout + result.stderr
     report = (tmp_path / "report.md").read_text()
     assert "synthetic" in report
-    for plot in ("loss.png", "accuracy.png", "expert_load.png", "latency.png"):
+    for plot in ("loss.png", "accuracy.png", "expert_load.png", "latency.png", "comparison.png"):
         assert f"({plot})" in report
         assert (tmp_path / plot).stat().st_size > 0
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 0

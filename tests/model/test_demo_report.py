@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from graphmoe_model.demo.comparison import Comparison, MethodResult
 from graphmoe_model.demo.latency import RoundLatency, measure_latency
 from graphmoe_model.demo.report import DemoResults, print_results, write_report
 
-FILES = {"report.md", "loss.png", "accuracy.png", "expert_load.png", "latency.png"}
+FILES = {"report.md", "loss.png", "accuracy.png", "expert_load.png", "latency.png", "comparison.png"}
 
 
 def made_up_results() -> DemoResults:
@@ -35,7 +37,17 @@ def made_up_results() -> DemoResults:
         examples=[("Question: 2 + 2?\nA. 4\nB. 5\nC. 6\nD. 7\nAnswer: ", "A", "\n", "A")],
         reload_difference=0.0,
         seconds={"fine-tuning": 61.25},
+        comparison=made_up_comparison(),
     )
+
+
+def made_up_comparison() -> Comparison:
+    methods = [
+        MethodResult("LoRA", 1, 23, 58_880, 0.6875, 1.2, 12.25, 250.4, None),
+        MethodResult("MixLoRA", 4, 8, 57_856, 0.5, 1.3, 20.0, 300.0, (0.125, 0.4)),
+        MethodResult("GraphMoE(MixLoRA)", 4, 8, 67_616, 0.475, 1.1, 35.5, 401.0, (0.0, 0.75)),
+    ]
+    return Comparison(1200, 16, 3e-3, 400, 100, 0.25, 99.6, methods)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +61,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_report_is_complete_and_other_files_survive(folder):
-    """The folder holds the five files, whole, beside what was there before, and nothing temporary."""
+    """The folder holds the six files, whole, beside what was there before, and nothing temporary."""
     assert {path.name for path in folder.iterdir()} == FILES | {"notes.txt"}
     assert (folder / "notes.txt").read_text() == "mine"
     for name in FILES - {"report.md"}:
@@ -72,6 +84,12 @@ def test_tables_of_the_report_hold_the_figures(folder):
         "| seed | 7 |",
         "| odd\\|name | [red] |",
         "| time, fine-tuning | 61.2 s |",
+        "| base model | – | – | 25.0% | – | – | 100 | – |",
+        "| LoRA | 1 × 23 | 58,880 | 68.8% | +43.8 | 12.2 | 250 | – |",
+        "| GraphMoE(MixLoRA) | 4 × 8 | 67,616 | 47.5% | +22.5 | 35.5 | 401 | 0.0% – 75.0% |",
+        "took 1,200 steps of 16 questions",
+        "in 0 of 1 pairs and fewer in 1 (points: MixLoRA -2.5). With 400 questions",
+        "within ±4.9 points",
     ):
         assert row in text
     assert "1,234 held-out" in text
@@ -88,8 +106,31 @@ def test_console_shows_the_tables():
     console = Console(file=StringIO(), width=160)
     print_results(results, console)
     shown = console.file.getvalue()
-    for figure in ("150,000", "15.00%", "98.7%", "40.1%", "2.00×", "3.00", "[bold]odd", "to the bit"):
+    for figure in (
+        "150,000",
+        "15.00%",
+        "98.7%",
+        "40.1%",
+        "2.00×",
+        "3.00",
+        "[bold]odd",
+        "to the bit",
+        "47.5%",
+        "synthetic",
+    ):
         assert figure in shown
+
+
+def test_report_without_a_comparison_says_nothing_of_one(tmp_path):
+    """Left out on the command line, it leaves no empty section and no plot that is not there."""
+    results = replace(made_up_results(), comparison=None)
+    text = write_report(results, tmp_path).read_text(encoding="utf-8")
+    assert "comparison" not in text
+    assert "Every method" not in text
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {"comparison.png"}
+    console = Console(file=StringIO(), width=160)
+    print_results(results, console)
+    assert "Every method" not in console.file.getvalue()
 
 
 def test_report_without_matplotlib_names_the_extra(tmp_path, monkeypatch):

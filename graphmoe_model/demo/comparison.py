@@ -1,0 +1,192 @@
+"""Every method of the paper on the demo's task: the same base, data, steps, seed and learning rate for each."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from graphmoe_model import GraphMoEConfig, collect_routing
+from graphmoe_model.demo.base import TrainingQuestions
+from graphmoe_model.demo.task import Question
+from graphmoe_model.demo.train import accuracy, answer_logits, train
+from graphmoe_model.methods import METHODS
+from graphmoe_model.parameters import parameters_by_component
+
+ROUNDS = 3  # of GraphMoE; its base methods have one
+SCORINGS = 3  # timed, each of every fourth held-out question: one batch with some of every skill
+
+# Experts and ranks are half the papers' (`graphmoe_model.methods.PRESETS`), as the demo's own adapter. LoRA's rank is
+# the one that comes closest to MixLoRA's parameters here; half the papers' 80 would have three quarters more.
+SIZES: dict[str, dict[str, Any]] = {
+    "lora": {"r": 23},
+    "mixlora": {"r": 8, "num_experts": 4, "top_k": 2},
+    "loramoe": {"r": 12, "num_experts": 3},
+    "mola": {"r": 5, "num_experts": 4, "top_k": 2},
+}
+
+
+class MethodResult(NamedTuple):
+    """What was measured of one method.
+
+    Attributes:
+        title: its name in the literature.
+        experts, rank: n and r of every adapted MLP; n is 1 where there is nothing to choose from.
+        parameters: trainable ones.
+        accuracy: mean of the skills' shares of right answers, 0..1.
+        loss: mean over all training steps; not finite if any step's was not.
+        step_ms: median milliseconds of a training step, without the first ones.
+        scoring_ms: median milliseconds of scoring `Comparison.scored` questions.
+        load: the smallest and the largest share of an expert, over all routers and rounds; None without a router.
+    """
+
+    title: str
+    experts: int
+    rank: int
+    parameters: int
+    accuracy: float
+    loss: float
+    step_ms: float
+    scoring_ms: float
+    load: tuple[float, float] | None
+
+
+class Comparison(NamedTuple):
+    """All methods after the same training.
+
+    Attributes:
+        steps, batch_size, learning_rate: of each method's training.
+        questions: how many held-out questions there are over all skills.
+        scored: how many of them are scored at once when scoring is timed.
+        base_accuracy, base_scoring_ms: of the base model, as `MethodResult` has them.
+        methods: in the order of `method_configs`.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    questions: int
+    scored: int
+    base_accuracy: float
+    base_scoring_ms: float
+    methods: list[MethodResult]
+
+
+def method_configs() -> list[GraphMoEConfig]:
+    """The 8 base methods, each of those with experts followed by GraphMoE on it: 14 in all, at the demo's sizes."""
+    return [
+        GraphMoEConfig(
+            task_type="CAUSAL_LM",
+            method=method,
+            use_dora=use_dora,
+            rounds=rounds,
+            lora_alpha=2 * SIZES[method]["r"],
+            lora_dropout=0.0,
+            gru_hidden_scale=0.25,
+            **SIZES[method],
+        )
+        for method in METHODS
+        for use_dora in (False, True)
+        for rounds in ((1,) if METHODS[method].routers is None else (1, ROUNDS))
+    ]
+
+
+def compare(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: list[Question],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> Comparison:
+    """Fine-tune a copy of ``base`` by each method in turn, and measure it; ``base`` itself is left as it is.
+
+    Args:
+        held_out: the questions to answer afterwards; they are in no method's training data.
+
+    Raises:
+        ValueError: fewer than 2 steps (the first one is not timed).
+    """
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2, of which the first is not timed, got {steps}")
+    questions = TrainingQuestions(tokenizer, steps * batch_size, seed, held_out)
+    data: Any = [questions[i] for i in range(len(questions))]  # tokenised once for all methods
+    base_accuracy, base_scoring_ms = _score(base, tokenizer, held_out)
+    configs, methods = method_configs(), []
+    for number, config in enumerate(configs, start=1):
+        torch.manual_seed(seed)
+        model = get_peft_model(copy.deepcopy(base), config)
+        trained = train(
+            model,
+            tokenizer,
+            data,
+            title=f"{number:>2}/{len(configs)} {config.title}",
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+        with collect_routing(model) as routing:
+            reached, scoring_ms = _score(model, tokenizer, held_out)
+        shares = [share for load in routing.load().values() for share in load.flatten().tolist()]
+        methods.append(
+            MethodResult(
+                title=config.title,
+                experts=SIZES[config.method].get("num_experts", 1),
+                rank=config.r,
+                parameters=sum(parameters_by_component(model).values()),
+                accuracy=reached,
+                loss=trained.mean_loss,
+                step_ms=median(trained.step_ms[max(1, steps // 10) :]),
+                scoring_ms=scoring_ms,
+                load=(min(shares), max(shares)) if shares else None,
+            )
+        )
+    return Comparison(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        questions=len(held_out),
+        scored=len(_scored(held_out)),
+        base_accuracy=base_accuracy,
+        base_scoring_ms=base_scoring_ms,
+        methods=methods,
+    )
+
+
+def failures(comparison: Comparison, *, learnt: bool) -> list[str]:
+    """A sentence for each method whose loss was not finite or, if it should have ``learnt``, that got worse."""
+    found = []
+    for method in comparison.methods:
+        if not math.isfinite(method.loss):
+            found.append(f"{method.title}: the training loss was not finite.")
+        elif learnt and method.accuracy < comparison.base_accuracy:
+            found.append(
+                f"{method.title}: accuracy {method.accuracy:.1%} after training is below the base model's "
+                f"{comparison.base_accuracy:.1%}."
+            )
+    return found
+
+
+def _scored(held_out: list[Question]) -> list[Question]:
+    return held_out[::4]
+
+
+def _score(model: nn.Module, tokenizer: PreTrainedTokenizerFast, held_out: list[Question]) -> tuple[float, float]:
+    """The accuracy on all questions, and the median milliseconds of scoring some; each scoring folds anew."""
+    logits = answer_logits(model, tokenizer, held_out)
+    taken = []
+    for _ in range(SCORINGS):
+        start = time.perf_counter()
+        answer_logits(model, tokenizer, _scored(held_out))
+        taken.append(1000 * (time.perf_counter() - start))
+    return fmean(accuracy(logits, held_out).values()), median(taken)
