@@ -23,8 +23,8 @@ from graphmoe_model.parameters import parameters_by_component
 ROUNDS = 3  # of GraphMoE; its base methods have one
 SCORINGS = 3  # timed, each of every fourth held-out question: one batch with some of every skill
 
-# Experts and ranks are half the papers' (`graphmoe_model.methods.PRESETS`), as the demo's own adapter. LoRA's rank is
-# the one that comes closest to MixLoRA's parameters here; half the papers' 80 would have three quarters more.
+# Experts and ranks are half the paper's (`graphmoe_model.methods.PRESETS`), as the demo's own adapter. LoRA's rank is
+# the one that comes closest to MixLoRA's parameters here; half the paper's 80 would have three quarters more.
 SIZES: dict[str, dict[str, Any]] = {
     "lora": {"r": 23},
     "mixlora": {"r": 8, "num_experts": 4, "top_k": 2},

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CHANCE = 0.25  # four options a question
 
 BLUE, ORANGE = "#2f5fd0", "#e0803a"  # GraphMoE as it is after the demo, and what it is compared with
+BACKING = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line runs through a figure
 INK, MUTED, PALE = "#1f2933", "#6b7785", "#dfe5ec"
 STYLE: Any = {  # matplotlib types its settings by a list of literal names
     **{"font.size": 10, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED},
@@ -76,11 +77,10 @@ def _accuracy(results: DemoResults, figure: Figure) -> None:
     axes = figure.subplots()
     skills = list(results.accuracy_before)
     series = [("before", ORANGE, results.accuracy_before), ("after", BLUE, results.accuracy_after)]
-    backing = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line runs through a figure
     for side, (label, colour, accuracy) in zip((-1, 1), series, strict=True):
         positions = [index + side * 0.19 for index in range(len(skills))]
         bars = axes.bar(positions, [accuracy[skill] for skill in skills], 0.36, color=colour, label=label)
-        axes.bar_label(bars, fmt="{:.0%}", padding=2, fontsize=9, bbox=backing)
+        axes.bar_label(bars, fmt="{:.0%}", padding=2, fontsize=9, bbox=BACKING)
     axes.axhline(CHANCE, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="chance")
     axes.set_xticks(range(len(skills)), [skill.replace("_", " ").replace(" ", "\n") for skill in skills])
     axes.set_ylim(0, 1.05)
@@ -158,7 +158,7 @@ def _comparison(comparison: Comparison, figure: Figure) -> None:
         (right, "Training step, median milliseconds", [method.step_ms for method in methods], "{:.0f}"),
     ]
     for axes, title, values, form in series:
-        axes.bar_label(axes.barh(places, values, 0.7, color=colours), fmt=form, padding=3, fontsize=9)
+        axes.bar_label(axes.barh(places, values, 0.7, color=colours), fmt=form, padding=3, fontsize=9, bbox=BACKING)
         axes.set_title(title, fontsize=10)
         axes.grid(axis="y", visible=False)
         axes.grid(axis="x", visible=True)

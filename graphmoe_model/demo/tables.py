@@ -21,7 +21,7 @@ def rich_table(table: Table) -> RichTable:
     """For a rich console; square brackets in a cell are no markup."""
     rich = RichTable(title=escape(table.title), title_justify="left", title_style="bold")
     for index, name in enumerate(table.header):
-        rich.add_column(escape(name), justify="right" if index else "left")
+        rich.add_column(escape(name), justify="right" if index else "left", no_wrap=not index)
     for row in table.rows:
         rich.add_row(*map(escape, row))
     return rich
