@@ -175,16 +175,14 @@ def test_a_zero_row_is_refused_by_name(form, name):
         FusedGraphMoEFFN(mlp, form_config(form, init_lora_weights=True))
 
 
-@FORMS_AND_FOLDS
-def test_one_token(form, fold):
+@pytest.mark.parametrize("form", FORMS)
+def test_one_token(form):
     """One token: the experts that it did not choose have gradients of zero, not none and not NaN."""
-    layer = small_ffn(form, fold=fold)
+    layer = small_ffn(form, fold="always")
     found = check_equal(layer, hidden_states(1))
-    if config_of(layer).method in ("mixlora", "mola"):
+    if config_of(layer).method in ("mixlora", "mola") and config_of(layer).rounds == 1:
         for name in ("gate_proj", "up_proj", "down_proj"):
-            used = found[f"experts.{name}.A"].flatten(1).any(dim=1)
-            assert used.sum() == config_of(layer).top_k or config_of(layer).rounds > 1
-            assert not used.all() or config_of(layer).rounds > 1
+            assert found[f"experts.{name}.A"].flatten(1).any(dim=1).sum() == config_of(layer).top_k
 
 
 @FORMS_AND_FOLDS
@@ -208,22 +206,11 @@ def test_one_or_all_experts_a_token(form, top_k, fold):
     check_equal(small_ffn(form, fold=fold, top_k=top_k), hidden_states())
 
 
-@FOLDS
 @pytest.mark.parametrize("form", ROUTED_FORMS)
-def test_one_expert(form, fold):
+def test_one_expert(form):
     """n = 1: a router with a single output."""
-    options = {} if config_dense(form) else {"top_k": 1}
-    layer = small_ffn(form, fold=fold, num_experts=1, **options)
-    upstream = hidden_states()
-    x = hidden_states()
-    exact = differentiate(layer, lambda v: by_equations(layer, v), x, upstream)
-    assert_equal_to(differentiate(layer, layer, x, upstream), exact, upstream, BACKWARD)
-    with torch.no_grad():
-        assert_equal_to({"y": layer.eval()(x)}, {"y": exact["y"]}, upstream, FORWARD)
-
-
-def config_dense(form: str) -> bool:
-    return form_config(form).base_method.dense
+    options = {} if form_config(form).base_method.dense else {"top_k": 1}
+    check_equal(small_ffn(form, fold="always", num_experts=1, **options), hidden_states())
 
 
 @FOLDS

@@ -20,7 +20,6 @@ SIZES = {"r": 3, "rounds": 2, "gru_hidden_scale": 0.4, "backend": "triton"}
 CASES = [
     *((form, False) for form in ("lora", "dora", "mixlora", "mixdora", "loramoe", "doramoe", "mola", "moda")),
     ("mixdora", True),
-    ("moda", True),
 ]
 
 
