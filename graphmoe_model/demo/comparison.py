@@ -163,13 +163,22 @@ def compare(
     )
 
 
+def uncertainty(questions: int) -> float:
+    """Half the 95% interval of an accuracy on this many questions, where it is widest (at one half)."""
+    return 1.96 * math.sqrt(0.25 / questions)
+
+
 def failures(comparison: Comparison, *, learnt: bool) -> list[str]:
-    """A sentence for each method whose loss was not finite or, if it should have ``learnt``, that got worse."""
+    """A sentence for each method whose loss was not finite or, if it should have ``learnt``, that got worse.
+
+    Two models that guess differ by chance: what lies within `uncertainty` of the base model is not worse.
+    """
     found = []
+    worse = comparison.base_accuracy - uncertainty(comparison.questions)
     for method in comparison.methods:
         if not math.isfinite(method.loss):
             found.append(f"{method.title}: the training loss was not finite.")
-        elif learnt and method.accuracy < comparison.base_accuracy:
+        elif learnt and method.accuracy < worse:
             found.append(
                 f"{method.title}: accuracy {method.accuracy:.1%} after training is below the base model's "
                 f"{comparison.base_accuracy:.1%}."

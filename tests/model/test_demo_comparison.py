@@ -171,7 +171,8 @@ def test_failures_name_the_method(ran):
     methods = [method._replace(accuracy=0.5) for method in ran.comparison.methods]
     methods[0] = methods[0]._replace(loss=math.nan)
     methods[1] = methods[1]._replace(accuracy=0.2)
-    broken = ran.comparison._replace(methods=methods, base_accuracy=0.25)
+    methods[2] = methods[2]._replace(accuracy=0.21)  # within 4.9 points of the base: both may be guessing
+    broken = ran.comparison._replace(methods=methods, base_accuracy=0.25, questions=400)
     quick = failures(broken, learnt=False)
     assert len(quick) == 1
     assert "LoRA: the training loss was not finite" in quick[0]
