@@ -142,7 +142,9 @@ def check_linear(module: nn.Module) -> None:
     """`TypeError` for a module that cannot take experts: anything but a linear layer that nothing wraps."""
     kind = type(module).__name__
     if isinstance(module, BaseTunerLayer):
-        raise TypeError(f"this linear is wrapped already ({kind}); use update_layer to add an adapter")
+        raise TypeError(
+            f"this linear is wrapped by another adapter ({kind}), which takes no experts; unload that one first"
+        )
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not hasattr(module, "in_features") or not hasattr(module, "out_features"):
         raise TypeError(f"{kind} is not a linear layer with a weight of its own; experts go on linear layers and MLPs")

@@ -175,6 +175,12 @@ class GraphMoEModel(LoraModel):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """As PEFT's for any method but LoRA, which saves DoRA's magnitudes as ``lora_magnitude_vector`` without
+        ``.weight``: by that name Transformers' own loader would leave them at their start, and say nothing."""
+        return super(LoraModel, cls)._get_adapter_state_dict(*args, **kwargs)
+
+    @classmethod
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         raise ValueError(
             "path_initial_model_for_weight_conversion is for LoRA initialisations that change the base model "

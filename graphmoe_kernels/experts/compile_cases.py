@@ -9,7 +9,7 @@ from graphmoe_kernels.aot.case import CompileCase
 from graphmoe_kernels.experts.triton_backward_tokens import backward_tokens_kernel
 from graphmoe_kernels.experts.triton_backward_weights import backward_weights_kernel
 from graphmoe_kernels.experts.triton_forward import forward_kernel
-from graphmoe_kernels.launching import DTYPE_CLASSES, SIZE_CLASSES
+from graphmoe_kernels.launching import DTYPE_CLASSES, SIZE_CLASSES, power_of_two
 
 KERNELS = {
     "forward": forward_kernel,
@@ -64,7 +64,12 @@ VARIANTS = {
         Variant("later round", order=False),
     ),
 }
-WIDE_RANK = (Variant("rank 128", slots=1, rank=128), Variant("k = 8", slots=8))
+# Mixed experts are one of rank n*r: 80 with MoLA's preset, 144 with LoRAMoE's.
+WIDE_RANK = (
+    Variant("rank 80", slots=1, rank=80, order=False),
+    Variant("rank 144", slots=1, rank=144, order=False),
+    Variant("k = 8", slots=8),
+)
 
 
 def compile_cases(configs: Callable[[str, str, str], dict[str, int]]) -> Iterator[CompileCase]:
@@ -89,12 +94,12 @@ def compile_cases(configs: Callable[[str, str, str], dict[str, int]]) -> Iterato
 def _case(kernel: str, size: str, dtype: str, variant: Variant, config: dict[str, int]) -> CompileCase:
     function = KERNELS[kernel]
     blocks = {name: value for name, value in config.items() if name.startswith(("BLOCK_", "PARTS"))}
-    columns = max(16, variant.slots * max(16, variant.rank))
+    padded = max(16, power_of_two(variant.rank))
     constexprs: dict[str, object] = {
         "SLOTS": variant.slots,
         "RANK": variant.rank,
-        "RANK_PADDED": max(16, variant.rank),
-        "COLUMNS": columns,
+        "RANK_PADDED": padded,
+        "COLUMNS": max(16, variant.slots * padded),
         "SLOTS_PADDED": max(2, variant.slots),
         "ACTIVATION": "silu",
         "HAS_STATE": variant.later,

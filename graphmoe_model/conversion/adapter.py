@@ -28,7 +28,7 @@ from graphmoe_model.conversion.layout import (
 
 ROOT = "base_model.model."  # what PEFT puts before a module's name
 _TENSOR = re.compile(
-    rf"{re.escape(ROOT)}(?P<module>.+?)\.(?:{CONTAINER}\.(?P<part>.+)|lora_[AB]\.weight|lora_magnitude_vector)"
+    rf"{re.escape(ROOT)}(?P<module>.+?)\.(?:{CONTAINER}\.(?P<part>.+)|(?:lora_[AB]|lora_magnitude_vector)\.weight)"
 )
 _PATH = re.compile(r"(?P<stem>.+)\.(?P<layer>\d+)\.(?P<place>\D.*)")
 

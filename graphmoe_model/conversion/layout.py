@@ -84,10 +84,12 @@ def linear_entries(config: GraphMoEConfig) -> list[Entry]:
             Entry(f"{CONTAINER}.router.weight", ("n", "in"), "moe_gate.weight"),
         ]
         return [*entries, Entry(f"{CONTAINER}.magnitude", ("n", "out"), None)] if config.use_dora else entries
-    shapes: dict[str, Shape] = {"lora_A.weight": ("r", "in"), "lora_B.weight": ("out", "r")}
-    if config.use_dora:
-        shapes["lora_magnitude_vector"] = ("out",)
-    return [Entry(name, shape, name) for name, shape in shapes.items()]
+    entries = [
+        Entry("lora_A.weight", ("r", "in"), "lora_A.weight"),
+        Entry("lora_B.weight", ("out", "r"), "lora_B.weight"),
+    ]
+    magnitude = Entry("lora_magnitude_vector.weight", ("out",), "lora_magnitude_vector")
+    return [*entries, magnitude] if config.use_dora else entries
 
 
 def resolved(shape: Shape, sizes: Mapping[str, int | str]) -> Shape:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from graphmoe_model import GraphMoEConfig, collect_routing
 from graphmoe_model.demo.base import TrainingQuestions
 from graphmoe_model.demo.task import Question
-from graphmoe_model.demo.train import accuracy, answer_logits, train
+from graphmoe_model.demo.train import TrainingRun, accuracy, answer_logits, train
 from graphmoe_model.methods import METHODS
 from graphmoe_model.parameters import parameters_by_component
 
@@ -120,7 +120,6 @@ def compare(
         raise ValueError(f"steps must be at least 2, of which the first is not timed, got {steps}")
     questions = TrainingQuestions(tokenizer, steps * batch_size, seed, held_out)
     data: Any = [questions[i] for i in range(len(questions))]  # tokenised once for all methods
-    base_accuracy, base_scoring_ms = _score(base, tokenizer, held_out)
     configs, methods = method_configs(), []
     for number, config in enumerate(configs, start=1):
         torch.manual_seed(seed)
@@ -135,30 +134,15 @@ def compare(
             learning_rate=learning_rate,
             seed=seed,
         )
-        with collect_routing(model) as routing:
-            reached, scoring_ms = _score(model, tokenizer, held_out)
-        shares = [share for load in routing.load().values() for share in load.flatten().tolist()]
-        methods.append(
-            MethodResult(
-                title=config.title,
-                experts=SIZES[config.method].get("num_experts", 1),
-                rank=config.r,
-                parameters=sum(parameters_by_component(model).values()),
-                accuracy=reached,
-                loss=trained.mean_loss,
-                step_ms=median(trained.step_ms[max(1, steps // 10) :]),
-                scoring_ms=scoring_ms,
-                load=(min(shares), max(shares)) if shares else None,
-            )
-        )
+        methods.append(_measured(model, config, trained, tokenizer, held_out))
     return Comparison(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
         questions=len(held_out),
         scored=len(_scored(held_out)),
-        base_accuracy=base_accuracy,
-        base_scoring_ms=base_scoring_ms,
+        base_accuracy=_accuracy(base, tokenizer, held_out),
+        base_scoring_ms=_scoring_ms(base, tokenizer, held_out),
         methods=methods,
     )
 
@@ -186,16 +170,42 @@ def failures(comparison: Comparison, *, learnt: bool) -> list[str]:
     return found
 
 
-def _scored(held_out: list[Question]) -> list[Question]:
-    return held_out[::4]
+def _measured(
+    model: nn.Module,
+    config: GraphMoEConfig,
+    trained: TrainingRun,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: list[Question],
+) -> MethodResult:
+    with collect_routing(model) as routing:
+        reached = _accuracy(model, tokenizer, held_out)
+    shares = [share for load in routing.load().values() for share in load.flatten().tolist()]
+    return MethodResult(
+        title=config.title,
+        experts=SIZES[config.method].get("num_experts", 1),
+        rank=config.r,
+        parameters=sum(parameters_by_component(model).values()),
+        accuracy=reached,
+        loss=trained.mean_loss,
+        step_ms=median(trained.step_ms[max(1, len(trained.step_ms) // 10) :]),
+        scoring_ms=_scoring_ms(model, tokenizer, held_out),
+        load=(min(shares), max(shares)) if shares else None,
+    )
 
 
-def _score(model: nn.Module, tokenizer: PreTrainedTokenizerFast, held_out: list[Question]) -> tuple[float, float]:
-    """The accuracy on all questions, and the median milliseconds of scoring some; each scoring folds anew."""
-    logits = answer_logits(model, tokenizer, held_out)
+def _accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerFast, held_out: list[Question]) -> float:
+    return fmean(accuracy(answer_logits(model, tokenizer, held_out), held_out).values())
+
+
+def _scoring_ms(model: nn.Module, tokenizer: PreTrainedTokenizerFast, held_out: list[Question]) -> float:
+    """The median; routing is not recorded, and each scoring folds anew."""
     taken = []
     for _ in range(SCORINGS):
         start = time.perf_counter()
         answer_logits(model, tokenizer, _scored(held_out))
         taken.append(1000 * (time.perf_counter() - start))
-    return fmean(accuracy(logits, held_out).values()), median(taken)
+    return median(taken)
+
+
+def _scored(held_out: list[Question]) -> list[Question]:
+    return held_out[::4]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from graphmoe_model.demo import __main__ as demo_main
 from graphmoe_model.demo.comparison import Comparison, MethodResult
 from graphmoe_model.demo.latency import RoundLatency, measure_latency
 from graphmoe_model.demo.report import DemoResults, print_results, write_report
@@ -140,6 +141,47 @@ def test_report_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"pip install graphmoe\[demo\]"):
         write_report(made_up_results(), tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+@pytest.fixture
+def demo(monkeypatch, tmp_path):
+    """The demo's command without its training: (options, results) -> (exit status, the scale it would have run at)."""
+    monkeypatch.setattr(demo_main.transformers.logging, "set_verbosity_error", lambda: None)
+    monkeypatch.setattr(demo_main, "write_report", lambda results, folder: folder / "report.md")
+
+    def command(results: DemoResults, *options: str) -> tuple[int, demo_main.Scale]:
+        scales = []
+        monkeypatch.setattr(demo_main, "run", lambda scale, *others: scales.append(scale) or results)
+        return demo_main.main(["--out", str(tmp_path), *options]), scales[0]
+
+    return command
+
+
+def test_comparison_can_be_left_out(demo):
+    """--no-comparison leaves it out, and it runs otherwise."""
+    results = replace(made_up_results(), comparison=None)
+    for mode in ((), ("--quick",)):
+        assert demo(results, *mode)[1].comparison_steps > 0
+        assert demo(results, *mode, "--no-comparison") == (0, demo(results, *mode)[1]._replace(comparison_steps=0))
+
+
+@pytest.mark.parametrize(
+    "change, full, quick, message",
+    [
+        ({}, 0, 0, ""),
+        ({"loss": math.nan}, 1, 1, "GraphMoE(MixLoRA): the training loss was not finite."),
+        ({"accuracy": 0.1}, 1, 0, "GraphMoE(MixLoRA): accuracy 10.0% after training is below the base model's 25.0%."),
+    ],
+)
+def test_exit_status_tells_that_a_method_did_not_train(demo, capsys, change, full, quick, message):
+    """Whoever runs the demo as a check hears of a method that diverged, or that got worse where it had the steps."""
+    comparison = made_up_comparison()
+    methods = [*comparison.methods[:-1], comparison.methods[-1]._replace(**change)]
+    results = replace(made_up_results(), comparison=comparison._replace(methods=methods))
+    assert demo(results)[0] == full
+    shown = " ".join(capsys.readouterr().out.split())
+    assert message in shown
+    assert demo(results, "--quick")[0] == quick
 
 
 def test_report_into_a_file_is_refused(tmp_path):

@@ -93,7 +93,7 @@ def test_loss_is_a_mean_over_rounds_and_layers():
     with torch.no_grad():
         one(input_ids=IDS)
         three(input_ids=IDS)  # a fresh adapter: every round routes alike
-        losses = torch.stack([balance_loss(layer.routing) for layer in ffn_layers(one)])
+        losses = torch.stack([balance_loss(layer.routing[""]) for layer in ffn_layers(one)])
         torch.testing.assert_close(router_loss(one), 0.01 * losses.mean())
         torch.testing.assert_close(router_loss(three), router_loss(one))
 
@@ -122,7 +122,7 @@ def test_padded_tokens_do_not_count():
     with torch.no_grad():
         model(input_ids=IDS, attention_mask=LEFT_PADDED)
         loss = router_loss(model)
-        assert ffn_layers(model)[0].routing.tokens == LEFT_PADDED.sum()
+        assert ffn_layers(model)[0].routing[""].tokens == LEFT_PADDED.sum()
         model(input_ids=other, attention_mask=LEFT_PADDED)
         torch.testing.assert_close(router_loss(model), loss)
 
@@ -140,7 +140,7 @@ def test_without_a_2d_mask_every_token_counts(mask):
     model = tiny_peft_model().train()
     causal = torch.ones(4, 1, 12, 12, dtype=torch.bool).tril()
     model(input_ids=IDS, attention_mask=causal if mask else None, position_ids=torch.arange(12).expand(4, -1) % 5)
-    assert ffn_layers(model)[0].routing.tokens == IDS.numel()
+    assert ffn_layers(model)[0].routing[""].tokens == IDS.numel()
     router_loss(model)
 
 
@@ -201,7 +201,7 @@ def test_evaluation_loss_is_the_language_loss():
     model = tiny_peft_model()
     plain = tiny_model()(input_ids=IDS, labels=IDS).loss  # a fresh adapter changes nothing
     torch.testing.assert_close(model.eval()(input_ids=IDS, labels=IDS).loss, plain)
-    assert ffn_layers(model)[0].routing is None
+    assert ffn_layers(model)[0].routing == {}
 
 
 def test_coefficient_zero_computes_nothing():
@@ -209,7 +209,7 @@ def test_coefficient_zero_computes_nothing():
     model = tiny_peft_model(router_aux_loss_coef=0.0).train()
     loss = model(input_ids=IDS, labels=IDS).loss
     torch.testing.assert_close(loss, tiny_model()(input_ids=IDS, labels=IDS).loss)
-    assert ffn_layers(model)[0].routing is None
+    assert ffn_layers(model)[0].routing == {}
     assert router_loss(model).item() == 0.0
     assert not hasattr(model.config, "router_aux_loss_coef")
 
@@ -230,8 +230,8 @@ def test_skipped_layer_leaves_no_stale_loss():
     model.config.num_hidden_layers = 1  # Llama runs as many of its layers
     model(input_ids=IDS)
     ran, skipped = ffn_layers(model)
-    assert skipped.routing is None
-    torch.testing.assert_close(router_loss(model), 0.01 * balance_loss(ran.routing))
+    assert skipped.routing == {}
+    torch.testing.assert_close(router_loss(model), 0.01 * balance_loss(ran.routing[""]))
 
 
 def test_model_loaded_by_transformers_has_it(tmp_path):
@@ -343,7 +343,7 @@ def test_checkpointing_changes_no_gradient_and_no_count(model_type):
             model(input_ids=IDS, attention_mask=LEFT_PADDED, labels=IDS).loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append((gradients, routing.counts))
-        assert not ffn_layers(model)[0].routing.mass.requires_grad
+        assert not ffn_layers(model)[0].routing[""].mass.requires_grad
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-8)
 
 

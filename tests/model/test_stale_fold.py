@@ -7,12 +7,14 @@ the literal loop (``fold="never"``, which keeps nothing) gives on the weights as
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
-from graphmoe_kernels.rethinking import cache
+from graphmoe_kernels import FoldCache, build_fold
 from graphmoe_kernels.testing import relative_error
+from graphmoe_model import ffn
 from tests.model.fold_changes import (
     CHANGES,
     COPIES,
@@ -35,13 +37,12 @@ from tests.model.fold_changes import (
 def builds(monkeypatch) -> list:
     """One entry for every fold that a cache has built."""
     made: list = []
-    original = cache.build_fold
 
-    def build_fold(*arguments, **options):
+    def counted(*arguments, **options):
         made.append(1)
-        return original(*arguments, **options)
+        return build_fold(*arguments, **options)
 
-    monkeypatch.setattr(cache, "build_fold", build_fold)
+    monkeypatch.setattr(ffn, "FoldCache", partial(FoldCache, build=counted))
     return made
 
 
