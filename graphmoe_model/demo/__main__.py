@@ -49,7 +49,7 @@ class Scale(NamedTuple):
     latency: dict[str, int]
 
 
-FULL = Scale(base_steps=1900, steps=900, comparison_steps=130, questions=100, latency=LATENCY_SIZES)
+FULL = Scale(base_steps=1900, steps=900, comparison_steps=110, questions=100, latency=LATENCY_SIZES)
 QUICK = Scale(
     base_steps=4,
     steps=4,

@@ -57,7 +57,7 @@ def comparison_section(comparison: Comparison) -> list[str]:
         f"the same base model and took {steps:,} steps of {batch} questions: the same questions in the same order, the "
         f"same seed and learning rate ({comparison.learning_rate:g} at its highest). Batch size and learning rate "
         "come from a handful of trials with a few of the methods, so that most of them learn something in so few "
-        "steps. Guessing gives 25%: a method that is near it was not far enough yet.",
+        "steps; other values gave other orders. Guessing gives 25%: a method that is near it was not far enough yet.",
         "The sizes are chosen so that all train about as many parameters. Experts and ranks are half the paper's: "
         f"{mixlora['num_experts']} experts of rank {mixlora['r']} in MixLoRA, {loramoe['num_experts']} of rank "
         f"{loramoe['r']} in LoRAMoE (none on the attention), {mola['num_experts']} of rank {mola['r']} in MoLA (on the "
