@@ -22,6 +22,8 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         A: [n, r, in]; B: [n, out, r].
         scale: s.
 
+    The expansion loses digits where s b A nearly cancels w: its rounding is that of ||w||^2, not of the small sum.
+
     Returns:
         [n, out], in fp32 or, if any argument is, fp64. With B = 0 these are the norms of W's own rows, to the bit the
         same whatever A and s are.

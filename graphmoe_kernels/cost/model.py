@@ -86,8 +86,8 @@ def fold_bytes(sizes: Sizes, count: str = "needed") -> dict[str, int]:
     """Bytes that a kept fold holds, by tensor. M and Q are most of it.
 
     ``executed`` also has what the code keeps at hand with it: the GRU's own matrices at their padded width, the zeros
-    in the matrix that h and H are multiplied with, and the experts in the compute dtype. These last are all that a
-    layer of one round keeps.
+    in the matrix that h and H are multiplied with, and the experts in the compute dtype, of mixed experts B of gate and
+    up with zeros for each other's part, beside M once more. The experts are all that a layer of one round keeps.
     """
     F, G, e = sizes.intermediate, _fold_width(sizes, count), sizes.element
     low = sizes.experts * sizes.rank
@@ -100,7 +100,10 @@ def fold_bytes(sizes: Sizes, count: str = "needed") -> dict[str, int]:
         found["GRU, padded"] = (3 * G * G + G + sizes.hidden * G) * e
         found["zeros beside A W_g and the gates"] = (2 * low + 2 * G) * G * e
         vectors = sizes.experts * (2 * F + sizes.hidden) * max(4, e) if sizes.dora else 0
-        found["experts"] = 3 * low * (sizes.hidden + F) * e + vectors
+        zeros = 2 * low * F * e if sizes.mixed else 0
+        found["experts"] = 3 * low * (sizes.hidden + F) * e + zeros + vectors
+        if sizes.mixed and not sizes.dora:
+            found["B beside M"] = 4 * low * F * e
     return found
 
 

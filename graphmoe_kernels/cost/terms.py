@@ -44,6 +44,7 @@ class _Widths(NamedTuple):
     low_weights: int  # rows of A (columns of B) read for it: r times the experts that are read
     used: int  # experts that a round reads at most
     hidden_low: int  # k*r, or n*r where experts are mixed: what B of gate and up and A of down multiply
+    both_low: int  # the same, but twice n*r where gate and up share one product with zeros for the other's part
     downs: int  # base down projections of a round
     e: int  # bytes of an element
     executed: bool  # the products as the code has them, zeros included
@@ -66,6 +67,7 @@ def _widths(form: str, sizes: Sizes, count: str) -> _Widths:
         low_weights=sizes.rank * (sizes.experts if all_experts else sizes.used_experts),
         used=sizes.used_experts,
         hidden_low=sizes.rank * (sizes.experts if all_experts and sizes.mixed else sizes.top_k),
+        both_low=sizes.rank * (2 * sizes.experts if all_experts and sizes.mixed else sizes.top_k),
         downs=sizes.down_products,
         e=sizes.element,
         executed=count == "executed",
@@ -148,7 +150,7 @@ def _experts(w: _Widths, updated: bool = False) -> list[Term]:
     """
     k_r, used = w.hidden_low, w.used * w.r
     return [
-        Term("low-rank B (gate, up)", 2 * k_r * w.F, 2 * used * w.F * w.e, 2 * k_r * w.e * (1 + updated)),
+        Term("low-rank B (gate, up)", 2 * w.both_low * w.F, 2 * used * w.F * w.e, 2 * k_r * w.e * (1 + updated)),
         Term("SwiGLU, combine", read=2 * w.F * w.e * w.downs, written=w.F * w.e * w.downs),
         Term("down A", k_r * w.F, used * w.F * w.e, written=w.low * w.e),
     ]

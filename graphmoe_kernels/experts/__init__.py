@@ -46,8 +46,7 @@ def expert_swiglu(
 
     g_j = m_G,e_j * (``gate`` + ``state`` ``fold_gate``^T + s B_G,e_j a_G,e_j) + b_G, u_j likewise: the experts of
     MixLoRA, with their outputs combined before the (linear, shared) down projection. The caller gets y = W_D c + s B_D
-    z. Experts that are mixed inside each linear are one expert of rank n*r, with the mixing weights multiplied into its
-    low-rank activations.
+    z. A rank of 0 leaves act(g) * u of what all slots share: ``state`` is then any update of low rank.
 
     Args:
         gate, up: [N, F], the frozen projections' output.

@@ -43,9 +43,15 @@ class Variant(NamedTuple):
     slots: int = 2
     rank: int = 16
 
+    @property
+    def updated(self) -> bool:
+        """Whether a later round adds to the low-rank activations: not if they are made anew or there are none."""
+        return self.later and not self.dropout and self.rank > 0
+
     def absent(self) -> list[str]:
         """Pointers that a launch of this variant passes None for."""
-        found = [] if self.later else ["state", "fold_gate", "fold_up", "low_update"]
+        found = [] if self.later else ["state", "fold_gate", "fold_up"]
+        found += [] if self.updated else ["low_update"]
         found += [] if self.scales else ["gate_scale", "up_scale", "d_gate_scale", "d_up_scale"]
         found += [] if self.biases else ["gate_bias", "up_bias"]
         return found + ([] if self.dropout else ["seed"]) + ([] if self.order else ["order"])
@@ -58,18 +64,15 @@ VARIANTS = {
         Variant("later round, dropout", dropout=True),
         Variant("scale vectors and biases", later=False, scales=True, biases=True),
         Variant("scale vectors, later round", scales=True),
+        Variant("rank 0, mixed experts", slots=1, rank=0, order=False),
     ),
     "skinny": (
         Variant("first round", later=False, order=False),
         Variant("later round", order=False),
+        Variant("rank 0, mixed experts", slots=1, rank=0, order=False),
     ),
 }
-# Mixed experts are one of rank n*r: 80 with MoLA's preset, 144 with LoRAMoE's.
-WIDE_RANK = (
-    Variant("rank 80", slots=1, rank=80, order=False),
-    Variant("rank 144", slots=1, rank=144, order=False),
-    Variant("k = 8", slots=8),
-)
+WIDE_RANK = (Variant("rank 80, LoRA", slots=1, rank=80, order=False), Variant("k = 8", slots=8))
 
 
 def compile_cases(configs: Callable[[str, str, str], dict[str, int]]) -> Iterator[CompileCase]:
@@ -86,6 +89,8 @@ def compile_cases(configs: Callable[[str, str, str], dict[str, int]]) -> Iterato
             for dtype_class in DTYPE_CLASSES:
                 for dtype in DTYPES[dtype_class]:
                     for variant in VARIANTS[size]:
+                        if kernel == "backward_weights" and variant.rank == 0:
+                            continue  # there are none
                         yield _case(kernel, size, dtype, variant, config(kernel, size, dtype_class))
                     for variant in WIDE_RANK if dtype != "fp16" else ():
                         yield _case(kernel, size, dtype, variant, config(f"{kernel}_wide_rank", size, dtype_class))
@@ -94,7 +99,7 @@ def compile_cases(configs: Callable[[str, str, str], dict[str, int]]) -> Iterato
 def _case(kernel: str, size: str, dtype: str, variant: Variant, config: dict[str, int]) -> CompileCase:
     function = KERNELS[kernel]
     blocks = {name: value for name, value in config.items() if name.startswith(("BLOCK_", "PARTS"))}
-    padded = max(16, power_of_two(variant.rank))
+    padded = power_of_two(max(16, variant.rank))
     constexprs: dict[str, object] = {
         "SLOTS": variant.slots,
         "RANK": variant.rank,
@@ -103,7 +108,7 @@ def _case(kernel: str, size: str, dtype: str, variant: Variant, config: dict[str
         "SLOTS_PADDED": max(2, variant.slots),
         "ACTIVATION": "silu",
         "HAS_STATE": variant.later,
-        "HAS_UPDATE": variant.later and not variant.dropout,
+        "HAS_UPDATE": variant.updated,
         "HAS_SCALE": variant.scales,
         "HAS_BIAS": variant.biases,
         "HAS_ORDER": variant.order,

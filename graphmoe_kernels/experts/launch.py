@@ -73,8 +73,7 @@ def check_supported(inputs: Inputs, activation: str) -> None:
     if size.columns > MAX_COLUMNS:
         raise ValueError(
             f"k={size.slots} experts a token of rank {size.rank} (padded to {size.rank_padded}) need {size.columns} "
-            f"columns, and the Triton kernels hold up to {MAX_COLUMNS} (experts that are mixed inside each linear "
-            "count as one expert of rank n*r); lower top_k or r, or use backend='torch'"
+            f"columns, and the Triton kernels hold up to {MAX_COLUMNS}; lower top_k or r, or use backend='torch'"
         )
     inner = 0 if inputs.state is None else inputs.state.shape[1]
     if size.width * max(inner, size.rank) >= 2**31:

@@ -76,7 +76,7 @@ def backward_tokens_kernel(
                 d_up_sum += d_u
                 d_g = d_g.to(dtype)
                 d_u = d_u.to(dtype)
-                for i in range(tl.load(listed)):
+                for i in range(tl.load(listed) if RANK > 0 else 0):
                     e = tl.load(listed + 1 + i)
                     hit = (chosen == e)[:, None]
                     B = slot_columns(gate_B, e, slot, f, width, RANK, RANK_PADDED, COLUMNS)

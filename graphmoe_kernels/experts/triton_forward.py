@@ -72,7 +72,7 @@ def forward_kernel(
                     keep = keep_mask(tl.load(seed), token, chosen, f1, threshold, PART)
                     hidden = tl.where(keep, hidden * kept, 0.0)
                 hidden = hidden.to(dtype)
-                for i in range(tl.load(listed)):
+                for i in range(tl.load(listed) if RANK > 0 else 0):
                     e = tl.load(listed + 1 + i)
                     a = slot_rows(down_A, e, slot, f, width, RANK, RANK_PADDED, COLUMNS)
                     z_rows = tl.dot(tl.where((chosen == e)[:, None], hidden, 0.0), a, z_rows, input_precision="ieee")

@@ -44,7 +44,7 @@ def slot_gradient(
 
     d_hidden = tl.zeros_like(g)
     whole = num_experts * RANK
-    for i in range(tl.load(listed)):
+    for i in range(tl.load(listed) if RANK > 0 else 0):
         e = tl.load(listed + 1 + i)
         rows = low_rank_rows(d_z, d_z, token, chosen == e, e * RANK, whole, 0, False, RANK, RANK_PADDED)
         a = expert_rows(down_A, e, f, width, RANK, RANK_PADDED)

@@ -181,6 +181,8 @@ def slot_pre_activation(
     HAS_UPDATE: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr,
 ):
     """One slot's pre-activations: the shared g and u plus s B_e a_e of every row's expert."""
+    if RANK == 0:
+        return g, u
     low_g = tl.zeros_like(g)
     low_u = tl.zeros_like(u)
     for i in range(tl.load(present)):

@@ -30,7 +30,8 @@ class RoundsFold(NamedTuple):
     """What the later rounds compute with; G' is the padded GRU width. In the compute dtype, the router's in fp32.
 
     Attributes:
-        gate, up: W_G W_g and W_U W_g (M of the design), [F, G'] each.
+        gate, up: W_G W_g and W_U W_g (M of the design), [F, G'] each. With mixed experts beside their B, [F, G' + 2nr],
+            unless DoRA's vectors come between.
         reread: [2nr + 2G', 2G'], what a GRU step's h and H, side by side, are multiplied with: A W_g of all experts
             reads H, W_z over W_r reads h. One product instead of two, for a few zeros.
         router: R W_g of the routers that read x: [n, G'], [2n, G'] where every linear has one, None without any.
@@ -127,9 +128,12 @@ def _fold_rounds(
     dora = experts.down_scale is not None
     reads_total = F.pad(experts.low_A @ out, (width, 0))  # [2nr, 2G']
     reads_last = F.pad(gru.recurrent_gates().to(dtype), (0, width))  # [2G', 2G']
+    gate, up = base.gate.to(dtype) @ out, base.up.to(dtype) @ out
+    if weights.down_router is not None and not dora:
+        gate, up = torch.cat([gate, experts.gate_B], dim=1), torch.cat([up, experts.up_B], dim=1)
     return RoundsFold(
-        gate=base.gate.to(dtype) @ out,
-        up=base.up.to(dtype) @ out,
+        gate=gate,
+        up=up,
         reread=torch.cat([reads_total, reads_last]),
         router=None if router is None else router.to(exact) @ gru.output.to(exact),
         inputs=columns if dora else columns @ base.down.to(dtype),

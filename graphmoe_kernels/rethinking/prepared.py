@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.dora import dora_scale, scaled_rows
@@ -17,7 +18,8 @@ class PreparedExperts(NamedTuple):
 
     Attributes:
         low_A: A of gate and up, all experts, [2nr, D]: one product gives what `expert_swiglu` calls ``low``.
-        gate_B, up_B: [n, F, r]; down_A: [n, r, F]. Mixed experts side by side as one: [1, F, n*r] and [1, n*r, F].
+        gate_B, up_B: [n, F, r]; down_A: [n, r, F]. Of mixed experts, side by side: s B_G beside zeros and zeros beside
+            s B_U, [F, 2nr], which both read the low-rank activations of gate and up; and [n*r, F].
         down_B: s B_D of all experts side by side, [D, n*r]: what an [N, n*r] activation is multiplied with.
         gate_scale, up_scale, down_scale: DoRA's m / ||W + s B A||, [n, F], [n, F] and [n, D] in fp32 at least, or None.
             They multiply what W gives, and of chosen experts what gate_B and up_B give; the other B contain them.
@@ -44,14 +46,18 @@ def prepare_experts(weights: LayerWeights, dtype: torch.dtype, scale: float, cop
     gate_scale, up_scale, down_scale = _scales(weights, scale)
     gate_B, up_B, down_A, down_B = experts.gate_B, experts.up_B, experts.down_A, experts.down_B
     if mixed:
-        gate_B, up_B = (side_by_side(scaled_rows(*pair))[None] for pair in ((gate_B, gate_scale), (up_B, up_scale)))
-        down_A = down_A.flatten(0, 1)[None]
+        joined_gate, joined_up = (
+            scale * side_by_side(scaled_rows(*pair)) for pair in ((gate_B, gate_scale), (up_B, up_scale))
+        )
+        width = joined_gate.shape[1]
+        gate_B, up_B = F.pad(joined_gate, (0, width)), F.pad(joined_up, (width, 0))
+        down_A = down_A.flatten(0, 1)
     low_A = torch.cat([experts.gate_A.flatten(0, 1), experts.up_A.flatten(0, 1)])
     gate_bias, up_bias, down_bias = weights.base.biases()
     if gate_scale is None or (gate_bias is None and up_bias is None):
         gate_bias = up_bias = None
     else:  # both or none, as the operator takes them
-        width = gate_B.shape[1]
+        width = experts.gate_B.shape[1]
         gate_bias, up_bias = (low_A.new_zeros(width) if b is None else b for b in (gate_bias, up_bias))
 
     def cast(x: Tensor | None) -> Any:

@@ -1,9 +1,9 @@
 """The steps that the literal and the folded recurrence share: one round of experts, and the output.
 
 Experts are chosen or mixed. Chosen experts are whole MLPs (one router, k slots a token, each slot one expert). Mixed
-experts belong to a linear, whose own router weighs them (two routers read x, one reads c): that is a single slot with
-one expert of rank n*r, whose low-rank activations are multiplied with the routing weights. Without a router there is
-one expert, chosen by all.
+experts belong to a linear, whose own router weighs them (two routers read x, one reads c): once their low-rank
+activations are multiplied with the routing weights, B is the same for all tokens, and the operator takes it as an
+update that they share. Without a router there is one expert, chosen by all.
 
 DoRA multiplies what W and B give by a vector for every expert. Inside the operator where a slot has one expert; around
 it where it has a mixture, and around the base down projection, which then runs once a slot.
@@ -54,7 +54,7 @@ class RoundInputs(NamedTuple):
     Attributes:
         gate, up: [N, F], the base pre-activations (`without_bias`); those of round 1 in a folded round.
         low: [N, 2nr], `project_low` of the same x.
-        update: H, M_gate and M_up of a folded round.
+        update: H, M_gate and M_up of a folded round, as `RoundsFold` has them.
         low_update: [N, 2nr], (A W_g) H of a folded round.
     """
 
@@ -131,16 +131,19 @@ def _mixed_round(
     down_router: Tensor,
     settings: RoundSettings,
 ) -> RoundOutput:
-    """Experts mixed inside each linear: the low-rank activations times the routing weights are one wide expert's."""
+    """Experts mixed inside each linear: to all tokens they are one update of rank 2nr, as a later round's is of G."""
     assert routing.mixing is not None
-    if inputs.low_update is not None:
-        inputs = inputs._replace(low=inputs.low + inputs.low_update, low_update=None)
+    low = inputs.low if inputs.low_update is None else inputs.low + inputs.low_update
     with named_range("experts"):
-        inputs = inputs._replace(low=weighted(inputs.low, routing.mixing.flatten(1)))
+        low = weighted(low, routing.mixing.flatten(1))
         if experts.gate_scale is not None and experts.up_scale is not None:
             inputs = _mixed_dora(inputs, experts, routing.mixing, experts.gate_scale, experts.up_scale)
-    wide = experts._replace(gate_scale=None, up_scale=None, gate_bias=None, up_bias=None)
-    c, z = _swiglu(inputs, wide, routing, settings)
+        update = (low, experts.gate_B, experts.up_B)
+        if inputs.update is not None:  # [H | low], as the fold holds [M | B]: one product instead of two
+            update = (torch.cat([inputs.update[0], low], dim=1), *inputs.update[1:])
+    c = _shared_swiglu(inputs._replace(update=update), routing, settings)
+    with named_range("experts"):
+        z = F.linear(F.dropout(c, settings.spec.dropout), experts.down_A)  # [N, n*r]
     with named_range("routing"):
         down = route_one(c, down_router, settings)
         mixing = mixing_weights(down)  # [N, n]
@@ -148,6 +151,14 @@ def _mixed_round(
     if experts.down_scale is not None:
         changes = (mixed_change(mixing, experts.down_scale).to(c.dtype),)
     return RoundOutput((c,), weighted(z, mixing), changes, (*routing.routings, down))
+
+
+def _shared_swiglu(inputs: RoundInputs, routing: RoundRouting, settings: RoundSettings) -> Tensor:
+    """act(g) * u, [N, F], of what the tokens share: an expert of rank 0."""
+    gate, width = inputs.gate, inputs.gate.shape[1]
+    B = gate.new_empty(1, width, 0)
+    nothing = PreparedExperts(B[0], B, B, B.mT, B[0])
+    return _swiglu(inputs._replace(low=gate.new_empty(len(gate), 0), low_update=None), nothing, routing, settings)[0]
 
 
 def _mixed_dora(

@@ -44,6 +44,7 @@ SHAPES = {
     "prime n": {"experts": 7, "top_k": 3},
     "rank 1": {"rank": 1},
     "rank 5": {"rank": 5},
+    "rank 0": {"rank": 0},
     "F = 1": {"width": 1},
     "scale vectors": {"scales": True},
     "scale vectors and biases": {"scales": True, "biases": True},

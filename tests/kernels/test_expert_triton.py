@@ -50,7 +50,9 @@ CASES = {
     "scale vectors and biases": {"scales": True, "biases": True},
     "biases": {"biases": True, "inner": 6},
     "n = 64": {"tokens": 20, "experts": 64, "rank": 2, "width": 40},
-    "rank 40, a plug-in method": {"experts": 1, "top_k": 1, "rank": 40, "width": 40},
+    "rank 40, LoRA": {"experts": 1, "top_k": 1, "rank": 40, "width": 40},
+    "rank 0, mixed experts": {"experts": 1, "top_k": 1, "rank": 0, "inner": 20, "width": 40},
+    "rank 0, two splits of F": {"experts": 1, "top_k": 1, "rank": 0, "tokens": 70, "width": 200, "inner": 20},
 }
 
 
