@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from benchmarks.document import WITHOUT_ROUNDS
-from benchmarks.sizes import Model
+from benchmarks.sizes import METHODS, Model, method_of
 from graphmoe_kernels.cost import Sizes
 
 GROUPS = {
@@ -23,17 +23,19 @@ GROUPS = {
     "decoder": "a whole decoder layer: prefill, and decode with a cache",
     "model": "tokens a second of generate, on a small whole model",
     "profile": "where the time of that model goes: attention, MLP, experts, routing, GRU",
+    "methods": "a layer of every method of the paper, at T = 1 and T = 3",
     "scaling": "time against tokens, experts, rank and top-k",
 }
 # Long, and of interest to few: run when they are asked for.
-NOT_BY_DEFAULT = ("scaling",)
+NOT_BY_DEFAULT = ("methods", "scaling")
 OPERATORS = ("routing", "expert_swiglu", "gru_step")
 MAX_ROUNDS = 5
 AXES = {"rounds": "T={}", "tokens": "{} tokens", "experts": "n={}", "rank": "r={}", "top_k": "k={}"}
 
 
 class Contender(NamedTuple):
-    """A provider at some sizes; ``axis`` is the field of the sizes in which the contenders of its case differ."""
+    """A provider at some sizes; ``axis`` is the field of the sizes in which the contenders of its case differ, or
+    ``"method"``, for which several of them stand."""
 
     provider: str
     sizes: Sizes
@@ -42,8 +44,10 @@ class Contender(NamedTuple):
     @property
     def label(self) -> str:
         """Its name in its case."""
-        if self.axis is None or (self.provider in WITHOUT_ROUNDS and self.axis == "rounds"):
+        if self.axis is None or (self.provider in WITHOUT_ROUNDS and self.axis in ("rounds", "method")):
             return self.provider
+        if self.axis == "method":
+            return f"{self.provider}, {method_of(self.sizes)}"
         return f"{self.provider}, {AXES[self.axis].format(getattr(self.sizes, self.axis))}"
 
 
@@ -83,6 +87,8 @@ class Case(NamedTuple):
         if self.context is not None:
             parts.append(f"context {self.context}")
         fields = ("tokens",) if self.group in OPERATORS else ("tokens", "rounds", "experts")
+        if axis == "method":
+            fields = ("tokens",)
         parts += [AXES[field].format(getattr(s, field)) for field in fields if field != axis]
         parts += [f"by {axis}"] if axis else []
         return ", ".join([*parts, s.dtype, *([self.note] if self.note else [])])
@@ -158,6 +164,7 @@ def table(model: Model, kind: str, dtype: str, plan: Plan) -> Iterator[Case]:
         *make.rounds(),
         *make.decoders(),
         make.generation(),
+        *make.methods(),
         *make.scaling(),
     ):
         if case.name not in seen:  # with one token count, the largest is the smallest too
@@ -242,6 +249,20 @@ class _Maker:
         ours = self.along("rounds", (1, 3), (self.ours[0],), self.sizes(1))
         others = self.along("rounds", (3,), ("dense", "peft_lora", "literal"), self.sizes(1))
         return Case("model", self.model, "generate", (*ours, *others), context=self.plan.prompt)
+
+    def methods(self) -> Iterator[Case]:
+        """Every method beside the MLP alone; where there is a second round, folded and literal."""
+        one, short = self.plan.decode[0], self.plan.shorter
+        for mode, tokens in (("inference", self.plan.main), ("inference", one), ("training", short)):
+            found = [Contender("dense", self.sizes(tokens, 1), "method")]
+            for changes in METHODS.values():
+                for dora in (False, True):
+                    sizes = replace(self.sizes(tokens, 1), **changes, dora=dora)
+                    found.append(Contender(self.ours[0], sizes, "method"))
+                    if sizes.routers != "none":
+                        three = replace(sizes, rounds=3)
+                        found += [Contender(name, three, "method") for name in (self.ours[0], "literal")]
+            yield Case("methods", self.model, mode, tuple(found), graph=mode == "inference" and self.in_graph(tokens))
 
     def scaling(self) -> Iterator[Case]:
         main = self.plan.main

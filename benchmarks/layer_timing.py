@@ -75,7 +75,7 @@ class Judge:
 
 
 class LayerTiming:
-    """The contenders of a case of the groups ``layer``, ``rounds`` and ``scaling``."""
+    """The contenders of a case of the groups ``layer``, ``rounds``, ``methods`` and ``scaling``."""
 
     def __init__(self, case: Case, workplace: Workplace) -> None:
         self.case, self.workplace = case, workplace

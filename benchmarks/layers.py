@@ -77,12 +77,15 @@ class Layer:
         self._first = self._make_ffn(self.sizes, "auto", "auto")  # the adapter follows the MLP's device and dtype
         adapter: Any = self._first.lora_graphmoe["default"]
         self.adapter = adapter
-        with torch.no_grad():  # logits of the same spread at every width: that of D = 4096
-            adapter.router.weight.mul_((4096 / sizes.hidden) ** 0.5)
         assert adapter.gru is not None
         self._all = LayerWeights(
-            dense_weights(self.mlp), adapter.router.weight, adapter.experts.tensors(), adapter.gru.tensors()
+            dense_weights(self.mlp), adapter.routers(), adapter.experts.tensors(), adapter.gru.tensors()
         )
+        with torch.no_grad():
+            for router in self._all.routers():  # logits of the same spread at every width: that of D = 4096
+                router.mul_((4096 / router.shape[1]) ** 0.5)
+            for magnitude in self._all.experts.magnitudes or ():  # off their start, where DoRA's vectors are 1
+                magnitude.mul_(1 + 0.25 * torch.rand_like(magnitude))
         self._exact: LayerWeights | None = None
 
     def spec(self, sizes: Sizes) -> RethinkingSpec:
@@ -109,7 +112,10 @@ class Layer:
         return found
 
     def _make_ffn(self, s: Sizes, fold: str, backend: str) -> FusedGraphMoEFFN:
+        mixed = "loramoe" if s.top_k == s.experts else "mola"
         config = GraphMoEConfig(
+            method={"layer": "mixlora", "linear": mixed, "none": "lora"}[s.routers],
+            use_dora=s.dora,
             r=s.rank,
             lora_alpha=int(SCALE * s.rank),
             lora_dropout=0.0,
@@ -144,7 +150,8 @@ class Layer:
     def input(self, sizes: Sizes) -> tuple[Tensor, Tensor]:
         """x [N, D] and the rows of the sample, whose routing is decided beyond rounding in every round."""
         rows = sample_rows(sizes.tokens, self.device.torch)
-        pool = self.draw(4 * len(rows) + 16, seed=2)
+        routers = max(1, len(self._all.routers()))
+        pool = self.draw(4 * routers * len(rows) + 16, seed=2)
         decided = pool[self.decided(pool, sizes)]
         if decided.shape[0] < len(rows):
             raise RuntimeError(f"only {decided.shape[0]} of {len(pool)} random tokens have a decided routing")
@@ -158,7 +165,8 @@ class Layer:
             return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
         with torch.no_grad(), _recorded_logits() as seen:
             self.definition(sizes, exact=True).forward(x.double())
-        logits = torch.stack([torch.cat(seen[t :: sizes.rounds]) for t in range(sizes.rounds)])  # [T, N, n]
+        routings = sizes.rounds * len(self._all.routers())
+        logits = torch.stack([torch.cat(seen[i::routings]) for i in range(routings)])  # [T * routers, N, n]
         ordered = logits.sort(dim=-1, descending=True).values
         gap = ordered[..., sizes.top_k - 1] - ordered[..., sizes.top_k]
         return (gap > MARGIN.get(self.dtype, 0.0)).all(dim=0)
@@ -167,12 +175,12 @@ class Layer:
 @contextmanager
 def _recorded_logits() -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
-    original = round_routing.route_one
+    original = round_routing.route_tokens
 
     def route(*arguments: Any, **options: Any) -> Any:
         routing = original(*arguments, **options)
         seen.append(routing.logits)
         return routing
 
-    with mock.patch.object(round_routing, "route_one", route):
+    with mock.patch.object(round_routing, "route_tokens", route):
         yield seen

@@ -29,7 +29,7 @@ class Timing(Protocol):
 
 TIMINGS: dict[str, Callable[[Case, Workplace], Timing]] = {
     **dict.fromkeys(OPERATORS, OperatorTiming),
-    **dict.fromkeys(("layer", "rounds", "scaling"), LayerTiming),
+    **dict.fromkeys(("layer", "rounds", "methods", "scaling"), LayerTiming),
     "decoder": DecoderTiming,
     "model": GenerationTiming,
 }

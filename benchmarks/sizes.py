@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from graphmoe_kernels.cost import Sizes
 from graphmoe_model.model_shapes import MODEL_SHAPES
@@ -52,6 +52,24 @@ class Model(NamedTuple):
 def _published(name: str) -> Model:
     p = MODEL_SHAPES[name]
     return Model(name, p.hidden_size, p.intermediate_size, p.num_attention_heads, p.num_key_value_heads, p.head_dim)
+
+
+# The methods, as what they change in a layer's sizes; experts, top-k and ranks are the papers' (the presets').
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRA": {"routers": "none", "experts": 1, "top_k": 1, "rank": 80},
+    "MixLoRA": {},
+    "LoRAMoE": {"routers": "linear", "experts": 6, "top_k": 6, "rank": 24},
+    "MoLA": {"routers": "linear", "rank": 10},
+}
+DORA = {"LoRA": "DoRA", "MixLoRA": "MixDoRA", "LoRAMoE": "DoRAMoE", "MoLA": "MoDA"}
+
+
+def method_of(sizes: Sizes) -> str:
+    """The method whose experts a layer of these sizes has: ``"GraphMoE(MoDA)"`` with more than one round."""
+    mixed = "LoRAMoE" if sizes.top_k == sizes.experts else "MoLA"
+    plain = {"none": "LoRA", "layer": "MixLoRA", "linear": mixed}[sizes.routers]
+    base = DORA[plain] if sizes.dora else plain
+    return base if sizes.rounds == 1 else f"GraphMoE({base})"
 
 
 # For tests and continuous integration: every code path in a moment, figures that mean nothing.

@@ -140,6 +140,7 @@ def _stages(preset: Preset) -> Iterator[Stage | tuple[int, ...]]:
     yield Stage(30, lambda case, s: case.group == "model")
     yield PROFILE
     yield Stage(15, lambda case, s: case.group in ("expert_swiglu", "gru_step") and s.tokens in (first, main))
+    yield Stage(40, lambda case, s: case.group == "methods")
     yield Stage(20, lambda case, s: case.group == "scaling")
     yield tuple(tokens for tokens in preset.plan.tokens if tokens not in (main, first))
     yield Stage(15, lambda case, s: True)

@@ -28,9 +28,9 @@ def chosen(**options):
     return choose(Config(**options))
 
 
-def test_by_default_everything_but_the_scaling_is_measured():
+def test_by_default_everything_but_methods_and_scaling_is_measured():
     found = chosen(sizes="tiny")
-    assert {case.group for case in found.cases} == set(GROUPS) - {"scaling", "profile"}
+    assert {case.group for case in found.cases} == set(GROUPS) - {"methods", "scaling", "profile"}
     assert [model.name for model in found.profiled] == ["tiny"]
     assert {"liger", "mixlora", "triton"} >= found.left_out.keys()
 
@@ -96,3 +96,22 @@ def test_a_case_that_raises_is_not_measured_again_for_every_contender(monkeypatc
     assert calls == [found.cases[0].name]
     step = session.content["steps"][found.cases[0].name]
     assert (step["state"], step["note"]) == ("failed", "the device is gone")
+
+
+def test_the_methods_are_timed_side_by_side():
+    """One word changed is one contender: the eight base methods, and GraphMoE on the six with experts."""
+    cases = chosen(sizes="tiny", groups="methods", tokens="1,8").cases
+    assert [case.name for case in cases] == [
+        "methods, tiny, inference, 8 tokens, by method, fp32",
+        "methods, tiny, inference, 1 tokens, by method, fp32",
+        "methods, tiny, training, 8 tokens, by method, fp32",
+    ]
+    bases = ["LoRA", "DoRA", "MixLoRA", "MixDoRA", "LoRAMoE", "DoRAMoE", "MoLA", "MoDA"]
+    for case in cases:
+        labels = [contender.label for contender in case.contenders]
+        assert labels[0] == "dense"
+        assert [label for label in labels if label in {f"torch, {base}" for base in bases}] == [
+            f"torch, {base}" for base in bases
+        ]
+        for provider in ("torch", "literal"):
+            assert {f"{provider}, GraphMoE({base})" for base in bases[2:]} <= set(labels)

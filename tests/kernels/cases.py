@@ -82,7 +82,7 @@ def assert_equal_to(found: dict[str, Tensor], oracle: dict[str, Tensor], upstrea
 def recorded_logits() -> Iterator[list[Tensor]]:
     """The router logits of every round of every recurrence run inside, in order."""
     seen: list[Tensor] = []
-    original = round_routing.route_one
+    original = round_routing.route_tokens
 
     def route(*args, **kwargs):
         routing = original(*args, **kwargs)
@@ -90,7 +90,7 @@ def recorded_logits() -> Iterator[list[Tensor]]:
         return routing
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(round_routing, "route_one", route)
+        patch.setattr(round_routing, "route_tokens", route)
         yield seen
 
 
