@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.sizes import METHODS
 from tests.gpu.layers import MARKS, make
 
 pytestmark = MARKS
@@ -40,6 +41,23 @@ def test_replays_equal_eager(tokens, rounds):
         with torch.no_grad():
             expected = ffn(x)
         assert torch.equal(y, expected)
+
+
+@pytest.mark.methods
+@pytest.mark.parametrize("dora", [False, True], ids=["", "DoRA"])
+@pytest.mark.parametrize("method", METHODS)
+def test_replays_of_every_method_equal_eager(method, dora):
+    """No kind of experts waits for the device or allocates outside of the graph."""
+    layer = make(**{"rounds": 3, "dtype": "bf16", **METHODS[method], "dora": dora})
+    ffn = layer.fused.eval()
+    static, _ = layer.input(16)
+    graph, y = captured(ffn, static)
+    x, _ = layer.input(16, seed=1)
+    static.copy_(x)
+    y.fill_(float("nan"))
+    graph.replay()
+    with torch.no_grad():
+        assert torch.equal(y, ffn(x))
 
 
 def test_replays_follow_changed_weights():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.operators import recorded_launches
+from benchmarks.sizes import METHODS
 from tests.gpu.layers import MARKS, make, step
 
 pytestmark = MARKS
@@ -17,6 +18,19 @@ def test_the_layer_keeps_the_budget(dtype, rounds):
     """Decode and prefill, output and every gradient, against fp64; the same check that lets a layer be timed."""
     layer = make(rounds=rounds, dtype=dtype)
     for tokens in (1, 16, 65, 700):
+        x, rows = layer.input(tokens)
+        for training in (False, True):
+            found = layer.check(layer.fused, layer.fused, x, rows, training)
+            assert found.fault is None, f"{tokens} tokens, training={training}: {found.fault}"
+
+
+@pytest.mark.methods
+@pytest.mark.parametrize("dora", [False, True], ids=["", "DoRA"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_the_budget(method, dora):
+    """At the papers' ranks in bf16, as the models run: experts chosen, mixed and single, each with DoRA's vectors."""
+    layer = make(**{"rounds": 3, "dtype": "bf16", **METHODS[method], "dora": dora})
+    for tokens in (1, 65, 700):
         x, rows = layer.input(tokens)
         for training in (False, True):
             found = layer.check(layer.fused, layer.fused, x, rows, training)
