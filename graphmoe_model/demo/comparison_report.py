@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from graphmoe_model.demo.comparison import ROUNDS, SIZES, Comparison, MethodResult, uncertainty
 from graphmoe_model.demo.tables import Table, markdown_table
+from graphmoe_model.demo.task import LABELS
 
 NO_RANKING = (
     "The task is synthetic, each method had one seed and few steps, and nothing was tuned for any one of them: the "
@@ -49,15 +50,18 @@ def what_was_measured(comparison: Comparison) -> str:
 def comparison_section(comparison: Comparison) -> list[str]:
     """The section of the report, paragraph by paragraph."""
     steps, batch = comparison.steps, comparison.batch_size
+    margin, chance = uncertainty(comparison.questions), 1 / len(LABELS)
+    begun = sum(method.accuracy > chance + margin for method in comparison.methods)
     lora, mixlora, loramoe, mola = (SIZES[name] for name in ("lora", "mixlora", "loramoe", "mola"))
     return [
         "## Every method, equal steps",
         f"> **This is no ranking.** {NO_RANKING}",
         f"The eight base methods, and GraphMoE with {ROUNDS} rounds on the six that have experts. Each started from "
         f"the same base model and took {steps:,} steps of {batch} questions: the same questions in the same order, the "
-        f"same seed and learning rate ({comparison.learning_rate:g} at its highest). Batch size and learning rate "
-        "come from a handful of trials with a few of the methods, so that most of them learn something in so few "
-        "steps; other values gave other orders. Guessing gives 25%: a method that is near it was not far enough yet.",
+        f"same seed and learning rate ({comparison.learning_rate:g} at its highest). Steps, batch size and learning "
+        "rate come from a handful of trials with a few of the methods, so that some learning shows in little time; "
+        f"other values gave other orders. Guessing gives {chance:.0%}: {begun} of {len(comparison.methods)} methods "
+        f"ended more than {100 * margin:.1f} points above it, the others were not far enough yet.",
         "The sizes are chosen so that all train about as many parameters. Experts and ranks are half the paper's: "
         f"{mixlora['num_experts']} experts of rank {mixlora['r']} in MixLoRA, {loramoe['num_experts']} of rank "
         f"{loramoe['r']} in LoRAMoE (none on the attention), {mola['num_experts']} of rank {mola['r']} in MoLA (on the "
@@ -68,7 +72,7 @@ def comparison_section(comparison: Comparison) -> list[str]:
         "![Every method](comparison.png)",
         markdown_table(comparison_table(comparison)),
         f"{what_was_measured(comparison)} With {comparison.questions:,} questions an accuracy is known to within "
-        f"±{100 * uncertainty(comparison.questions):.1f} points at worst (95%), another seed not counted.",
+        f"±{100 * margin:.1f} points at worst (95%), another seed not counted.",
         "- **n×r**: experts of an MLP, and their rank\n"
         "- **params**: trainable parameters\n"
         "- **accuracy**: the mean of the skills\n"
