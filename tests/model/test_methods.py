@@ -1,20 +1,27 @@
-"""Every method of the paper on single MLPs and linears, against oracles written from the equations alone."""
+"""Every method of the paper on single MLPs, against oracles written from the equations alone."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from graphmoe_kernels.testing import relative_error, within_budget
+from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN
-from graphmoe_model.linear import RoutedLoRALinear
-from tests.kernels.cases import assert_equal_to, errors
+from tests.model.method_checks import (
+    DORA_FORMS,
+    FOLDS,
+    FORMS_AND_FOLDS,
+    FORWARD,
+    KINDS,
+    ROUTED_FORMS,
+    check_equal,
+    config_of,
+    hidden_states,
+    idle,
+)
 from tests.model.method_oracles import (
     EXPERTS,
     FORMS,
@@ -22,56 +29,13 @@ from tests.model.method_oracles import (
     INTERMEDIATE,
     adapter_state,
     by_equations,
-    decided_inputs,
-    differentiate,
     expected_shapes,
     form_config,
-    move_from_start,
     small_ffn,
     small_mlp,
 )
 
 pytestmark = pytest.mark.methods
-
-TOKENS = 23
-FORWARD, BACKWARD = 1e-10, 1e-9
-FOLDS = pytest.mark.parametrize("fold", ["always", "never"])
-# Every form in both foldings, but for one round, where there is little to fold, only one of them.
-FOLDED_FORMS = [(form, fold) for form in FORMS for fold in ("always", "never") if fold == "always" or "graph" in form]
-FORMS_AND_FOLDS = pytest.mark.parametrize(("form", "fold"), FOLDED_FORMS, ids=lambda value: value)
-DORA_FORMS = [form for form in FORMS if form_config(form).use_dora]
-ROUTED_FORMS = [form for form in FORMS if form_config(form).method != "lora"]
-# One of each routing kind, with rounds; the second also with DoRA.
-PLAIN_KINDS = ["graphmoe-lora", "graphmoe-mixlora", "graphmoe-loramoe", "graphmoe-mola"]
-KINDS = [*PLAIN_KINDS, "graphmoe-mixdora", "graphmoe-doramoe", "graphmoe-moda"]
-
-
-def hidden_states(count: int = TOKENS, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(count, HIDDEN, dtype=torch.float64).to(dtype)
-
-
-def config_of(layer: nn.Module):
-    return layer.lora_graphmoe["default"].config
-
-
-def idle(layer: nn.Module, name: str) -> bool:
-    """The reset gate acts on the state, which is zero in the only step of two rounds."""
-    return name == "gru.reset_gate.weight" and config_of(layer).rounds == 2
-
-
-def check_equal(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Output in training and evaluation, and every gradient, equal the oracle's; returns what was found."""
-    upstream = torch.randn_like(x[..., :1].expand_as(by_equations(layer, x)))
-    exact = differentiate(layer, lambda v: by_equations(layer, v), x, upstream)
-    found = differentiate(layer.train(), layer, x, upstream)
-    assert_equal_to({"y": found["y"]}, {"y": exact["y"]}, upstream, FORWARD)
-    assert_equal_to(found, exact, upstream, BACKWARD)
-    layer.eval()
-    assert_equal_to(differentiate(layer, layer, x, upstream), exact, upstream, BACKWARD)
-    with torch.no_grad():
-        for _ in range(2):  # the second on what the first one kept
-            assert_equal_to({"y": layer(x)}, {"y": exact["y"]}, upstream, FORWARD)
-    return found
 
 
 @FOLDS
@@ -251,100 +215,6 @@ def test_activation_checkpointing_gives_the_same_gradients(form, use_reentrant):
         assert relative_error(layer.eval()(x), by_equations(layer, x)) <= FORWARD, "in training only"
 
 
-class Outcomes(NamedTuple):
-    """y and every gradient by name: of the layer, of the equations in its dtype and in fp64; the upstream gradient."""
-
-    found: dict[str, Tensor]
-    literal: dict[str, Tensor]
-    exact: dict[str, Tensor]
-    upstream: Tensor
-
-
-def outcomes(
-    layer: nn.Module, dtype: torch.dtype, *, literal: nn.Module | None = None, count: int = 32, autocast: bool = False
-) -> Outcomes:
-    """A layer on inputs that ``dtype`` holds; ``literal`` has the same values where the equations need one dtype."""
-    wide, low = copy.deepcopy(layer).double(), next(layer.base_layer.parameters())
-    x = decided_inputs(wide, dtype, count)
-    upstream = torch.randn_like(by_equations(wide, x)).to(dtype).double()
-
-    def run(module, function, x):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast and x.dtype != torch.float64):
-            return differentiate(module, function, x, upstream)
-
-    exact = run(wide, lambda v: by_equations(wide, v), x)
-    literal = literal or layer
-    equations = run(literal, lambda v: by_equations(literal, v), x.to(low.dtype))
-    found = run(layer.train(), layer, x.to(low.dtype))
-    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-        found["y in evaluation"] = layer.eval()(x.to(low.dtype))
-    for known in (exact, equations):
-        known["y in evaluation"] = known["y"]
-    assert found["y"].dtype == found["y in evaluation"].dtype == dtype
-    return Outcomes(found, equations, exact, upstream)
-
-
-def check_budget(draw: Callable[[], Outcomes], dtype: torch.dtype) -> None:
-    """Every error at most twice that of the equations computed in ``dtype``; the message lists those that are not.
-
-    Now and then a single token is so ill-conditioned that it makes the whole error, and one of the two happens to be
-    lucky there. What is off must therefore be off in each of three draws.
-    """
-    off: dict[str, list[str]] = {}
-    for seed in range(3):
-        torch.manual_seed(seed)
-        found, literal, exact, upstream = draw()
-        mine, allowed = errors(found, exact, upstream), errors(literal, exact, upstream)
-        over = {name for name in exact if not within_budget(mine[name], allowed[name], dtype)}
-        report = {name: f"{mine[name]:.2e}, the equations {allowed[name]:.2e}" for name in over}
-        off = {name: [*off.get(name, []), report[name]] for name in over if seed == 0 or name in off}
-        if not off:
-            return
-    raise AssertionError(f"errors above the budget of {dtype}: {off}")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@FORMS_AND_FOLDS
-def test_error_is_within_budget(form, dtype, fold):
-    """In a model's dtype: y and every gradient no further off than twice the equations computed in that dtype."""
-    check_budget(lambda: outcomes(small_ffn(form, bias=True, fold=fold).to(dtype), dtype), dtype)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_fp32_adapters_on_a_bf16_model_are_within_budget(form):
-    """PEFT keeps adapters in fp32 on a bf16 base: y is bf16, gradients fp32, errors as those of bf16 throughout."""
-
-    def draw() -> Outcomes:
-        literal = small_ffn(form, bias=True, fold="always").bfloat16()
-        layer = copy.deepcopy(literal)
-        layer.lora_graphmoe.float()
-        return outcomes(layer, torch.bfloat16, literal=literal)
-
-    check_budget(draw, torch.bfloat16)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_autocast(form):
-    """An fp32 layer under bf16 autocast: bf16 out, fp32 gradients, within the budget of the equations under it."""
-
-    def draw() -> Outcomes:
-        return outcomes(small_ffn(form, bias=True, fold="always").bfloat16().float(), torch.bfloat16, autocast=True)
-
-    check_budget(draw, torch.bfloat16)
-
-
-def test_the_budget_can_be_exceeded():
-    """The budget is no rubber stamp: the equations in the next lower precision do not keep it."""
-
-    def draw() -> Outcomes:
-        layer = small_ffn("graphmoe-moda", bias=True).bfloat16()
-        kept = outcomes(copy.deepcopy(layer).float(), torch.float32)
-        return kept._replace(found=outcomes(layer, torch.bfloat16).literal)
-
-    with pytest.raises(AssertionError, match="above the budget"):
-        check_budget(draw, torch.float32)
-
-
 BASE_WEIGHTS = [f"{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
 
 
@@ -361,70 +231,3 @@ def test_what_is_kept_follows_every_weight(form):
         assert relative_error(after, by_equations(layer, x)) <= FORWARD, name
         assert relative_error(after, before) > 1e-6 or idle(layer, name), f"a change of {name} matters"
         before = after
-
-
-LINEAR_FORMS = ["mola", "moda"]
-
-
-def small_linear(form: str, bias: bool = False, **options) -> RoutedLoRALinear:
-    """An fp64 attention projection with experts, all its parameters away from their start."""
-    layer = RoutedLoRALinear(nn.Linear(HIDDEN, 31, bias=bias).double(), form_config(form, **options))
-    move_from_start(adapter_state(layer))
-    return layer
-
-
-@pytest.mark.parametrize("options", [{}, {"norm_topk_prob": False}, {"top_k": 1}, {"top_k": 4}, {"rounds": 3}], ids=str)
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("form", LINEAR_FORMS)
-def test_attention_linear_equals_the_equations(form, bias, options):
-    """Experts in an attention projection; they run once, however many rounds the MLPs have."""
-    layer = small_linear(form, bias, **options)
-    shapes = {"A": (EXPERTS, 5, HIDDEN), "B": (EXPERTS, 31, 5), "router.weight": (EXPERTS, HIDDEN)}
-    shapes |= {"magnitude": (EXPERTS, 31)} if form == "moda" else {}
-    assert {name: tuple(p.shape) for name, p in adapter_state(layer).items()} == shapes
-    for count in (TOKENS, 1):
-        check_equal(layer, hidden_states(count))
-    x = hidden_states(6).view(2, 3, HIDDEN)
-    assert relative_error(layer(x), by_equations(layer, x)) <= FORWARD
-    assert layer(hidden_states(0)).shape == (0, 31)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", LINEAR_FORMS)
-def test_fresh_attention_linear_is_the_base(form, dtype):
-    """Attaching changes no projection, also in training with dropout."""
-    base = nn.Linear(HIDDEN, 31).to(dtype)
-    x = hidden_states(dtype=dtype)
-    before = base(x).detach()
-    layer = RoutedLoRALinear(base, form_config(form, init_lora_weights=True, lora_dropout=0.5))
-    bound = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps
-    for training in (True, False):
-        assert relative_error(layer.train(training)(x), before) <= bound
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", LINEAR_FORMS)
-def test_attention_linear_is_within_budget(form, dtype):
-    """As `test_error_is_within_budget`, for experts in an attention projection."""
-    check_budget(lambda: outcomes(small_linear(form, bias=True).to(dtype), dtype), dtype)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["A", "B", "router.weight", "magnitude", "weight"])
-def test_attention_linear_follows_every_weight(name):
-    """As `test_what_is_kept_follows_every_weight`, for experts in an attention projection."""
-    layer, x = small_linear("moda", bias=True).eval(), hidden_states()
-    before = layer(x)
-    tensor = layer.base_layer.weight if name == "weight" else adapter_state(layer)[name]
-    tensor.mul_(torch.rand_like(tensor) + 0.7)
-    assert relative_error(layer(x), by_equations(layer, x)) <= FORWARD
-    assert relative_error(layer(x), before) > 1e-6, "the change matters"
-
-
-def test_attention_zero_row_is_refused():
-    """DoRA on a projection with a row of zeros."""
-    base = nn.Linear(HIDDEN, 31).double()
-    with torch.no_grad():
-        base.weight[3] = 0
-    with pytest.raises(ValueError, match="row"):
-        RoutedLoRALinear(base, form_config("moda", init_lora_weights=True))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.kernels.triton_marks import MARKS
+from tests.model.method_checks import Outcomes, check_budget, outcomes
 from tests.model.method_oracles import small_ffn, small_mlp
-from tests.model.test_methods import Outcomes, check_budget, outcomes
 
 pytestmark = [pytest.mark.methods, *MARKS]
 
