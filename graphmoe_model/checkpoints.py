@@ -72,7 +72,7 @@ def save_whole(save: Callable[..., None]) -> Callable[..., None]:
                 if (folder / "README.md").exists():  # PEFT keeps what a model card says already
                     shutil.copy2(folder / "README.md", temporary)
                 save(self, temporary, *args, **kwargs)
-                _move_into(Path(temporary), folder)
+                move_into(Path(temporary), folder)
         except BaseException:
             for config, mode in modes:  # PEFT sets inference_mode for the file, and back only when all went well
                 config.inference_mode = mode
@@ -83,7 +83,7 @@ def save_whole(save: Callable[..., None]) -> Callable[..., None]:
     return save_pretrained
 
 
-def _move_into(source: Path, target: Path) -> None:
+def move_into(source: Path, target: Path) -> None:
     """Move every file below ``source`` to its place below ``target``, where it appears as a whole."""
     files = sorted(path for path in source.rglob("*") if path.is_file())
     for path in files:  # on disk before the first old file goes

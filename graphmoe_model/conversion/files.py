@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from graphmoe_model.checkpoints import _move_into
+from graphmoe_model.checkpoints import move_into
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def write_folder(folder: str | Path, write: Callable[[Path], None], overwrite: b
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             write(Path(temporary))
             written = {path.name for path in Path(temporary).iterdir()}
-            _move_into(Path(temporary), folder)
+            move_into(Path(temporary), folder)
     except BaseException:
         if created:
             shutil.rmtree(folder, ignore_errors=True)
