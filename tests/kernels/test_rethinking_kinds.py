@@ -19,9 +19,8 @@ from graphmoe_kernels import (
     rethink_reference,
 )
 from graphmoe_kernels.dora import dora_scale, row_norms
-from graphmoe_kernels.rethinking import round_routing
 from graphmoe_kernels.testing import cast_layer, relative_error
-from tests.kernels.cases import ODD, Sizes, assert_equal_to, gradients, layer
+from tests.kernels.cases import ODD, Sizes, assert_equal_to, decided_tokens, gradients, layer
 from tests.kernels.test_rethinking_precision import assert_within_budget
 
 pytestmark = [pytest.mark.oracle, pytest.mark.methods]
@@ -115,7 +114,7 @@ def test_error_is_within_budget(kind, dora, dtype):
     spec = BASE._replace(top_k=top_k)
     exact = cast_layer(cast_layer(layer(spec, sizes, routers=routers, dora=dora), dtype), torch.float64)
     x = torch.randn(512, sizes.hidden, dtype=torch.float64).to(dtype).double()
-    x = x[decided_everywhere(x, exact, spec)][:48]
+    x = x[decided_tokens(x, exact, spec, 0.1)][:48]
     assert len(x) == 48
     upstream = torch.randn_like(x).to(dtype).double()
     oracle = gradients(lambda x, w: rethink_reference(x, w, spec), x, exact, upstream)
@@ -127,24 +126,6 @@ def test_error_is_within_budget(kind, dora, dtype):
     for run in IMPLEMENTATIONS.values():
         found = gradients(lambda x, w, run=run: run(x, w, spec).y, low, weights, upstream)
         assert_within_budget(found, literals, oracle, upstream, dtype)
-
-
-def decided_everywhere(x, exact, spec, margin=0.1):
-    """The tokens whose k-th and (k+1)-th logits are apart at every router of every round: no tie goes another way."""
-    logits, original = [], round_routing.route_tokens
-
-    def route_tokens(*arguments, **options):
-        routing = original(*arguments, **options)
-        logits.append(routing.logits)
-        return routing
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(round_routing, "route_tokens", route_tokens)
-        rethink_literal(x, exact, spec)
-    ordered = torch.stack(logits).sort(dim=-1, descending=True).values  # [all, N, n]
-    if spec.top_k == ordered.shape[-1]:
-        return torch.ones(len(x), dtype=torch.bool)
-    return (ordered[..., spec.top_k - 1] - ordered[..., spec.top_k] > margin).all(dim=0)
 
 
 @pytest.mark.parametrize("routers, routed", [("layer", 1), ("linear", 3)])
