@@ -126,6 +126,10 @@ class GraphMoEConfig(LoraConfig):
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        if changes.get("method", PRESETS[name]["method"]) != PRESETS[name]["method"]:
+            raise ValueError(
+                f"preset {name!r} is of another method than {changes['method']!r}; choose one of that method"
+            )
         return cls(**{**PRESETS[name], **changes})
 
     @property
@@ -162,7 +166,8 @@ class GraphMoEConfig(LoraConfig):
         if isinstance(given, str):
             if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)+", given):
                 raise ValueError(
-                    f"num_experts={given!r} is no pattern; expected numbers joined by '-', such as '2-4-6-8'"
+                    f"num_experts={given!r} is no pattern; expected numbers joined by '-', such as '2-4-6-8' (a "
+                    "list is [2, 4, 6, 8], one number for all layers an integer)"
                 )
             parts = [int(part) for part in given.split("-")]
         if not parts or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in parts):

@@ -107,8 +107,11 @@ class MLPExperts(nn.Module):
         return None if None in routers else LinearRouters(*(router.weight for router in routers))  # type: ignore[union-attr]
 
 
-def check_rows(weight: Tensor, name: str) -> None:
-    """`ValueError` for a weight [out, in] on which DoRA is not defined: a zero row has no direction to scale."""
+def check_rows(weight: Tensor, name: str, module: str) -> None:
+    """`ValueError` for a weight [out, in] on which DoRA is not defined: a zero row has no direction to scale.
+
+    ``module`` is what can be left out: the MLP that the weight is of, or the linear itself.
+    """
     if weight.is_meta:
         return
     zero = (weight == 0).all(dim=1).nonzero().flatten().tolist()
@@ -116,6 +119,6 @@ def check_rows(weight: Tensor, name: str) -> None:
         shown = ", ".join(map(str, zero[:5])) + (", ..." if len(zero) > 5 else "")
         raise ValueError(
             f"DoRA on {name}: {len(zero)} of its weight's {weight.shape[0]} rows are zero (row {shown}), and DoRA "
-            "divides by their norm; set use_dora=False, or leave this module out with exclude_modules or "
+            f"divides by their norm; set use_dora=False, or leave {module} out with exclude_modules or "
             "layers_to_transform"
         )

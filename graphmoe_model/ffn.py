@@ -150,7 +150,7 @@ class FusedGraphMoEFFN(RoutedLayer):
     def _check_dora(self) -> None:
         base = wrap_mlp(self.base_layer).dense()
         for name, weight in (("gate_proj", base.gate), ("up_proj", base.up), ("down_proj", base.down)):
-            check_rows(weight, f"{type(self.base_layer).__name__}.{name}")
+            check_rows(weight, f"{type(self.base_layer).__name__}.{name}", "this MLP")
 
     def _start_magnitudes(self, adapter: GraphMoEAdapter) -> None:
         if not adapter.config.use_dora:

@@ -141,8 +141,8 @@ def experts_of_layer(config: GraphMoEConfig, num_experts: int | None) -> int:
     if num_experts is None:
         if not isinstance(config.num_experts, int):
             raise ValueError(
-                f"num_experts={config.num_experts!r} differs by layer; for a single layer pass num_experts, which "
-                "get_peft_model does for a whole model"
+                f"the config's num_experts={config.num_experts!r} differs by layer, so say how many this one has: "
+                "FusedGraphMoEFFN(mlp, config, num_experts=4); get_peft_model does that for the layers of a model"
             )
         return config.num_experts
     if num_experts < config.top_k and not config.base_method.dense:

@@ -76,7 +76,7 @@ class RoutedLoRALinear(RoutedLayer):
             )
         n, rank = experts_of_layer(config, num_experts), config.r if r is None else r
         if config.use_dora:
-            check_rows(dense_weight(self.base_layer), type(self.base_layer).__name__)
+            check_rows(dense_weight(self.base_layer), type(self.base_layer).__name__, "this linear")
         scale = config.scaling(r, lora_alpha)
         adapter = LinearAdapter(config, self.in_features, self.out_features, n, rank, scale)
         cache = FoldCache(partial(self._experts, adapter_name), LinearExperts.sources, _prepare)

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from graphmoe_model.base_mlp import check_mlp, dense_weight, is_gated_mlp, wrap_mlp
+from graphmoe_model.base_mlp import check_mlp, is_gated_mlp
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.experts import check_rows
 from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.linear import check_linear
 
@@ -120,7 +119,8 @@ def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
         if isinstance(module, BaseTunerLayer):
             continue  # a further adapter
         single = not is_gated_mlp(module) and not any(module.children())
-        if single and config.base_method.attention == "lora":
+        in_mlp = is_gated_mlp(modules[name.rpartition(".")[0]])  # refused below, for all such linears at once
+        if single and (config.base_method.attention == "lora" or in_mlp):
             continue
         try:
             _check_linear(module, config) if single else check_mlp(module)
@@ -153,48 +153,6 @@ def _check_linear(module: nn.Module, config: GraphMoEConfig) -> None:
             "method='mola', which has experts on attention projections, or 'mixlora', which has LoRA there"
         )
     check_linear(module)
-
-
-def check_selected(model: nn.Module, config: GraphMoEConfig) -> None:
-    """Refuse what the modules that ``target_modules`` select do not allow, before anything in the model has changed.
-
-    Raises:
-        ValueError: the list or pattern in ``num_experts`` does not fit the model, or has no number for a module outside
-            of the decoder layers; DoRA on a weight with a zero row.
-    """
-    by_layer = experts_by_name(model, config)
-    for name, module in walk(model):
-        if not name or not check_target_module_exists(config, name):
-            continue
-        if by_layer and not any(name.startswith(f"{layer}.") for layer in by_layer):
-            raise ValueError(
-                f"num_experts={config.num_experts!r} has no number for {name}, which is in no decoder layer; leave it "
-                "out of target_modules, or give one number for all"
-            )
-        if config.use_dora:
-            _check_dora(name, module.base_layer if isinstance(module, BaseTunerLayer) else module)
-
-
-def _check_dora(name: str, module: Any) -> None:
-    if is_gated_mlp(module):
-        base = wrap_mlp(module).dense()
-        for part, weight in (("gate_proj", base.gate), ("up_proj", base.up), ("down_proj", base.down)):
-            check_rows(weight, f"{name}.{part}")
-    else:
-        check_rows(dense_weight(module), name)
-
-
-def experts_by_name(model: nn.Module, config: GraphMoEConfig) -> dict[str, int]:
-    """Decoder layer name -> n, for a ``num_experts`` that differs by layer; empty if it is one number.
-
-    Raises:
-        ValueError: the list or pattern does not fit the model's number of decoder layers.
-    """
-    if isinstance(config.num_experts, int):
-        return {}
-    layers = decoder_layers(model)
-    counts = config.experts_by_layer(len(layers))
-    return {layer.name: n for layer, n in zip(layers, counts, strict=True)}
 
 
 def _has_attention(layer: nn.Module) -> bool:
@@ -295,7 +253,10 @@ def _no_mlp_selected(modules: dict[str, nn.Module], selected: dict[str, Any], co
         text += ", only linears inside one; a GraphMoE layer adapts an MLP as a whole: name the MLP"
     suffixes = sorted({name.rpartition(".")[2] for name in mlps})
     hint = f"the model's gated MLPs are called {', '.join(suffixes)}" if suffixes else "the model has none"
-    return f"{text} ({hint}). Without target_modules, all MLPs and attention projections are selected."
+    return (
+        f"{text} ({hint}). Without target_modules, all that the method adapts is selected; for LoRA on the attention "
+        "alone use peft.LoraConfig."
+    )
 
 
 def _check_layer_indices(selected: list[str], config: GraphMoEConfig) -> None:

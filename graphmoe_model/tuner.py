@@ -16,7 +16,8 @@ from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.layer import NOT_MERGEABLE, RoutedLayer
 from graphmoe_model.linear import RoutedLoRALinear
 from graphmoe_model.router_loss import attach_router_loss, detach_router_loss
-from graphmoe_model.targets import check_selected, check_targets, default_targets, experts_by_name, walk
+from graphmoe_model.selection import check_selected, experts_by_name
+from graphmoe_model.targets import check_targets, default_targets, walk
 
 # Every path component that an adapter's own parameters have below its name.
 ADAPTER_COMPONENTS = frozenset(

@@ -44,7 +44,7 @@ class Adapter:
     """
 
     config: GraphMoEConfig
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor] = dataclasses.field(repr=False)
     notes: tuple[str, ...] = ()
 
     @property
@@ -92,7 +92,10 @@ def read_adapter(folder: str | Path) -> Adapter:
     """
     peft_type = read_config(folder).get("peft_type")
     if peft_type != GraphMoEPeftType.GRAPHMOE.value:
-        raise ValueError(f"{folder} holds an adapter of peft_type {peft_type!r}, expected 'GRAPHMOE'")
+        raise ValueError(
+            f"{folder} holds an adapter of peft_type {peft_type!r}, expected 'GRAPHMOE'; from_moe_peft reads "
+            "MoE-PEFT's and PEFT's LoRA"
+        )
     adapter = Adapter(GraphMoEConfig.from_pretrained(str(folder)), read_weights(folder))
     check_adapter(adapter, str(folder))
     return adapter

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from graphmoe_model.config import GraphMoEPeftType
-from graphmoe_model.conversion.adapter import Adapter, read_adapter, write_adapter
+from graphmoe_model.conversion.adapter import ROOT, Adapter, read_adapter, write_adapter
 from graphmoe_model.conversion.exports import attention_lora, to_moe_peft
 from graphmoe_model.conversion.files import read_config
 from graphmoe_model.conversion.imports import from_moe_peft
@@ -49,6 +50,9 @@ def run(
     if rounds is not None and to != "graphmoe":
         raise ValueError(f"rounds={rounds} goes with the format 'graphmoe' alone: {to!r} has no GRU to add")
     adapter = _read(source)
+    other_format = to != "graphmoe" or read_config(source).get("peft_type") != GraphMoEPeftType.GRAPHMOE.value
+    if other_format and Path(source).resolve() == Path(target).resolve():
+        raise ValueError(f"{target} is the source itself, which would be lost; name another target")
     if rounds is not None and rounds != adapter.config.rounds:
         adapter = with_rounds(adapter, rounds)
     notes = list(adapter.notes)
@@ -56,7 +60,12 @@ def run(
         write_adapter(adapter, target, overwrite)
     else:
         notes += (to_moe_peft if to == "moe-peft" else attention_lora)(adapter, target, overwrite)
-    _print(adapter, notes, Path(target), to, console)
+    written = adapter
+    if to == "attention-lora":
+        of_attention = tuple(f"{ROOT}{module.path}." for module in adapter.modules if not module.is_mlp)
+        kept = {name: tensor for name, tensor in adapter.tensors.items() if name.startswith(of_attention)}
+        written = dataclasses.replace(adapter, tensors=kept)
+    _print(written, notes, Path(target), to, console)
     return adapter
 
 

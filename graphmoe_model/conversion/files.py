@@ -85,7 +85,7 @@ def write_folder(folder: str | Path, write: Callable[[Path], None], overwrite: b
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder for the adapter")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"{folder} is not empty; name a new folder, or ask for it to be overwritten")
+        raise FileExistsError(f"{folder} is not empty; name a new folder, or pass overwrite=True (--overwrite)")
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:

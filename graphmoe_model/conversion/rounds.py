@@ -31,8 +31,8 @@ def with_rounds(adapter: Adapter, rounds: int, seed: int = 0, **gru: Any) -> Ada
     config = adapter.config
     if config.rounds > 1:
         raise ValueError(
-            f"this adapter has {config.rounds} rounds and GRUs trained for them already; GRUs are added to an adapter "
-            "with one round"
+            f"this adapter has {config.rounds} rounds, and GRUs trained for them: rounds are added to an adapter with "
+            "one, not changed or taken away; leave rounds out, or start from the adapter of one round it came from"
         )
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 2:
         raise ValueError(f"rounds must be an integer of at least 2 (one round has no GRU), got {rounds!r}")

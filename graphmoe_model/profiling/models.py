@@ -97,7 +97,12 @@ def saved_adapter_config(path: str) -> PeftConfig:
     """The configuration of an adapter in a folder or on the hub; ``ValueError`` if there is none."""
     try:
         return PeftConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except KeyError as error:
+        raise ValueError(
+            f"{path!r} is an adapter of the type {error}, which PEFT does not know; graphmoe convert makes MoE-PEFT's "
+            "types MIXLORA, LORAMOE and MOLA into GraphMoE adapters"
+        ) from error
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the adapter {path!r}: {first_line(error)}") from error
 
 

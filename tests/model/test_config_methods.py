@@ -178,3 +178,12 @@ def test_every_preset_survives_its_file(preset, tmp_path):
     config = GraphMoEConfig.from_preset(preset)
     config.save_pretrained(str(tmp_path))
     assert PeftConfig.from_pretrained(str(tmp_path)) == config
+
+
+def test_a_preset_keeps_its_method():
+    """Another method's experts and top-k would come along: the preset of that method is meant."""
+    with pytest.raises(
+        ValueError, match="preset 'graphmoe-mixlora' is of another method than 'loramoe'; choose one of"
+    ):
+        GraphMoEConfig.from_preset("graphmoe-mixlora", method="loramoe")
+    assert GraphMoEConfig.from_preset("graphmoe-mixlora", method="mixlora").title == "GraphMoE(MixLoRA)"

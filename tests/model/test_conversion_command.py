@@ -64,7 +64,8 @@ def test_every_source_and_every_target(tmp_path):
 
 def test_an_adapter_is_upgraded_in_its_own_folder(tmp_path):
     """Read as a whole before anything is written."""
-    folder = write_peer(tmp_path / "theirs", peer_settings("MIXLORA"))
+    folder = tmp_path / "ours"
+    converted(write_peer(tmp_path / "theirs", peer_settings("MIXLORA")), folder)
     with pytest.raises(FileExistsError, match="is not empty"):
         converted(folder, folder, rounds=2)
     converted(folder, folder, rounds=2, overwrite=True)
@@ -88,3 +89,21 @@ def test_what_the_user_can_mend(tmp_path):
     ):
         converted(theirs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["graphmoe", "moe-peft", "attention-lora"])
+def test_another_format_is_not_written_over_its_source(to, tmp_path):
+    """Overwriting would delete what the adapter was converted from."""
+    folder = write_peer(tmp_path / "theirs", peer_settings("MIXLORA"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="is the source itself, which would be lost; name another target"):
+        converted(folder, folder, to=to, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_summary_of_the_attention_counts_what_was_written(tmp_path):
+    """Not the experts that were left behind."""
+    theirs = write_peer(tmp_path / "theirs", peer_settings("MIXLORA"))
+    text = converted(theirs, tmp_path / "attention", to="attention-lora")
+    assert re.search(r"^tensors +16 *$", text, re.MULTILINE)
+    assert "mlp" not in text.split("Note:")[0]

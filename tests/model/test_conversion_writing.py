@@ -120,7 +120,7 @@ def test_rounds_that_are_none(rounds, tmp_path):
 
 def test_a_gru_is_not_replaced_and_settings_are_its_own(tmp_path):
     adapter = imported(tmp_path)
-    with pytest.raises(ValueError, match="has 2 rounds and GRUs trained for them already"):
+    with pytest.raises(ValueError, match="has 2 rounds, and GRUs trained for them: rounds are added"):
         with_rounds(with_rounds(adapter, 2), 3)
     with pytest.raises(ValueError, match="top_k: no setting of the GRU; there are gru_hidden_scale"):
         with_rounds(adapter, 2, top_k=1)

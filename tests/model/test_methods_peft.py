@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -322,7 +323,7 @@ def test_disable_delete_and_unload_give_the_base_back(form):
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("lora", "graphmoe-mixdora"), ("mixdora", "loramoe"), ("loramoe", "graphmoe-mola"), ("moda", "dora")],
+    [("lora", "graphmoe-mixdora"), ("mixdora", "loramoe"), ("loramoe", "graphmoe-mola"), ("moda", "doramoe")],
 )
 def test_a_second_adapter_of_another_method(first, second):
     """One model holds adapters of several methods: each gives what it gives alone, whatever the attention has."""
@@ -337,12 +338,30 @@ def test_a_second_adapter_of_another_method(first, second):
     assert torch.equal(logits(model), changed)
 
 
-def test_experts_on_a_projection_that_has_lora_are_refused():
-    """MoLA beside MixLoRA would have to wrap PEFT's LoRA layers: refused by name, and nothing is left behind."""
-    model = adapted("mixlora")
+@pytest.mark.parametrize(("first", "second"), [("mixlora", "mola"), ("mola", "mixlora"), ("moda", "dora")])
+def test_lora_and_experts_do_not_share_a_projection(first, second):
+    """One would wrap the other, and be saved by names under which nothing loads: refused in either order, by name, and
+    nothing is left behind. On the MLPs alone the two go together."""
+    model = adapted(first)
     expected, names = logits(model), {name for name, _ in model.named_modules()}
-    with pytest.raises(TypeError, match="q_proj"):
-        model.add_adapter("second", config("mola"))
+    with pytest.raises(ValueError, match=r"q_proj has .* from the adapter default.*target_modules=\['mlp'\]"):
+        model.add_adapter("second", config(second))
     assert {name for name, _ in model.named_modules()} == names
     assert list(model.peft_config) == ["default"]
     assert torch.equal(logits(model), expected)
+    model.add_adapter("second", config(second, target_modules=["mlp"]))
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("form", ["dora", "mixdora", "moda"])
+def test_a_module_with_a_zero_row_can_be_left_out_as_the_error_says(form):
+    """The error names what to leave out, and left out it is no error."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = 0
+    with pytest.raises(ValueError, match=r"DoRA on model.layers.1.mlp.up_proj.* leave (\S+) out") as error:
+        get_peft_model(model, config(form))
+    (module,) = re.findall(r"leave (\S+) out", str(error.value))
+    get_peft_model(model, config(form, exclude_modules=[module]))
+    assert isinstance(model.model.layers[0].mlp, FusedGraphMoEFFN)
+    assert not isinstance(model.model.layers[1].mlp, FusedGraphMoEFFN)
