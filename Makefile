@@ -26,11 +26,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: env  ## train and compare on a small task on the CPU, in 7 minutes; writes demo_report/ (ARGS=--no-comparison: 3)
 	$(PY) -m graphmoe_model.demo $(ARGS)
 
+# On as many cores as there are, up to four; a file's tests stay together, as they share what is costly to make.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 test: env  ## the tests, without the long sweeps
-	$(PY) -m pytest tests $(ARGS)
+	$(PY) -m pytest tests $(PARALLEL) $(ARGS)
 
 test-all: env  ## the tests with the long sweeps
-	$(PY) -m pytest tests -m "slow or not slow" $(ARGS)
+	$(PY) -m pytest tests $(PARALLEL) -m "slow or not slow" $(ARGS)
 
 # Another Triton lies in a folder of its own, before .venv's on the path: .venv stays as it is.
 OTHER_TRITON := $(if $(TRITON),.venv-triton-$(TRITON))

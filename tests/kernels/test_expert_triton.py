@@ -257,7 +257,8 @@ def test_operator_is_registered_as_torch_expects(later):
     names = ("gate", "up", *LATER_ROUND[:3], "low", "low_update", "gate_B", "up_B", "down_A", *SCALES, "weights")
     floating = [t if t is None else t.requires_grad_() for t in (given.get(name) for name in names)]
     seed = torch.tensor([3], device=DEVICE) if later else None
-    rest = (given["experts"], 1.5, "silu", 0.3 if later else 0.0, seed, None, None, "triton")
+    biases = [torch.randn(21, device=DEVICE) if later else None for _ in range(2)]
+    rest = (given["experts"], 1.5, "silu", 0.3 if later else 0.0, *biases, seed, None, None, "triton")
     torch.library.opcheck(torch.ops.graphmoe.expert_swiglu.default, (*floating, *rest))
     plain = [t if t is None else t.detach() for t in floating]
     grads = torch.randn(9, 21, device=DEVICE), torch.randn(9, 15, device=DEVICE)

@@ -285,7 +285,7 @@ CALL_REFUSALS = [
     ({"x": torch.zeros(ODD.hidden)}, ValueError, r"x must be \[tokens, 13\].*got \[13\]"),
     ({"x": torch.zeros(2, 12)}, ValueError, r"x must be \[tokens, 13\].*got \[2, 12\]"),
     ({"x": torch.zeros(2, ODD.hidden).long()}, TypeError, "x must be floating point, got torch.int64"),
-    ({"x": torch.zeros(2, ODD.hidden, device="meta")}, ValueError, "x is on meta, the router on cpu"),
+    ({"x": torch.zeros(2, ODD.hidden, device="meta")}, ValueError, "x is on meta, the experts on cpu"),
     ({"token_mask": torch.ones(3)}, ValueError, r"token_mask must be \[4\], got shape \(3,\)"),
 ]
 
