@@ -87,6 +87,12 @@ def dense_weight(linear: nn.Module) -> Tensor:
     return weight if type(weight) is nn.Parameter else dequantize_module_weight(linear)
 
 
+def dense_weights(mlp: nn.Module) -> dict[str, Tensor]:
+    """The weights of gate_proj, up_proj and down_proj by these names, as `dense_weight` has them."""
+    base = wrap_mlp(mlp).dense()
+    return {"gate_proj": base.gate, "up_proj": base.up, "down_proj": base.down}
+
+
 def wrap_mlp(mlp: nn.Module) -> SeparateMLP | FusedMLP:
     """The MLP as a `BaseMLP`; `check_mlp` says beforehand whether it is one."""
     return FusedMLP(mlp) if hasattr(mlp, "gate_up_proj") else SeparateMLP(mlp)

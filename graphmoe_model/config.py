@@ -265,9 +265,9 @@ class GraphMoEConfig(LoraConfig):
         return alpha / (r**0.5 if self.use_rslora else r)
 
     def spec(
-        self, activation: str, scale: float, num_experts: int, *, training: bool, statistics: bool
+        self, scale: float, num_experts: int, activation: str = "silu", *, training: bool, statistics: bool
     ) -> RethinkingSpec:
-        """The kernels' settings for a layer with this activation, LoRA scale and number of experts."""
+        """The kernels' settings for a layer of this LoRA scale, number of experts and (of an MLP) activation."""
         kind = "topk" if self.router_aux_loss == "paper" else "full"
         return RethinkingSpec(
             rounds=self.rounds,

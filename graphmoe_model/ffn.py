@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from graphmoe_kernels import FoldCache, LayerWeights, LinearRouters, rethink
-from graphmoe_model.base_mlp import check_mlp, wrap_mlp
+from graphmoe_model.base_mlp import check_mlp, dense_weights, wrap_mlp
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.experts import MLPExperts, Router, check_rows
 from graphmoe_model.gru import RethinkingGRU
@@ -99,11 +99,13 @@ class FusedGraphMoEFFN(RoutedLayer):
             num_experts: in place of the config's, which may differ by layer.
         """
         hidden, intermediate, _ = self.sizes
-        if config.use_dora:
-            self._check_dora()
+        weights = dense_weights(self.base_layer) if config.use_dora else {}
+        for name, weight in weights.items():
+            check_rows(weight, f"{type(self.base_layer).__name__}.{name}", "this MLP")
         adapter = GraphMoEAdapter(config, hidden, intermediate, experts_of_layer(config, num_experts), r, lora_alpha)
         self._add_adapter(adapter_name, adapter, FoldCache(partial(self._weights, adapter_name)), config)
-        self._start_magnitudes(adapter)
+        for name, weight in weights.items():
+            getattr(adapter.experts, name).start_magnitudes(weight, adapter.scale)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ class FusedGraphMoEFFN(RoutedLayer):
             x.reshape(-1, x.shape[-1]),  # [N, D]
             self._weights(name),
             config.spec(
-                self.sizes.activation, adapter.scale, adapter.num_experts, training=self.training, statistics=record
+                adapter.scale, adapter.num_experts, self.sizes.activation, training=self.training, statistics=record
             ),
             fold=config.fold,
             cache=None if self.training else self._folds[name],
@@ -146,19 +148,6 @@ class FusedGraphMoEFFN(RoutedLayer):
         adapter: GraphMoEAdapter = self.lora_graphmoe[adapter_name]  # type: ignore[assignment]
         gru = None if adapter.gru is None else adapter.gru.tensors()
         return LayerWeights(wrap_mlp(self.base_layer), adapter.routers(), adapter.experts.tensors(), gru)
-
-    def _check_dora(self) -> None:
-        base = wrap_mlp(self.base_layer).dense()
-        for name, weight in (("gate_proj", base.gate), ("up_proj", base.up), ("down_proj", base.down)):
-            check_rows(weight, f"{type(self.base_layer).__name__}.{name}", "this MLP")
-
-    def _start_magnitudes(self, adapter: GraphMoEAdapter) -> None:
-        if not adapter.config.use_dora:
-            return
-        base, experts = wrap_mlp(self.base_layer).dense(), adapter.experts
-        experts.gate_proj.start_magnitudes(base.gate, adapter.scale)
-        experts.up_proj.start_magnitudes(base.up, adapter.scale)
-        experts.down_proj.start_magnitudes(base.down, adapter.scale)
 
     def __getattr__(self, name: str) -> Any:
         """As ``nn.Module``; who looks for the MLP's projections here is told where they are."""

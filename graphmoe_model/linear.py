@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from graphmoe_kernels import FoldCache, FoldSettings
-from graphmoe_kernels.mixing import LinearExperts, LinearSettings, PreparedLinear, mix_linear, prepare_linear
+from graphmoe_kernels.mixed_linear import LinearExperts, PreparedLinear, mix_linear, prepare_linear
+from graphmoe_kernels.rethinking.round_routing import RoundSettings
 from graphmoe_model.base_mlp import dense_weight
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.experts import LoRAPairs, check_rows
@@ -79,7 +80,7 @@ class RoutedLoRALinear(RoutedLayer):
             check_rows(dense_weight(self.base_layer), type(self.base_layer).__name__, "this linear")
         scale = config.scaling(r, lora_alpha)
         adapter = LinearAdapter(config, self.in_features, self.out_features, n, rank, scale)
-        cache = FoldCache(partial(self._experts, adapter_name), LinearExperts.sources, _prepare)
+        cache = FoldCache(partial(self._experts, adapter_name), LinearExperts.sources, prepare_linear)
         self._add_adapter(adapter_name, adapter, cache, config)
         if config.use_dora:
             adapter.start_magnitudes(dense_weight(self.base_layer), scale)
@@ -96,21 +97,13 @@ class RoutedLoRALinear(RoutedLayer):
         config, record = adapter.config, self._records(adapter.config)
         mask = self._token_mask(x) if record else None
         y = self.base_layer(x, *args, **kwargs)
-        kind = "topk" if config.router_aux_loss == "paper" else "full"
+        spec = config.spec(adapter.scale, adapter.A.shape[0], training=self.training, statistics=record)
         mixed, routing = mix_linear(
             y.reshape(-1, y.shape[-1]),  # [N, out]
             x.reshape(-1, x.shape[-1]),  # [N, in]
             adapter.router.weight,  # type: ignore[union-attr]
             self._prepared(name, adapter, y.dtype),
-            LinearSettings(
-                config.top_k,
-                adapter.scale,
-                config.norm_topk_prob,
-                config.lora_dropout if self.training else 0.0,
-                kind if record else None,
-            ),
-            mask,
-            config.backend,
+            RoundSettings(spec, mask, config.backend),
         )
         if routing.counts is not None and routing.mass is not None:
             self._record(x, mask, {"": (routing.counts[None], routing.mass[None])})
@@ -118,24 +111,19 @@ class RoutedLoRALinear(RoutedLayer):
 
     def _prepared(self, name: str, adapter: LinearAdapter, dtype: torch.dtype) -> PreparedLinear:
         """The adapter as the kernels take it; kept between forwards where no gradient can reach it."""
-        experts = self._experts(name)
+        experts, settings = self._experts(name), FoldSettings(dtype, adapter.scale, adapter.config.candidate_input)
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in experts.sources())
         if self.training or differentiable:
-            return prepare_linear(experts, dtype, adapter.scale)
-        kept: PreparedLinear = self._folds[name].get(experts, FoldSettings(dtype, adapter.scale, ""))
+            return prepare_linear(experts, settings)
+        kept: PreparedLinear = self._folds[name].get(experts, settings)
         return kept
 
     def _experts(self, adapter_name: str) -> LinearExperts:
         adapter: LinearAdapter = self.lora_graphmoe[adapter_name]  # type: ignore[assignment]
-        router: Tensor = adapter.router.weight  # type: ignore[union-attr]
         if adapter.magnitude is None:
-            return LinearExperts(adapter.A, adapter.B, router)
+            return LinearExperts(adapter.A, adapter.B)
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
-        return LinearExperts(adapter.A, adapter.B, router, adapter.magnitude, dense_weight(self.base_layer), bias)
-
-
-def _prepare(experts: LinearExperts, settings: FoldSettings, copy: bool = False) -> PreparedLinear:
-    return prepare_linear(experts, settings.dtype, settings.scale, copy)
+        return LinearExperts(adapter.A, adapter.B, adapter.magnitude, dense_weight(self.base_layer), bias)
 
 
 def check_linear(module: nn.Module) -> None:

@@ -8,22 +8,23 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from graphmoe_model.base_mlp import dense_weight, is_gated_mlp, wrap_mlp
+from graphmoe_model.base_mlp import dense_weight, dense_weights, is_gated_mlp
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.experts import check_rows
 from graphmoe_model.linear import RoutedLoRALinear
 from graphmoe_model.targets import decoder_layers, walk
 
 
-def check_selected(model: nn.Module, config: GraphMoEConfig) -> None:
+def check_selected(model: nn.Module, config: GraphMoEConfig, by_layer: dict[str, int]) -> None:
     """Refuse what the modules that ``target_modules`` select do not allow, before anything in the model has changed.
 
+    ``by_layer`` is `experts_by_name`.
+
     Raises:
-        ValueError: the list or pattern in ``num_experts`` does not fit the model, or has no number for a module outside
-            of the decoder layers; a projection that has experts would get LoRA beside them, or the other way about;
-            DoRA on a weight with a zero row.
+        ValueError: the list or pattern in ``num_experts`` has no number for a module outside of the decoder layers; a
+            projection that has experts would get LoRA beside them, or the other way about; DoRA on a weight with a zero
+            row.
     """
-    by_layer = experts_by_name(model, config)
     for name, module in walk(model):
         if not name or not check_target_module_exists(config, name):
             continue
@@ -52,8 +53,7 @@ def _check_shared(name: str, module: nn.Module, config: GraphMoEConfig) -> None:
 
 def _check_dora(name: str, module: Any) -> None:
     if is_gated_mlp(module):
-        base = wrap_mlp(module).dense()
-        for part, weight in (("gate_proj", base.gate), ("up_proj", base.up), ("down_proj", base.down)):
+        for part, weight in dense_weights(module).items():
             check_rows(weight, f"{name}.{part}", name)
     else:
         check_rows(dense_weight(module), name, name)

@@ -71,7 +71,8 @@ class GraphMoEModel(LoraModel):
             peft_config.target_modules = targets
         else:
             check_targets(self.model, peft_config)
-        check_selected(self.model, peft_config)
+        self._by_layer = experts_by_name(self.model, peft_config)
+        check_selected(self.model, peft_config, self._by_layer)
         return peft_config
 
     def _create_and_replace(  # type: ignore[override]  # LoraModel's differs from BaseTuner's
@@ -101,7 +102,7 @@ class GraphMoEModel(LoraModel):
         settings = {
             "r": _by_pattern(lora_config.rank_pattern, current_key, lora_config.r),
             "lora_alpha": _by_pattern(lora_config.alpha_pattern, current_key, lora_config.lora_alpha),
-            "num_experts": self._num_experts(lora_config, current_key),
+            "num_experts": self._num_experts(current_key),
         }
         if isinstance(target, FusedGraphMoEFFN | RoutedLoRALinear):
             target.update_layer(adapter_name, lora_config, **settings)
@@ -118,9 +119,9 @@ class GraphMoEModel(LoraModel):
             layer.requires_grad_(False)  # a further adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
 
-    def _num_experts(self, config: GraphMoEConfig, name: str) -> int | None:
-        """n of the decoder layer that a module is in, where it differs by layer."""
-        for layer, count in experts_by_name(self.model, config).items():
+    def _num_experts(self, name: str) -> int | None:
+        """n of the decoder layer that a module is in, where it differs by layer in the adapter that is attached."""
+        for layer, count in self._by_layer.items():
             if name.startswith(f"{layer}."):
                 return count
         return None

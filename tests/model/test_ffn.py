@@ -34,7 +34,7 @@ def by_algorithm_1(layer: FusedGraphMoEFFN, x: Tensor) -> Tensor:
     )
     settings = layer.lora_graphmoe["default"].config
     spec = settings.spec(
-        layer.sizes.activation, settings.scaling(), settings.num_experts, training=False, statistics=False
+        settings.scaling(), settings.num_experts, layer.sizes.activation, training=False, statistics=False
     )
     weights = LayerWeights(mlp, state["router.weight"], experts, gru)
     return rethink_reference(x.reshape(-1, D), weights, spec).view(x.shape)

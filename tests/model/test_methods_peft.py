@@ -8,12 +8,13 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoRALinear
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig, collect_routing
 from graphmoe_model.linear import RoutedLoRALinear
 from graphmoe_model.methods import PRESETS
+from tests.model.loaders import LOADERS
 from tests.model.method_models import (
     LAYERS,
     LINEARS,
@@ -242,3 +243,22 @@ def test_generate_with_a_cache(form):
     cached = model.generate(input_ids=tokens(), use_cache=True, **settings)
     assert cached.shape == (2, 15)
     assert torch.equal(cached, model.generate(input_ids=tokens(), use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("method", ["lora", "mixlora", "loramoe", "mola"])
+def test_every_loader_loads_doras_magnitudes(method, tmp_path):
+    """Transformers' own loader passes over PEFT's name of LoRA magnitudes without a word, so ours is another."""
+    tiny_model().save_pretrained(tmp_path)
+    settings = {} if method == "lora" else {"num_experts": 2}
+    config = GraphMoEConfig(
+        method=method, use_dora=True, r=2, gru_hidden_scale=0.5, init_lora_weights=False, lora_dropout=0.0, **settings
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.5 * torch.rand_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model)
+    for name, load in LOADERS.items():
+        assert torch.equal(logits(load(tmp_path)), expected), name

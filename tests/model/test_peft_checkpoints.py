@@ -7,11 +7,12 @@ from pathlib import Path
 import peft.peft_model
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from graphmoe_model import GraphMoEConfig
+from tests.model.loaders import LOADERS
 from tests.model.tiny_models import logits, tiny_config, tiny_model, tiny_peft_model, train_step
 
 WEIGHTS = "adapter_model.safetensors"
@@ -29,31 +30,6 @@ def saved(tmp_path_factory) -> tuple[Path, torch.Tensor]:
     return folder, logits(model)
 
 
-LOADERS = {
-    "PeftModel": lambda folder: PeftModel.from_pretrained(tiny_model(), folder / "adapter"),
-    "low_cpu_mem_usage": lambda folder: PeftModel.from_pretrained(
-        tiny_model(), folder / "adapter", low_cpu_mem_usage=True
-    ),
-    "trainable": lambda folder: PeftModel.from_pretrained(tiny_model(), folder / "adapter", is_trainable=True),
-    "no autocast": lambda folder: PeftModel.from_pretrained(
-        tiny_model(), folder / "adapter", autocast_adapter_dtype=False
-    ),
-    "another name": lambda folder: PeftModel.from_pretrained(tiny_model(), folder / "adapter", adapter_name="other"),
-    "config": lambda folder: PeftModel.from_pretrained(
-        tiny_model(), folder / "adapter", config=GraphMoEConfig.from_pretrained(str(folder / "adapter"))
-    ),
-    "AutoPeftModel": lambda folder: AutoPeftModelForCausalLM.from_pretrained(folder / "adapter"),
-    "AutoModel": lambda folder: AutoModelForCausalLM.from_pretrained(folder / "adapter"),
-    "AutoModel.load_adapter": lambda folder: _with_loaded_adapter(folder),
-}
-
-
-def _with_loaded_adapter(folder: Path):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.load_adapter(str(folder / "adapter"), adapter_name="other")
-    return model
-
-
 @pytest.mark.parametrize("loader", LOADERS)
 def test_every_loader_gives_the_saved_model(loader, saved):
     folder, expected = saved
@@ -62,26 +38,6 @@ def test_every_loader_gives_the_saved_model(loader, saved):
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert bool(trainable) == (loader == "trainable")
     assert not any(p.device.type == "meta" for p in model.parameters())
-
-
-@pytest.mark.methods
-@pytest.mark.parametrize("method", ["lora", "mixlora", "loramoe", "mola"])
-def test_every_loader_loads_doras_magnitudes(method, tmp_path):
-    """Transformers' own loader passes over PEFT's name of LoRA magnitudes without a word, so ours is another."""
-    tiny_model().save_pretrained(tmp_path)
-    settings = {} if method == "lora" else {"num_experts": 2}
-    config = GraphMoEConfig(
-        method=method, use_dora=True, r=2, gru_hidden_scale=0.5, init_lora_weights=False, lora_dropout=0.0, **settings
-    )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.5 * torch.rand_like(parameter))
-    model.save_pretrained(tmp_path / "adapter")
-    expected = logits(model)
-    for name, load in LOADERS.items():
-        assert torch.equal(logits(load(tmp_path)), expected), name
 
 
 def test_a_checkpoint_holds_the_documented_tensors(saved):

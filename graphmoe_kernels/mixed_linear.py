@@ -1,0 +1,91 @@
+"""One linear with mixed experts, outside of an MLP: an attention projection of MoLA. See `graphmoe_kernels.mixing`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphmoe_kernels.dora import dora_scale, scaled_by, scaled_rows
+from graphmoe_kernels.mixing import mixed_change, mixing_weights, side_by_side, weighted
+from graphmoe_kernels.ranges import named_range
+from graphmoe_kernels.rethinking.folding import FoldSettings
+from graphmoe_kernels.rethinking.round_routing import RoundSettings, route_one
+from graphmoe_kernels.routing import Routing
+
+
+class LinearExperts(NamedTuple):
+    """The experts of one linear: A [n, r, in], B [n, out, r], and with DoRA magnitude [n, out].
+
+    ``weight`` [out, in] and ``bias`` [out] are the linear's own, which DoRA reads; else None.
+    """
+
+    A: Tensor
+    B: Tensor
+    magnitude: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def sources(self) -> list[Tensor]:
+        """Those that are there."""
+        return [t for t in self if t is not None]
+
+
+class PreparedLinear(NamedTuple):
+    """A linear's experts in the compute dtype.
+
+    Attributes:
+        A: [n*r, in].
+        B: s B of all experts side by side, [out, n*r]; with DoRA its rows are scaled.
+        scale: DoRA's m / ||W + s B A||, [n, out], or None.
+        bias: [out] where DoRA has to tell it from the product, or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are there."""
+        return [t for t in self if t is not None]
+
+
+def prepare_linear(experts: LinearExperts, settings: FoldSettings, copy: bool = False) -> PreparedLinear:
+    """Casts and joins, differentiably; with ``copy`` nothing is shared with the experts' tensors."""
+    dtype, scale, vectors = settings.dtype, settings.scale, None
+    with torch.autocast(experts.A.device.type, enabled=False):
+        if experts.magnitude is not None and experts.weight is not None:
+            vectors = dora_scale(experts.magnitude, experts.weight, experts.A, experts.B, scale)
+        B = scale * side_by_side(scaled_rows(experts.B, vectors))
+        A = experts.A.flatten(0, 1).to(dtype, copy=copy)
+        bias = None if experts.bias is None else experts.bias.to(dtype, copy=copy)
+        return PreparedLinear(A, B.to(dtype), vectors, bias)
+
+
+def mix_linear(
+    y: Tensor, x: Tensor, router: Tensor, experts: PreparedLinear, settings: RoundSettings
+) -> tuple[Tensor, Routing]:
+    """What a linear with mixed experts gives.
+
+    Args:
+        y: [N, out], the linear's own output, bias included.
+        x: [N, in], its input.
+        router: [n, in].
+        experts: of `prepare_linear`, in the dtype of ``y``.
+        settings: of the routing and of LoRA's dropout; what is about rounds and activations is not read.
+
+    Returns:
+        [N, out] in the dtype of ``y``, and the routing with its statistics.
+    """
+    with named_range("routing"):
+        routing = route_one(x, router, settings)
+        mixing = mixing_weights(routing)
+    with named_range("experts"):
+        low = weighted(F.linear(F.dropout(x.to(y.dtype), settings.spec.dropout), experts.A), mixing)  # [N, n*r]
+        if experts.scale is not None:
+            change, bias = mixed_change(mixing, experts.scale), experts.bias
+            y = scaled_by(y, change) if bias is None else scaled_by(y - bias, change) + bias
+        return torch.addmm(y, low, experts.B.T), routing
