@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 
 from graphmoe_kernels.backend import check_backend
 from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS
@@ -48,6 +49,13 @@ def _check_real(name: str, value: object, what: str, holds: Callable[[float], bo
 
 def _others(holds: Callable[[Method], bool]) -> str:
     return " or ".join(f"method={name!r}" for name, method in METHODS.items() if holds(method))
+
+
+def rank_and_alpha(config: LoraConfig, name: str) -> tuple[int, float]:
+    """r and alpha of the module of this name, by ``rank_pattern`` and ``alpha_pattern`` as PEFT matches them."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    r = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    return r, alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
 
 
 def _option(default: object, text: str):  # type: ignore[no-untyped-def]

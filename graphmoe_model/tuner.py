@@ -6,12 +6,11 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from graphmoe_model.base_mlp import is_gated_mlp
 from graphmoe_model.checkpoints import check_adapter_state
-from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
 from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.layer import NOT_MERGEABLE, RoutedLayer
 from graphmoe_model.linear import RoutedLoRALinear
@@ -99,11 +98,8 @@ class GraphMoEModel(LoraModel):
                 parameter_name=parameter_name,
             )
             return
-        settings = {
-            "r": _by_pattern(lora_config.rank_pattern, current_key, lora_config.r),
-            "lora_alpha": _by_pattern(lora_config.alpha_pattern, current_key, lora_config.lora_alpha),
-            "num_experts": self._num_experts(current_key),
-        }
+        r, alpha = rank_and_alpha(lora_config, current_key)
+        settings: dict[str, Any] = {"r": r, "lora_alpha": alpha, "num_experts": self._num_experts(current_key)}
         if isinstance(target, FusedGraphMoEFFN | RoutedLoRALinear):
             target.update_layer(adapter_name, lora_config, **settings)
             return
@@ -196,8 +192,3 @@ class GraphMoEModel(LoraModel):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_adapter_state(model, adapter_name, remapped)
         return remapped
-
-
-def _by_pattern(pattern: dict[str, int] | None, key: str, default: int) -> int:
-    """A module's entry in rank_pattern or alpha_pattern, as PEFT matches them."""
-    return (pattern or {}).get(get_pattern_key(list(pattern or ()), key), default)

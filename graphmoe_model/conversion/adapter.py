@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
-from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
+from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType, rank_and_alpha
 from graphmoe_model.conversion.files import read_config, read_weights, write_folder
 from graphmoe_model.conversion.layout import (
     CONTAINER,
@@ -115,13 +114,6 @@ def save_safetensors(config: Any, tensors: Mapping[str, Tensor], folder: Path) -
     dataclasses.replace(config, inference_mode=True).save_pretrained(str(folder))
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-
-
-def rank_and_alpha(config: Any, path: str) -> tuple[int, float]:
-    """r and alpha of a module, ``rank_pattern`` and ``alpha_pattern`` looked up as PEFT does."""
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    r = ranks.get(get_pattern_key(list(ranks), path), config.r)
-    return r, alphas.get(get_pattern_key(list(alphas), path), config.lora_alpha)
 
 
 def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

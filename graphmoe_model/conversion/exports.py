@@ -11,14 +11,13 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME, WEIGHTS_NAME
 from torch import Tensor
 
-from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
 from graphmoe_model.conversion.adapter import (
     ROOT,
     Adapter,
     Module,
     is_other,
     pattern_of,
-    rank_and_alpha,
     save_safetensors,
 )
 from graphmoe_model.conversion.files import write_folder

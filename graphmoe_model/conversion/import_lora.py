@@ -9,8 +9,8 @@ from typing import Any
 from peft import LoraConfig
 from torch import Tensor
 
-from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.conversion.adapter import ROOT, Adapter, is_other, pattern_of, rank_and_alpha
+from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
+from graphmoe_model.conversion.adapter import ROOT, Adapter, is_other, pattern_of
 from graphmoe_model.conversion.layers import Layers, check_linears, not_adapted, read_layers, wanted, without_gaps
 from graphmoe_model.conversion.layout import LINEARS
 from graphmoe_model.conversion.peer_config import task_type, unread

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.conversion.adapter import ROOT, Module, rank_and_alpha
+from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
+from graphmoe_model.conversion.adapter import ROOT, Module
 from graphmoe_model.conversion.layout import LINEARS, Shape, check_tensors, resolved
 
 # Names of one and the same linear in different models: a target that a model does not have is passed over, by the peers

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from graphmoe_model.conversion.adapter import Adapter, Module, is_other, rank_and_alpha
+from graphmoe_model.config import rank_and_alpha
+from graphmoe_model.conversion.adapter import Adapter, Module, is_other
 from graphmoe_model.conversion.layers import without_gaps
 
 # The attention projections that MoE-PEFT knows by name.
