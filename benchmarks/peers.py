@@ -32,13 +32,13 @@ def peer_mixlora(weights: LayerWeights, spec: RethinkingSpec) -> Forward:
 
     Args:
         weights: the layer's, of one dtype and device; gradients reach every tensor of it that requires them.
-        spec: the layer's, without dropout and statistics; the GRU's settings are all supported.
+        spec: the layer's, without dropout; the GRU's settings are all supported.
 
     Returns:
         x [N, D] -> y_T [N, D], in the dtype of the weights.
 
     Raises:
-        ValueError: unnormalised routing weights, dropout or statistics are asked for; several rounds without a GRU.
+        ValueError: unnormalised routing weights or dropout are asked for; several rounds without a GRU.
     """
     _check(weights, spec)
     base = weights.base.dense()
@@ -50,8 +50,6 @@ def _check(weights: LayerWeights, spec: RethinkingSpec) -> None:
         raise ValueError("MixLoRA divides the chosen routing weights by their sum; use a spec with normalize=True")
     if spec.dropout:
         raise ValueError(f"the peers are compared without dropout, got {spec.dropout}; use a spec with dropout=0")
-    if spec.statistics is not None:
-        raise ValueError(f"the peers record no statistics, got {spec.statistics!r}; use a spec with statistics=None")
     if spec.rounds > 1 and weights.gru is None:
         raise ValueError(f"{spec.rounds} rounds need a GRU to join them, but weights.gru is None")
 

@@ -21,7 +21,7 @@ def plain_literal(weights: LayerWeights, spec: RethinkingSpec) -> Forward:
 
     Args:
         weights: the layer's, of one dtype and device.
-        spec: the layer's, without dropout and statistics.
+        spec: the layer's, without dropout.
 
     Returns:
         x [N, D] -> y_T [N, D].

@@ -78,7 +78,7 @@ def mix_linear(
         settings: of the routing and of LoRA's dropout; what is about rounds and activations is not read.
 
     Returns:
-        [N, out] in the dtype of ``y``, and the routing with its statistics.
+        [N, out] in the dtype of ``y``, and the routing.
     """
     with named_range("routing"):
         routing = route_one(x, router, settings)

@@ -272,11 +272,8 @@ class GraphMoEConfig(LoraConfig):
         alpha = self.lora_alpha if lora_alpha is None else lora_alpha
         return alpha / (r**0.5 if self.use_rslora else r)
 
-    def spec(
-        self, scale: float, num_experts: int, activation: str = "silu", *, training: bool, statistics: bool
-    ) -> RethinkingSpec:
+    def spec(self, scale: float, num_experts: int, activation: str = "silu", *, training: bool) -> RethinkingSpec:
         """The kernels' settings for a layer of this LoRA scale, number of experts and (of an MLP) activation."""
-        kind = "topk" if self.router_aux_loss == "paper" else "full"
         return RethinkingSpec(
             rounds=self.rounds,
             top_k=num_experts if self.base_method.dense else self.top_k,
@@ -286,5 +283,4 @@ class GraphMoEConfig(LoraConfig):
             candidate_input=self.candidate_input,
             candidate_activation=self.candidate_activation,
             dropout=self.lora_dropout if training else 0.0,
-            statistics=kind if statistics else None,
         )

@@ -16,7 +16,7 @@ from graphmoe_model.experts import MLPExperts, Router, check_rows
 from graphmoe_model.gru import RethinkingGRU
 from graphmoe_model.layer import RoutedLayer, experts_of_layer
 
-# The routers' names relative to the layer, in the order of `LayerWeights.routers`.
+# The routers' names relative to the layer, in the order of `RethinkingOutput.router_logits`.
 ROUTER_NAMES = {"layer": ("",), "linear": ("gate_proj", "up_proj", "down_proj"), None: ()}
 
 
@@ -124,24 +124,16 @@ class FusedGraphMoEFFN(RoutedLayer):
         self._check_x(x, weight, self.sizes.hidden, "MLP's hidden size")
         adapter: GraphMoEAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
         config = adapter.config
-        record = self._records(config)
-        mask = self._token_mask(x) if record else None
         output = rethink(
             x.reshape(-1, x.shape[-1]),  # [N, D]
             self._weights(name),
-            config.spec(
-                adapter.scale, adapter.num_experts, self.sizes.activation, training=self.training, statistics=record
-            ),
+            config.spec(adapter.scale, adapter.num_experts, self.sizes.activation, training=self.training),
             fold=config.fold,
             cache=None if self.training else self._folds[name],
-            token_mask=mask,
             backend=config.backend,
         )
-        if output.counts is not None and output.mass is not None:
-            names = ROUTER_NAMES[config.base_method.routers]
-            pairs = zip(output.counts, output.mass, strict=True)
-            self._record(x, mask, dict(zip(names, pairs, strict=True)))
-        return output.y.view(*x.shape[:-1], output.y.shape[-1])
+        logits = dict(zip(ROUTER_NAMES[config.base_method.routers], output.router_logits, strict=True))
+        return self._finish(output.y.view(*x.shape[:-1], output.y.shape[-1]), x, logits)
 
     def _weights(self, adapter_name: str) -> LayerWeights:
         """The base and an adapter's parameters as they are now, as the kernels take them."""

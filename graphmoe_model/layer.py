@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 from graphmoe_kernels import FoldCache
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.routing_record import RoutingContext, RoutingRecord
+from graphmoe_model.recomputation import Run, same_run
+from graphmoe_model.routing_record import RoutingContext, RoutingRecord, in_backward
+
+if TYPE_CHECKING:
+    from graphmoe_model.router_loss_hooks import RouterLossHooks
 
 NOT_MERGEABLE = (
     "GraphMoE adapters cannot be merged into the base model: which experts run depends on the input, and later "
@@ -23,9 +27,9 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     """A frozen ``base_layer`` with routed adapters in ``lora_graphmoe``, one of which is active.
 
     Attributes:
-        routing_context: what the model tells its layers about the batch; shared by all of them.
-        routing: the last recorded forward's statistics by router, the router's name relative to the layer; "" is the
-            layer's only one.
+        routing_context: where its routers' records go; shared by all layers of a model.
+        router_loss_hooks: those of the model around it, or None for a layer on its own.
+        repeated_in: the backward pass in which checkpointing last ran this layer again.
     """
 
     adapter_layer_names = ("lora_graphmoe",)
@@ -37,7 +41,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.lora_graphmoe = nn.ModuleDict()
         self.routing_context = RoutingContext()
-        self.routing: dict[str, RoutingRecord] = {}
+        self.router_loss_hooks: RouterLossHooks | None = None
+        self.repeated_in = -1
         self._folds: dict[str, FoldCache] = {}
         base_layer.requires_grad_(False)
         self._active_adapter = adapter_name
@@ -67,6 +72,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         """Remove an adapter and its folds; the next one by name becomes active if it was."""
         self._folds.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
+        if self.router_loss_hooks is not None:
+            self.router_loss_hooks.remove_if_unused()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: the layer is not a linear map of its input, so no base weights can hold it."""
@@ -93,26 +100,37 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         name = self.active_name()
         return None if name is None else self.lora_graphmoe[name].config  # type: ignore[return-value]
 
-    def _records(self, config: GraphMoEConfig) -> bool:
-        """Whether a forward has to record its routing."""
-        if config.base_method.routers is None:
-            return False
-        return self.routing_context.collecting or (self.training and config.router_aux_loss_coef > 0)
+    def run(self) -> Run:
+        """What a forward depends on now besides tensors."""
+        config = self.active_config()
+        return Run(self.active_name(), config.lora_dropout if config is not None and self.training else 0.0)
 
-    def _record(self, x: Tensor, mask: Tensor | None, statistics: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Leave the (counts, mass) [T, n] of a forward's routers behind."""
-        tokens = mask.sum() if mask is not None else torch.full((), x.numel() // x.shape[-1], device=x.device)
-        records = {name: RoutingRecord(counts, mass, tokens) for name, (counts, mass) in statistics.items()}
-        self.routing_context.record(self, records)
+    def _finish(self, y: Tensor, x: Tensor, logits: dict[str, tuple[Tensor, ...]]) -> Tensor:
+        """y, once a forward on x [..., in] has left its routers' logits ([N, n] of every round) behind."""
+        config = self.active_config()
+        assert config is not None
+        if in_backward():
+            self.repeated_in = torch._C._current_graph_task_id()
+        trains = self.training and config.router_aux_loss_coef > 0
+        if logits and (trains or self.routing_context.loads):
+            mask = self.routing_context.token_mask(x)
+            records = {name: self._routing_record(config, rounds, mask) for name, rounds in logits.items()}
+            self.routing_context.record(self, records, trains=trains)
+        return same_run(y, self, self.run())
 
-    def _token_mask(self, x: Tensor) -> Tensor | None:
-        """The batch's padding mask for the tokens of x, flattened to [N], or None if all count."""
-        mask = self.routing_context.token_mask
-        if mask is None or x.dim() != 3:
-            return None
-        if mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
-            return None
-        return mask[:, -x.shape[1] :].reshape(-1).bool().to(x.device)
+    def _routing_record(
+        self, config: GraphMoEConfig, logits: tuple[Tensor, ...], token_mask: Tensor | None
+    ) -> RoutingRecord:
+        adapter = self.lora_graphmoe[self.active_name()]  # type: ignore[index]
+        return RoutingRecord(
+            logits,
+            token_mask,
+            top_k=logits[0].shape[1] if config.base_method.dense else config.top_k,
+            form="topk" if config.router_aux_loss == "paper" else "full",
+            backend=config.backend,
+            coefficient=config.router_aux_loss_coef,
+            trains=any(p.requires_grad for name, p in adapter.named_parameters() if "router" in name.split(".")),
+        )
 
     def _check_x(self, x: Tensor, weight: Tensor, width: int, what: str) -> None:
         """`TypeError` or `ValueError` for an x that the base layer, whose ``weight`` this is, does not take."""

@@ -94,20 +94,17 @@ class RoutedLoRALinear(RoutedLayer):
         weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
         self._check_x(x, weight, self.in_features, "linear's input size")
         adapter: LinearAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
-        config, record = adapter.config, self._records(adapter.config)
-        mask = self._token_mask(x) if record else None
+        config = adapter.config
         y = self.base_layer(x, *args, **kwargs)
-        spec = config.spec(adapter.scale, adapter.A.shape[0], training=self.training, statistics=record)
+        spec = config.spec(adapter.scale, adapter.A.shape[0], training=self.training)
         mixed, routing = mix_linear(
             y.reshape(-1, y.shape[-1]),  # [N, out]
             x.reshape(-1, x.shape[-1]),  # [N, in]
             adapter.router.weight,  # type: ignore[union-attr]
             self._prepared(name, adapter, y.dtype),
-            RoundSettings(spec, mask, config.backend),
+            RoundSettings(spec, config.backend),
         )
-        if routing.counts is not None and routing.mass is not None:
-            self._record(x, mask, {"": (routing.counts[None], routing.mass[None])})
-        return mixed.view(y.shape)
+        return self._finish(mixed.view(y.shape), x, {"": (routing.logits,)})
 
     def _prepared(self, name: str, adapter: LinearAdapter, dtype: torch.dtype) -> PreparedLinear:
         """The adapter as the kernels take it; kept between forwards where no gradient can reach it."""

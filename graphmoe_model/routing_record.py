@@ -1,21 +1,32 @@
-"""What a layer leaves behind about its routing, what it must know about the batch to do so, and how to collect it."""
+"""What a forward leaves behind about its routing, and what its layers must know about the batch to do so.
+
+A layer hands over its routers' logits, which it computes in any case. Padding, statistics and losses are applied to
+them outside of the layer: its graph is the same whether or not its routing is wanted, so activation checkpointing can
+run it again in the backward pass, when the forward that it repeats is long over, without knowing anything about it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from graphmoe_kernels import topk_softmax_routing
 
-class RoutingRecord(NamedTuple):
-    """One forward's routing statistics of one router.
+if TYPE_CHECKING:
+    from graphmoe_model.expert_load import ExpertLoad
+    from graphmoe_model.layer import RoutedLayer
+
+
+class RoutingStatistics(NamedTuple):
+    """What Eq. 8 reads of one router's rounds.
 
     Attributes:
-        counts: [T, n], tokens that chose each expert in each round; where routing is dense, all of them.
+        counts: [T, n], tokens that chose each expert; where routing is dense, all of them.
         mass: [T, n], differentiable; the routing probability each expert got, summed over tokens (top-k entries for
             the paper's loss, full softmax for the switch form).
         tokens: scalar tensor, how many tokens were counted (padding is not).
@@ -25,138 +36,179 @@ class RoutingRecord(NamedTuple):
     mass: Tensor
     tokens: Tensor
 
+
+class RoutingRecord(NamedTuple):
+    """One router in one forward of its layer.
+
+    Attributes:
+        logits: of every round, [N, n], differentiable.
+        token_mask: [N] bool, False for padding; None if every token counts.
+        top_k: experts per token and round.
+        form: ``"topk"`` or ``"full"``, as in `graphmoe_kernels.topk_softmax_routing`.
+        backend: which implementation routed.
+        coefficient: weight of this router's loss in the model's.
+        trains: whether the router's weight requires a gradient.
+    """
+
+    logits: tuple[Tensor, ...]
+    token_mask: Tensor | None
+    top_k: int
+    form: str
+    backend: str
+    coefficient: float
+    trains: bool
+
+    def statistics(self) -> RoutingStatistics:
+        """Counts, mass and tokens, differentiable in the logits."""
+        rounds = [
+            topk_softmax_routing(
+                logits, self.top_k, statistics=self.form, token_mask=self.token_mask, backend=self.backend
+            )
+            for logits in self.logits
+        ]
+        counts = torch.stack([own.counts for own in rounds])  # type: ignore[misc]
+        mass = torch.stack([own.mass for own in rounds])  # type: ignore[misc]
+        if self.token_mask is None:  # filled on the device: no copy from the host
+            tokens = torch.full((), self.logits[0].shape[0], device=counts.device)
+        else:
+            tokens = self.token_mask.sum()
+        return RoutingStatistics(counts, mass, tokens)
+
     def detach(self) -> RoutingRecord:
-        """The same numbers without the graph behind ``mass``."""
-        return RoutingRecord(self.counts, self.mass.detach(), self.tokens)
+        """The same numbers without the graph behind them."""
+        return self._replace(logits=tuple(own.detach() for own in self.logits))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingRecord:
         """Detached: a model can be copied after a forward, the forward's graph cannot."""
-        return RoutingRecord(*(tensor.detach().clone() for tensor in self))
-
-
-class ExpertLoad:
-    """How many tokens each expert got, per router and round, summed over forwards (`collect_routing`).
-
-    A router has its layer's name, and where every linear has a router of its own, that linear's.
-
-    Attributes:
-        counts: router name -> [T, n] int64, on the layer's device; layers that have not run are absent. Where routing
-            is dense every token counts for every expert.
-        weights: router name -> [T, n] fp64, the routing probability that each expert got, summed over tokens (of the
-            top k alone, or of the whole softmax with ``router_aux_loss="switch"``).
-    """
-
-    def __init__(self, names: dict[nn.Module, str]) -> None:
-        self.counts: dict[str, Tensor] = {}
-        self.weights: dict[str, Tensor] = {}
-        self._names = names
-        self._dense: set[str] = set()  # routers by which every token has all experts
-
-    def load(self) -> dict[str, Tensor]:
-        """Router name -> [T, n]: each expert's share of a round; rows sum to 1, or to 0 without tokens.
-
-        Of the choices or, where routing is dense and all are chosen, of the routing probability.
-        """
-        return {
-            name: _shares(self.weights[name] if name in self._dense else counts.double())
-            for name, counts in self.counts.items()
-        }
-
-    def add(self, layer: Any, router: str, record: RoutingRecord) -> None:
-        """Count one forward of a router; ``ValueError`` if it ran with other rounds or experts than before."""
-        name = ".".join(part for part in (self._names[layer], router) if part)
-        counts, weights = record.counts.detach().to(torch.int64), record.mass.detach().double()
-        if layer.active_config().base_method.dense:
-            self._dense.add(name)
-        if name not in self.counts:
-            self.counts[name], self.weights[name] = counts, weights
-            return
-        if self.counts[name].shape != counts.shape:
-            raise ValueError(
-                f"{name} ran with [rounds, experts] = {list(self.counts[name].shape)} and now with "
-                f"{list(counts.shape)}; collect each adapter in a collect_routing of its own"
-            )
-        self.counts[name] = self.counts[name] + counts
-        self.weights[name] = self.weights[name] + weights
+        mask = None if self.token_mask is None else self.token_mask.clone()
+        return self._replace(logits=tuple(own.detach().clone() for own in self.logits), token_mask=mask)
 
 
 @dataclass
-class RoutingContext:
-    """Shared by all layers of a model: set by the model around its forward, read by the layers.
+class ForwardRouting:
+    """One forward of a model: its padding, and the records of its routers.
 
     Attributes:
         token_mask: [B, P] or None; 0 where a token is padding.
-        loads: the open `collect_routing` blocks; routing is recorded for them although no loss needs it.
-        in_loss: the last forward's router loss is part of that forward's ``outputs.loss``.
-        unused: the last training forward's router loss is part of no loss so far.
+        differentiable: it ran in training mode with gradients enabled.
+        repeats: it runs inside a backward pass, where checkpointing repeats a forward of before.
+        alone: the decoder was called without the model around it.
+        records: of the routers that a loss reads.
+        in_loss: its router loss is part of its ``outputs.loss``.
+        unused: its router loss is part of no loss so far.
     """
 
     token_mask: Tensor | None = None
-    loads: list[ExpertLoad] = field(default_factory=list)
+    differentiable: bool = False
+    repeats: bool = False
+    alone: bool = False
+    records: list[RoutingRecord] = field(default_factory=list)
     in_loss: bool = False
     unused: bool = False
 
-    @property
-    def collecting(self) -> bool:
-        """Whether routing is wanted although no loss needs it."""
-        return bool(self.loads)
+    def release(self) -> None:
+        """Let go of the graph, for a forward whose loss has it."""
+        self.records = [record.detach() for record in self.records]
 
-    def record(self, layer: Any, records: dict[str, RoutingRecord]) -> None:
-        """Leave a forward's records, by router, on the layer, in place of those before.
 
-        Activation checkpointing runs a layer again inside the backward pass. That run is not recorded: it would count
-        the tokens twice, and its record would keep alive the activations that checkpointing is there to free.
+class _Thread(threading.local):
+    """What each thread has of its own: the forward that it is in."""
+
+    running: ForwardRouting | None = None
+
+
+class RoutingContext:
+    """Shared by all layers of a model: which forward is running, and what the last ones recorded.
+
+    Attributes:
+        loads: the open `collect_routing` blocks; routing is counted for them although no loss needs it.
+        trained: the last training forward with gradients enabled and an active adapter.
+        seen: the last training forward with an active adapter, whether or not gradients were enabled.
+    """
+
+    def __init__(self) -> None:
+        self.loads: list[ExpertLoad] = []
+        self.trained: ForwardRouting | None = None
+        self.seen: ForwardRouting | None = None
+        self._thread = _Thread()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutingContext:
+        """A copied model starts without forwards and without collectors."""
+        return RoutingContext()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RoutingContext, ()
+
+    def running(self) -> ForwardRouting | None:
+        """The forward that this thread is in, or None between forwards."""
+        return self._thread.running
+
+    def start(self, forward: ForwardRouting) -> None:
+        """Enter a forward; whatever an exception left behind goes."""
+        self._thread.running = forward
+
+    def finish(self) -> ForwardRouting | None:
+        """Leave this thread's forward, and say which it was."""
+        forward, self._thread.running = self._thread.running, None
+        return forward
+
+    def keep(self, forward: ForwardRouting) -> None:
+        """Remember a finished training forward with an active adapter."""
+        self.seen = forward
+        if forward.differentiable:
+            self.trained = forward
+
+    def token_mask(self, x: Tensor) -> Tensor | None:
+        """The running forward's padding mask for the tokens of x [B, P, D], as [N] bool; None if all count."""
+        forward = self.running()
+        mask = None if forward is None else forward.token_mask
+        if mask is None or x.dim() != 3:
+            return None
+        if mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
+            return None
+        # A copy: whoever made the mask may write into it before the statistics are taken.
+        return mask[:, -x.shape[1] :].reshape(-1).to(x.device, torch.bool, copy=True)
+
+    def record(self, layer: RoutedLayer, records: dict[str, RoutingRecord], *, trains: bool) -> None:
+        """Take what a layer's routers did, by their names relative to the layer.
+
+        A layer that checkpointing runs again in the backward pass belongs to no running forward, and is not recorded:
+        its first run was.
+
+        Args:
+            layer: a layer of the model.
+            records: of its routers.
+            trains: whether a loss will read them; `collect_routing` reads them in any case.
         """
-        if _in_backward():
+        forward, repeated = self.running(), in_backward()
+        if forward is None and repeated:
             return
-        layer.routing = records
-        for load in self.loads:
-            for router, record in records.items():
-                load.add(layer, router, record)
+        if trains:
+            if forward is None:  # a layer on its own
+                forward = ForwardRouting(differentiable=torch.is_grad_enabled())
+                self.keep(forward)
+            forward.records += records.values()
+        if not repeated:
+            for load in self.loads:
+                for router, record in records.items():
+                    load.add(layer, router, record)
 
 
-def routed_layers(model: nn.Module) -> dict[str, Any]:
+def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
     """The layers that leave routing records, by their names in the base model (PEFT's own prefix removed)."""
     named = model.named_modules()
     return {name.rpartition("base_model.model.")[2]: m for name, m in named if hasattr(m, "routing_context")}
 
 
-@contextmanager
-def collect_routing(model: nn.Module) -> Iterator[ExpertLoad]:
-    """Count which experts the tokens go to, in every forward inside the block, training or not.
+def contexts_of(layers: Iterable[Any]) -> list[RoutingContext]:
+    """The layers' contexts, each once."""
+    return list({id(layer.routing_context): layer.routing_context for layer in layers}.values())
 
-        with collect_routing(model) as routing:
-            model.generate(**inputs)
-        routing.counts["model.layers.0.mlp"]  # [T, n]; of LoRAMoE and MoLA ["model.layers.0.mlp.gate_proj"] and so on
 
-    Padding is left out where the model gets a 2-D ``attention_mask`` [B, P]; without one, or with a 4-D mask (which
-    ``generate`` makes for a static cache), every token counts. Blocks may be nested; each counts for itself. Under data
-    parallelism every process counts its own tokens.
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread, outside of a compiled graph.
 
-    Args:
-        model: anything that contains GraphMoE layers: a PEFT model, a wrapped one, or a single layer.
-
-    Raises:
-        TypeError: there is no GraphMoE layer in ``model``.
+    It is the check that ``torch.utils.checkpoint`` itself uses; a compiled graph keeps its own account of what it
+    computes again.
     """
-    layers = routed_layers(model)
-    if not layers:
-        raise TypeError(f"no GraphMoE layer in this {type(model).__name__}, so there is no routing to collect")
-    load = ExpertLoad({layer: name for name, layer in layers.items()})
-    contexts = list({id(layer.routing_context): layer.routing_context for layer in layers.values()}.values())
-    for context in contexts:
-        context.loads.append(load)
-    try:
-        yield load
-    finally:
-        for context in contexts:
-            context.loads.remove(load)
-
-
-def _shares(counts: Tensor) -> Tensor:
-    return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
-
-
-def _in_backward() -> bool:
-    # The check that torch.utils.checkpoint itself uses; a compiled graph keeps its own account of what it recomputes.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -14,9 +14,10 @@ from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
 from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.layer import NOT_MERGEABLE, RoutedLayer
 from graphmoe_model.linear import RoutedLoRALinear
-from graphmoe_model.router_loss import attach_router_loss, detach_router_loss
+from graphmoe_model.router_loss_hooks import attach_router_loss, check_router_loss, detach_router_loss, find_hooks
 from graphmoe_model.selection import check_selected, experts_by_name
 from graphmoe_model.targets import check_targets, default_targets, walk
+from graphmoe_model.trainer_view import routed_config
 
 # Every path component that an adapter's own parameters have below its name.
 ADAPTER_COMPONENTS = frozenset(
@@ -65,6 +66,7 @@ class GraphMoEModel(LoraModel):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, GraphMoEConfig)
+        check_router_loss(self.model, peft_config)
         if peft_config.target_modules is None:
             targets: Any = default_targets(self.model, peft_config)  # a set, as PEFT itself makes it
             peft_config.target_modules = targets
@@ -157,6 +159,12 @@ class GraphMoEModel(LoraModel):
             self.peft_config.pop(adapter_name, None)  # PEFT enters the config first; a refused one must not stay
             raise
         attach_router_loss(self.model)
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration, as trainers read it: with the active adapter's routers."""
+        config, hooks = self.model.config, find_hooks(self.model)
+        return config if hooks is None else routed_config(config, hooks)
 
     def unload(self) -> nn.Module:
         """The base model as it was before any adapter."""

@@ -35,7 +35,6 @@ def rethink(
     *,
     fold: str = "auto",
     cache: FoldCache | None = None,
-    token_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> RethinkingOutput:
     """T rounds of self-rethinking (GraphMoE, Algorithm 1), folded where that is exact and pays.
@@ -48,11 +47,10 @@ def rethink(
         fold: ``"always"``, ``"never"`` or ``"auto"``: fold when the fold is cached, or when there are at least
             `fold_break_even` tokens; else run the literal loop. All give the same result up to rounding.
         cache: where the fold is kept between calls; used whenever no gradient can reach the fold's sources.
-        token_mask: [N], False where a token is padding; only the statistics read it.
         backend: see `graphmoe_kernels.backend`.
 
     Returns:
-        y [N, D] and the rounds' routing statistics.
+        y [N, D] and the rounds' router logits.
 
     Raises:
         TypeError: x is not floating point.
@@ -64,15 +62,15 @@ def rethink(
         raise ValueError(f"unknown fold {fold!r}; expected one of {', '.join(map(repr, FOLD_MODES))}")
     check_backend(backend)
     if fold == "never":
-        return rethink_literal(x, weights, spec, token_mask, backend)
+        return rethink_literal(x, weights, spec, backend)
 
     differentiable = torch.is_grad_enabled() and any(s.requires_grad for s in fold_sources(weights))
     if cache is not None and not differentiable:
         kept = cache.get(weights, FoldSettings(_compute_dtype(x), spec.scale, spec.candidate_input))
-        return rethink_folded(x, weights, spec, token_mask, backend, kept)
+        return rethink_folded(x, weights, spec, backend, kept)
     if spec.rounds == 1 or (fold == "auto" and x.shape[0] < _break_even(weights, spec)):
-        return rethink_literal(x, weights, spec, token_mask, backend)
-    return rethink_folded(x, weights, spec, token_mask, backend)
+        return rethink_literal(x, weights, spec, backend)
+    return rethink_folded(x, weights, spec, backend)
 
 
 def check_spec(spec: RethinkingSpec, weights: LayerWeights) -> None:

@@ -26,7 +26,6 @@ def rethink_folded(
     x: Tensor,
     weights: LayerWeights,
     spec: RethinkingSpec,
-    token_mask: Tensor | None = None,
     backend: str = "auto",
     fold: Fold | None = None,
 ) -> RethinkingOutput:
@@ -35,7 +34,7 @@ def rethink_folded(
     Without a ``fold`` it is built here, inside the autograd graph.
     """
     base, down_router = weights.base, weights.down_router
-    mixed, settings = down_router is not None, RoundSettings(spec, token_mask, backend)
+    mixed, settings = down_router is not None, RoundSettings(spec, backend)
     # Before the cast to the projections' dtype: autocast would lower the router's input.
     first = routing = route(x, weights.input_router(), mixed, settings)
     gate, up = rounds.project_in(base, x)  # [N, F] each, read by every round

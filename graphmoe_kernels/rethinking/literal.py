@@ -18,12 +18,10 @@ from graphmoe_kernels.rethinking.round_routing import RoundSettings, route, toke
 from graphmoe_kernels.rethinking.weights import GRUWeights, LayerWeights, RethinkingOutput, RethinkingSpec
 
 
-def rethink_literal(
-    x: Tensor, weights: LayerWeights, spec: RethinkingSpec, token_mask: Tensor | None = None, backend: str = "auto"
-) -> RethinkingOutput:
+def rethink_literal(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backend: str = "auto") -> RethinkingOutput:
     """y_T for x [N, D] by the literal loop; arguments as in `graphmoe_kernels.rethink`."""
     base, gru, router, down_router = weights.base, weights.gru, weights.input_router(), weights.down_router
-    settings = RoundSettings(spec, token_mask, backend)
+    settings = RoundSettings(spec, backend)
     experts, pair, routings = None, None, []
     for t in range(spec.rounds):
         routing = route(x, router, down_router is not None, settings)

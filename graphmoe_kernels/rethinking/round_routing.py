@@ -16,10 +16,9 @@ from graphmoe_kernels.routing import Routing, expert_order, route_tokens
 
 
 class RoundSettings(NamedTuple):
-    """What a call's rounds have in common: the spec, the statistics' mask [N], the backend, the tokens' order."""
+    """What a call's rounds have in common: the spec, the backend, the tokens' order."""
 
     spec: RethinkingSpec
-    token_mask: Tensor | None
     backend: str
     order: Tensor | None = None
 
@@ -93,8 +92,6 @@ def route_one(
         spec.top_k,
         offset=offset,
         normalize=spec.normalize,
-        statistics=spec.statistics,
-        token_mask=settings.token_mask,
         backend=settings.backend,
     )
 

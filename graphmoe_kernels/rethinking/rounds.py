@@ -255,11 +255,5 @@ def _output_by_slots(
 
 
 def collect(y: Tensor, rounds: list[tuple[Routing, ...]]) -> RethinkingOutput:
-    """The output with all routers' statistics of all rounds stacked to [R, T, n]."""
-    if not rounds[0] or rounds[0][0].counts is None:
-        return RethinkingOutput(y, None, None)
-
-    def stacked(field: str) -> Tensor:
-        return torch.stack([torch.stack([getattr(routing, field) for routing in routings]) for routings in rounds], 1)
-
-    return RethinkingOutput(y, stacked("counts"), stacked("mass"))
+    """The output with the logits of the rounds' routers, by router."""
+    return RethinkingOutput(y, tuple(tuple(r.logits for r in own) for own in zip(*rounds, strict=True)))

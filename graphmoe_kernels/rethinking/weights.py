@@ -184,7 +184,6 @@ class RethinkingSpec(NamedTuple):
             ``"hidden_state"`` (x_t, Algorithm 1 line 31).
         candidate_activation: ``"sigmoid"`` or ``"tanh"``.
         dropout: probability on the input of every A; 0 outside training.
-        statistics: None, ``"topk"`` or ``"full"``, as in `graphmoe_kernels.topk_softmax_routing`.
     """
 
     rounds: int
@@ -195,15 +194,17 @@ class RethinkingSpec(NamedTuple):
     candidate_input: str = "expert_output"
     candidate_activation: str = "sigmoid"
     dropout: float = 0.0
-    statistics: str | None = None
 
 
 class RethinkingOutput(NamedTuple):
-    """y [N, D] of the last round; counts and mass [R, T, n] of R routers in T rounds, or None without statistics.
+    """What T rounds give.
 
-    R is 1, or 3 (gate, up, down) where every linear has a router; without a router there are no statistics.
+    Attributes:
+        y: [N, D], the last round's output.
+        router_logits: by router, then by round: [N, n] each, in fp32 at least, differentiable. There is one router, or
+            three (gate, up, down) where every linear has its own, or none. `topk_softmax_routing` makes of them
+            what the round chose, and the statistics of Eq. 8.
     """
 
     y: Tensor
-    counts: Tensor | None
-    mass: Tensor | None
+    router_logits: tuple[tuple[Tensor, ...], ...]

@@ -130,7 +130,6 @@ def test_mixlora_sees_an_optimizer_step(build):
     [
         ({"normalize": False}, "use a spec with normalize=True"),
         ({"dropout": 0.1}, "without dropout, got 0.1"),
-        ({"statistics": "topk"}, "record no statistics, got 'topk'"),
         ({"rounds": 2}, "2 rounds need a GRU"),
     ],
 )

@@ -114,21 +114,21 @@ def test_sizes(count, sizes, top_k):
 @pytest.mark.parametrize("rounds", [1, 5])
 @pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 def test_no_tokens(run, rounds):
-    """An empty batch (a rank without data) gives an empty y, zero gradients and zero statistics."""
-    spec = BASE._replace(rounds=rounds, statistics="topk")
+    """An empty batch (a rank without data) gives an empty y, zero gradients and empty logits."""
+    spec = BASE._replace(rounds=rounds)
     x, weights = tokens(0), layer(spec)
     found = gradients(lambda x, w: run(x, w, spec).y, x, weights, tokens(0))
     assert found["y"].shape == (0, ODD.hidden)
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in found.values())
-    output = run(x, weights, spec)
-    assert torch.equal(output.counts, torch.zeros(1, rounds, ODD.experts, dtype=output.counts.dtype))
+    (logits,) = run(x, weights, spec).router_logits
+    assert [tuple(own.shape) for own in logits] == [(0, ODD.experts)] * rounds
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_all_tokens_to_the_same_experts(top_k):
     """One group takes every pair, the others are empty: their gradients are zero, and nobody skips them."""
-    spec = BASE._replace(top_k=top_k, statistics="topk")
+    spec = BASE._replace(top_k=top_k)
     weights = layer(spec)
     order = torch.tensor([3.0, 9.0, 1.0, 6.0, 0.0], dtype=torch.float64)
     # x is positive and W_g small, so these rows order the experts alike for every token in every round.
@@ -137,7 +137,8 @@ def test_all_tokens_to_the_same_experts(top_k):
         gru=weights.gru._replace(output=1e-3 * weights.gru.output),
     )
     x = tokens(7).abs() + 0.5
-    assert ((rethink(x, weights, spec).counts > 0).sum(dim=2) == top_k).all()
+    for logits in rethink(x, weights, spec).router_logits[0]:
+        assert logits.topk(top_k).indices.unique().numel() == top_k
     oracle = check(spec, weights, x)
     unused = [0, 2, 3, 4] if top_k == 1 else [0, 2, 4]
     assert torch.equal(oracle["gate_B"][unused], torch.zeros_like(oracle["gate_B"][unused]))
@@ -178,28 +179,17 @@ def test_dropout_is_the_same_on_every_path(rounds, candidate_input):
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("statistics", ["topk", "full"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_statistics_are_the_same_on_every_path(statistics, normalize):
-    """Counts and mass [T, n] and the mass's gradient: the balance loss must not depend on folding."""
-    spec = BASE._replace(statistics=statistics, normalize=normalize, rounds=4)
+def test_router_logits_are_the_same_on_every_path(normalize):
+    """Logits [T, N, n] and their gradient: the balance loss, which is made of them, must not depend on folding."""
+    spec = BASE._replace(normalize=normalize, rounds=4)
     weights, x = layer(spec), tokens(9)
-    mask = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
-    upstream = torch.randn(1, 4, ODD.experts, dtype=torch.float64)
-    counts, found = [], []
-    for run in IMPLEMENTATIONS.values():
-        outputs = []
+    upstream = torch.randn(4, 9, ODD.experts, dtype=torch.float64)
 
-        def mass(x, w, run=run, outputs=outputs):
-            outputs.append(run(x, w, spec, mask))
-            return outputs[-1].mass
+    def logits(run):
+        return lambda x, w: torch.stack(run(x, w, spec).router_logits[0])
 
-        found.append(gradients(mass, x, weights, upstream))
-        counts.append(outputs[-1].counts)
-    assert torch.equal(*counts)
-    assert counts[0].shape == (1, 4, ODD.experts)
-    assert (counts[0].sum(dim=2) == 7 * spec.top_k).all()
-    assert_equal_to(*found, upstream)
+    assert_equal_to(*(gradients(logits(run), x, weights, upstream) for run in IMPLEMENTATIONS.values()), upstream)
 
 
 @pytest.mark.parametrize("fold", ["auto", "always", "never"])
@@ -264,7 +254,6 @@ REFUSALS = [
     ({"activation": "swoosh"}, {}, "unknown activation 'swoosh'; known are"),
     ({"top_k": 6}, {}, r"top_k must lie in 1\.\.5 .*got 6"),
     ({"top_k": 0}, {}, r"top_k must lie in 1\.\.5 .*got 0"),
-    ({"statistics": "mean"}, {}, "unknown statistics 'mean'"),
     ({"dropout": 1.0}, {}, r"dropout must lie in \[0, 1\), got 1.0"),
     ({"dropout": -0.5}, {}, r"dropout must lie in \[0, 1\), got -0.5"),
 ]
@@ -286,14 +275,13 @@ CALL_REFUSALS = [
     ({"x": torch.zeros(2, 12)}, ValueError, r"x must be \[tokens, 13\].*got \[2, 12\]"),
     ({"x": torch.zeros(2, ODD.hidden).long()}, TypeError, "x must be floating point, got torch.int64"),
     ({"x": torch.zeros(2, ODD.hidden, device="meta")}, ValueError, "x is on meta, the experts on cpu"),
-    ({"token_mask": torch.ones(3)}, ValueError, r"token_mask must be \[4\], got shape \(3,\)"),
 ]
 
 
 @pytest.mark.parametrize("change, error, message", CALL_REFUSALS)
 def test_refused_arguments_are_named(change, error, message):
     """Every wrong argument of `rethink` is answered by its name and by what was expected."""
-    arguments = {"x": tokens(4), "weights": layer(BASE), "spec": BASE._replace(statistics="topk")} | change
+    arguments = {"x": tokens(4), "weights": layer(BASE), "spec": BASE} | change
     with pytest.raises(error, match=message):
         rethink(**arguments)
 

@@ -129,17 +129,14 @@ def test_error_is_within_budget(kind, dora, dtype):
 
 
 @pytest.mark.parametrize("routers, routed", [("layer", 1), ("linear", 3)])
-def test_statistics_of_every_router(routers, routed):
-    """Counts of R routers in T rounds: each token counts top-k times for each; the mixture's down router too."""
+def test_logits_of_every_router(routers, routed):
+    """By router, then by round, alike in both loops: the mixture's down router, which reads c, too."""
     weights = layer(BASE, routers=routers)
     x = torch.randn(9, ODD.hidden, dtype=torch.float64)
-    spec = BASE._replace(statistics="topk")
-    folded, literal = (run(x, weights, spec, torch.arange(9) > 2) for run in (rethink_folded, rethink_literal))
-    assert folded.counts.shape == (routed, 3, ODD.experts)
-    assert (folded.counts.sum(-1) == 2 * 6).all()
-    assert torch.equal(folded.counts, literal.counts)
-    torch.testing.assert_close(folded.mass, literal.mass, rtol=1e-12, atol=1e-12)
-    assert rethink_folded(x, layer(BASE, ONE, routers=None), BASE._replace(statistics="topk", top_k=1)).counts is None
+    folded, literal = (run(x, weights, BASE).router_logits for run in (rethink_folded, rethink_literal))
+    assert [[tuple(own.shape) for own in rounds] for rounds in folded] == [[(9, ODD.experts)] * 3] * routed
+    torch.testing.assert_close(folded, literal, rtol=1e-12, atol=1e-12)
+    assert rethink_folded(x, layer(BASE, ONE, routers=None), BASE._replace(top_k=1)).router_logits == ()
 
 
 def test_experts_without_a_router_are_refused():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from graphmoe_model import FusedGraphMoEFFN
+from graphmoe_model.routing_record import RoutingRecord
 from tests.model.tiny_models import tokens
 
 IDS = tokens(4, 12)
@@ -16,6 +17,12 @@ RIGHT_PADDED = LEFT_PADDED.flip(1)
 
 def ffn_layers(model: nn.Module) -> list[FusedGraphMoEFFN]:
     return [module for module in model.modules() if isinstance(module, FusedGraphMoEFFN)]
+
+
+def records(model: nn.Module) -> list[RoutingRecord]:
+    """What the routers of the last training forward recorded, in the order in which they ran."""
+    seen = ffn_layers(model)[0].routing_context.seen
+    return [] if seen is None else seen.records
 
 
 def language_loss(model: nn.Module, **inputs: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphmoe_model import collect_routing
-from graphmoe_model.routing_record import ExpertLoad
+from graphmoe_model.expert_load import ExpertLoad
 from tests.model.test_router_loss import IDS, LEFT_PADDED, ffn_layers
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 
@@ -46,7 +46,7 @@ def test_collect_during_generate():
         model.generate(input_ids=IDS, attention_mask=LEFT_PADDED, max_new_tokens=5, do_sample=False, eos_token_id=None)
     expected = 2 * (int(LEFT_PADDED.sum()) + 4 * len(IDS))
     assert routing.counts["model.layers.0.mlp"].sum(dim=1).tolist() == [expected] * 3
-    assert ffn_layers(model)[0].routing_context.token_mask is None, "a mask must not outlive its forward"
+    assert ffn_layers(model)[0].routing_context.running() is None, "a mask must not outlive its forward"
 
 
 def test_collect_during_generate_with_a_static_cache():
@@ -86,8 +86,8 @@ def test_collect_nests_and_leaves_the_model_clean():
         model(input_ids=IDS)
     (inner,) = collected
     assert outer.counts["model.layers.0.mlp"].sum() == 2 * inner.counts["model.layers.0.mlp"].sum()
-    assert not context.collecting
-    assert context.token_mask is None
+    assert not context.loads
+    assert context.running() is None
     model(input_ids=IDS)
     assert outer.counts["model.layers.0.mlp"].sum() == 2 * 3 * 2 * IDS.numel()
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from graphmoe_model import FusedGraphMoEFFN, collect_routing, router_loss
 from graphmoe_model.router_loss import balance_loss
-from tests.model.router_losses import IDS, LEFT_PADDED, ffn_layers, language_loss
+from tests.model.router_losses import IDS, LEFT_PADDED, ffn_layers, language_loss, records
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 
 # --- where it is added -----------------------------------------------------------------------------------------------
@@ -73,15 +73,15 @@ def test_evaluation_loss_is_the_language_loss():
     model = tiny_peft_model()
     plain = tiny_model()(input_ids=IDS, labels=IDS).loss  # a fresh adapter changes nothing
     torch.testing.assert_close(model.eval()(input_ids=IDS, labels=IDS).loss, plain)
-    assert ffn_layers(model)[0].routing == {}
+    assert records(model) == []
 
 
 def test_coefficient_zero_computes_nothing():
-    """0 is off: no statistics, no loss, and a hand-written sum still works."""
+    """0 is off: no record, no loss, and a hand-written sum still works."""
     model = tiny_peft_model(router_aux_loss_coef=0.0).train()
     loss = model(input_ids=IDS, labels=IDS).loss
     torch.testing.assert_close(loss, tiny_model()(input_ids=IDS, labels=IDS).loss)
-    assert ffn_layers(model)[0].routing == {}
+    assert records(model) == []
     assert router_loss(model).item() == 0.0
     assert not hasattr(model.config, "router_aux_loss_coef")
 
@@ -101,9 +101,8 @@ def test_skipped_layer_leaves_no_stale_loss():
     model(input_ids=IDS, labels=IDS)
     model.config.num_hidden_layers = 1  # Llama runs as many of its layers
     model(input_ids=IDS)
-    ran, skipped = ffn_layers(model)
-    assert skipped.routing == {}
-    torch.testing.assert_close(router_loss(model), 0.01 * balance_loss(ran.routing[""]))
+    (ran,) = records(model)
+    torch.testing.assert_close(router_loss(model), 0.01 * balance_loss(ran.statistics()))
 
 
 def test_model_loaded_by_transformers_has_it(tmp_path):
@@ -215,7 +214,7 @@ def test_checkpointing_changes_no_gradient_and_no_count(model_type):
             model(input_ids=IDS, attention_mask=LEFT_PADDED, labels=IDS).loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append((gradients, routing.counts))
-        assert not ffn_layers(model)[0].routing[""].mass.requires_grad
+        assert not any(logits.requires_grad for record in records(model) for logits in record.logits)
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-8)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from graphmoe_kernels import topk_softmax_routing
 from graphmoe_model import router_loss
 from graphmoe_model.router_loss import balance_loss
-from graphmoe_model.routing_record import RoutingRecord
-from tests.model.router_losses import IDS, LEFT_PADDED, RIGHT_PADDED, ffn_layers, language_loss
+from graphmoe_model.routing_record import RoutingStatistics
+from tests.model.router_losses import IDS, LEFT_PADDED, RIGHT_PADDED, ffn_layers, language_loss, records
 from tests.model.tiny_models import tiny_peft_model, tokens
 
 
@@ -67,7 +67,7 @@ def test_loss_is_a_mean_over_rounds_and_layers():
     with torch.no_grad():
         one(input_ids=IDS)
         three(input_ids=IDS)  # a fresh adapter: every round routes alike
-        losses = torch.stack([balance_loss(layer.routing[""]) for layer in ffn_layers(one)])
+        losses = torch.stack([balance_loss(record.statistics()) for record in records(one)])
         torch.testing.assert_close(router_loss(one), 0.01 * losses.mean())
         torch.testing.assert_close(router_loss(three), router_loss(one))
 
@@ -80,7 +80,7 @@ def test_balanced_routing_has_the_documented_value(form):
         routing = topk_softmax_routing(logits, 2, statistics=form)
         assert routing.counts is not None
         assert routing.mass is not None
-        return balance_loss(RoutingRecord(routing.counts[None], routing.mass[None], torch.tensor(8))).item()
+        return balance_loss(RoutingStatistics(routing.counts[None], routing.mass[None], torch.tensor(8))).item()
 
     row = torch.tensor([1.0, 1.0, 0, 0, 0, 0, 0, 0])
     balanced = loss(torch.stack([row.roll(i) for i in range(8)]))
@@ -96,7 +96,7 @@ def test_padded_tokens_do_not_count():
     with torch.no_grad():
         model(input_ids=IDS, attention_mask=LEFT_PADDED)
         loss = router_loss(model)
-        assert ffn_layers(model)[0].routing[""].tokens == LEFT_PADDED.sum()
+        assert records(model)[0].statistics().tokens == LEFT_PADDED.sum()
         model(input_ids=other, attention_mask=LEFT_PADDED)
         torch.testing.assert_close(router_loss(model), loss)
 
@@ -114,5 +114,5 @@ def test_without_a_2d_mask_every_token_counts(mask):
     model = tiny_peft_model().train()
     causal = torch.ones(4, 1, 12, 12, dtype=torch.bool).tril()
     model(input_ids=IDS, attention_mask=causal if mask else None, position_ids=torch.arange(12).expand(4, -1) % 5)
-    assert ffn_layers(model)[0].routing[""].tokens == IDS.numel()
+    assert records(model)[0].statistics().tokens == IDS.numel()
     router_loss(model)

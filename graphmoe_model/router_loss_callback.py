@@ -1,0 +1,40 @@
+"""The router loss in Trainer's logs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from graphmoe_model.router_loss_hooks import find_hooks
+
+
+class RouterLossCallback(TrainerCallback):
+    """Puts ``aux_loss`` (Eq. 8 without its coefficient, a mean over forwards, this process's own) into Trainer's logs.
+
+    ``loss`` in the logs contains the router loss with or without this callback. TRL's trainers log ``aux_loss``
+    themselves. Reporting callbacks (TensorBoard, Weights & Biases) see it if they come after this one:
+    ``Trainer(..., args with report_to="none", callbacks=[RouterLossCallback(), TensorBoardCallback()])``.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start listening; ``TypeError`` if the model that is trained has no GraphMoE adapter."""
+        hooks = find_hooks(kwargs["model"])
+        if hooks is None:
+            raise TypeError(f"RouterLossCallback: this {type(kwargs['model']).__name__} has no GraphMoE adapter")
+        hooks.sums, hooks.listening = None, True
+        self._hooks = hooks
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the mean since the last training log."""
+        logs = kwargs["logs"]
+        if "loss" not in logs or "aux_loss" in logs or not self._hooks.listening:
+            return
+        total, forwards = (0.0, 0.0) if self._hooks.sums is None else self._hooks.sums.tolist()
+        logs["aux_loss"] = total / max(forwards, 1)
+        state.log_history[-1]["aux_loss"] = logs["aux_loss"]
+        self._hooks.sums = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop listening."""
+        self._hooks.sums, self._hooks.listening = None, False
