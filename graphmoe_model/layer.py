@@ -116,7 +116,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             mask = self.routing_context.token_mask(x)
             records = {name: self._routing_record(config, rounds, mask) for name, rounds in logits.items()}
             self.routing_context.record(self, records, trains=trains)
-        return same_run(y, self, self.run())
+        return same_run(y, self)
 
     def _routing_record(
         self, config: GraphMoEConfig, logits: tuple[Tensor, ...], token_mask: Tensor | None

@@ -43,15 +43,15 @@ class _SameRun(torch.autograd.Function):
         return gradients[0], None, None
 
 
-def same_run(y: Tensor, layer: RoutedLayer, run: Run) -> Tensor:
-    """A layer's output y; its backward pass raises if checkpointing ran the layer again in another state than ``run``.
+def same_run(y: Tensor, layer: RoutedLayer) -> Tensor:
+    """A layer's output y; its backward pass raises if checkpointing ran the layer again in another state than now.
 
     Raises:
         RuntimeError: in the backward pass; it names both states.
     """
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and y.requires_grad):
         return y
-    result: Tensor = _SameRun.apply(y, layer, run)
+    result: Tensor = _SameRun.apply(y, layer, layer.run())
     return result
 
 

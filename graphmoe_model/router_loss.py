@@ -16,11 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graphmoe_model.routing_record import RoutingRecord, RoutingStatistics, contexts_of, routed_layers
+from graphmoe_model.routing_record import RoutingRecord, RoutingStatistics, contexts_of, in_backward, routed_layers
 
 _NO_GRADIENT = (
     "the router loss has no gradient: reentrant activation checkpointing runs the layers without one. Use "
     "gradient_checkpointing_kwargs={'use_reentrant': False}, or set router_aux_loss_coef=0"
+)
+_NOT_RECORDED = "no routing is recorded: run a forward in training mode (model.train()) first"
+_NOT_REPEATED = (
+    "router_loss was called in a function that activation checkpointing repeats in the backward pass, but the forward "
+    "whose loss it asks for is not repeated with it: call it outside of that function"
 )
 
 
@@ -78,11 +83,9 @@ def router_loss(model: nn.Module) -> Tensor:
     layers = list(routed_layers(model).values())
     if not layers:
         raise TypeError(f"no GraphMoE layer in this {type(model).__name__}, so there is no router loss")
-    differentiable = torch.is_grad_enabled()
-    contexts = contexts_of(layers)
-    last = [context.trained if differentiable else context.seen for context in contexts]
+    last = [context.last() for context in contexts_of(layers)]
     forwards = [forward for forward in last if forward is not None]
-    if differentiable and any(forward.in_loss for forward in forwards):
+    if torch.is_grad_enabled() and any(forward.in_loss for forward in forwards):
         raise RuntimeError(
             "the last forward was given labels, so outputs.loss contains the router loss already and adding it would "
             "count it twice; use outputs.loss as it is, pass no labels, or read the value under torch.no_grad()"
@@ -90,7 +93,7 @@ def router_loss(model: nn.Module) -> Tensor:
     loss = loss_of([record for forward in forwards for record in forward.records])
     if loss is None:
         if coefficient_of(layers) > 0:
-            raise RuntimeError("no routing is recorded: run a forward in training mode (model.train()) first")
+            raise RuntimeError(_NOT_RECORDED if not in_backward() else _NOT_REPEATED)
         return torch.zeros((), device=next(model.parameters()).device)
     for forward in forwards:
         forward.unused = False

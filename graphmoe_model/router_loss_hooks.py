@@ -147,7 +147,7 @@ class RouterLossHooks:
 
     def _keep(self, forward: ForwardRouting, used: bool) -> None:
         """Remember a training forward, if it is one of the adapter's and no repetition."""
-        if forward.repeats or not self._active():
+        if not self._active():
             return
         forward.unused = forward.differentiable and bool(forward.records) and not used
         self.context.keep(forward)

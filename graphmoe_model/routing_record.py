@@ -112,9 +112,10 @@ class ForwardRouting:
 
 
 class _Thread(threading.local):
-    """What each thread has of its own: the forward that it is in."""
+    """What each thread has of its own: the forward that it is in, and the last one that it repeated in backward."""
 
     running: ForwardRouting | None = None
+    repeated: ForwardRouting | None = None
 
 
 class RoutingContext:
@@ -154,9 +155,20 @@ class RoutingContext:
 
     def keep(self, forward: ForwardRouting) -> None:
         """Remember a finished training forward with an active adapter."""
+        if forward.repeats:
+            self._thread.repeated = forward
+            return
         self.seen = forward
         if forward.differentiable:
             self.trained = forward
+
+    def last(self) -> ForwardRouting | None:
+        """The forward whose loss is asked for: with gradients enabled the last that had them; in a backward pass, where
+        a checkpointed function is repeated that asks for it, the one repeated."""
+        if in_backward():
+            forward, self._thread.repeated = self._thread.repeated, None
+            return forward
+        return self.trained if torch.is_grad_enabled() else self.seen
 
     def token_mask(self, x: Tensor) -> Tensor | None:
         """The running forward's padding mask for the tokens of x [B, P, D], as [N] bool; None if all count."""
