@@ -1,0 +1,32 @@
+"""Checkpointed training on a CUDA device, where the backward pass runs in autograd's own thread."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.gpu.layers import MARKS
+from tests.model.router_losses import IDS, LEFT_PADDED, RIGHT_PADDED
+from tests.model.tiny_models import tiny_peft_model
+
+pytestmark = MARKS
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_forwards_before_a_backward_keep_their_padding(backend: str) -> None:
+    """Two padded forwards and a reference pass before one backward: the gradients are those without checkpointing."""
+    gradients = []
+    for checkpointed in (False, True):
+        model = tiny_peft_model(init_lora_weights=False, router_aux_loss_coef=0.3, backend=backend).cuda().train()
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        ids, left, right = (tensor.cuda() for tensor in (IDS, LEFT_PADDED, RIGHT_PADDED))
+        loss = model(input_ids=ids, attention_mask=left, labels=ids).loss
+        loss = loss + model(input_ids=ids, attention_mask=right, labels=ids).loss
+        with torch.no_grad(), model.disable_adapter():
+            model(input_ids=ids)
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
