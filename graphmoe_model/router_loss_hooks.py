@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from typing import Any
 
@@ -82,8 +83,7 @@ class RouterLossHooks:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Open this forward's records, with its padding mask."""
-        if model.training or self.context.loads:
-            self._start(model, args, kwargs)
+        self._start(model, args, kwargs)
         if kwargs.get("output_router_logits") and not self._has_routers:
             kwargs = {**kwargs, "output_router_logits": False}  # the base has no routers; `after` fills in aux_loss
         return args, kwargs
@@ -95,7 +95,7 @@ class RouterLossHooks:
             return None
         asked = "output_router_logits" in kwargs and not self._has_routers and getattr(outputs, "aux_loss", 0) is None
         has_loss = _argument(model, args, kwargs, "labels") is not None and _holds_loss(outputs)
-        records = forward.records if forward is not None else []
+        records = [] if forward is None else forward.records
         loss = loss_of(records) if has_loss or asked else None
         if forward is not None and model.training:
             self._keep(forward, has_loss or asked)
@@ -117,7 +117,7 @@ class RouterLossHooks:
 
     def before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open the records, unless the whole model's forward has."""
-        if self.context.running() is None and (decoder.training or self.context.loads):
+        if self.context.running() is None:
             self._start(decoder, args, kwargs).alone = True
 
     def after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
@@ -132,16 +132,20 @@ class RouterLossHooks:
     # --- what both do
 
     def _start(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardRouting:
-        mask = _argument(model, args, kwargs, "attention_mask")
+        recording = model.training or self.context.loads
+        mask = _argument(model, args, kwargs, "attention_mask") if recording else None
         forward = ForwardRouting(
             token_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             differentiable=model.training and torch.is_grad_enabled(),
             repeats=in_backward(),
+            frame=0 if torch.compiler.is_compiling() else id(sys._getframe(2)),
         )
         last = self.context.trained
-        if forward.differentiable and not forward.repeats and last is not None and last.unused and self._active():
-            warnings.warn(_UNUSED, stacklevel=3)
-            last.unused = False
+        if forward.differentiable and not forward.repeats and last is not None and self._active():
+            if last.unused:
+                warnings.warn(_UNUSED, stacklevel=3)
+                last.unused = False
+            last.release()  # whoever wants its loss has it by now
         self.context.start(forward)
         return forward
 

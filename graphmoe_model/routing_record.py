@@ -7,9 +7,11 @@ run it again in the backward pass, when the forward that it repeats is long over
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -93,6 +95,8 @@ class ForwardRouting:
         differentiable: it ran in training mode with gradients enabled.
         repeats: it runs inside a backward pass, where checkpointing repeats a forward of before.
         alone: the decoder was called without the model around it.
+        frame: identity of the Python frame in which it runs, 0 in a compiled graph.
+        outer: the forward inside which it runs, where a hook or a loss calls the model again.
         records: of the routers that a loss reads.
         in_loss: its router loss is part of its ``outputs.loss``.
         unused: its router loss is part of no loss so far.
@@ -102,9 +106,20 @@ class ForwardRouting:
     differentiable: bool = False
     repeats: bool = False
     alone: bool = False
+    frame: int = 0
+    outer: ForwardRouting | None = None
     records: list[RoutingRecord] = field(default_factory=list)
     in_loss: bool = False
     unused: bool = False
+
+    def runs(self) -> bool:
+        """Whether its frame is on this thread's stack: an interrupt (Ctrl-C) ends a forward without any hook."""
+        if self.frame == 0 or torch.compiler.is_compiling():
+            return True
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and id(frame) != self.frame:
+            frame = frame.f_back
+        return frame is not None
 
     def release(self) -> None:
         """Let go of the graph, for a forward whose loss has it."""
@@ -142,15 +157,21 @@ class RoutingContext:
 
     def running(self) -> ForwardRouting | None:
         """The forward that this thread is in, or None between forwards."""
-        return self._thread.running
+        forward = self._thread.running
+        if forward is not None and not forward.runs():
+            forward = self._thread.running = None
+        return forward
 
     def start(self, forward: ForwardRouting) -> None:
-        """Enter a forward; whatever an exception left behind goes."""
+        """Enter a forward, which may run inside another."""
+        forward.outer = self.running()
         self._thread.running = forward
 
     def finish(self) -> ForwardRouting | None:
-        """Leave this thread's forward, and say which it was."""
-        forward, self._thread.running = self._thread.running, None
+        """Leave this thread's forward for the one around it, if any, and say which it was."""
+        forward = self._thread.running
+        if forward is not None:
+            self._thread.running, forward.outer = forward.outer, None
         return forward
 
     def keep(self, forward: ForwardRouting) -> None:

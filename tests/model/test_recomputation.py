@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from tests.model.router_losses import IDS
+from tests.model.router_losses import IDS, LEFT_PADDED, ffn_layers, records
 from tests.model.tiny_models import tiny_config, tiny_peft_model
 
 
@@ -76,3 +76,23 @@ def test_without_checkpointing_any_state_may_follow() -> None:
     loss.backward()
     router = model.base_model.model.model.layers[0].mlp.lora_graphmoe["default"].router.weight
     assert router.grad.abs().max() > 0
+
+
+def test_an_interrupted_forward_is_over() -> None:
+    """Ctrl-C in a notebook calls no hook: the next call must not go on with the interrupted forward's padding."""
+    model = tiny_peft_model().train()
+    mlp = ffn_layers(model)[1]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = mlp.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=IDS, attention_mask=LEFT_PADDED, labels=IDS)
+    handle.remove()
+    mlp(torch.randn(*IDS.shape, 32))
+    (record,) = records(model)
+    assert record.token_mask is None
+    assert model(input_ids=IDS, attention_mask=LEFT_PADDED, labels=IDS).loss.isfinite()
+    assert len(records(model)) == 2
+    assert records(model)[0].token_mask is not None
