@@ -44,8 +44,8 @@ def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Have ``write`` fill a temporary folder inside ``folder``, then move its files into their places.
 
     Whatever fails leaves every file as it was: an error in ``write`` before the first was touched, a failing move by
-    taking the others back. Weights appear first and the configuration last; a weight file of the other type beside the
-    new one goes after that. Other files in the folder stay.
+    taking the others back. The configuration comes right after the weights, so that a kill seldom falls between the two;
+    a weight file of the other type beside the new one goes after that. Other files in the folder stay.
 
     Raises:
         FileExistsError: the folder is a file or a broken link, or has a folder where a file has to go.
@@ -76,6 +76,7 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with _locked(folder):  # nobody takes it for stale before it has its lock
+                _remove_stale(folder)
                 path = Path(tempfile.mkdtemp(dir=folder, prefix=TEMPORARY))
                 lock = _lock(path, wait=True)
             break
@@ -92,7 +93,7 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
 def _move_into(source: Path, target: Path) -> None:
     """Move every file below ``source`` to its place below ``target``; all of them or none."""
     written = [path for path in source.rglob("*") if path.is_file()]
-    order = sorted(written, key=lambda path: (path.name == CONFIG_NAME, path.name not in _WEIGHTS, path))
+    order = sorted(written, key=lambda path: (path.name == CONFIG_NAME, path.name in _WEIGHTS, path))
     places = {path: target / path.relative_to(source) for path in order}
     _check_places(target, places.values())
     for path in order:  # on disk before the first old file goes
@@ -139,11 +140,12 @@ def _set_aside(place: Path, old: Path) -> Callable[[], object]:
     return lambda: old.replace(place)
 
 
-def _remove_stale(folder: Path, written: set[Path]) -> None:
-    """Remove what killed saves left, unless it holds files that this save did not write anew."""
+def _remove_stale(folder: Path, written: Iterable[Path] = ()) -> None:
+    """Remove what killed saves left, but not a configuration whose weights are in place already, as it belongs to them,
+    unless this save has ``written`` both anew."""
     for path in stale_folders(folder):
-        files = {file.relative_to(path) for file in path.rglob("*") if file.is_file()}
-        if all(file in written or file.name not in (CONFIG_NAME, *_WEIGHTS) for file in files):
+        configs = [config for config in path.rglob(CONFIG_NAME) if config.relative_to(path) not in written]
+        if all(any((config.parent / name).exists() for name in _WEIGHTS) for config in configs):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -116,10 +116,12 @@ def checked_load(load: Loader) -> Loader:
             problems = []
             if isinstance(error, KeyError) and adapter_name in self.peft_config and folder is not None:
                 problems = missing_modules(self, adapter_name, _names(folder))
-            if _new_model.get() and list(self.peft_config) == [adapter_name]:
-                self.base_model.unload()
-            elif not known and adapter_name in self.peft_config:
+            last = list(self.peft_config) == [adapter_name]
+            if adapter_name in self.peft_config and (_new_model.get() or not known):
                 self.delete_adapter(adapter_name)
+            if _new_model.get() and last:
+                tuner: Any = self.base_model
+                tuner.unload()
             if problems:
                 raise misfit(adapter_name, problems) from error
             raise
