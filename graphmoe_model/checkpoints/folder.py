@@ -142,11 +142,18 @@ def _set_aside(place: Path, old: Path) -> Callable[[], object]:
 
 def _remove_stale(folder: Path, written: Iterable[Path] = ()) -> None:
     """Remove what killed saves left, but not a configuration whose weights are in place already, as it belongs to them,
-    unless this save has ``written`` both anew."""
+    unless this save has ``written`` both anew or it is in place too."""
     for path in stale_folders(folder):
         configs = [config for config in path.rglob(CONFIG_NAME) if config.relative_to(path) not in written]
-        if all(any((config.parent / name).exists() for name in _WEIGHTS) for config in configs):
+        if not any(_is_rest(config, folder / config.relative_to(path)) for config in configs):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_rest(config: Path, place: Path) -> bool:
+    """Whether a configuration was left without its weights and differs from what is in its place."""
+    if any((config.parent / name).exists() for name in _WEIGHTS):
+        return False
+    return not place.is_file() or config.read_bytes() != place.read_bytes()
 
 
 @contextmanager
