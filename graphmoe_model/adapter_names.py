@@ -18,6 +18,10 @@ COMPONENTS = frozenset(
     ]
 )
 
+# What separates the parts of a tensor's name or of a path, or has a meaning in the patterns by which Transformers' loader
+# puts the name into tensors' names.
+FORBIDDEN = "./\\()[]{}^$*?|\0"
+
 
 def check_adapter_name(model: nn.Module, adapter_name: object, adapters: Iterable[str]) -> None:
     """Refuse a name that PEFT and PyTorch cannot keep apart from others in a model and in its checkpoints.
@@ -28,16 +32,16 @@ def check_adapter_name(model: nn.Module, adapter_name: object, adapters: Iterabl
         adapters: the names of the model's adapters, which are part of its parameters' names.
 
     Raises:
-        ValueError: it is no text or empty, has a dot, a slash or a backslash, is an attribute of PyTorch's containers,
-            or is a module's or parameter's name.
+        ValueError: it is no text or empty, has a character in `FORBIDDEN`, is an attribute of PyTorch's containers, or
+            is a module's or parameter's name.
     """
     if not isinstance(adapter_name, str) or not adapter_name:
         raise ValueError(f"an adapter's name is a text that is not empty, got {adapter_name!r}")
-    forbidden = [character for character in "./\\" if character in adapter_name]
+    forbidden = [character for character in FORBIDDEN if character in adapter_name]
     if forbidden:
         raise ValueError(
-            f"the adapter name {adapter_name!r} has {' and '.join(map(repr, forbidden))} in it; it becomes part of "
-            "tensors' names and the name of a folder: leave them out"
+            f"the adapter name {adapter_name!r} has {' and '.join(map(repr, forbidden))} in it; the name becomes part of "
+            "tensors' names, of patterns that find them, and of a path: choose one without"
         )
     if any(hasattr(container, adapter_name) for container in (nn.ModuleDict(), nn.ParameterDict())):
         raise ValueError(

@@ -171,6 +171,8 @@ REFUSED = {
     "..": "has '.' in it",
     "a/b": "has '/' in it",
     "a\\b": r"has '\\\\' in it",
+    "$": r"has '\$' in it",
+    "a(b)": r"has '\(' and '\)' in it",
     "": "a text that is not empty",
     "train": "an attribute of PyTorch's containers",
     "keys": "an attribute of PyTorch's containers",
@@ -199,7 +201,7 @@ def test_a_name_is_refused_wherever_an_adapter_gets_it(name, folder):
     assert list(model.peft_config) == ["default"]
 
 
-@pytest.mark.parametrize("name", ["2nd", "my adapter (a+b)", "ü", "lora", "dropout"])
+@pytest.mark.parametrize("name", ["2nd", "my adapter a+b", "ü", "lora", "dropout"])
 def test_a_name_that_is_taken_is_saved_and_loaded_everywhere(name, tmp_path):
     model = get_peft_model(tiny_model(), tiny_config(init_lora_weights=False, rounds=1), adapter_name=name)
     model.add_adapter("other", tiny_config(rounds=1))
