@@ -18,8 +18,8 @@ COMPONENTS = frozenset(
     ]
 )
 
-# What separates the parts of a tensor's name or of a path, or has a meaning in the patterns by which Transformers' loader
-# puts the name into tensors' names.
+# What separates the parts of a tensor's name or of a path, or has a meaning in the patterns by which Transformers'
+# loader puts the name into tensors' names.
 FORBIDDEN = "./\\()[]{}^$*?|\0"
 
 
@@ -40,8 +40,8 @@ def check_adapter_name(model: nn.Module, adapter_name: object, adapters: Iterabl
     forbidden = [character for character in FORBIDDEN if character in adapter_name]
     if forbidden:
         raise ValueError(
-            f"the adapter name {adapter_name!r} has {' and '.join(map(repr, forbidden))} in it; the name becomes part of "
-            "tensors' names, of patterns that find them, and of a path: choose one without"
+            f"the adapter name {adapter_name!r} has {' and '.join(map(repr, forbidden))} in it; the name becomes part "
+            "of tensors' names, of patterns that find them, and of a path: choose one without"
         )
     if any(hasattr(container, adapter_name) for container in (nn.ModuleDict(), nn.ParameterDict())):
         raise ValueError(

@@ -44,8 +44,8 @@ def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Have ``write`` fill a temporary folder inside ``folder``, then move its files into their places.
 
     Whatever fails leaves every file as it was: an error in ``write`` before the first was touched, a failing move by
-    taking the others back. The configuration comes right after the weights, so that a kill seldom falls between the two;
-    a weight file of the other type beside the new one goes after that. Other files in the folder stay.
+    taking the others back. The configuration comes right after the weights, so that a kill seldom falls between the
+    two; a weight file of the other type beside the new one goes after that. Other files in the folder stay.
 
     Raises:
         FileExistsError: the folder is a file or a broken link, or has a folder where a file has to go.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -158,7 +159,9 @@ def check_adapter(adapter: Adapter, what: str) -> None:
 
 
 def is_other(config: Any, name: str) -> bool:
-    """Whether a tensor is a copy of a base module's (``modules_to_save``) or of some embeddings
-    (``trainable_token_indices``)."""
-    saved = any(f".{module}." in name for module in config.modules_to_save or ())
+    """Whether a tensor is a copy of a base module's (``modules_to_save``) or of embeddings (``trainable_token_indices``,
+    ``save_embedding_layers``, a resized vocabulary)."""
+    if ".lora_" in name:
+        return False
+    saved = any(f".{module}." in name for module in (*EMBEDDING_LAYER_NAMES, *(config.modules_to_save or ())))
     return saved or (config.trainable_token_indices is not None and name.endswith("trainable_tokens_delta"))

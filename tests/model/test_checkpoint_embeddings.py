@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from graphmoe_model.conversion import from_moe_peft, read_adapter, to_moe_peft, write_adapter
 from tests.model.adapter_folders import CONFIG, WEIGHTS
 from tests.model.tiny_models import VOCABULARY, logits, tiny_config, tiny_model, tiny_peft_model, train_step
 
@@ -36,6 +37,11 @@ CASES = {
         {},
         0,
     ),
+}
+# One of every kind of name in the file; the other cases are combinations.
+DEFAULT = {
+    *("lm_head of a tied model", "both, saved, tied", "resized", "tokens, saved, tied", "tied together"),
+    *("tokens tied together", "saved and trained embedding"),
 }
 
 
@@ -65,7 +71,9 @@ def ours(**settings):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in DEFAULT else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_what_plain_lora_saves_and_loads_this_method_saves_and_loads(case, tmp_path):
     """The same further tensors in the file, and the same model from it, as the first adapter and as a further one."""
     tied, settings, save, added = CASES[case]
@@ -180,3 +188,22 @@ def test_transformers_own_loader_refuses_what_it_would_leave_out(loader, setting
     load = AutoModelForCausalLM.from_pretrained if loader == "AutoModel" else bare.load_adapter
     with pytest.raises(ValueError, match=rf"has {name}=.*Transformers' loader leaves out.*AutoPeftModelForCausalLM"):
         load(str(tmp_path / "adapter"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", ["resized", "both, saved, tied", "tied together", "tokens, saved, tied"])
+def test_a_converted_adapter_keeps_its_embeddings(case, tmp_path):
+    """To PEFT's LoRA, from it again, and from GraphMoE's format to itself."""
+    tied, settings, save, added = CASES[case]
+
+    def make(**more):
+        return tiny_config(method="lora", num_experts=1, init_lora_weights=False, **more)
+
+    expected = saved(tmp_path, make, tied, dict(settings), save, added)
+    adapter = read_adapter(tmp_path / "adapter")
+    to_moe_peft(adapter, tmp_path / "lora")
+    write_adapter(from_moe_peft(tmp_path / "lora"), tmp_path / "back")
+    write_adapter(adapter, tmp_path / "again")
+    for name in ("lora", "back", "again"):
+        model = PeftModel.from_pretrained(base(tmp_path, added), tmp_path / name)
+        torch.testing.assert_close(logits(model, IDS), expected, rtol=1e-4, atol=1e-4)
