@@ -159,7 +159,7 @@ def check_adapter(adapter: Adapter, what: str) -> None:
 
 
 def is_other(config: Any, name: str) -> bool:
-    """Whether a tensor is a copy of a base module's (``modules_to_save``) or of embeddings (``trainable_token_indices``,
+    """Whether a tensor is of a base module (``modules_to_save``) or of embeddings (``trainable_token_indices``,
     ``save_embedding_layers``, a resized vocabulary)."""
     if ".lora_" in name:
         return False
