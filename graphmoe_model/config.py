@@ -25,7 +25,7 @@ SUPPORTED_LORA_FIELDS = frozenset(
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "inference_mode"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices"),
+        *("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
     ]
 )
 
@@ -71,8 +71,8 @@ class GraphMoEConfig(LoraConfig):
 
     The fields of ``LoraConfig`` that are not listed here and that this method implements: ``use_rslora``, ``use_dora``,
     ``init_lora_weights`` (True or False), ``target_modules``, ``exclude_modules``, ``layers_to_transform``,
-    ``layers_pattern``, ``modules_to_save``, ``trainable_token_indices``, ``rank_pattern``, ``alpha_pattern``,
-    ``inference_mode``. Any other one, when set, raises ``ValueError``.
+    ``layers_pattern``, ``modules_to_save``, ``trainable_token_indices``, ``ensure_weight_tying``, ``rank_pattern``,
+    ``alpha_pattern``, ``inference_mode``. Any other one, when set, raises ``ValueError``.
 
     ``target_modules`` names MLPs as a whole (``"mlp"``), beside linears for LoRA; without it, every attention
     projection and every gated MLP of the decoder layers is adapted.
@@ -107,6 +107,11 @@ class GraphMoEConfig(LoraConfig):
     router_aux_loss: str = _option("paper", "'paper' (Eq. 8, top-k entries) or 'switch' (full softmax)")
     fold: str = _option("auto", "'auto', 'always' or 'never': how later rounds are computed, not what")
     backend: str = _option("auto", "'auto', 'triton' or 'torch': which implementation of the operators runs")
+    saved_digest: str | None = field(
+        default=None,
+        compare=False,
+        metadata={"help": "written by save_pretrained, not set by hand: ties the configuration to its weights"},
+    )
 
     def __post_init__(self) -> None:
         self.check_supported()

@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftModel, mapping
+from transformers.integrations.peft import PeftAdapterMixin
 
-from graphmoe_model.checkpoints import save_whole
+from graphmoe_model.checkpoints import (
+    checked_from_pretrained,
+    checked_load,
+    checked_transformers_load,
+    save_whole,
+)
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
 from graphmoe_model.tuner import GraphMoEModel
 
@@ -14,11 +20,15 @@ from graphmoe_model.tuner import GraphMoEModel
 def register() -> None:
     """Enter the method into PEFT's mappings, which ``get_peft_model`` and every loader look up.
 
-    PEFT chooses the class of model by task, not by method, so there is no class of ours whose
-    ``save_pretrained`` could be overridden: PEFT's own is wrapped, and acts differently for GraphMoE only.
+    PEFT chooses the class of model by task, not by method, so there is no class of ours whose ``save_pretrained`` and
+    loaders could be overridden: PEFT's own and Transformers' are wrapped, and act differently for GraphMoE only.
     """
     method: Any = GraphMoEPeftType.GRAPHMOE
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[method] = GraphMoEConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[method] = GraphMoEModel
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[method] = GraphMoEModel.prefix
     PeftModel.save_pretrained = save_whole(PeftModel.save_pretrained)  # type: ignore[method-assign]
+    PeftModel.load_adapter = checked_load(PeftModel.load_adapter)  # type: ignore[method-assign]
+    PeftModel.from_pretrained = checked_from_pretrained(vars(PeftModel)["from_pretrained"])  # type: ignore[method-assign]
+    mixin: Any = PeftAdapterMixin
+    mixin.load_adapter = checked_transformers_load(mixin.load_adapter)

@@ -8,25 +8,17 @@ from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
+from graphmoe_model.adapter_names import check_adapter_name
 from graphmoe_model.base_mlp import is_gated_mlp
-from graphmoe_model.checkpoints import check_adapter_state
+from graphmoe_model.checkpoints import check_source, fitting_state
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
 from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.layer import NOT_MERGEABLE, RoutedLayer
 from graphmoe_model.linear import RoutedLoRALinear
 from graphmoe_model.router_loss_hooks import attach_router_loss, check_router_loss, detach_router_loss, find_hooks
 from graphmoe_model.selection import check_selected, experts_by_name
-from graphmoe_model.targets import check_targets, default_targets, walk
+from graphmoe_model.targets import check_targets, default_targets
 from graphmoe_model.trainer_view import routed_config
-
-# Every path component that an adapter's own parameters have below its name.
-ADAPTER_COMPONENTS = frozenset(
-    [
-        *("lora_graphmoe", "router", "experts", "gate_proj", "up_proj", "down_proj", "A", "B", "weight", "bias"),
-        *("gru", "update_gate", "reset_gate", "candidate", "output_proj", "lora_A", "lora_B"),
-        *("magnitude", "lora_magnitude_vector"),
-    ]
-)
 
 
 class GraphMoEModel(LoraModel):
@@ -53,16 +45,6 @@ class GraphMoEModel(LoraModel):
                 )
             if other is config:
                 other.check_supported()
-                self._check_adapter_name(name)
-
-    def _check_adapter_name(self, adapter_name: str) -> None:
-        """PEFT filters checkpoints by path component: an adapter named like one would cost others weights."""
-        used = {part for name, _ in walk(self.model) for part in name.split(".")}
-        if adapter_name in ADAPTER_COMPONENTS | used:
-            raise ValueError(
-                f"the adapter name {adapter_name!r} is also the name of a module; PEFT could not tell their "
-                "weights apart in a checkpoint: choose another"
-            )
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, GraphMoEConfig)
@@ -154,6 +136,7 @@ class GraphMoEModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, also for a further adapter; the model's loss then has the router loss in it."""
         try:
+            check_adapter_name(self.model, adapter_name, self.peft_config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.peft_config.pop(adapter_name, None)  # PEFT enters the config first; a refused one must not stay
@@ -198,5 +181,5 @@ class GraphMoEModel(LoraModel):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_adapter_state(model, adapter_name, remapped)
-        return remapped
+        check_source()
+        return fitting_state(model, adapter_name, remapped)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors.torch import save_file
 from torch import Tensor
 
+from graphmoe_model.checkpoints import check_digest, stamp
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType, rank_and_alpha
 from graphmoe_model.conversion.files import read_config, read_weights, write_folder
 from graphmoe_model.conversion.layout import (
@@ -86,8 +88,8 @@ def read_adapter(folder: str | Path) -> Adapter:
 
     Raises:
         FileNotFoundError: the folder or one of its two files is not there.
-        ValueError: it is another method's adapter, a file is damaged, or a module's tensors are not just those
-            that its configuration asks for (all of them are named).
+        ValueError: it is another method's adapter, a file is damaged, its configuration and weights are of different
+            saves, or a module's tensors are not just those that its configuration asks for (all of them are named).
     """
     peft_type = read_config(folder).get("peft_type")
     if peft_type != GraphMoEPeftType.GRAPHMOE.value:
@@ -95,7 +97,9 @@ def read_adapter(folder: str | Path) -> Adapter:
             f"{folder} holds an adapter of peft_type {peft_type!r}, expected 'GRAPHMOE'; from_moe_peft reads "
             "MoE-PEFT's and PEFT's LoRA"
         )
-    adapter = Adapter(GraphMoEConfig.from_pretrained(str(folder)), read_weights(folder))
+    config, weights = GraphMoEConfig.from_pretrained(str(folder)), read_weights(folder)
+    check_digest(Path(folder), config.saved_digest, weights.digest)
+    adapter = Adapter(config, weights.tensors)
     check_adapter(adapter, str(folder))
     return adapter
 
@@ -114,6 +118,8 @@ def save_safetensors(config: Any, tensors: Mapping[str, Tensor], folder: Path) -
     dataclasses.replace(config, inference_mode=True).save_pretrained(str(folder))
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    if isinstance(config, GraphMoEConfig):
+        stamp(folder)
 
 
 def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
@@ -153,7 +159,9 @@ def check_adapter(adapter: Adapter, what: str) -> None:
 
 
 def is_other(config: Any, name: str) -> bool:
-    """Whether a tensor is a copy of a base module's (``modules_to_save``) or of some embeddings
-    (``trainable_token_indices``)."""
-    saved = any(f".{module}." in name for module in config.modules_to_save or ())
+    """Whether a tensor is of a base module (``modules_to_save``) or of embeddings (``trainable_token_indices``,
+    ``save_embedding_layers``, a resized vocabulary)."""
+    if ".lora_" in name:
+        return False
+    saved = any(f".{module}." in name for module in (*EMBEDDING_LAYER_NAMES, *(config.modules_to_save or ())))
     return saved or (config.trainable_token_indices is not None and name.endswith("trainable_tokens_delta"))

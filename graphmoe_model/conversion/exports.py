@@ -112,6 +112,7 @@ def _lora(adapter: Adapter, modules: list[Module]) -> tuple[LoraConfig, dict[str
         alpha_pattern=pattern_of(alphas, config.lora_alpha),
         modules_to_save=config.modules_to_save if len(modules) == len(adapter.modules) else None,
         trainable_token_indices=config.trainable_token_indices if len(modules) == len(adapter.modules) else None,
+        ensure_weight_tying=config.ensure_weight_tying and len(modules) == len(adapter.modules),
     )
     return settings, tensors
 

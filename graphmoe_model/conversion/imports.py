@@ -34,7 +34,7 @@ def from_moe_peft(folder: str | Path) -> Adapter:
         raise ValueError(
             f"{folder} holds an adapter of peft_type {peft_type!r}; what can be read is {', '.join(PEER_TYPES)}"
         )
-    weights = read_weights(folder)
+    weights = read_weights(folder).tensors
     if peft_type in MOE_TYPES:
         return _from_moe(settings, weights, str(folder))
     return from_lora(settings, weights, str(folder))

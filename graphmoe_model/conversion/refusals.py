@@ -34,7 +34,7 @@ def moe_peft_reasons(adapter: Adapter) -> list[str]:
     if config.layers_to_transform is not None or config.exclude_modules:
         reasons.append("layers_to_transform or exclude_modules: it adapts every layer of a model")
     if any(is_other(config, name) for name in adapter.tensors):
-        reasons.append("modules_to_save or trainable_token_indices: it holds adapters alone")
+        reasons.append("modules_to_save or trainable_token_indices, or saved embeddings: it holds adapters alone")
     if config.task_type not in (None, "CAUSAL_LM"):
         reasons.append(f"task_type={config.task_type!s}: it is for causal language models")
     if config.lora_dropout == 0:

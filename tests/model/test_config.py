@@ -15,7 +15,7 @@ REFUSED = {
     *("fan_in_fan_out", "bias", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
     *("lora_ga_config", "velora_config", "alora_invocation_tokens", "use_qalora", "qalora_group_size"),
     *("monteclora_config", "layer_replication", "runtime_config", "lora_bias", "target_parameters", "use_bdlora"),
-    *("arrow_config", "kasa_config", "ensure_weight_tying"),
+    *("arrow_config", "kasa_config"),
 }
 
 

@@ -1,0 +1,62 @@
+"""Which names an adapter can have: the same when it is added and when it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+# Path components that PEFT's wrappers and an adapter's own parameters have in a model.
+COMPONENTS = frozenset(
+    [
+        *("base_model", "model", "base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
+        *("lora_dropout", "lora_magnitude_vector", "magnitude", "weight", "bias", "A", "B"),
+        *("lora_graphmoe", "router", "experts", "gate_proj", "up_proj", "down_proj"),
+        *("gru", "update_gate", "reset_gate", "candidate", "output_proj"),
+        *("modules_to_save", "original_module", "token_adapter"),
+        *("trainable_tokens_delta", "trainable_tokens_original"),
+    ]
+)
+
+# What separates the parts of a tensor's name or of a path, or has a meaning in the patterns by which Transformers'
+# loader puts the name into tensors' names.
+FORBIDDEN = "./\\()[]{}^$*?|\0"
+
+
+def check_adapter_name(model: nn.Module, adapter_name: object, adapters: Iterable[str]) -> None:
+    """Refuse a name that PEFT and PyTorch cannot keep apart from others in a model and in its checkpoints.
+
+    Args:
+        model: the base model, adapters included.
+        adapter_name: the new adapter's name.
+        adapters: the names of the model's adapters, which are part of its parameters' names.
+
+    Raises:
+        ValueError: it is no text or empty, has a character in `FORBIDDEN`, is an attribute of PyTorch's containers, or
+            is a module's or parameter's name.
+    """
+    if not isinstance(adapter_name, str) or not adapter_name:
+        raise ValueError(f"an adapter's name is a text that is not empty, got {adapter_name!r}")
+    forbidden = [character for character in FORBIDDEN if character in adapter_name]
+    if forbidden:
+        raise ValueError(
+            f"the adapter name {adapter_name!r} has {' and '.join(map(repr, forbidden))} in it; the name becomes part "
+            "of tensors' names, of patterns that find them, and of a path: choose one without"
+        )
+    if any(hasattr(container, adapter_name) for container in (nn.ModuleDict(), nn.ParameterDict())):
+        raise ValueError(
+            f"the adapter name {adapter_name!r} is also an attribute of PyTorch's containers, so none can hold an "
+            "adapter of that name: choose another"
+        )
+    others = set(adapters) - {adapter_name}
+    if adapter_name in COMPONENTS | (_components(model) - others):
+        raise ValueError(
+            f"the adapter name {adapter_name!r} is also the name of a module; PEFT could not tell their "
+            "weights apart in a checkpoint: choose another"
+        )
+
+
+def _components(model: nn.Module) -> set[str]:
+    """Every part of the names of a model's modules, parameters and buffers."""
+    named = (model.named_modules(), model.named_parameters(), model.named_buffers())
+    return {part for names in named for name, _ in names for part in name.split(".")}

@@ -1,0 +1,29 @@
+"""Adapter checkpoints are whole: replaced as a whole when they are saved, checked as a whole when they are loaded."""
+
+from graphmoe_model.checkpoints.digest import check_digest, stamp
+from graphmoe_model.checkpoints.folder import check_target, fill_folder, in_use
+from graphmoe_model.checkpoints.loading import (
+    check_source,
+    checked_from_pretrained,
+    checked_load,
+    checked_transformers_load,
+)
+from graphmoe_model.checkpoints.saving import save_whole
+from graphmoe_model.checkpoints.state import fitting_state
+from graphmoe_model.checkpoints.weights import Weights, read_weights_file
+
+__all__ = [
+    "Weights",
+    "check_digest",
+    "check_source",
+    "check_target",
+    "checked_from_pretrained",
+    "checked_load",
+    "checked_transformers_load",
+    "fill_folder",
+    "fitting_state",
+    "in_use",
+    "read_weights_file",
+    "save_whole",
+    "stamp",
+]

@@ -1,0 +1,109 @@
+"""Whether a checkpoint's tensors fit an adapter: asked before any of them is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
+
+_ROOT = "base_model.model."
+_WRAPPERS = re.compile(r"\.(original_module|token_adapter\.base_layer|base_layer)(?=\.)")
+_DELTA = "trainable_tokens_delta"
+
+
+def fitting_state(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Check a checkpoint against the adapter that it is for, before any of it is loaded.
+
+    PEFT writes more than it reads: with ``save_embedding_layers`` (which it sets by itself after the vocabulary was
+    resized) a further copy of every trained embedding, by the name it has in the wrapped model. Such copies are left
+    out if they are equal to what they are copies of. The untrained weights that it writes then go to the base model's
+    module, wrapped or not.
+
+    Args:
+        model: holds the adapter.
+        adapter_name: its name.
+        state: the checkpoint's tensors by their names in the model.
+
+    Returns:
+        What is to be loaded, by its names in the model.
+
+    Raises:
+        ValueError: tensors of other shapes or other kinds of dtype than the model's, missing from the checkpoint,
+            without a place in the model, or differing copies; each is named.
+    """
+    own = model.state_dict()
+    if not any(name.startswith(_ROOT) for name in own):  # injected, without a PeftModel
+        state = {name.removeprefix(_ROOT): tensor for name, tensor in state.items()}
+    copies = _copies(model, adapter_name)
+    unwrapped = {_WRAPPERS.sub("", name): name for name in own}
+    found: dict[str, Tensor] = {}
+    problems = []
+    for name, tensor in state.items():
+        original = copies.get(name)
+        if original in state:
+            if not _same(tensor, state[original]):
+                problems.append(f"{name}: a copy of {original}, and differs from it")
+            continue
+        place = name if name in own else unwrapped.get(_WRAPPERS.sub("", name), name)
+        found[place] = tensor
+        if place not in own:
+            problems.append(f"{name}: not in the model")
+        elif tensor.shape != own[place].shape:
+            problems.append(f"{name}: {list(tensor.shape)} in the checkpoint, {list(own[place].shape)} in the model")
+        elif _kind(tensor) != _kind(own[place]):
+            problems.append(f"{name}: {tensor.dtype} in the checkpoint, {own[place].dtype} in the model")
+    adapter = _filter_state_dict_by_key_prefixes(own, _get_tuner_state_dict_key_prefixes(model, adapter_name))
+    problems += [f"{name}: missing from the checkpoint" for name in adapter if name not in found]
+    if problems:
+        raise misfit(adapter_name, problems)
+    return found
+
+
+def missing_modules(model: nn.Module, adapter_name: str, names: Iterable[str]) -> list[str]:
+    """List the tensors of ``modules_to_save`` and ``trainable_token_indices`` that a checkpoint lacks."""
+    present = set(names)
+    return [
+        f"{name}.{key}: missing from the checkpoint"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in module.adapter_state_dict_load_map(adapter_name)
+        if f"{name}.{key}" not in present
+    ]
+
+
+def misfit(adapter_name: str, problems: list[str]) -> ValueError:
+    """The error for a checkpoint with these problems."""
+    lines = "\n".join(f"- {problem}" for problem in problems)
+    return ValueError(
+        f"the checkpoint does not fit the adapter {adapter_name!r}: was it made for another model or "
+        "configuration? (An adapter is loaded whole or not at all, also with ignore_mismatched_sizes.)\n"
+        f"{lines}"
+    )
+
+
+def _copies(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Name of a copy in a checkpoint -> name in the model of what it is a copy of."""
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    copies = {}
+    for name, module in modules.items():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            for key in module.modules_to_save[adapter_name].state_dict():
+                copies[f"{name}.modules_to_save.{key}"] = f"{name}.modules_to_save.{adapter_name}.{key}"
+        elif isinstance(module, TrainableTokensWrapper) and module.token_adapter.tied_adapter:
+            tied = names[id(module.token_adapter.tied_adapter)]
+            copies[f"{name}.token_adapter.{_DELTA}"] = f"{tied}.{_DELTA}.{adapter_name}"
+    return copies
+
+
+def _same(tensor: Tensor, other: Tensor) -> bool:
+    same = tensor.shape == other.shape and tensor.dtype == other.dtype
+    return same and torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
