@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, Field, dataclass, field, fields
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from graphmoe_kernels.backend import check_backend
-from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS
-from graphmoe_kernels.rethinking import CANDIDATE_INPUTS, FOLD_MODES, RethinkingSpec
+from graphmoe_kernels.rethinking import RethinkingSpec
+from graphmoe_model.config_checks import MAX_EXPERTS, check_names, check_numbers, check_selection, shown
 from graphmoe_model.methods import METHODS, PRESETS, Method
-
-ROUTER_AUX_LOSSES = ("paper", "switch")
+from graphmoe_model.refused_options import refused_options
 
 # The fields of LoraConfig that this method implements; any other one must keep its default.
 SUPPORTED_LORA_FIELDS = frozenset(
@@ -34,17 +32,6 @@ class GraphMoEPeftType(str, Enum):
     """The method's name where PEFT expects a member of its own (closed) enumeration."""
 
     GRAPHMOE = "GRAPHMOE"
-
-
-def _default(f: Field[Any]) -> object:
-    """A dataclass field's default value."""
-    return f.default if f.default_factory is MISSING else f.default_factory()
-
-
-def _check_real(name: str, value: object, what: str, holds: Callable[[float], bool]) -> None:
-    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not real or not holds(value):  # type: ignore[arg-type]
-        raise ValueError(f"{name} must be a number that is {what}, got {value!r}")
 
 
 def _others(holds: Callable[[Method], bool]) -> str:
@@ -114,18 +101,19 @@ class GraphMoEConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
-        self.check_supported()
+        self._check_supported()
+        check_selection(self)  # before PEFT makes sets of lists, and compiles what may be no regular expression
         super().__post_init__()
         self.peft_type = GraphMoEPeftType.GRAPHMOE
-        self._check_names()
+        check_names(self)
         for name in ("num_experts", "rounds", "router_aux_loss_coef"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.base_method, name))
         counts = self._expert_counts()
         if self.top_k is None:
             self.top_k = max(counts) if self.base_method.dense else self.base_method.top_k
-        self._check_numbers()
-        self._check_method(counts)
+        self.check()
+        self._warn_of_idle_router(counts)
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> GraphMoEConfig:
@@ -155,31 +143,33 @@ class GraphMoEConfig(LoraConfig):
         """What the literature calls this method: ``"MixLoRA"``, ``"GraphMoE(MoDA)"``."""
         return self.base_method.name(self.use_dora, self.rounds)
 
-    def check_supported(self) -> None:
-        """``ValueError`` naming every option of ``LoraConfig`` that is set but not implemented here."""
-        refused = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(LoraConfig)
-            if f.name not in SUPPORTED_LORA_FIELDS and getattr(self, f.name) != _default(f)
-        ]
-        if not isinstance(self.init_lora_weights, bool):
-            refused.append(f"init_lora_weights={self.init_lora_weights!r} (True and False are)")
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
-            refused.append(
-                "target_modules='all-linear' (MLPs are adapted as a whole, not linear by linear; leave it "
-                "out to adapt all attention projections and MLPs)"
-            )
+    def check(self) -> None:
+        """Check every field, whatever the model: at construction, and again when the config is attached.
+
+        Raises:
+            ValueError: as the constructor does.
+        """
+        self._check_supported()
+        check_selection(self)
+        check_names(self)
+        counts = self._expert_counts()
+        check_numbers(self)
+        self._check_method(counts)
+
+    def _check_supported(self) -> None:
+        refused = refused_options(self, SUPPORTED_LORA_FIELDS)
         if refused:
-            raise ValueError(f"GraphMoE does not implement these options of LoraConfig: {'; '.join(refused)}")
+            lines = "".join(f"\n- {option}: {why.reason}; {why.instead}" for option, why in refused.items())
+            raise ValueError(f"GraphMoE does not implement these options of LoraConfig:{lines}")
 
     def _expert_counts(self) -> list[int]:
         """The numbers in ``num_experts``, whatever its form."""
         given = self.num_experts
         parts: list[Any] = given if isinstance(given, list) else [given]
         if isinstance(given, str):
-            if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)+", given):
+            if not re.fullmatch(r"[1-9]\d{0,9}(-[1-9]\d{0,9})+", given):
                 raise ValueError(
-                    f"num_experts={given!r} is no pattern; expected numbers joined by '-', such as '2-4-6-8' (a "
+                    f"num_experts={shown(given)} is no pattern; expected numbers joined by '-', such as '2-4-6-8' (a "
                     "list is [2, 4, 6, 8], one number for all layers an integer)"
                 )
             parts = [int(part) for part in given.split("-")]
@@ -188,6 +178,8 @@ class GraphMoEConfig(LoraConfig):
                 "num_experts must be an integer of at least 1, a list of them (one for every decoder layer) or a "
                 f"pattern such as '2-4-6-8', got {given!r}"
             )
+        if max(parts) > MAX_EXPERTS:
+            raise ValueError(f"num_experts must be at most {MAX_EXPERTS} a layer, got {shown(given)}")
         return parts
 
     def experts_by_layer(self, num_layers: int) -> list[int]:
@@ -231,35 +223,23 @@ class GraphMoEConfig(LoraConfig):
         if not method.dense and min(counts) < self.top_k:
             raise ValueError(f"top_k={self.top_k} exceeds num_experts={min(counts)}; a token cannot choose more")
 
-    def _check_numbers(self) -> None:
-        counts = {name: getattr(self, name) for name in ("r", "top_k", "rounds")}
-        counts.update({f"rank_pattern[{key!r}]": value for key, value in (self.rank_pattern or {}).items()})
-        for name, value in counts.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        alphas = {f"alpha_pattern[{key!r}]": value for key, value in (self.alpha_pattern or {}).items()}
-        for name, value in {"lora_alpha": self.lora_alpha, **alphas}.items():
-            _check_real(name, value, "positive", lambda v: v > 0)
-        _check_real("gru_hidden_scale", self.gru_hidden_scale, "positive", lambda v: v > 0)
-        _check_real("lora_dropout", self.lora_dropout, "in [0, 1)", lambda v: 0 <= v < 1)
-        _check_real("router_aux_loss_coef", self.router_aux_loss_coef, "0 or positive", lambda v: v >= 0)
-
-    def _check_names(self) -> None:
-        choices: dict[str, Iterable[str]] = {
-            "method": METHODS,
-            "candidate_input": CANDIDATE_INPUTS,
-            "candidate_activation": CANDIDATE_ACTIVATIONS,
-            "router_aux_loss": ROUTER_AUX_LOSSES,
-            "fold": FOLD_MODES,
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in known:
-                raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(map(repr, known))}")
-        for name in ("norm_topk_prob", "use_rslora", "use_dora"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        check_backend(self.backend)
+    def _warn_of_idle_router(self, counts: list[int]) -> None:
+        """One chosen weight divided by itself is 1 whatever the router says."""
+        method = self.base_method
+        if method.routers is None or method.dense or self.top_k != 1 or not self.norm_topk_prob or max(counts) == 1:
+            return
+        if self.inference_mode:
+            return
+        instead = "set top_k=2 or more"
+        if method.routers == "linear":
+            instead += ", or norm_topk_prob=False"
+        else:
+            instead += " (norm_topk_prob=False gives it one too, but multiplies the MLP's output by a probability)"
+        warnings.warn(
+            "top_k=1 with norm_topk_prob=True: the one chosen weight is always 1, so the model's loss gives the router "
+            f"no gradient but rounding noise, and only the load-balance loss moves it; {instead}",
+            stacklevel=4,  # at the call of GraphMoEConfig(...)
+        )
 
     def gru_width(self, hidden_size: int) -> int:
         """G for a model of this hidden size; ``ValueError`` if it is 0 while there are rounds to join."""

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from graphmoe_model.base_mlp import check_mlp, is_gated_mlp
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.linear import check_linear
+from graphmoe_model.module_names import joined, last_names
 
 # A module with children of the first kind is an attention; it is adapted in all children of both kinds.
 QUERY_KEY_VALUE = frozenset(
@@ -74,13 +76,13 @@ def default_targets(model: nn.Module, config: GraphMoEConfig) -> set[str]:
     Suffixes (``"q_proj"``, ``"mlp"``) where these select just the decoder layers' modules, else full names.
 
     Raises:
-        ValueError: there are no decoder layers, or one that the config selects has no supported MLP (the message
-            names the modules seen, and why each was refused); ``layers_to_transform`` names a layer that does not
-            exist.
+        NoMatchingPeftModuleError: there are no decoder layers, or none of their MLPs is left to adapt.
+        ValueError: a layer that the config selects has no supported MLP (the message names each, with the reason);
+            ``layers_to_transform`` names a layer that does not exist.
     """
     layers = decoder_layers(model)
     if not layers:
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             f"found no decoder layers in {type(model).__name__}: no nn.ModuleList whose elements have an "
             f"attention with {', '.join(sorted(QUERY_KEY_VALUE))}. Seen: {_seen(model)}. Name the modules in "
             "target_modules."
@@ -90,8 +92,10 @@ def default_targets(model: nn.Module, config: GraphMoEConfig) -> set[str]:
     reasons = {name: _reason_against(modules[name]) for name in candidates}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     found = [name for layer in layers for name in layer.mlps if _selects(config, name)]
-    if refused or not found:
-        raise ValueError(_no_mlp(model, refused, any(layer.mlps for layer in layers)))
+    if refused:
+        raise ValueError(_unsupported(model, refused))
+    if not found:
+        raise NoMatchingPeftModuleError(_no_mlp(model, any(layer.mlps for layer in layers)))
     if config.base_method.attention is not None:
         found += [name for layer in layers for name in layer.projections if _selects(config, name)]
     _check_layer_indices(found, config)
@@ -103,7 +107,8 @@ def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
 
     Raises:
         TypeError: a selected module is neither an MLP of a supported kind nor a single layer.
-        ValueError: an entry is no module's name; no MLP is selected; a module inside a selected one is
+        NoMatchingPeftModuleError: nothing is selected.
+        ValueError: an entry is no module's name; no MLP is among what is selected; a module inside a selected one is
             selected too; ``layers_to_transform`` names a layer that does not exist.
     """
     modules = dict(walk(model))
@@ -127,7 +132,8 @@ def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
     if not any(map(_is_mlp, selected.values())):
-        raise ValueError(_no_mlp_selected(modules, selected, config))
+        kind = ValueError if selected else NoMatchingPeftModuleError
+        raise kind(_no_mlp_selected(modules, selected, config))
     _check_layer_indices(list(selected), config)
 
 
@@ -135,14 +141,11 @@ def _check_entries(modules: dict[str, nn.Module], config: GraphMoEConfig) -> Non
     """PEFT passes over an entry that matches nothing; a typo would cost the user those adapters unseen."""
     if isinstance(config.target_modules, str):
         return
-    unknown = [
-        entry
-        for entry in sorted(config.target_modules or ())
-        if not any(name == entry or name.endswith("." + entry) for name in modules)
-    ]
+    entries = sorted(config.target_modules or ())
+    unknown = [e for e in entries if not any(name == e or name.endswith("." + e) for name in modules)]
     if unknown:
-        last = sorted({name.rpartition(".")[2] for name in modules if name and not name[-1].isdigit()})
-        raise ValueError(f"target_modules: no module is called {', '.join(unknown)}; there are {', '.join(last)}")
+        kind = NoMatchingPeftModuleError if len(unknown) == len(entries) else ValueError
+        raise kind(f"target_modules: no module is called {', '.join(unknown)}; there are {last_names(modules)}")
 
 
 def _check_linear(module: nn.Module, config: GraphMoEConfig) -> None:
@@ -213,22 +216,24 @@ def _condensed(chosen: list[str], names: list[str], config: GraphMoEConfig) -> s
     return targets
 
 
-def _no_mlp(model: nn.Module, refused: dict[str, str], has_mlps: bool) -> str:
+def _no_mlp(model: nn.Module, has_mlps: bool) -> str:
     kind = type(model).__name__
-    if not refused and has_mlps:
+    if has_mlps:
         return (
             f"no MLP of {kind} is left to adapt after exclude_modules, layers_to_transform and "
             "modules_to_save; for LoRA on the attention alone use peft.LoraConfig"
         )
-    if not refused:
-        return f"the decoder layers of {kind} have no MLP module to adapt. Seen: {_seen(model)}"
+    return f"the decoder layers of {kind} have no MLP module to adapt. Seen: {_seen(model)}"
+
+
+def _unsupported(model: nn.Module, refused: dict[str, str]) -> str:
     reasons: dict[str, list[str]] = {}  # the layers' modules are alike: one line a reason, not one a layer
     for name, reason in refused.items():
         reasons.setdefault(reason, []).append(name)
-    lines = [f"- {_first_and_count(names)}: {reason}" for reason, names in reasons.items()]
+    lines = [f"- {joined(names)}: {reason}" for reason, names in reasons.items()]
     return "\n".join(
         [
-            f"{kind} has decoder layers without an MLP that GraphMoE supports:",
+            f"{type(model).__name__} has decoder layers without an MLP that GraphMoE supports:",
             *lines,
             "Leave such layers out with layers_to_transform or exclude_modules if others are supported.",
         ]
@@ -240,10 +245,6 @@ def _seen(model: nn.Module) -> str:
     layers = [layer for _, module in walk(model) if isinstance(module, nn.ModuleList) for layer in module]
     kinds = {type(layer).__name__: [name for name, _ in layer.named_children()] for layer in layers}
     return ", ".join(f"{kind}({', '.join(children)})" for kind, children in sorted(kinds.items()))
-
-
-def _first_and_count(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
 
 
 def _no_mlp_selected(modules: dict[str, nn.Module], selected: dict[str, Any], config: GraphMoEConfig) -> str:
@@ -266,4 +267,6 @@ def _check_layer_indices(selected: list[str], config: GraphMoEConfig) -> None:
     indices = {wanted} if isinstance(wanted, int) else set(wanted)
     missing = sorted(i for i in indices if not any(f".{i}." in f".{name}." for name in selected))
     if missing:
-        raise ValueError(f"layers_to_transform names layers without any target module: {missing}")
+        raise ValueError(
+            f"layers_to_transform names layers without any target module: {missing}; selected are {joined(selected)}"
+        )

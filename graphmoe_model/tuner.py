@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from graphmoe_model.adapter_names import check_adapter_name
@@ -19,6 +20,7 @@ from graphmoe_model.router_loss_hooks import attach_router_loss, check_router_lo
 from graphmoe_model.selection import check_selected, experts_by_name
 from graphmoe_model.targets import check_targets, default_targets
 from graphmoe_model.trainer_view import routed_config
+from graphmoe_model.undo import undone_on_error
 
 
 class GraphMoEModel(LoraModel):
@@ -44,7 +46,7 @@ class GraphMoEModel(LoraModel):
                     "model; unload() that one first"
                 )
             if other is config:
-                other.check_supported()
+                other.check()
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, GraphMoEConfig)
@@ -55,7 +57,7 @@ class GraphMoEModel(LoraModel):
         else:
             check_targets(self.model, peft_config)
         self._by_layer = experts_by_name(self.model, peft_config)
-        check_selected(self.model, peft_config, self._by_layer)
+        check_selected(self.model, peft_config, self._by_layer, list(self.peft_config))
         return peft_config
 
     def _create_and_replace(  # type: ignore[override]  # LoraModel's differs from BaseTuner's
@@ -118,7 +120,8 @@ class GraphMoEModel(LoraModel):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: averaged routers, experts and GRUs do not compute the average of what they compute."""
         raise NotImplementedError(
-            "GraphMoE adapters cannot be combined by weights: routing and rethinking are nonlinear in them"
+            "GraphMoE adapters cannot be combined by weights: routing and rethinking are nonlinear in them; train one "
+            "adapter on the data of both, switch between them with set_adapter, or average the logits of two forwards"
         )
 
     def _check_merge_allowed(self) -> None:
@@ -134,14 +137,14 @@ class GraphMoEModel(LoraModel):
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, also for a further adapter; the model's loss then has the router loss in it."""
-        try:
+        """As PEFT's, also for a further adapter; the model's loss then has the router loss in it.
+
+        Whatever is refused, by this package or by PEFT, leaves the model and the configuration as they were.
+        """
+        with undone_on_error(self, adapter_name):
             check_adapter_name(self.model, adapter_name, self.peft_config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
-            self.peft_config.pop(adapter_name, None)  # PEFT enters the config first; a refused one must not stay
-            raise
-        attach_router_loss(self.model)
+            attach_router_loss(self.model)
 
     @property
     def config(self) -> Any:
@@ -150,7 +153,13 @@ class GraphMoEModel(LoraModel):
         return config if hooks is None else routed_config(config, hooks)
 
     def unload(self) -> nn.Module:
-        """The base model as it was before any adapter."""
+        """Give the base model back with the modules and values it had before any adapter, still frozen.
+
+        Copies that ``modules_to_save`` trained go with the adapter; save it first to keep them.
+        """
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.set_adapter([])  # PEFT would leave the active adapter's copy in the module's place
         model = super().unload()
         detach_router_loss(model)
         return model

@@ -18,10 +18,10 @@ from tests.model.tiny_models import logits, tiny_config, tiny_model
         (
             "nemotron",
             {},
-            r"model.layers.0.mlp \(and 1 more\): NemotronMLP is not a gated MLP.*up_proj, down_proj, act_fn",
+            r"model.layers.{0, 1}.mlp: NemotronMLP is not a gated MLP.*up_proj, down_proj, act_fn",
         ),
         ("starcoder2", {}, "Starcoder2MLP is not a gated MLP.*c_fc, c_proj, act"),
-        ("gpt_neox", {}, "gpt_neox.layers.0.mlp.*GPTNeoXMLP is not a gated MLP"),
+        ("gpt_neox", {}, "gpt_neox.layers.{0, 1}.mlp.*GPTNeoXMLP is not a gated MLP"),
         ("mixtral", {"num_local_experts": 2}, "MixtralSparseMoeBlock is not a gated MLP.*sparse expert blocks"),
         (
             "gemma3n_text",
@@ -45,7 +45,7 @@ from tests.model.tiny_models import logits, tiny_config, tiny_model
                 **{"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
                 "mlp_multipliers": [1.2, 0.7],
             },
-            "layers.0.feed_forward.*FalconH1MLP computes something else than",
+            "layers.{0, 1}.feed_forward.*FalconH1MLP computes something else than",
         ),
         (
             "gpt2",
