@@ -3,6 +3,7 @@
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
 from graphmoe_model.expert_load import collect_routing
 from graphmoe_model.ffn import FusedGraphMoEFFN
+from graphmoe_model.peft_helpers import create_loraplus_optimizer
 from graphmoe_model.registration import register
 from graphmoe_model.router_loss import router_loss
 from graphmoe_model.router_loss_callback import RouterLossCallback
@@ -17,5 +18,6 @@ __all__ = [
     "GraphMoEPeftType",
     "RouterLossCallback",
     "collect_routing",
+    "create_loraplus_optimizer",
     "router_loss",
 ]

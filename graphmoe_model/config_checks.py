@@ -60,12 +60,12 @@ def _is_finite(value: float) -> bool:
 def check_numbers(config: GraphMoEConfig) -> None:
     """Raise ``ValueError`` for a number out of its range, also in ``rank_pattern`` and ``alpha_pattern``."""
     rank_limit = "no layer is that wide"
-    ranks = {f"rank_pattern[{key!r}]": value for key, value in config.rank_pattern.items()}
+    ranks = {f"rank_pattern[{key!r}]": value for key, value in (config.rank_pattern or {}).items()}
     for name, value in {"r": config.r, **ranks}.items():
         check_count(name, value, MAX_RANK, rank_limit)
     check_count("top_k", config.top_k, MAX_EXPERTS, "as num_experts")
     check_count("rounds", config.rounds, MAX_ROUNDS, "every round runs the layer again and keeps its activations")
-    alphas = {f"alpha_pattern[{key!r}]": value for key, value in config.alpha_pattern.items()}
+    alphas = {f"alpha_pattern[{key!r}]": value for key, value in (config.alpha_pattern or {}).items()}
     for name, value in {"lora_alpha": config.lora_alpha, **alphas}.items():
         check_real(name, value, "positive", lambda v: v > 0)
     scale = config.gru_hidden_scale

@@ -10,11 +10,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from graphmoe_kernels import FoldCache, LayerWeights, LinearRouters, rethink
+from graphmoe_kernels.rethinking.cache import fold_sources
 from graphmoe_model.base_mlp import check_mlp, dense_weights, wrap_mlp
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.experts import MLPExperts, Router, check_rows
 from graphmoe_model.gru import RethinkingGRU
 from graphmoe_model.layer import RoutedLayer, experts_of_layer
+from graphmoe_model.scaling import scaled_experts, scaled_gru
 
 # The routers' names relative to the layer, in the order of `RethinkingOutput.router_logits`.
 ROUTER_NAMES = {"layer": ("",), "linear": ("gate_proj", "up_proj", "down_proj"), None: ()}
@@ -80,6 +82,7 @@ class FusedGraphMoEFFN(RoutedLayer):
         sizes = check_mlp(mlp)
         super().__init__(mlp, config, adapter_name)
         self.sizes = sizes
+        self.in_features = self.out_features = sizes.hidden
         self.update_layer(adapter_name, config, **kwargs)
 
     def update_layer(
@@ -103,7 +106,8 @@ class FusedGraphMoEFFN(RoutedLayer):
         for name, weight in weights.items():
             check_rows(weight, f"{type(self.base_layer).__name__}.{name}", "this MLP")
         adapter = GraphMoEAdapter(config, hidden, intermediate, experts_of_layer(config, num_experts), r, lora_alpha)
-        self._add_adapter(adapter_name, adapter, FoldCache(partial(self._weights, adapter_name)), config)
+        fold = FoldCache(partial(self._weights, adapter_name), partial(self._fold_sources, adapter_name))
+        self._add_adapter(adapter_name, adapter, fold, config)
         for name, weight in weights.items():
             getattr(adapter.experts, name).start_magnitudes(weight, adapter.scale)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -117,7 +121,7 @@ class FusedGraphMoEFFN(RoutedLayer):
             TypeError: x is not floating point, or of another dtype than the MLP's weights outside of autocast.
             ValueError: x has another width or is on another device.
         """
-        name = self.active_name()
+        name = self.counted_name()
         if name is None:
             return self.base_layer(x)
         weight: Tensor = self.base_layer.down_proj.weight  # type: ignore[union-attr, assignment]
@@ -127,7 +131,9 @@ class FusedGraphMoEFFN(RoutedLayer):
         output = rethink(
             x.reshape(-1, x.shape[-1]),  # [N, D]
             self._weights(name),
-            config.spec(adapter.scale, adapter.num_experts, self.sizes.activation, training=self.training),
+            config.spec(
+                self.scaling[name], adapter.num_experts, self.sizes.activation, training=self.training
+            ),
             fold=config.fold,
             cache=None if self.training else self._folds[name],
             backend=config.backend,
@@ -136,10 +142,22 @@ class FusedGraphMoEFFN(RoutedLayer):
         return self._finish(output.y.view(*x.shape[:-1], output.y.shape[-1]), x, logits)
 
     def _weights(self, adapter_name: str) -> LayerWeights:
-        """The base and an adapter's parameters as they are now, as the kernels take them."""
+        """The base and an adapter's parameters, as the kernels take them and as they count now (`ScaledLayer`)."""
+        weights, strength = self._stored(adapter_name), self.strength(adapter_name)
+        if strength == 1:
+            return weights
+        dense = weights.base.dense()
+        experts = scaled_experts(weights.experts, (dense.gate, dense.up, dense.down), strength)
+        return weights._replace(experts=experts, gru=weights.gru and scaled_gru(weights.gru, strength))
+
+    def _stored(self, adapter_name: str) -> LayerWeights:
         adapter: GraphMoEAdapter = self.lora_graphmoe[adapter_name]  # type: ignore[assignment]
         gru = None if adapter.gru is None else adapter.gru.tensors()
         return LayerWeights(wrap_mlp(self.base_layer), adapter.routers(), adapter.experts.tensors(), gru)
+
+    def _fold_sources(self, adapter_name: str, _: LayerWeights) -> list[Tensor]:
+        """What a kept fold is compared with: the parameters, not what a strength made of them in this forward."""
+        return fold_sources(self._stored(adapter_name))
 
     def __getattr__(self, name: str) -> Any:
         """As ``nn.Module``; who looks for the MLP's projections here is told where they are."""

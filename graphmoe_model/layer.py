@@ -12,6 +12,7 @@ from graphmoe_kernels import FoldCache
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.recomputation import Run, same_run
 from graphmoe_model.routing_record import RoutingContext, RoutingRecord, in_backward
+from graphmoe_model.scaling import ScaledLayer
 
 if TYPE_CHECKING:
     from graphmoe_model.router_loss_hooks import RouterLossHooks
@@ -23,7 +24,7 @@ NOT_MERGEABLE = (
 )
 
 
-class RoutedLayer(nn.Module, BaseTunerLayer):
+class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
     """A frozen ``base_layer`` with routed adapters in ``lora_graphmoe``, one of which is active.
 
     Attributes:
@@ -33,6 +34,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lora_graphmoe",)
+    other_param_names = ("scaling",)
 
     def __init__(self, base_layer: nn.Module, config: GraphMoEConfig, adapter_name: str) -> None:
         super().__init__()
@@ -40,6 +42,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             raise TypeError(f"config must be a GraphMoEConfig, got {type(config).__name__}")
         self.base_layer = base_layer
         self.lora_graphmoe = nn.ModuleDict()
+        self.scaling = {}
         self.routing_context = RoutingContext()
         self.router_loss_hooks: RouterLossHooks | None = None
         self.repeated_in = -1
@@ -50,6 +53,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def _add_adapter(self, adapter_name: str, adapter: nn.Module, fold: FoldCache, config: GraphMoEConfig) -> None:
         """Enter an adapter, where the base is."""
         self.lora_graphmoe[adapter_name] = adapter
+        self.scaling[adapter_name] = self._trained_scale(adapter_name)
         self._folds[adapter_name] = fold
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -94,6 +98,11 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
                 "adapters do not add up; activate one with set_adapter"
             )
         return present[0] if present else None
+
+    def counted_name(self) -> str | None:
+        """The active adapter unless its scaling is 0, where the layer is the base layer (also without a gradient)."""
+        name = self.active_name()
+        return None if name is None or self.scaling[name] == 0 else name
 
     def active_config(self) -> GraphMoEConfig | None:
         """The active adapter's configuration."""

@@ -16,6 +16,7 @@ from graphmoe_model.base_mlp import dense_weight
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.experts import LoRAPairs, check_rows
 from graphmoe_model.layer import RoutedLayer, experts_of_layer
+from graphmoe_model.scaling import scaled_magnitude
 
 
 class LinearAdapter(LoRAPairs):
@@ -80,7 +81,9 @@ class RoutedLoRALinear(RoutedLayer):
             check_rows(dense_weight(self.base_layer), type(self.base_layer).__name__, "this linear")
         scale = config.scaling(r, lora_alpha)
         adapter = LinearAdapter(config, self.in_features, self.out_features, n, rank, scale)
-        cache = FoldCache(partial(self._experts, adapter_name), LinearExperts.sources, prepare_linear)
+        cache = FoldCache(
+            partial(self._experts, adapter_name), partial(self._fold_sources, adapter_name), prepare_linear
+        )
         self._add_adapter(adapter_name, adapter, cache, config)
         if config.use_dora:
             adapter.start_magnitudes(dense_weight(self.base_layer), scale)
@@ -88,7 +91,7 @@ class RoutedLoRALinear(RoutedLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]; raises as `FusedGraphMoEFFN.forward`."""
-        name = self.active_name()
+        name = self.counted_name()
         if name is None:
             return self.base_layer(x, *args, **kwargs)
         weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
@@ -96,7 +99,7 @@ class RoutedLoRALinear(RoutedLayer):
         adapter: LinearAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
         config = adapter.config
         y = self.base_layer(x, *args, **kwargs)
-        spec = config.spec(adapter.scale, adapter.A.shape[0], training=self.training)
+        spec = config.spec(self.scaling[name], adapter.A.shape[0], training=self.training)
         mixed, routing = mix_linear(
             y.reshape(-1, y.shape[-1]),  # [N, out]
             x.reshape(-1, x.shape[-1]),  # [N, in]
@@ -108,7 +111,8 @@ class RoutedLoRALinear(RoutedLayer):
 
     def _prepared(self, name: str, adapter: LinearAdapter, dtype: torch.dtype) -> PreparedLinear:
         """The adapter as the kernels take it; kept between forwards where no gradient can reach it."""
-        experts, settings = self._experts(name), FoldSettings(dtype, adapter.scale, adapter.config.candidate_input)
+        experts = self._experts(name)
+        settings = FoldSettings(dtype, self.scaling[name], adapter.config.candidate_input)
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in experts.sources())
         if self.training or differentiable:
             return prepare_linear(experts, settings)
@@ -116,11 +120,23 @@ class RoutedLoRALinear(RoutedLayer):
         return kept
 
     def _experts(self, adapter_name: str) -> LinearExperts:
+        """The adapter's parameters as they count now (`graphmoe_model.scaling`), with what DoRA reads of the base."""
+        experts, strength = self._stored(adapter_name), self.strength(adapter_name)
+        if strength == 1 or experts.magnitude is None or experts.weight is None:
+            return experts
+        magnitude = scaled_magnitude(experts.magnitude, experts.weight, experts.A, experts.B, strength)
+        return experts._replace(magnitude=magnitude)
+
+    def _stored(self, adapter_name: str) -> LinearExperts:
         adapter: LinearAdapter = self.lora_graphmoe[adapter_name]  # type: ignore[assignment]
         if adapter.magnitude is None:
             return LinearExperts(adapter.A, adapter.B)
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
         return LinearExperts(adapter.A, adapter.B, adapter.magnitude, dense_weight(self.base_layer), bias)
+
+    def _fold_sources(self, adapter_name: str, _: LinearExperts) -> list[Tensor]:
+        """What kept experts are compared with: the parameters, not what a strength made of them in this forward."""
+        return self._stored(adapter_name).sources()
 
 
 def check_linear(module: nn.Module) -> None:

@@ -14,6 +14,7 @@ from graphmoe_model.checkpoints import (
     save_whole,
 )
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
+from graphmoe_model.peft_helpers import extend_peft_helpers
 from graphmoe_model.tuner import GraphMoEModel
 
 
@@ -27,6 +28,7 @@ def register() -> None:
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[method] = GraphMoEConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[method] = GraphMoEModel
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[method] = GraphMoEModel.prefix
+    extend_peft_helpers()
     PeftModel.save_pretrained = save_whole(PeftModel.save_pretrained)  # type: ignore[method-assign]
     PeftModel.load_adapter = checked_load(PeftModel.load_adapter)  # type: ignore[method-assign]
     PeftModel.from_pretrained = checked_from_pretrained(vars(PeftModel)["from_pretrained"])  # type: ignore[method-assign]

@@ -78,7 +78,8 @@ def _check_pattern(field: str, values: dict[str, object], selected: list[str]) -
         if now in values and values[now] != values[later]:
             raise ValueError(
                 f"{field}: the keys {now!r} and {later!r} both match {name}, and PEFT takes the first, which is "
-                f"{now!r} now and {later!r} in adapter_config.json, where keys are sorted; make them match different modules"
+                f"{now!r} now and {later!r} in adapter_config.json, where keys are sorted; make them match different "
+                "modules"
             )
     idle = [key for key in values if not any(get_pattern_key([key], name) == key for name in selected)]
     if idle:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -17,10 +17,13 @@ from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.layer import NOT_MERGEABLE, RoutedLayer
 from graphmoe_model.linear import RoutedLoRALinear
 from graphmoe_model.router_loss_hooks import attach_router_loss, check_router_loss, detach_router_loss, find_hooks
+from graphmoe_model.scaling import scale_dora
 from graphmoe_model.selection import check_selected, experts_by_name
 from graphmoe_model.targets import check_targets, default_targets
 from graphmoe_model.trainer_view import routed_config
 from graphmoe_model.undo import undone_on_error
+
+_GENERATING_TASKS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 
 
 class GraphMoEModel(LoraModel):
@@ -36,6 +39,21 @@ class GraphMoEModel(LoraModel):
 
     prefix = "lora_"
     tuner_layer_cls: Any = (LoraLayer, RoutedLayer)  # PEFT only ever passes it to isinstance
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        if isinstance(peft_config, dict):  # as PeftModel gives it, whose class for this task fails after attaching
+            task = peft_config[adapter_name].task_type
+            if task in _GENERATING_TASKS and not hasattr(model, "prepare_inputs_for_generation"):
+                raise ValueError(
+                    f"task_type={str(task)!r} is for models that generate, and this {type(model).__name__} cannot (it "
+                    "has no prepare_inputs_for_generation); leave task_type out, or load the model with its head "
+                    "(AutoModelForCausalLM)"
+                )
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        """As for LoRA: PEFT knows the modules on which LoRA would be ignored by the model type."""
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)  # type: ignore[arg-type]
@@ -83,6 +101,7 @@ class GraphMoEModel(LoraModel):
                 current_key,
                 parameter_name=parameter_name,
             )
+            scale_dora(parent.get_submodule(target_name), adapter_name)  # type: ignore[arg-type]
             return
         r, alpha = rank_and_alpha(lora_config, current_key)
         settings: dict[str, Any] = {"r": r, "lora_alpha": alpha, "num_experts": self._num_experts(current_key)}

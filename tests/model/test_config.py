@@ -71,7 +71,7 @@ def test_named_initialisations_are_refused(init):
         ({"gru_hidden_scale": 0.0}, "gru_hidden_scale must be a number that is positive"),
         (
             {"gru_hidden_scale": float("inf")},
-            "gru_hidden_scale must be a number that is positive and at most 16, got inf",
+            "gru_hidden_scale must be .* positive and at most 16, got inf",
         ),
         ({"router_aux_loss_coef": float("nan")}, "router_aux_loss_coef must be a number that is 0 or positive"),
         ({"norm_topk_prob": "no"}, "norm_topk_prob must be True or False, got 'no'"),
