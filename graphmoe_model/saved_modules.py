@@ -47,6 +47,7 @@ def check_saved_modules(
             adapter itself; it lies inside another entry's module; a token id is outside of its embedding; an embedding
             is in both fields.
     """
+    base = {name: module for name, module in base.items() if not _is_inside_wrapper(base, name)}
     saved: dict[str, str] = {}  # module name -> entry
     for entry in config.modules_to_save or ():
         found = _named(base, entry, "modules_to_save")
@@ -55,6 +56,12 @@ def check_saved_modules(
                 f"modules_to_save: no module of the base model is called {entry}; there are {last_names(base)}"
             )
         _check_apart(found, entry, selected, adapter_names)
+        wrapped = [name for name in found if isinstance(base[name], BaseTunerLayer | TrainableTokensWrapper)]
+        if wrapped:
+            raise ValueError(
+                f"modules_to_save: {entry} means {joined(wrapped)}, which another adapter of this model adapts; a "
+                "module is adapted or saved whole, not both: leave it out, or unload() the model first"
+            )
         saved |= dict.fromkeys(found, entry)
     _check_nesting(saved)
     for entry, ids in _token_lists(base, config):
@@ -63,7 +70,7 @@ def check_saved_modules(
 
 def _named(base: dict[str, nn.Module], entry: str, field: str) -> list[str]:
     """The modules that PEFT takes an entry for: those whose name ends in it, whatever stands before."""
-    names = [name for name in base if name.endswith(entry) and not _is_inside_wrapper(base, name)]
+    names = [name for name in base if name.endswith(entry)]
     lists = [name for name in names if isinstance(base[name], nn.ModuleList | nn.ModuleDict)]
     if lists:
         raise ValueError(f"{field}: {entry} is a list of modules ({joined(lists)}), which has no forward to run")

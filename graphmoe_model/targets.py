@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
@@ -123,6 +124,11 @@ def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
             )
         if isinstance(module, BaseTunerLayer):
             continue  # a further adapter
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"target_modules select {name}, which another adapter of this model trains by modules_to_save or "
+                "trainable_token_indices; leave it out, or unload() the model first"
+            )
         single = not is_gated_mlp(module) and not any(module.children())
         in_mlp = is_gated_mlp(modules[name.rpartition(".")[0]])  # refused below, for all such linears at once
         if single and (config.base_method.attention == "lora" or in_mlp):

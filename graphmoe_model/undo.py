@@ -39,17 +39,15 @@ def undone_on_error(tuner: BaseTuner, adapter_name: str) -> Iterator[None]:
     No values are: attaching writes to no parameter that was there before.
     """
     model: nn.Module = tuner.model
-    modules = [_State(module) for module in model.modules()]
+    states = [_State(owner) for owner in (tuner, tuner.peft_config[adapter_name], *model.modules())]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    config, own = _State(tuner.peft_config[adapter_name]), list(tuner.targeted_module_names)
     try:
         yield
     except BaseException:
-        for state in (*modules, config):
+        for state in states:
             state.restore()
         for parameter, flag in trainable:
             parameter.requires_grad = flag
-        tuner.targeted_module_names = own
         tuner.peft_config.pop(adapter_name, None)  # PEFT enters the config first; a refused one must not stay
         if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             vars(model).pop("_hf_peft_config_loaded", None)  # set by Transformers' add_adapter before it calls PEFT

@@ -31,11 +31,34 @@ def attach(model: nn.Module, **settings) -> PeftModel:
     return get_peft_model(model, tiny_config(**settings))
 
 
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """What a refusal must leave as it was: modules, parameters, hooks, flags, adapters of wrapped layers, configs.
+
+    Equal before and after if, and only if, the same objects are in the same places in the same state.
+    """
+    state: dict[str, object] = {}
+    for name, module in model.named_modules():
+        own = {key: value for key, value in vars(module).items() if key not in ("config", "generation_config")}
+        state[name] = (id(module), {key: _content(value) for key, value in own.items()})
+    state["parameters"] = {name: (id(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)}
+    config = getattr(model, "config", None)
+    state["config"] = config.to_dict() if hasattr(config, "to_dict") else None
+    state["adapters"] = {name: other.to_dict() for name, other in getattr(model, "peft_config", {}).items()}
+    return state
+
+
+def _content(value: object) -> object:
+    """Of containers what is in them, of everything else which object it is."""
+    if isinstance(value, dict):
+        return id(value), [(key, _content(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [_content(item) for item in value]
+    return value if isinstance(value, set | frozenset | str | int | float | bool | None) else id(value)
+
+
 def refuse(model: nn.Module, error: type[Exception], message: str, **settings) -> None:
-    """Attaching raises ``error`` with ``message`` and leaves every module and parameter as it was."""
-    before = [(name, id(module)) for name, module in model.named_modules()]
-    trainable = [p.requires_grad for p in model.parameters()]
+    """Attaching raises ``error`` with ``message`` and leaves the model as it was."""
+    before = snapshot(model)
     with pytest.raises(error, match=message):
         attach(model, **settings)
-    assert [(name, id(module)) for name, module in model.named_modules()] == before
-    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert snapshot(model) == before
