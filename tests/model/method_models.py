@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from graphmoe_model import GraphMoEConfig
 from tests.model.method_oracles import form_config
@@ -57,3 +57,16 @@ def saved_and_loaded(model: PeftModel, folder: Path) -> PeftModel:
 
 def decoder_layers(model: PeftModel) -> list[nn.Module]:
     return list(model.get_base_model().model.layers)
+
+
+def as_lora(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The stacked tensors of one expert by PEFT's names."""
+    parts = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
+    parts["magnitude"] = "lora_magnitude_vector.default.weight"
+    state = {}
+    for name, tensor in parameters.items():
+        path, _, part = name.rpartition(".")
+        stacked = "lora_graphmoe.default.experts." in path
+        path = path.replace("lora_graphmoe.default.experts.", "")
+        state[f"{path}.{parts[part]}" if stacked else name] = tensor[0] if stacked else tensor
+    return state

@@ -23,6 +23,7 @@ from tests.model.method_models import (
     D,
     F,
     adapted,
+    as_lora,
     config,
     decoder_layers,
     randomise,
@@ -128,22 +129,9 @@ def test_one_expert_is_peft_s_own_lora(form):
     theirs_config = LoraConfig(r=settings.r, lora_alpha=settings.lora_alpha, target_modules=targets)
     theirs_config.use_dora = settings.use_dora
     theirs = get_peft_model(tiny_model().double(), theirs_config)
-    theirs.load_state_dict(_as_lora(trained_parameters(ours)), strict=False)
-    assert len(_as_lora(trained_parameters(ours))) == len(trained_parameters(theirs))
+    theirs.load_state_dict(as_lora(trained_parameters(ours)), strict=False)
+    assert len(as_lora(trained_parameters(ours))) == len(trained_parameters(theirs))
     assert relative_error(logits(ours), logits(theirs)) <= 1e-12
-
-
-def _as_lora(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The stacked tensors of one expert by PEFT's names."""
-    parts = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
-    parts["magnitude"] = "lora_magnitude_vector.default.weight"
-    state = {}
-    for name, tensor in parameters.items():
-        path, _, part = name.rpartition(".")
-        stacked = "lora_graphmoe.default.experts." in path
-        path = path.replace("lora_graphmoe.default.experts.", "")
-        state[f"{path}.{parts[part]}" if stacked else name] = tensor[0] if stacked else tensor
-    return state
 
 
 @pytest.mark.parametrize(
