@@ -37,7 +37,7 @@ class GraphMoEAdapter(nn.Module):
         super().__init__()
         self.config = config
         self.rank = config.r if r is None else r
-        self.scale = config.scaling(r, alpha)
+        self._scale = config.scaling(r, alpha)
         self.num_experts = num_experts
         neutral, routers = bool(config.init_lora_weights), config.base_method.routers
         self.router = Router(num_experts, hidden) if routers == "layer" else None
@@ -47,6 +47,11 @@ class GraphMoEAdapter(nn.Module):
         self.gru: RethinkingGRU | None = None
         if config.rounds > 1:
             self.gru = RethinkingGRU(hidden, config.gru_width(hidden), zero_output=neutral)
+
+    @property
+    def scale(self) -> float:
+        """s, as trained; a layer's ``scaling`` says how it counts now."""
+        return self._scale
 
     def routers(self) -> Tensor | LinearRouters | None:
         """As the kernels take them."""

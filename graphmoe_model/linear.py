@@ -35,7 +35,12 @@ class LinearAdapter(LoRAPairs):
             router=True,
         )
         self.config = config
-        self.scale = scale
+        self._scale = scale
+
+    @property
+    def scale(self) -> float:
+        """s, as trained; a layer's ``scaling`` says how it counts now."""
+        return self._scale
 
 
 class RoutedLoRALinear(RoutedLayer):

@@ -258,7 +258,7 @@ CHANGES: dict[str, Callable[[FusedGraphMoEFFN], object]] = {
     "rounds": setting("rounds", 2),
     "top_k": setting("top_k", 1),
     "norm_topk_prob": setting("norm_topk_prob", False),
-    "scale": lambda layer: setattr(adapter(layer), "scale", 0.7),
+    "scale": lambda layer: layer.set_scale("default", 0.7),
 }
 # Changes of the GRU, which a layer of one round does not have.
 _GRU_CHANGES = (
