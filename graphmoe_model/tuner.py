@@ -136,6 +136,16 @@ class GraphMoEModel(LoraModel):
             )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it was active, another one becomes so in all layers.
+
+        PEFT lets the first adapted layer decide which, and none is where that layer has no other adapter.
+        """
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.peft_config:
+            self.set_adapter((self.active_adapters or sorted(self.peft_config))[0])
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: averaged routers, experts and GRUs do not compute the average of what they compute."""
         raise NotImplementedError(
