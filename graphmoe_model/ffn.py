@@ -136,9 +136,7 @@ class FusedGraphMoEFFN(RoutedLayer):
         output = rethink(
             x.reshape(-1, x.shape[-1]),  # [N, D]
             self._weights(name),
-            config.spec(
-                self.scaling[name], adapter.num_experts, self.sizes.activation, training=self.training
-            ),
+            config.spec(self.scaling[name], adapter.num_experts, self.sizes.activation, training=self.training),
             fold=config.fold,
             cache=None if self.training else self._folds[name],
             backend=config.backend,

@@ -111,8 +111,10 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
 
     def run(self) -> Run:
         """What a forward depends on now besides tensors."""
-        config = self.active_config()
-        return Run(self.active_name(), config.lora_dropout if config is not None and self.training else 0.0)
+        name, config = self.active_name(), self.active_config()
+        if name is None or config is None:
+            return Run(None, 0.0, 1.0)
+        return Run(name, config.lora_dropout if self.training else 0.0, self.scaling[name])
 
     def _finish(self, y: Tensor, x: Tensor, logits: dict[str, tuple[Tensor, ...]]) -> Tensor:
         """y, once a forward on x [..., in] has left its routers' logits ([N, n] of every round) behind."""

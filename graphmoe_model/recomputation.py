@@ -1,8 +1,8 @@
 """Activation checkpointing runs a layer a second time, in the backward pass: the second run must be the first again.
 
-A layer's graph depends on which adapter is active and on its dropout. Without checkpointing both may change between a
-forward and its backward pass; with it, the layer would be differentiated with another adapter than it ran with. The
-original graph's nodes know what they were made with, so `same_run` compares, and raises.
+A layer's graph depends on which adapter is active, on its dropout and on its scaling. Without checkpointing these may
+change between a forward and its backward pass; with it, the layer would be differentiated in another state than it ran
+in. The original graph's nodes know what they were made with, so `same_run` compares, and raises.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class Run(NamedTuple):
-    """What a forward of a layer depends on besides tensors: the active adapter's name, and its dropout rate."""
+    """What a forward of a layer depends on besides tensors: the active adapter's name, its dropout rate and scaling."""
 
     adapter: str | None
     dropout: float
+    scaling: float
 
 
 class _SameRun(torch.autograd.Function):
@@ -61,6 +62,11 @@ def _check(first: Run, now: Run, error: Exception | None) -> None:
     if first.adapter != now.adapter:
         was, is_now = (f"the adapter {r.adapter!r} active" if r.adapter else "adapters disabled" for r in (first, now))
         what = f"the forward ran with {was}, its backward pass with {is_now}"
+    elif first.scaling != now.scaling:
+        what = (
+            f"the forward ran with the scaling {first.scaling:.6g}, its backward pass with {now.scaling:.6g}: "
+            "rescale_adapter_scale or set_scale changed it in between"
+        )
     else:
         what = (
             f"the forward ran with dropout {first.dropout}, its backward pass with {now.dropout}: the model went "

@@ -193,16 +193,16 @@ SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "deran
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=150, **SETTINGS)
+@settings(max_examples=100, **SETTINGS)
 @given(values=CONFIGS)
 def test_drawn_configs(values):
-    """150 drawn configs, the same ones every time."""
+    """100 drawn configs, the same ones every time."""
     check_drawn(values)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=1500, **SETTINGS)
+@settings(max_examples=1000, **SETTINGS)
 @given(values=CONFIGS)
 def test_many_drawn_configs(values):
     """1,500 of them."""

@@ -145,7 +145,7 @@ def test_a_corrected_retry_works(route):
 
 
 def test_a_model_with_routers_of_its_own_is_refused_whole():
-    """The router loss is refused after everything was attached: hooks and layers go again."""
+    """Two router losses would be mixed up: refused before hooks and layers are attached."""
     settings = {"num_local_experts": 2, "num_experts_per_tok": 1}
     model = tiny_model("mixtral", **settings)
     for layer in model.model.layers:

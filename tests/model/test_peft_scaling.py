@@ -183,6 +183,22 @@ def test_gradients_at_half_strength_are_those_of_the_literal_form():
         assert relative_error(grads["always"][name], grad) <= 1e-8, name
 
 
+def test_a_checkpointed_backward_at_another_scaling_is_refused():
+    """Checkpointing runs the layers again in the backward pass: at another scaling the gradients would be others."""
+    model = trained("graphmoe-mixlora").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    with rescale_adapter_scale(model, 0.5):
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+    with pytest.raises(
+        RuntimeError, match="ran with the scaling 1, its backward pass with 2: rescale_adapter_scale or"
+    ):
+        loss.backward()
+    with rescale_adapter_scale(model, 0.5):
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(parameter.grad is not None for parameter in trained_parameters(model).values())
+
+
 @pytest.mark.slow
 def test_a_compiled_layer_sees_the_scaling():
     """The graph was made at one scaling and is asked at another."""
