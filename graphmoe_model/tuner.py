@@ -68,7 +68,6 @@ class GraphMoEModel(LoraModel):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, GraphMoEConfig)
-        check_router_loss(self.model, peft_config)
         if peft_config.target_modules is None:
             targets: Any = default_targets(self.model, peft_config)  # a set, as PEFT itself makes it
             peft_config.target_modules = targets
@@ -76,6 +75,7 @@ class GraphMoEModel(LoraModel):
             check_targets(self.model, peft_config)
         self._by_layer = experts_by_name(self.model, peft_config)
         check_selected(self.model, peft_config, self._by_layer, list(self.peft_config))
+        check_router_loss(self.model, peft_config)  # last: that the base's MLPs are sparse says more
         return peft_config
 
     def _create_and_replace(  # type: ignore[override]  # LoraModel's differs from BaseTuner's

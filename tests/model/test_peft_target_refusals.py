@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from graphmoe_model import FusedGraphMoEFFN
@@ -89,6 +90,32 @@ def test_a_model_of_dense_and_sparse_layers_can_be_adapted_in_part():
 )
 def test_targets_that_make_no_graphmoe_model_are_refused(targets, error, message):
     refuse(tiny_model(), error, message, target_modules=targets)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"target_modules": ["nothing", "void"]},
+            "no module is called nothing, void; there are .*down_proj, .*up_proj",
+        ),
+        ({"target_modules": "nothing"}, "target_modules='nothing' selects no gated MLP"),
+        ({"exclude_modules": ["mlp"]}, "no MLP of LlamaForCausalLM is left to adapt"),
+        ({"layers_to_transform": [7]}, "no MLP of LlamaForCausalLM is left to adapt"),
+    ],
+)
+def test_targets_that_select_nothing(settings, message):
+    """PEFT's own class of error, for programs that catch it and go on without the adapter."""
+    refuse(tiny_model(), NoMatchingPeftModuleError, message, **settings)
+
+
+def test_no_name_is_left_out_of_a_message():
+    """Modules that end in a digit, and each layer by its number: the one that is needed may be among them."""
+    model = tiny_model()
+    model.fc1 = nn.Linear(4, 4)
+    refuse(model, ValueError, r"there are .*\bfc1\b.*q_proj", target_modules=["mlp", "void"])
+    deep = tiny_model("nemotron", num_hidden_layers=12)
+    refuse(deep, ValueError, r"model.layers.{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}.mlp: NemotronMLP is not a gated MLP")
 
 
 def test_layers_that_do_not_exist_are_named():
