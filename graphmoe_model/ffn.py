@@ -158,9 +158,9 @@ class FusedGraphMoEFFN(RoutedLayer):
         gru = None if adapter.gru is None else adapter.gru.tensors()
         return LayerWeights(wrap_mlp(self.base_layer), adapter.routers(), adapter.experts.tensors(), gru)
 
-    def _fold_sources(self, adapter_name: str, _: LayerWeights) -> list[Tensor]:
+    def _fold_sources(self, adapter_name: str, weights: LayerWeights) -> list[Tensor]:
         """What a kept fold is compared with: the parameters, not what a strength made of them in this forward."""
-        return fold_sources(self._stored(adapter_name))
+        return fold_sources(weights if self.strength(adapter_name) == 1 else self._stored(adapter_name))
 
     def __getattr__(self, name: str) -> Any:
         """As ``nn.Module``; who looks for the MLP's projections here is told where they are."""

@@ -139,9 +139,9 @@ class RoutedLoRALinear(RoutedLayer):
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
         return LinearExperts(adapter.A, adapter.B, adapter.magnitude, dense_weight(self.base_layer), bias)
 
-    def _fold_sources(self, adapter_name: str, _: LinearExperts) -> list[Tensor]:
+    def _fold_sources(self, adapter_name: str, experts: LinearExperts) -> list[Tensor]:
         """What kept experts are compared with: the parameters, not what a strength made of them in this forward."""
-        return self._stored(adapter_name).sources()
+        return (experts if self.strength(adapter_name) == 1 else self._stored(adapter_name)).sources()
 
 
 def check_linear(module: nn.Module) -> None:
