@@ -45,9 +45,9 @@ class GraphMoEModel(LoraModel):
             task = peft_config[adapter_name].task_type
             if task in _GENERATING_TASKS and not hasattr(model, "prepare_inputs_for_generation"):
                 raise ValueError(
-                    f"task_type={str(task)!r} is for models that generate, and this {type(model).__name__} cannot (it "
-                    "has no prepare_inputs_for_generation); leave task_type out, or load the model with its head "
-                    "(AutoModelForCausalLM)"
+                    f"task_type={TaskType(task).value!r} is for models that generate, and this {type(model).__name__} "
+                    "cannot (it has no prepare_inputs_for_generation); leave task_type out, or load the model with its "
+                    "head (AutoModelForCausalLM)"
                 )
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
