@@ -223,6 +223,7 @@ def trained(
     """Two steps of a trainer of `KINDS`, at its defaults but for ``options``; ``more`` are the trainer's own."""
     made = KINDS[kind]
     arguments = made.arguments(**{**sizes(output_dir, rows_a_step, accumulation), **made.options, **options})
+    datasets.disable_progress_bars()
     given = {**made.more(), **(more or {})}
     kept = KeepGradients()
     run = (trainer or made.trainer)(

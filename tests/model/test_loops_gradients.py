@@ -12,20 +12,22 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
-from graphmoe_model import collect_routing, router_loss
+from graphmoe_model import collect_routing
 from tests.model.loops import (
     FORMS,
     Batch,
     assert_same_gradients,
     batch,
     checkpointed,
+    chunked_loss,
     gradients_of,
     loop_model,
+    pairwise_loss,
     policy_forward,
     score,
     separate_gradients,
+    sigmoid_loss,
 )
 from tests.model.method_models import config
 
@@ -123,18 +125,6 @@ BETWEEN = [
 ]
 
 # --- which forwards, and what is made of them ------------------------------------------------------------------------
-
-
-def sigmoid_loss(scores: Tensor, constant: Tensor | float = 0.0) -> Tensor:
-    return -logsigmoid(2 * (scores - constant)).mean()
-
-
-def pairwise_loss(first: Tensor, second: Tensor, constant: Tensor | float = 0.0) -> Tensor:
-    return -logsigmoid(2 * (first - second) - constant).mean()
-
-
-def chunked_loss(*chunks: Tensor, constant: Tensor | float = 0.0) -> Tensor:
-    return torch.stack([chunk.mean() for chunk in chunks]).logsumexp(0) + 0 * torch.as_tensor(constant).mean()
 
 
 FORWARDS: dict[str, tuple[list[Batch], Callable[..., Tensor]]] = {
