@@ -130,3 +130,20 @@ def assert_same_gradients(found: Gradients, expected: Gradients, bound: float = 
     worst = dict(sorted(off.items(), key=lambda item: -float(item[1]))[:3])
     assert not off, f"{len(off)} of {len(expected)} gradients are off, most of all {worst}"
     assert all(expected[name].any() for name in expected if "router" in name), "a gradient of zero compares nothing"
+
+
+PAIR = [batch(1), batch(2, "right", length=11)]
+
+
+def pair_gradients(model: nn.Module, batches: Sequence[Batch] = PAIR) -> Gradients:
+    """Of `pairwise_loss` over two forwards in flight, with their router losses."""
+    (first, router), (second, other) = (policy_forward(model, inputs) for inputs in batches)
+    (pairwise_loss(first, second) + router + other).backward()
+    return gradients_of(model)
+
+
+def one_gradients(model: nn.Module, inputs: Batch | None = None) -> Gradients:
+    """Of `sigmoid_loss` over one forward, with its router loss."""
+    value, router = policy_forward(model, inputs or PAIR[0])
+    (sigmoid_loss(value) + router).backward()
+    return gradients_of(model)
