@@ -147,3 +147,29 @@ def one_gradients(model: nn.Module, inputs: Batch | None = None) -> Gradients:
     value, router = policy_forward(model, inputs or PAIR[0])
     (sigmoid_loss(value) + router).backward()
     return gradients_of(model)
+
+
+# --- what else uses the model in the meantime -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def reference_pass(model: nn.Module, inputs: Batch) -> Tensor:
+    """DPO's: the base model's scores, in training mode."""
+    with model.disable_adapter():
+        return score(model(**inputs).logits, inputs)
+
+
+@torch.no_grad()
+def forward_without_gradient(model: nn.Module, inputs: Batch) -> None:
+    model(**batch(78, "right", length=12))
+
+
+@torch.no_grad()
+def evaluation(model: nn.Module, inputs: Batch) -> None:
+    model.eval()(**batch(78, "right", length=12))
+    model.train()
+
+
+def generation(model: nn.Module, inputs: Batch) -> None:
+    model.eval().generate(**inputs, max_new_tokens=3, do_sample=False)
+    model.train()
