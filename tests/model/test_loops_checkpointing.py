@@ -85,6 +85,7 @@ def both_layers_and_each(model: nn.Module) -> None:
 
 
 KINDS = [every_layer, every_second_layer, every_mlp, both_layers_at_once, both_layers_and_each]
+HARDEST = [k if k in (every_mlp, both_layers_and_each) else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
@@ -97,7 +98,7 @@ def test_two_forwards(form, kind):
     assert_same_gradients(pair_gradients(model), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", HARDEST, ids=lambda f: f.__name__)
 @EVERY
 def test_offloaded_activations(form, kind):
     """What checkpointing keeps comes back as a copy: an input cannot be known by being the same object."""
@@ -125,7 +126,9 @@ def test_dropout(form, kind):
     assert_same_gradients(run(), expected)
 
 
-@pytest.mark.parametrize("kind", [both_layers_at_once, every_mlp], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "kind", [both_layers_at_once, pytest.param(every_mlp, marks=pytest.mark.slow)], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("collecting", [False, True])
 @pytest.mark.parametrize("left", ["eval", "train"])
 @EVERY

@@ -53,7 +53,8 @@ def test_checkpointing(kind, tmp_path):
     check_same_gradients(checkpointed, plain)
 
 
-@pytest.mark.parametrize("kind", [k if k == "SFT" else pytest.param(k, marks=pytest.mark.slow) for k in DEFAULTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DEFAULTS)
 def test_reentrant_checkpointing_is_refused(kind, tmp_path):
     """It runs the layers without a graph: the router would train on nothing. Trainer and TRL leave it to the user."""
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
@@ -64,7 +65,8 @@ def test_reentrant_checkpointing_is_refused(kind, tmp_path):
 # --- packing and padding-free ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["SFT", pytest.param("Trainer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SFT", "Trainer"])
 def test_padding_free(kind, tmp_path):
     """The batch as one sequence without a mask has the gradients of the padded batch: the same tokens count."""
     options: dict[str, Any] = {"bf16": False, "max_length": None} if kind == "SFT" else {}
@@ -109,7 +111,8 @@ def test_trainers_without_packing(kind, option, tmp_path):
 # --- accumulation ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [k if k == "DPO" else pytest.param(k, marks=pytest.mark.slow) for k in DEFAULTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DEFAULTS)
 def test_accumulation(kind, tmp_path):
     """Two micro-batches of the same rows have the gradients of one batch of both: nothing grows with the steps.
 
@@ -148,7 +151,8 @@ class TwoForwards:
         return first + super().compute_loss(model, dict(inputs), **kwargs)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("kind", [k if k == "KTO" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_forwards(kind, tmp_path):
     """A trainer whose loss takes two forwards: each keeps its own padding, checkpointed or not."""
     twice = type("Twice", (TwoForwards, KINDS[kind].trainer), {})
