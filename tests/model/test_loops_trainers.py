@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,7 +169,7 @@ def test_two_forwards(kind, tmp_path):
 
 
 def test_reward_trainer_says_that_the_router_loss_is_left_out(tmp_path):
-    """TRL's RewardTrainer computes its loss from the scores: without the five lines of docs/training.md, a warning."""
+    """TRL's RewardTrainer computes its loss from the scores: without the six lines of docs/training.md, a warning."""
     with pytest.warns(UserWarning, match=r"its router loss became part of no loss: add graphmoe_model\.router_loss"):
         trained("Reward", tmp_path, trainer=trl.RewardTrainer)
     assert RewardTrainerWithRouterLoss is KINDS["Reward"].trainer
@@ -187,3 +189,28 @@ def test_sft_with_a_loss_of_ones_own(option, tmp_path):
         checkpointed = trained("SFT", tmp_path, **given)
     (a, *_), (b, *_) = checkpointed.gradients, plain.gradients
     assert all(torch.allclose(a[name], b[name], rtol=1e-5, atol=1e-7) for name in b)
+
+
+@pytest.mark.slow
+def test_dpo_options(tmp_path):
+    """Evaluations between steps, and reference scores computed beforehand; TRL's own refusal of a moving reference."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "precompute_ref_log_probs": True}
+    outcome = trained("DPO", tmp_path, more={"eval_dataset": KINDS["DPO"].data(2)}, **options)
+    check_trained(outcome, logs=True)
+    evaluations = [log for log in outcome.trainer.state.log_history if "eval_loss" in log]
+    assert [log["eval_aux_loss"] for log in evaluations] == [0.0, 0.0]
+    with pytest.raises(ValueError, match="`sync_ref_model=True` while using a PEFT model"):
+        trained("DPO", tmp_path, sync_ref_model=True)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_names_tests_that_exist():
+    """docs/training.md says which test holds what."""
+    root = Path(__file__).resolve().parents[2]
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", (root / "docs" / "training.md").read_text()))
+    source = "".join(path.read_text() for path in (root / "tests" / "model").glob("test_loops_*.py"))
+    missing = {name for name in named if f"def {name}(" not in source}
+    assert len(named) > 20
+    assert not missing
