@@ -123,7 +123,7 @@ FORWARDS: dict[str, tuple[list[Batch], Callable[..., Tensor]]] = {
 }
 
 
-def compare(form: str, forwards: str, between: Callable[..., Tensor | None], labels: bool = False) -> None:
+def compare(form: str, forwards: str, between: Callable[..., Tensor | None]) -> None:
     """Run the loop on a checkpointed model, and compare with every batch on its own, without checkpointing."""
     batches, loss = FORWARDS[forwards]
     model = loop_model(form)
@@ -132,9 +132,9 @@ def compare(form: str, forwards: str, between: Callable[..., Tensor | None], lab
     if constant is not None:
         loss = partial(loss, constant=constant)
     model.train().zero_grad()
-    expected = separate_gradients(model, batches, loss, labels)
+    expected = separate_gradients(model, batches, loss)
     checkpointed(model)
-    values, routers = zip(*(policy_forward(model, inputs, labels) for inputs in batches), strict=True)
+    values, routers = zip(*(policy_forward(model, inputs) for inputs in batches), strict=True)
     found = between(model, batches[0])
     if constant is not None:
         assert found is not None
@@ -161,15 +161,19 @@ def test_two_forwards_one_backward(form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("labels", [False, True], ids=["by hand", "labels"])
 @pytest.mark.parametrize("between", BETWEEN, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("form", FORMS)
-def test_every_method(form, between, labels):
-    """Method, with DoRA or not, T = 1 and 3, over padded and unpadded forwards, the router loss in both ways."""
-    if labels:
-        compare_labels(form, FORWARDS["three chunks"][0], between)
-    else:
-        compare(form, "three chunks", between)
+def test_every_method(form, between):
+    """With DoRA or not, T = 1 and 3, over padded and unpadded forwards, the router loss by hand."""
+    compare(form, "three chunks", between)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("between", BETWEEN, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("form", [form for form, options in FORMS.items() if options])
+def test_router_loss_in_the_outputs(form, between):
+    """As `test_every_method`, for those with a router loss, from ``outputs.loss``."""
+    compare_labels(form, FORWARDS["three chunks"][0], between)
 
 
 def compare_labels(form: str, batches: list[Batch], between: Callable[..., Tensor | None]) -> None:
