@@ -15,10 +15,11 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from graphmoe_model.base_mlp import check_mlp, is_gated_mlp
+from graphmoe_model.base_mlp import is_gated_mlp
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.linear import check_linear
+from graphmoe_model.mlp_checks import check_mlp
 from graphmoe_model.module_names import joined, last_names
 
 # A module with children of the first kind is an attention; it is adapted in all children of both kinds.
