@@ -1,4 +1,4 @@
-"""Another process: it keeps folds of its own layers, loads exported graphs and says how far each is from what it was."""
+"""Another process: it keeps folds of its own, loads exported graphs and says how far each is from what it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graphs for other processes (torch.export, torch.jit.trace): they compute with the weights they carry, whatever was kept.
+"""Graphs for other processes (torch.export, torch.jit.trace) compute with the weights that they carry.
 
 A kept fold is known by a number that means something in its own process alone. In a graph that is saved and loaded
 elsewhere it found nothing, or another layer's fold.
