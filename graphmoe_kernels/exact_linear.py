@@ -18,14 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphmoe_kernels.tracing import asked_while_tracing
+
 # How many numbers of 8 bits hold one of the dtype.
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
-@torch.compiler.assume_constant_result
+@asked_while_tracing
 def reduced_precision(device_type: str) -> bool:
     """Tell whether fp32 matrix products on such a device read less than fp32 at present."""
-    backends = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}
+    backends = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}  # type: ignore[attr-defined]
     return device_type in backends and backends[device_type].fp32_precision in ("tf32", "bf16")
 
 

@@ -127,7 +127,8 @@ class FusedMLP(NamedTuple):
     def dense(self) -> DenseMLP:
         """The weights, dequantised if they are quantised; gate and up are views of one tensor."""
         both, down = map(dense_weight, self.linears())
-        return DenseMLP(*both.chunk(2), down, *self.biases())
+        gate, up = both.chunk(2)
+        return DenseMLP(gate, up, down, *self.biases())
 
     def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Those of gate and up (views of one tensor) and down."""

@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.backend import check_backend
@@ -121,8 +120,12 @@ def _pays(x: Tensor, weights: LayerWeights, spec: RethinkingSpec) -> bool:
     least = _break_even(weights, spec)
     if not exporting():
         return x.shape[0] >= least
+    if torch.jit.is_tracing() or math.isinf(least):
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads Triton
+
     # No guess about a token count that is symbolic: it would bound the graph to the counts on one side.
-    return math.isfinite(least) and not torch.jit.is_tracing() and statically_known_true(x.shape[0] >= math.ceil(least))
+    return statically_known_true(x.shape[0] >= math.ceil(least))
 
 
 def _break_even(weights: LayerWeights, spec: RethinkingSpec) -> float:

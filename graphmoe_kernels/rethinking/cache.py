@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from graphmoe_kernels.rethinking.folding import FoldSettings, build_fold
 from graphmoe_kernels.rethinking.weights import LayerWeights
+from graphmoe_kernels.tracing import asked_while_tracing
 
 Source = tuple[int, int, torch.dtype, torch.device, tuple[int, ...]]
 
@@ -29,10 +30,9 @@ _optimizer_steps = 0
 _caches: weakref.WeakValueDictionary[int, FoldCache] = weakref.WeakValueDictionary()
 
 
-@torch.compiler.assume_constant_result
+@asked_while_tracing  # Dynamo of torch 2.11 takes is_exporting() for True under torch.compile too
 def exporting() -> bool:
     """Tell whether this call is being written into a graph for other processes: torch.export, ONNX, torch.jit.trace."""
-    # Called by Dynamo as it is, never traced: torch 2.11 traces is_exporting() to True under torch.compile as well.
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
