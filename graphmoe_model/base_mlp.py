@@ -148,10 +148,9 @@ def wrap_mlp(mlp: nn.Module) -> SeparateMLP | FusedMLP:
     return FusedMLP(mlp, layout) if layout.fused else SeparateMLP(mlp, layout)
 
 
-def down_projection(mlp: nn.Module) -> nn.Module:
+def down_projection(mlp: nn.Module) -> Any:
     """The linear that gives a gated MLP's output."""
-    linear: nn.Module = wrap_mlp(mlp).linears()[-1]
-    return linear
+    return wrap_mlp(mlp).linears()[-1]
 
 
 def dense_weight(linear: nn.Module) -> Tensor:

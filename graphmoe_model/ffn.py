@@ -136,7 +136,7 @@ class FusedGraphMoEFFN(RoutedLayer):
         name = self.counted_name()
         if name is None:
             return self.base_layer(x)
-        weight: Tensor = down_projection(self.base_layer).weight  # type: ignore[assignment]
+        weight: Tensor = down_projection(self.base_layer).weight
         self._check_x(x, weight, self.traits.hidden, "MLP's hidden size")
         adapter: GraphMoEAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
         config = adapter.config

@@ -67,7 +67,7 @@ def check_mlp(mlp: nn.Module) -> MLPTraits:
     _check_dtypes(mlp, layout)
     _check_children(mlp, layout)
     down = down_projection(mlp)
-    traits = MLPTraits(int(down.out_features), int(down.in_features), activation_name(mlp))  # type: ignore[arg-type]
+    traits = MLPTraits(int(down.out_features), int(down.in_features), activation_name(mlp))
     return traits._replace(output_dropout=_check_forward(mlp, traits))
 
 
@@ -118,7 +118,7 @@ def _check_forward(mlp: nn.Module, traits: MLPTraits) -> str | None:
     to be equal, and in training without its dropouts too; then each dropout is turned on alone, and compared with one
     on the output under the same random numbers. Weights without data (meta device) are not compared.
     """
-    weight: Tensor = down_projection(mlp).weight  # type: ignore[assignment]
+    weight: Tensor = down_projection(mlp).weight
     rates = {name: dropout_rate(mlp, name) for name in _dropouts(mlp)}
     used = [name for name, rate in rates.items() if rate > 0]
     if weight.device.type == "meta":
