@@ -22,6 +22,9 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         A: [n, r, in]; B: [n, out, r].
         scale: s.
 
+    What ``torch.set_float32_matmul_precision`` says of matrix products holds for the terms with A. ||w||^2 is none, so
+    with B = 0 the norms are those of W's rows under every setting.
+
     The expansion loses digits where s b A nearly cancels w: its rounding is that of ||w||^2, not of the small sum.
 
     Returns:

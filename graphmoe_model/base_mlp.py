@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
@@ -13,72 +12,145 @@ from graphmoe_kernels import ACTIVATIONS, DenseMLP
 from graphmoe_kernels.activations import ALIASES
 
 
-class MLPSizes(NamedTuple):
-    """Hidden size D, intermediate size F, the activation's name."""
+class MLPLayout(NamedTuple):
+    """The attributes by which a kind of gated MLP holds its parts.
 
-    hidden: int
-    intermediate: int
-    activation: str
+    Attributes:
+        gate, up, down: names of the linears; gate and up are one name where one linear holds both, the gate first.
+        activations: names that the activation may have.
+        implied: the activation of an MLP that has none of these names, as its forward calls a function.
+    """
+
+    gate: str
+    up: str
+    down: str
+    activations: tuple[str, ...]
+    implied: str | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether one linear holds gate and up."""
+        return self.gate == self.up
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linears' names, each once."""
+        return (self.gate, self.down) if self.fused else (self.gate, self.up, self.down)
+
+    def fits(self, module: nn.Module) -> bool:
+        """Tell whether a module has all of these attributes, whatever its class."""
+        if not all(hasattr(module, name) for name in self.linears):
+            return False
+        return self.implied is not None or self.activation(module) is not None
+
+    def activation(self, mlp: nn.Module) -> object | None:
+        """The activation's module or function, or None."""
+        found = (getattr(mlp, name, None) for name in self.activations)
+        return next((own for own in found if own is not None), None)
+
+
+LAYOUTS = (
+    MLPLayout("gate_up_proj", "gate_up_proj", "down_proj", ("act_fn", "activation_fn")),  # Phi-3, GLM
+    MLPLayout("gate_proj", "up_proj", "down_proj", ("act_fn", "activation_fn")),  # Llama, Mistral, Qwen, Gemma, ...
+    MLPLayout("w1", "w3", "w2", ("act_fn",), implied="silu"),  # LFM2
+    MLPLayout("input_linear", "input_linear", "output_linear", ("activation",)),  # Granite 4's shared MLP
+    MLPLayout("Wi", "Wi", "Wo", ("act",)),  # ModernBERT
+    MLPLayout("wi_0", "wi_1", "wo", ("act",)),  # T5 v1.1, UMT5
+    MLPLayout("weights_in", "weights_in", "weights_out", (), implied="silu"),  # DINOv2
+)
+
+
+def find_layout(module: nn.Module) -> MLPLayout | None:
+    """The layout whose attributes a module has, or None if it is no gated MLP."""
+    return next((layout for layout in LAYOUTS if layout.fits(module)), None)
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Tell whether a module has the attributes of a gated MLP, whatever its class."""
+    return find_layout(module) is not None
 
 
 class SeparateMLP(NamedTuple):
-    """gate_proj, up_proj and down_proj (Llama, Mistral, Qwen, Gemma, Olmo, Granite, ...)."""
+    """An MLP with a linear each for gate, up and down."""
 
-    mlp: Any  # a module that `is_gated_mlp`
+    mlp: Any
+    layout: MLPLayout
+
+    def linears(self) -> tuple[Any, Any, Any]:
+        """The modules of gate, up and down."""
+        gate, up, down, *_ = self.layout
+        return getattr(self.mlp, gate), getattr(self.mlp, up), getattr(self.mlp, down)
 
     def project_in(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `graphmoe_kernels.BaseMLP`; the modules are called, so their hooks and quantisation count."""
-        return self.mlp.gate_proj(x), self.mlp.up_proj(x)
+        gate, up, _ = self.linears()
+        return gate(x), up(x)
 
     def project_out(self, c: Tensor) -> Tensor:
         """See `graphmoe_kernels.BaseMLP`."""
-        return self.mlp.down_proj(c)
+        return self.linears()[2](c)
 
     def dense(self) -> DenseMLP:
         """The weights, dequantised if they are quantised."""
-        linears = (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
-        gate, up, down = map(dense_weight, linears)
+        gate, up, down = map(dense_weight, self.linears())
         return DenseMLP(gate, up, down, *self.biases())
 
     def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Those of gate, up and down."""
-        return self.mlp.gate_proj.bias, self.mlp.up_proj.bias, self.mlp.down_proj.bias
+        gate, up, down = self.linears()
+        return gate.bias, up.bias, down.bias
 
     def sources(self) -> list[Tensor | None]:
         """The stored tensors: three weights and three biases."""
-        linears = (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
-        return [t for linear in linears for t in (linear.weight, linear.bias)]
+        return [t for linear in self.linears() for t in (linear.weight, linear.bias)]
 
 
 class FusedMLP(NamedTuple):
-    """gate_up_proj with the gate first, and down_proj (Phi-3, GLM)."""
+    """An MLP with one linear for gate and up, the gate first."""
 
-    mlp: Any  # a module that `is_gated_mlp`
+    mlp: Any
+    layout: MLPLayout
+
+    def linears(self) -> tuple[Any, Any]:
+        """The modules of gate and up, and of down."""
+        return getattr(self.mlp, self.layout.gate), getattr(self.mlp, self.layout.down)
 
     def project_in(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `graphmoe_kernels.BaseMLP`: two views of one product."""
-        gate, up = self.mlp.gate_up_proj(x).chunk(2, dim=-1)
+        gate, up = self.linears()[0](x).chunk(2, dim=-1)
         return gate, up
 
     def project_out(self, c: Tensor) -> Tensor:
         """See `graphmoe_kernels.BaseMLP`."""
-        return self.mlp.down_proj(c)
+        return self.linears()[1](c)
 
     def dense(self) -> DenseMLP:
         """The weights, dequantised if they are quantised; gate and up are views of one tensor."""
-        gate, up = dense_weight(self.mlp.gate_up_proj).chunk(2)
-        return DenseMLP(gate, up, dense_weight(self.mlp.down_proj), *self.biases())
+        both, down = map(dense_weight, self.linears())
+        gate, up = both.chunk(2)
+        return DenseMLP(gate, up, down, *self.biases())
 
     def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Those of gate and up (views of one tensor) and down."""
-        bias = self.mlp.gate_up_proj.bias
-        gate, up = (None, None) if bias is None else bias.chunk(2)
-        return gate, up, self.mlp.down_proj.bias
+        both, down = self.linears()
+        gate, up = (None, None) if both.bias is None else both.bias.chunk(2)
+        return gate, up, down.bias
 
     def sources(self) -> list[Tensor | None]:
         """The stored tensors: two weights and two biases."""
-        linears = (self.mlp.gate_up_proj, self.mlp.down_proj)
-        return [t for linear in linears for t in (linear.weight, linear.bias)]
+        return [t for linear in self.linears() for t in (linear.weight, linear.bias)]
+
+
+def wrap_mlp(mlp: nn.Module) -> SeparateMLP | FusedMLP:
+    """The MLP as a `BaseMLP`; `graphmoe_model.mlp_checks.check_mlp` says beforehand whether it is one."""
+    layout = find_layout(mlp)
+    assert layout is not None
+    return FusedMLP(mlp, layout) if layout.fused else SeparateMLP(mlp, layout)
+
+
+def down_projection(mlp: nn.Module) -> Any:
+    """The linear that gives a gated MLP's output."""
+    return wrap_mlp(mlp).linears()[-1]
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
@@ -93,126 +165,13 @@ def dense_weights(mlp: nn.Module) -> dict[str, Tensor]:
     return {"gate_proj": base.gate, "up_proj": base.up, "down_proj": base.down}
 
 
-def wrap_mlp(mlp: nn.Module) -> SeparateMLP | FusedMLP:
-    """The MLP as a `BaseMLP`; `check_mlp` says beforehand whether it is one."""
-    return FusedMLP(mlp) if hasattr(mlp, "gate_up_proj") else SeparateMLP(mlp)
-
-
-def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether a module has the attributes of a gated MLP (whatever its class)."""
-    separate = hasattr(module, "gate_proj") and hasattr(module, "up_proj")
-    projections = (separate or hasattr(module, "gate_up_proj")) and hasattr(module, "down_proj")
-    return projections and _activation_module(module) is not None
-
-
-def check_mlp(mlp: nn.Module) -> MLPSizes:
-    """The sizes and activation of a gated MLP.
-
-    Raises:
-        TypeError: not a gated MLP, or one whose forward does more than down(act(gate(x)) * up(x)), or whose
-            weights are spread over devices; the message says which and what to do.
-        ValueError: an activation that the kernels do not know.
-    """
-    kind = type(mlp).__name__
-    if not is_gated_mlp(mlp):
-        children = ", ".join(name for name, _ in mlp.named_children()) or "none"
-        raise TypeError(
-            f"{kind} is not a gated MLP: expected gate_proj, up_proj and down_proj (or gate_up_proj and "
-            f"down_proj) and act_fn or activation_fn; it has the submodules {children}. Ungated MLPs and sparse "
-            "expert blocks are not supported."
-        )
-    if getattr(mlp, "activation_sparsity", 0.0):
-        raise TypeError(f"{kind} makes its activations sparse (activation_sparsity > 0): not supported")
-    forward = vars(mlp).get("_old_forward", mlp.forward)  # accelerate's device hooks keep the forward there
-    if getattr(forward, "__func__", None) is not type(mlp).forward:
-        raise TypeError(
-            f"the forward of this {kind} was replaced on the instance (Liger-Kernel's instance patch does "
-            "that), and the replacement would bypass this layer; apply the patch without its swiglu/geglu part"
-        )
-    names = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
-    names.append("down_proj")
-    for name in names:
-        _check_projection(getattr(mlp, name), f"{kind}.{name}")
-    _check_children(mlp, names)
-    hidden, intermediate = _linear_shape(mlp.down_proj)  # type: ignore[arg-type]
-    sizes = MLPSizes(hidden, intermediate, activation_name(mlp))
-    _check_forward(mlp, sizes)
-    return sizes
-
-
-def _check_children(mlp: nn.Module, projections: list[str]) -> None:
-    """Every submodule beside the projections and the activation is a step that this layer would leave out."""
-    known = {*projections, "act_fn", "activation_fn"}
-    inert = (nn.Identity, nn.Dropout)  # whether a dropout drops anything, `_check_forward` finds out
-    children = {name: child for name, child in mlp.named_children() if name not in known}
-    extra = [name for name, child in children.items() if not isinstance(child, inert)]
-    if extra:
-        raise TypeError(
-            f"{type(mlp).__name__} has the submodules {', '.join(extra)} beside its projections and "
-            "activation; only down(act(gate(x)) * up(x)) is supported"
-        )
-
-
-@torch.no_grad()
-def _check_forward(mlp: nn.Module, sizes: MLPSizes) -> None:
-    """Compare the MLP with down(act(gate) * up) on two made-up tokens, in training mode.
-
-    Attributes cannot tell a clamped, scaled or dropped-out MLP from a plain one; its output can. Weights
-    without data (meta device) are not compared.
-    """
-    weight: Tensor = mlp.down_proj.weight  # type: ignore[union-attr,assignment]
-    if weight.device.type == "meta":
-        return
-    base = wrap_mlp(mlp)
-    dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
-    token = torch.arange(1, sizes.hidden + 1, device=weight.device).sin()  # draws nothing from the generator
-    # The second token is scaled so that a clamp of the pre-activations shows: those in use cut off by 16.
-    largest = torch.cat(base.project_in(token[None].to(dtype)), dim=-1).abs().max().float()
-    x = torch.stack([token, token * (64 / largest.clamp(min=1e-3))])[None].to(dtype)  # [1, 2, D]
-    gate, up = base.project_in(x)
-    expected = base.project_out(ACTIVATIONS[sizes.activation].function(gate) * up).float()
-    modes = {module: module.training for module in mlp.modules()}
-    try:
-        actual = mlp.train()(x).float()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    tolerance = torch.finfo(gate.dtype).eps ** 0.75 * expected.abs().amax(dim=-1, keepdim=True)
-    if bool(((actual - expected).abs() > tolerance).any()):
-        raise TypeError(
-            f"{type(mlp).__name__} computes something else than down(act(gate(x)) * up(x)) (a clamp, a "
-            "multiplier, a dropout of its own), which is not supported"
-        )
-
-
-def _check_projection(linear: nn.Module, name: str) -> None:
-    if hasattr(linear, "base_layer"):
-        raise TypeError(f"{name} is wrapped by another adapter ({type(linear).__name__}); unload that adapter first")
-    weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or not hasattr(linear, "out_features"):
-        raise TypeError(f"{name} ({type(linear).__name__}) is not a linear layer with a weight of its own")
-    if type(weight.data).__name__ == "DTensor":
-        raise TypeError(
-            f"{name} is spread over devices (DTensor, tensor parallelism), which is not supported; "
-            "load the model without tp_plan and shard whole decoder layers (FSDP) after attaching"
-        )
-
-
-def _linear_shape(linear: nn.Module) -> tuple[int, int]:
-    return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
-
-
-def _activation_module(mlp: nn.Module) -> object | None:
-    for name in ("act_fn", "activation_fn"):
-        found = getattr(mlp, name, None)
-        if found is not None:
-            return found
-    return None
-
-
 def activation_name(mlp: nn.Module) -> str:
     """The kernels' name for the MLP's activation; ``ValueError`` if there is none."""
-    module = _activation_module(mlp)
+    layout = find_layout(mlp)
+    assert layout is not None
+    module = layout.activation(mlp)
+    if module is None and layout.implied is not None:
+        return layout.implied
     if isinstance(module, nn.GELU):
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     if isinstance(module, nn.LeakyReLU) and module.negative_slope != 0.01:

@@ -6,16 +6,19 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from graphmoe_kernels import FoldCache, LayerWeights, LinearRouters, rethink
 from graphmoe_kernels.rethinking.cache import fold_sources
-from graphmoe_model.base_mlp import check_mlp, dense_weights, wrap_mlp
+from graphmoe_model.base_mlp import dense_weights, down_projection, wrap_mlp
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.experts import MLPExperts, Router, check_rows
 from graphmoe_model.gru import RethinkingGRU
 from graphmoe_model.layer import RoutedLayer, experts_of_layer
+from graphmoe_model.mlp_checks import check_mlp, dropout_rate
+from graphmoe_model.recomputation import Run
 from graphmoe_model.scaling import scaled_experts, scaled_gru
 
 # The routers' names relative to the layer, in the order of `RethinkingOutput.router_logits`.
@@ -68,14 +71,18 @@ class FusedGraphMoEFFN(RoutedLayer):
     changes. Three writes cannot be seen, and want `refold` after them: values written through ``.data`` or through
     a NumPy view, and writes to a parameter that was created inside ``torch.inference_mode``.
 
+    A dropout that the MLP itself has after its down projection (Seed-OSS) stays where it is, on the layer's output y_T,
+    once. The GRU reads the other rounds' y_t as they are: a mask belongs to what is added to the residual stream.
+
     Args:
-        mlp: any MLP with gate_proj/up_proj/down_proj or gate_up_proj/down_proj, and act_fn or activation_fn.
+        mlp: any MLP with gate_proj/up_proj/down_proj or gate_up_proj/down_proj, and act_fn or activation_fn, or with
+            the parts under another of the names in `graphmoe_model.base_mlp.LAYOUTS`.
         config: a `GraphMoEConfig`.
         adapter_name: the name of the adapter made from ``config``.
         kwargs: further arguments of `update_layer`.
 
     Raises:
-        TypeError: the MLP is of a kind that cannot be adapted (see `graphmoe_model.base_mlp.check_mlp`), or
+        TypeError: the MLP is of a kind that cannot be adapted (see `graphmoe_model.mlp_checks.check_mlp`), or
             wrapped already, or ``config`` is no `GraphMoEConfig`.
         ValueError: its activation is unknown, the GRU's width would be 0, DoRA on a weight with a zero row, or
             ``config.num_experts`` differs by layer and no ``num_experts`` is given.
@@ -84,10 +91,10 @@ class FusedGraphMoEFFN(RoutedLayer):
     def __init__(self, mlp: nn.Module, config: GraphMoEConfig, adapter_name: str = "default", **kwargs: Any) -> None:
         if isinstance(mlp, BaseTunerLayer):
             raise TypeError(f"this MLP is wrapped already ({type(mlp).__name__}); use update_layer to add an adapter")
-        sizes = check_mlp(mlp)
+        traits = check_mlp(mlp)
         super().__init__(mlp, config, adapter_name)
-        self.sizes = sizes
-        self.in_features = self.out_features = sizes.hidden
+        self.traits = traits
+        self.in_features = self.out_features = traits.hidden
         self.update_layer(adapter_name, config, **kwargs)
 
     def update_layer(
@@ -106,7 +113,7 @@ class FusedGraphMoEFFN(RoutedLayer):
             r, lora_alpha: in place of the config's (rank and alpha patterns).
             num_experts: in place of the config's, which may differ by layer.
         """
-        hidden, intermediate, _ = self.sizes
+        hidden, intermediate = self.traits.hidden, self.traits.intermediate
         weights = dense_weights(self.base_layer) if config.use_dora else {}
         for name, weight in weights.items():
             check_rows(weight, f"{type(self.base_layer).__name__}.{name}", "this MLP")
@@ -129,20 +136,31 @@ class FusedGraphMoEFFN(RoutedLayer):
         name = self.counted_name()
         if name is None:
             return self.base_layer(x)
-        weight: Tensor = self.base_layer.down_proj.weight  # type: ignore[union-attr, assignment]
-        self._check_x(x, weight, self.sizes.hidden, "MLP's hidden size")
+        weight: Tensor = down_projection(self.base_layer).weight
+        self._check_x(x, weight, self.traits.hidden, "MLP's hidden size")
         adapter: GraphMoEAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
         config = adapter.config
         output = rethink(
             x.reshape(-1, x.shape[-1]),  # [N, D]
             self._weights(name),
-            config.spec(self.scaling[name], adapter.num_experts, self.sizes.activation, training=self.training),
+            config.spec(self.scaling[name], adapter.num_experts, self.traits.activation, training=self.training),
             fold=config.fold,
             cache=None if self.training else self._folds[name],
             backend=config.backend,
         )
         logits = dict(zip(ROUTER_NAMES[config.base_method.routers], output.router_logits, strict=True))
-        return self._finish(output.y.view(*x.shape[:-1], output.y.shape[-1]), x, logits)
+        y = F.dropout(output.y, self._output_dropout())
+        return self._finish(y.view(*x.shape[:-1], y.shape[-1]), x, logits)
+
+    def _output_dropout(self) -> float:
+        """The rate of the MLP's own dropout on its output; 0 where it has none, or is in evaluation mode."""
+        name = self.traits.output_dropout
+        return dropout_rate(self.base_layer, name) if name is not None and self.base_layer.training else 0.0
+
+    def run(self) -> Run:
+        """What a forward depends on now besides tensors."""
+        run = super().run()
+        return run._replace(dropout=run.dropout or self._output_dropout())
 
     def _weights(self, adapter_name: str) -> LayerWeights:
         """The base and an adapter's parameters, as the kernels take them and as they count now (`ScaledLayer`)."""
@@ -172,4 +190,4 @@ class FusedGraphMoEFFN(RoutedLayer):
         return super().__getattr__(name)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        return super()._get_base_layer_device_and_dtype(base_layer.down_proj)
+        return super()._get_base_layer_device_and_dtype(down_projection(base_layer))

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from graphmoe_model.base_mlp import dense_weight, dense_weights, is_gated_mlp
+from graphmoe_model.base_mlp import dense_weight, dense_weights, down_projection, is_gated_mlp
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.experts import check_rows
 from graphmoe_model.ffn import FusedGraphMoEFFN
@@ -90,7 +90,7 @@ def _check_pattern(field: str, values: dict[str, object], selected: list[str]) -
 
 
 def _check_gru(name: str, module: Any, config: GraphMoEConfig) -> None:
-    hidden = module.sizes.hidden if isinstance(module, FusedGraphMoEFFN) else int(module.down_proj.out_features)
+    hidden = module.traits.hidden if isinstance(module, FusedGraphMoEFFN) else int(down_projection(module).out_features)
     try:
         config.gru_width(hidden)
     except ValueError as error:

@@ -15,10 +15,11 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from graphmoe_model.base_mlp import check_mlp, is_gated_mlp
+from graphmoe_model.base_mlp import is_gated_mlp
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.linear import check_linear
+from graphmoe_model.mlp_checks import check_mlp
 from graphmoe_model.module_names import joined, last_names
 
 # A module with children of the first kind is an attention; it is adapted in all children of both kinds.
@@ -28,7 +29,7 @@ QUERY_KEY_VALUE = frozenset(
         *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
     ]
 )
-ATTENTION_OUTPUT = frozenset({"o_proj", "out_proj", "dense"})
+ATTENTION_OUTPUT = frozenset({"o_proj", "out_proj", "dense", "Wo"})
 
 
 class DecoderLayer(NamedTuple):
@@ -62,6 +63,8 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     They are the elements of every ``nn.ModuleList`` in which some element has an attention.
     """
     decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        decoder = model  # ModernBERT's ``decoder``, which get_decoder finds, is its output embedding
     prefix = next((name for name, module in walk(model) if module is decoder), "")
     return [
         _decoder_layer(f"{name}.{index}", layer)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.backend import check_backend
 from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS
-from graphmoe_kernels.rethinking.cache import FoldCache, fold_sources
+from graphmoe_kernels.rethinking.cache import FoldCache, exporting, fold_sources
 from graphmoe_kernels.rethinking.folded import rethink_folded
 from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, build_fold, padded
 from graphmoe_kernels.rethinking.literal import rethink_literal
@@ -45,7 +47,9 @@ def rethink(
         weights: see `LayerWeights`.
         spec: see `RethinkingSpec`.
         fold: ``"always"``, ``"never"`` or ``"auto"``: fold when the fold is cached, or when there are at least
-            `fold_break_even` tokens; else run the literal loop. All give the same result up to rounding.
+            `fold_break_even` tokens; else run the literal loop. All give the same result up to rounding. A graph that
+            is exported (torch.export, ONNX, torch.jit.trace) keeps no fold: there ``"always"`` builds it in the graph,
+            at every call, and ``"auto"`` does where every token count that the graph allows is past the break-even.
         cache: where the fold is kept between calls; used whenever no gradient can reach the fold's sources.
         backend: see `graphmoe_kernels.backend`.
 
@@ -65,10 +69,10 @@ def rethink(
         return rethink_literal(x, weights, spec, backend)
 
     differentiable = torch.is_grad_enabled() and any(s.requires_grad for s in fold_sources(weights))
-    if cache is not None and not differentiable:
+    if cache is not None and not differentiable and not exporting():
         kept = cache.get(weights, FoldSettings(_compute_dtype(x), spec.scale, spec.candidate_input))
         return rethink_folded(x, weights, spec, backend, kept)
-    if spec.rounds == 1 or (fold == "auto" and x.shape[0] < _break_even(weights, spec)):
+    if spec.rounds == 1 or (fold == "auto" and not _pays(x, weights, spec)):
         return rethink_literal(x, weights, spec, backend)
     return rethink_folded(x, weights, spec, backend)
 
@@ -109,6 +113,19 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):  # autocast leaves fp64 alone
         return x.dtype
     return torch.get_autocast_dtype(device)
+
+
+def _pays(x: Tensor, weights: LayerWeights, spec: RethinkingSpec) -> bool:
+    """Whether x has the tokens from which building a fold for this call costs less than it saves."""
+    least = _break_even(weights, spec)
+    if not exporting():
+        return x.shape[0] >= least
+    if torch.jit.is_tracing() or math.isinf(least):
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads Triton
+
+    # No guess about a token count that is symbolic: it would bound the graph to the counts on one side.
+    return statically_known_true(x.shape[0] >= math.ceil(least))
 
 
 def _break_even(weights: LayerWeights, spec: RethinkingSpec) -> float:

@@ -1,13 +1,15 @@
 """The fold kept between forwards in inference, and rebuilt when any of its sources has changed.
 
 A stale fold is a wrong answer, so every use compares the sources' fingerprints, also inside a compiled graph: there the
-comparison is a registered operator that refreshes the kept tensors in place when it has to.
+comparison is a registered operator that refreshes the kept tensors in place when it has to. A graph that outlives the
+process (`exporting`) gets none of that: it computes the fold from the weights that it is given.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import secrets
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +20,20 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from graphmoe_kernels.rethinking.folding import FoldSettings, build_fold
 from graphmoe_kernels.rethinking.weights import LayerWeights
+from graphmoe_kernels.tracing import asked_while_tracing
 
 Source = tuple[int, int, torch.dtype, torch.device, tuple[int, ...]]
 
-_serial = itertools.count()
+# The start is drawn: a handle that was saved with a graph finds no cache of another process, rather than a wrong one.
+_serial = itertools.count(secrets.randbits(62))
 _optimizer_steps = 0
 _caches: weakref.WeakValueDictionary[int, FoldCache] = weakref.WeakValueDictionary()
+
+
+@asked_while_tracing  # Dynamo of torch 2.11 takes is_exporting() for True under torch.compile too
+def exporting() -> bool:
+    """Tell whether this call is being written into a graph for other processes: torch.export, ONNX, torch.jit.trace."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def fold_sources(weights: LayerWeights) -> list[Tensor]:
@@ -90,10 +100,16 @@ class FoldCache:
         self._compiled = False
         serial = next(_serial)
         _caches[serial] = self
-        self.handle = torch.tensor(serial)  # a tensor, so that no compiled graph is specialised to one layer
+        # A tensor, so that no compiled graph is specialised to one layer; on the CPU, where it is read without waiting.
+        self.handle = torch.tensor(serial, device="cpu")
 
     def get(self, weights: Any, settings: FoldSettings) -> Any:
-        """The fold of ``weights`` under ``settings``: the kept one if it is theirs, else a new one, then kept."""
+        """The fold of ``weights`` under ``settings``: the kept one if it is theirs, else a new one, then kept.
+
+        In an exported graph (`exporting`) it is computed from the weights at every call, and nothing is kept.
+        """
+        if exporting():
+            return self.build(weights, settings)
         sources = self.sources(weights)
         if not torch.compiler.is_compiling():
             return self.refresh(sources, weights, settings)
@@ -115,6 +131,8 @@ class FoldCache:
             )
         with torch.inference_mode(False), torch.no_grad():
             fold = self.build(weights, settings, copy=True)
+            if any(type(t) is not Tensor for t in fold.tensors()):
+                return fold  # of a mode that computes shapes alone (FakeTensorMode), or records: no later call's
             if self.fold is not None and _alike(self.fold.tensors(), fold.tensors()):
                 for kept, new in zip(self.fold.tensors(), fold.tensors(), strict=True):
                     kept.copy_(new)
@@ -155,7 +173,13 @@ def refresh_fold(handle: Tensor, fold: list[Tensor], sources: list[Tensor], scal
 
     ``handle`` is `FoldCache.handle`. ``fold`` are that cache's tensors, or copies that a functionalised graph made.
     """
-    cache = _caches[int(handle)]
+    cache = _caches.get(int(handle))
+    if cache is None:
+        raise RuntimeError(
+            "this graph reads a fold that was kept by another process, or by a layer that no longer exists, so its "
+            "weights cannot be looked up; export the model anew (torch.export builds folds inside the graph), or "
+            "compile it in the process that runs it"
+        )
     settings = FoldSettings(fold[0].dtype, scale, candidate_input)
     kept = cache.refresh(sources, cache.weights(), settings)
     for mine, theirs in zip(fold, kept.tensors(), strict=True):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphmoe_kernels.exact_linear import exact_linear
 from graphmoe_kernels.rethinking.prepared import PreparedExperts, prepare_experts
 from graphmoe_kernels.rethinking.weights import GRUWeights, LayerWeights
 
@@ -135,7 +136,7 @@ def _fold_rounds(
         gate=gate,
         up=up,
         reread=torch.cat([reads_total, reads_last]),
-        router=None if router is None else router.to(exact) @ gru.output.to(exact),
+        router=None if router is None else exact_linear(router.to(exact), gru.output.to(exact).T),
         inputs=columns if dora else columns @ base.down.to(dtype),
         inputs_low=None if dora else columns @ experts.down_B,
         inputs_bias=None if dora or base.down_bias is None else columns @ base.down_bias.to(dtype),

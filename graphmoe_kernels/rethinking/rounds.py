@@ -158,7 +158,8 @@ def _shared_swiglu(inputs: RoundInputs, routing: RoundRouting, settings: RoundSe
     gate, width = inputs.gate, inputs.gate.shape[1]
     B = gate.new_empty(1, width, 0)
     nothing = PreparedExperts(B[0], B, B, B.mT, B[0])
-    return _swiglu(inputs._replace(low=gate.new_empty(len(gate), 0), low_update=None), nothing, routing, settings)[0]
+    inputs = inputs._replace(low=gate.new_empty(gate.shape[0], 0), low_update=None)
+    return _swiglu(inputs, nothing, routing, settings)[0]
 
 
 def _mixed_dora(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphmoe_kernels.exact_linear import exact_linear
 from graphmoe_kernels.routing import launch
 
 
@@ -78,9 +79,9 @@ def _backward(
     d_x = d_router = d_offset = None
     with torch.autocast(total.device.type, enabled=False):  # whoever calls backward() inside autocast
         if ctx.needs_input_grad[0]:
-            d_x = (total @ router.float()).to(ctx.x_dtype)  # [N, D]
+            d_x = exact_linear(total, router.T).to(ctx.x_dtype)  # [N, D]
         if ctx.needs_input_grad[1]:
-            d_router = (total.T @ x.float()).to(ctx.router_dtype)  # [n, D]
+            d_router = exact_linear(total.T, x.T).to(ctx.router_dtype)  # [n, D]
         if ctx.needs_input_grad[2]:
             d_offset = total.to(ctx.offset_dtype)  # [N, n]
     return d_x, d_router, d_offset, None, None, None, None

@@ -6,15 +6,15 @@ It is the oracle and the CPU path at once: a softmax over a few experts is a han
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from graphmoe_kernels.exact_linear import exact_linear
 
 
 def project(x: Tensor, router: Tensor, offset: Tensor | None) -> Tensor:
-    """offset + x router^T, [N, n], in fp32 (fp64 for fp64 ``x``)."""
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    logits = F.linear(x.to(accumulate), router.to(accumulate))
-    return logits if offset is None else logits + offset.to(accumulate)
+    """offset + x router^T, [N, n], in fp32 (fp64 for fp64 ``x``) whatever the precision of fp32 products is."""
+    logits = exact_linear(x, router)
+    return logits if offset is None else logits + offset.to(logits.dtype)
 
 
 def route(

@@ -9,6 +9,7 @@ import torch
 from graphmoe_kernels import topk_softmax_routing
 from graphmoe_kernels.testing import SLACK, relative_error, within_budget
 from tests.interpreter import grid_order
+from tests.kernels.lowered_products import precision
 from tests.kernels.routing_operands import DEVICE, arguments, run
 from tests.kernels.triton_marks import MARKS
 
@@ -178,3 +179,16 @@ def test_repetition_is_bit_equal():
     with grid_order("reverse"):
         again = run(given, 2, statistics="topk", backend="triton")
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_gradients_stay_fp32_where_products_do_not():
+    """The kernel's product is fp32 by itself; those of its backward are PyTorch's, which obey a setting."""
+    given = arguments(65, 72, 5, torch.float32, torch.float32)
+    exact = run(given, 2, dtype=torch.float64, backend="reference")
+    plain = run(given, 2, backend="triton")
+    with precision("high") as mode:
+        lowered = run(given, 2, backend="triton")
+    assert mode.seen
+    for name in ("d_x", "d_router"):
+        errors = relative_error(lowered[name], exact[name]), relative_error(plain[name], exact[name])
+        assert errors[0] <= 2 * errors[1] + 1e-8, (name, *errors)

@@ -1,4 +1,4 @@
-"""Twelve architectures of Transformers: attach, train, save, load, generate, unload."""
+"""Architectures of Transformers: attach, train, save, load, generate, unload."""
 
 import pytest
 import torch

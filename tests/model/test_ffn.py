@@ -33,7 +33,7 @@ def by_algorithm_1(layer: FusedGraphMoEFFN, x: Tensor) -> Tensor:
         state["gru.output_proj.weight"],
     )
     settings = layer.lora_graphmoe["default"].config
-    spec = settings.spec(settings.scaling(), settings.num_experts, layer.sizes.activation, training=False)
+    spec = settings.spec(settings.scaling(), settings.num_experts, layer.traits.activation, training=False)
     weights = LayerWeights(mlp, state["router.weight"], experts, gru)
     return rethink_reference(x.reshape(-1, D), weights, spec).view(x.shape)
 

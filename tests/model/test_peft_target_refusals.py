@@ -39,7 +39,6 @@ from tests.model.tiny_models import logits, tiny_config, tiny_model
             "model.layers.0.mlp: Gemma3nTextMLP makes its activations sparse",
         ),
         ("bitnet", {}, "BitNetMLP has the submodules ffn_sub_norm beside"),
-        ("seed_oss", {"head_dim": 8, "residual_dropout": 0.1}, "SeedOssMLP computes something else than"),
         (
             "falcon_h1",
             {

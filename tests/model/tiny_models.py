@@ -28,6 +28,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "granite": {},
     "glm4": {"head_dim": 8},
     "smollm3": {},
+    "seed_oss": {"head_dim": 8, "residual_dropout": 0.1, "attention_dropout": 0.0},
+    "lfm2": {"layer_types": ["full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "modernbert-decoder": {"layer_types": ["full_attention"] * 2, "cls_token_id": 1, "sep_token_id": 2},
 }
 
 
