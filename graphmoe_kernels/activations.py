@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphmoe_kernels.validation import shown
+
 
 class Activation(NamedTuple):
     """A pointwise function of a tensor and its derivative with respect to that tensor."""
@@ -121,11 +123,11 @@ def register_activation(
 
 def get_activation(name: str) -> Activation:
     """The activation called ``name`` (an alias is resolved); ``ValueError`` lists the known names otherwise."""
-    found = ACTIVATIONS.get(ALIASES.get(name, name))
+    found = ACTIVATIONS.get(ALIASES.get(name, name)) if isinstance(name, str) else None
     if found is None:
         known = ", ".join(sorted([*ACTIVATIONS, *ALIASES]))
         raise ValueError(
-            f"unknown activation {name!r}; known are {known}. "
+            f"unknown activation {shown(name)}; known are {known}. "
             "graphmoe_kernels.register_activation(name, function, derivative) adds another."
         )
     return found

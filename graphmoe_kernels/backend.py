@@ -15,6 +15,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from graphmoe_kernels.validation import shown
+
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)
@@ -32,8 +34,8 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
 
 def check_backend(backend: str) -> None:
     """`ValueError` for a name that is no backend's."""
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"unknown backend {shown(backend)}; expected one of {', '.join(map(repr, BACKENDS))}")
 
 
 def resolve_backend(backend: str, name: str, tensor: Tensor) -> str:

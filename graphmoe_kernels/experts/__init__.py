@@ -9,8 +9,16 @@ from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.backend import resolve_backend, without_autocast
 from graphmoe_kernels.experts import launch, reference
 from graphmoe_kernels.experts.op import expert_swiglu_op
-from graphmoe_kernels.experts.operands import Inputs, Settings
+from graphmoe_kernels.experts.operands import OPTIONAL, Inputs, Settings
 from graphmoe_kernels.launching import SMALLEST_TILE
+from graphmoe_kernels.validation import (
+    INTEGER_DTYPES,
+    check_device,
+    check_dropout,
+    check_floats,
+    check_number,
+    check_tensor,
+)
 
 # Tensors that the implementations take as they are: routing weights, and vectors whose distance from 1 matters.
 OWN_DTYPE = ("weights", "experts", "gate_scale", "up_scale")
@@ -53,8 +61,9 @@ def expert_swiglu(
         low: [N, 2nr], A x of every expert, expert-major, for the gate projection and then for the up projection.
         gate_B, up_B: [n, F, r].
         down_A: [n, r, F].
-        weights: [N, k]; experts: [N, k] integers in 0..n-1, distinct within a row. They are not read back from a GPU:
-            there an id that is none, or stands twice, makes its token NaN.
+        weights: [N, k]; experts: [N, k] integers in 0..n-1, distinct within a row. ``"torch"``, which counts them on
+            the host, refuses others, and so does ``"reference"`` on the CPU. Triton does not read them back from the
+            GPU: there an id that is none, or stands twice, makes its token NaN.
         scale: s = alpha / r.
         activation: a name of `graphmoe_kernels.ACTIVATIONS`.
         state, fold_gate, fold_up: [N, G], [F, G], [F, G]: the later rounds' update of the pre-activation; all or none.
@@ -76,14 +85,16 @@ def expert_swiglu(
         scale vectors. Row strides of activations are free; all else is made contiguous.
 
     Raises:
-        TypeError: a floating tensor that is not, or integer ids that are not.
-        ValueError: shapes that do not belong together, tensors on several devices, dropout outside [0, 1) or without
-            a seed, a state without its folds, one scale vector or bias, a bias that wants a gradient, an unknown
-            activation, a backend that cannot run this.
+        TypeError: what is no dense tensor of fp64, fp32, fp16 or bf16, ids that are no integers, a scale or dropout
+            that is no number.
+        ValueError: shapes that do not belong together, F = 0, tensors on several devices, a scale that is not finite,
+            dropout outside [0, 1) or without a seed, a state without its folds, one scale vector or bias, a bias that
+            wants a gradient, an unknown activation, a backend that cannot run this; where ids are read, one outside
+            of 0..n-1 or twice in a row.
     """
     get_activation(activation)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+    check_number("scale", scale)
+    check_dropout(dropout)
     if dropout > 0 and seed is None:
         raise ValueError("dropout > 0 needs a seed: one int64 tensor, from which the mask is drawn")
     if len({x is None for x in (state, fold_gate, fold_up)}) != 1:
@@ -128,6 +139,12 @@ def expert_swiglu(
 
 def _check_shapes(inputs: Inputs) -> None:
     gate, down_A, experts = inputs.gate, inputs.down_A, inputs.experts
+    for name, tensor in zip(Inputs._fields, inputs, strict=True):
+        if name != "experts" and not (tensor is None and name in OPTIONAL):
+            check_floats(name, tensor)
+    check_tensor("experts", experts)
+    if experts.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"experts must be integers (int64, int32, int16, int8 or uint8), got {experts.dtype}")
     if gate.dim() != 2 or down_A.dim() != 3 or experts.dim() != 2:
         raise ValueError(
             "expected gate [tokens, F], down_A [experts, rank, F] and experts [tokens, k]; "
@@ -136,7 +153,7 @@ def _check_shapes(inputs: Inputs) -> None:
     tokens, width = gate.shape
     n, r, _ = down_A.shape
     k = experts.shape[1]
-    inner = inputs.state.shape[-1] if inputs.state is not None else 0
+    inner = inputs.state.shape[-1] if inputs.state is not None and inputs.state.dim() else 0
     shapes: tuple[tuple[int, ...], ...] = (
         *((tokens, width), (tokens, width), (tokens, inner), (width, inner), (width, inner)),
         *((tokens, 2 * n * r), (tokens, 2 * n * r), (n, width, r), (n, width, r), (n, r, width)),
@@ -145,15 +162,14 @@ def _check_shapes(inputs: Inputs) -> None:
     for name, tensor, shape in zip(Inputs._fields, inputs, shapes, strict=True):
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise ValueError(
                 f"{name} must be {list(shape)} for {tokens} tokens, F={width}, {n} experts of rank {r} (by down_A) and "
                 f"k={k}; got {list(tensor.shape)}"
             )
-        if tensor.device != gate.device:
-            raise ValueError(f"{name} is on {tensor.device}, gate on {gate.device}; put them on one device")
-        if tensor.is_floating_point() == (name == "experts") or tensor.dtype == torch.bool:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; experts are integers, all else is floating point")
+        check_device(name, tensor, "gate", gate)
+    if width == 0:
+        raise ValueError(f"gate must be [tokens, F] with F of at least 1, got {list(gate.shape)}")
     if not 1 <= k <= n:
         raise ValueError(f"each token needs 1..{n} experts (there are {n}), got k={k}")
 
@@ -163,20 +179,25 @@ def _check_biases(gate: Tensor, *biases: Tensor | None) -> None:
     for name, bias in zip(("gate_bias", "up_bias"), biases, strict=True):
         if bias is None:
             continue
-        if bias.shape != (width,) or not bias.is_floating_point():
-            raise ValueError(f"{name} must be floating point [{width}], got {bias.dtype} {list(bias.shape)}")
-        if bias.device != gate.device:
-            raise ValueError(f"{name} is on {bias.device}, gate on {gate.device}; put them on one device")
+        check_floats(name, bias)
+        if bias.shape != (width,):
+            raise ValueError(f"{name} must be [{width}], as many as gate has columns, got {list(bias.shape)}")
+        check_device(name, bias, "gate", gate)
         if bias.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} is a constant of this operator and gets no gradient; pass it detached")
 
 
 def _check_extras(gate: Tensor, seed: Tensor | None, order: Tensor | None, tickets: Tensor | None) -> None:
     """What no backend may take on trust: a wrong one would be read past its end, or mean another mask elsewhere."""
-    tokens, device = gate.shape[0], gate.device
-    if seed is not None and (not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1):
-        found = f"{seed.dtype} {list(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
-        raise ValueError(f"seed must be one int64, as of torch.randint(2**62, (1,)), got {found}")
+    tokens = gate.shape[0]
+    for name, tensor in (("seed", seed), ("order", order), ("tickets", tickets)):
+        if tensor is not None:
+            check_tensor(name, tensor)
+            check_device(name, tensor, "gate", gate)
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError(
+            f"seed must be one int64, as of torch.randint(2**62, (1,)), got {seed.dtype} {list(seed.shape)}"
+        )
     if order is not None and (order.dtype != torch.int32 or order.shape != (tokens,) or not order.is_contiguous()):
         raise ValueError(
             f"order must be int32 [{tokens}] and contiguous, a permutation of the tokens (expert_order makes one), "
@@ -190,6 +211,3 @@ def _check_extras(gate: Tensor, seed: Tensor | None, order: Tensor | None, ticke
             f"tickets must be int32 zeros, {least} or more in one contiguous row, "
             f"got {tickets.dtype} {list(tickets.shape)}"
         )
-    for name, tensor in (("seed", seed), ("order", order), ("tickets", tickets)):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, gate on {device}; put them on one device")

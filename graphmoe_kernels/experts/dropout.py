@@ -31,13 +31,13 @@ def dropout_mask(seed: Tensor, probability: float, start: int, experts: Tensor, 
     Args:
         seed: one int64, on the device where the mask is made.
         start: the first token's place in the batch.
-        experts: [tokens, k], the tokens' experts.
+        experts: [tokens, k], the tokens' experts, of any integer dtype: counters are multiplied in 64 bits.
     """
     tokens, slots = experts.shape
     shape = (tokens, slots, -(-width // 8))
     octets = torch.arange(shape[2], device=seed.device).expand(shape)
     rows = torch.arange(start, start + tokens, device=seed.device)[:, None, None].expand(shape)
-    words = torch.stack(_philox(seed.reshape(()), octets, rows, experts[:, :, None].expand(shape)), dim=-1)
+    words = torch.stack(_philox(seed.reshape(()), octets, rows, experts.long()[:, :, None].expand(shape)), dim=-1)
     numbers = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(2)  # [tokens, k, width or a few more]
     keep = numbers[:, :, :width] >= threshold(probability)
     return keep.to(torch.float32).mul_(kept_scale(probability))

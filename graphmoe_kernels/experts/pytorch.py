@@ -21,6 +21,7 @@ from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts.dropout import dropout_mask
+from graphmoe_kernels.experts.ids import expert_bounds
 from graphmoe_kernels.experts.operands import FLOATING, Inputs, Settings
 
 # Bytes of one block's wide intermediate [tokens * k, 2F] in the dtype of the computation. Measured on a 2-core CPU with
@@ -83,9 +84,10 @@ class Block:
         self.order = torch.argsort(flat, stable=True)
         self.token = self.order // chosen.shape[1]
         self.position = torch.argsort(self.order).view_as(chosen)
-        counts = torch.bincount(flat, minlength=inputs.gate_B.shape[0]).tolist()
-        stops = itertools.accumulate(counts)
-        self.rows = [Rows(e, slice(stop - m, stop)) for e, (m, stop) in enumerate(zip(counts, stops, strict=True)) if m]
+        bounds = expert_bounds(flat[self.order], chosen, inputs.gate_B.shape[0])
+        self.rows = [
+            Rows(e, slice(start, stop)) for e, (start, stop) in enumerate(itertools.pairwise(bounds)) if stop > start
+        ]
         self.weights = inputs.weights[tokens].reshape(-1, 1)[self.order].to(self.dtype)
         self.biases = None if settings.biases is None else [b.to(self.dtype) for b in settings.biases]
         self.mask: Tensor | None = None

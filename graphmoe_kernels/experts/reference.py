@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts.dropout import dropout_mask
+from graphmoe_kernels.experts.ids import expert_bounds
 from graphmoe_kernels.experts.operands import Inputs, Settings
 
 
@@ -18,6 +19,9 @@ def expert_swiglu(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     gate, up, experts, s = inputs.gate, inputs.up, inputs.experts, settings.scale
     n, r, width = inputs.down_A.shape
     tokens, slots = experts.shape
+    experts = experts.long()  # bytes would index as a mask
+    if experts.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would be a sync
+        expert_bounds(experts.flatten().sort().values, experts, n)
     act = get_activation(settings.activation).function
     low = inputs.low
     if inputs.update is not None:

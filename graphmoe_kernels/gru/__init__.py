@@ -7,6 +7,7 @@ from torch import Tensor
 
 from graphmoe_kernels.backend import TRITON_DTYPES, resolve_backend, without_autocast
 from graphmoe_kernels.gru import op, reference
+from graphmoe_kernels.validation import check_device, check_floats, shown
 
 CANDIDATE_ACTIVATIONS = ("sigmoid", "tanh")
 
@@ -46,13 +47,13 @@ def gru_step(
         [N, 2G] in the dtype of ``inputs``: h' beside H'. One tensor, because one product reads both.
 
     Raises:
-        TypeError: a tensor that is not floating point.
+        TypeError: what is no dense tensor of fp64, fp32, fp16 or bf16.
         ValueError: shapes that do not belong together, some but not all of ``recurrent``, ``state`` and ``total``,
             tensors on several devices, an unknown activation or backend.
     """
+    check_candidate_activation(candidate_activation)
+    check_floats("inputs", inputs)
     backend = resolve_backend(backend, "inputs", inputs)
-    if candidate_activation not in CANDIDATE_ACTIVATIONS:
-        raise ValueError(f"unknown candidate_activation {candidate_activation!r}; expected 'sigmoid' or 'tanh'")
     _check(inputs, recurrent, state, total, candidate_weight, candidate_bias)
     dtype = inputs.dtype
     recurrent, state, total = _cast(recurrent, dtype), _cast(state, dtype), _cast(total, dtype)
@@ -64,6 +65,12 @@ def gru_step(
     tensors = (inputs, recurrent, state, total, weight, bias)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return op.step(*tensors, candidate_activation, save)[0]
+
+
+def check_candidate_activation(name: object) -> None:
+    """`ValueError` for a name that is no candidate activation's."""
+    if not isinstance(name, str) or name not in CANDIDATE_ACTIVATIONS:
+        raise ValueError(f"unknown candidate_activation {shown(name)}; expected 'sigmoid' or 'tanh'")
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -85,8 +92,11 @@ def _check(
             f"{' and '.join(missing)} missing: recurrent, state and total are given together, or all None in the first "
             "round"
         )
-    if candidate_bias.dim() != 1:
-        raise ValueError(f"candidate_bias must be [G], the GRU's width; got {list(candidate_bias.shape)}")
+    check_floats("candidate_bias", candidate_bias)
+    if candidate_bias.dim() != 1 or len(candidate_bias) == 0:
+        raise ValueError(
+            f"candidate_bias must be [G], the GRU's width of at least 1; got {list(candidate_bias.shape)}"
+        )
     tokens, width = inputs.shape[0] if inputs.dim() else 0, candidate_bias.shape[0]
     expected = (
         ("inputs", inputs, (tokens, 3 * width)),
@@ -99,11 +109,9 @@ def _check(
     for name, tensor, shape in expected:
         if tensor is None:
             continue
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-        if tuple(tensor.shape) != shape:
+        check_floats(name, tensor)
+        if tensor.shape != shape:
             raise ValueError(
                 f"{name} must be {list(shape)} for a GRU of width {width} (candidate_bias), got {list(tensor.shape)}"
             )
-        if tensor.device != inputs.device:
-            raise ValueError(f"{name} is on {tensor.device}, inputs on {inputs.device}; put them on one device")
+        check_device(name, tensor, "inputs", inputs)

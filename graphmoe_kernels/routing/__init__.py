@@ -12,6 +12,15 @@ from graphmoe_kernels.routing import reference
 from graphmoe_kernels.routing.launch import MAX_EXPERTS
 from graphmoe_kernels.routing.op import route_op
 from graphmoe_kernels.routing.order import expert_order as expert_order
+from graphmoe_kernels.validation import (
+    INTEGER_DTYPES,
+    check_device,
+    check_flag,
+    check_floats,
+    check_tensor,
+    check_top_k,
+    shown,
+)
 
 STATISTICS = ("topk", "full")
 
@@ -53,21 +62,23 @@ def topk_softmax_routing(
     Among equal logits Triton chooses the lower index; the other backends choose any.
 
     Args:
-        logits: [N, n], any float dtype; the softmax runs in fp32 at least.
+        logits: [N, n], fp64, fp32, fp16 or bf16; the softmax runs in fp32 at least.
         top_k: experts a token, 1 <= top_k <= n.
         normalize: divide the chosen probabilities by their sum.
         statistics: None, ``"topk"`` or ``"full"``: whether `Routing.counts` and `Routing.mass` are computed, and how.
-        token_mask: [N], bool or integers; tokens that the statistics leave out (padding) are False. Routing ignores it.
+        token_mask: [N], bool or integers; tokens that the statistics leave out (padding) are False or 0, any other
+            number counts once. Routing ignores it.
         backend: see `graphmoe_kernels.backend`.
 
     Raises:
-        TypeError: ``logits`` is not floating point.
-        ValueError: a wrong rank, ``top_k`` outside 1..n, an unknown ``statistics`` or backend, a mask of another shape
-            or on another device, or more than 256 experts with Triton.
+        TypeError: ``logits`` is no dense tensor of fp64, fp32, fp16 or bf16, ``top_k`` no integer, ``normalize`` no
+            bool, or the mask is of another dtype.
+        ValueError: a wrong number of dimensions, ``top_k`` outside 1..n, an unknown ``statistics`` or backend, a mask
+            of another shape or on another device, or more than 256 experts with Triton.
     """
-    backend = resolve_backend(backend, "logits", logits)
     _check_matrix("logits", logits, "[tokens, experts]")
-    _check_options(backend, "logits", logits, logits.shape[1], top_k, statistics, token_mask)
+    backend = resolve_backend(backend, "logits", logits)
+    _check_options(backend, "logits", logits, logits.shape[1], top_k, normalize, statistics, token_mask)
     with without_autocast(logits):
         if backend == "triton":
             return _triton(None, None, logits, top_k, normalize, statistics, token_mask)
@@ -90,29 +101,29 @@ def route_tokens(
     With Triton product, routing and statistics are one kernel, and half-precision ``x`` is not copied to fp32.
 
     Args:
-        x: [N, D] token states, any float dtype.
-        router: [n, D], any float dtype.
+        x: [N, D] token states, of a dtype as above, like ``router`` and ``offset``.
+        router: [n, D].
         top_k: experts a token, 1 <= top_k <= n.
-        offset: [N, n], any float dtype, or None: logits to which the product is added.
+        offset: [N, n] or None: logits to which the product is added.
         normalize: as in `topk_softmax_routing`; so are ``statistics``, ``token_mask`` and ``backend``.
 
     Raises:
-        TypeError: ``x``, ``router`` or ``offset`` is not floating point.
+        TypeError: ``x``, ``router`` or ``offset`` is no dense tensor of fp64, fp32, fp16 or bf16.
         ValueError: shapes that do not fit, tensors on different devices, and what `topk_softmax_routing` refuses.
     """
-    backend = resolve_backend(backend, "x", x)
     _check_matrix("x", x, "[tokens, hidden]")
+    backend = resolve_backend(backend, "x", x)
     _check_matrix("router", router, "[experts, hidden]")
     num_tokens, num_experts = x.shape[0], router.shape[0]
     if router.shape[1] != x.shape[1]:
         raise ValueError(f"router must be [experts, {x.shape[1]}] (the width of x), got shape {tuple(router.shape)}")
-    _check_device("router", router, "x", x)
+    check_device("router", router, "x", x)
     if offset is not None:
         _check_matrix("offset", offset, "[tokens, experts]")
         if offset.shape != (num_tokens, num_experts):
             raise ValueError(f"offset must be [{num_tokens}, {num_experts}], got shape {tuple(offset.shape)}")
-        _check_device("offset", offset, "x", x)
-    _check_options(backend, "x", x, num_experts, top_k, statistics, token_mask)
+        check_device("offset", offset, "x", x)
+    _check_options(backend, "x", x, num_experts, top_k, normalize, statistics, token_mask)
     with without_autocast(x):
         if backend == "triton":
             return _triton(x, router, offset, top_k, normalize, statistics, token_mask)
@@ -145,15 +156,25 @@ def _plain(logits: Tensor, top_k: int, normalize: bool, statistics: str | None, 
 
 
 def _check_matrix(name: str, tensor: Tensor, shape: str) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    check_floats(name, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"{name} must be {shape}, got shape {tuple(tensor.shape)}; flatten the batch first")
 
 
-def _check_device(name: str, tensor: Tensor, main_name: str, main: Tensor) -> None:
-    if tensor.device != main.device:
-        raise ValueError(f"{name} is on {tensor.device}, {main_name} on {main.device}; put them on one device")
+def check_statistics(statistics: object) -> None:
+    """`ValueError` for what names no statistics."""
+    if statistics is not None and not (isinstance(statistics, str) and statistics in STATISTICS):
+        raise ValueError(f"unknown statistics {shown(statistics)}; expected None, 'topk' or 'full'")
+
+
+def check_token_mask(token_mask: Tensor, name: str, main: Tensor) -> None:
+    """`TypeError` or `ValueError` for a mask that does not say of each of ``main``'s tokens whether it counts."""
+    check_tensor("token_mask", token_mask)
+    if token_mask.shape != main.shape[:1]:
+        raise ValueError(f"token_mask must be [{main.shape[0]}], got shape {tuple(token_mask.shape)}")
+    if token_mask.dtype != torch.bool and token_mask.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"token_mask must be bool or integers, zero for padding, got {token_mask.dtype}")
+    check_device("token_mask", token_mask, name, main)
 
 
 def _check_options(
@@ -162,22 +183,16 @@ def _check_options(
     main: Tensor,
     num_experts: int,
     top_k: int,
+    normalize: bool,
     statistics: str | None,
     token_mask: Tensor | None,
 ) -> None:
-    if not isinstance(top_k, int):
-        raise TypeError(f"top_k must be an integer, got {top_k!r}")
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k must lie in 1..{num_experts} (the number of experts), got {top_k}")
+    check_top_k(top_k, num_experts)
+    check_flag("normalize", normalize)
     if backend == "triton" and num_experts > MAX_EXPERTS:
         raise ValueError(
             f"{num_experts} experts: the Triton kernels route up to {MAX_EXPERTS}; use fewer or backend='torch'"
         )
-    if statistics is not None and statistics not in STATISTICS:
-        raise ValueError(f"unknown statistics {statistics!r}; expected None, 'topk' or 'full'")
-    if token_mask is not None and token_mask.shape != main.shape[:1]:
-        raise ValueError(f"token_mask must be [{main.shape[0]}], got shape {tuple(token_mask.shape)}")
+    check_statistics(statistics)
     if token_mask is not None:
-        if token_mask.is_floating_point():
-            raise TypeError(f"token_mask must be bool or integers, zero for padding, got {token_mask.dtype}")
-        _check_device("token_mask", token_mask, name, main)
+        check_token_mask(token_mask, name, main)

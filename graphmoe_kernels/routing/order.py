@@ -8,6 +8,7 @@ from torch import Tensor
 from graphmoe_kernels.backend import resolve_backend
 from graphmoe_kernels.launching import kernel_config, launch
 from graphmoe_kernels.routing.launch import MAX_EXPERTS
+from graphmoe_kernels.validation import check_tensor
 
 # Tokens are ordered within windows of this size: the work a token grows with the window, and a window's tokens are
 # enough to fill tiles of any combination of experts. Window, and two experts below 256, make keys of 30 bits.
@@ -22,12 +23,15 @@ def expert_order(experts: Tensor) -> Tensor:
     work on no tiles of tokens.
 
     Args:
-        experts: [N, k], int64, int32, int16 or uint8; values in 0..255, which are not read back and not checked.
+        experts: [N, k], int64, int32, int16 or uint8; values in 0..255. A GPU does not read them back: with other values
+            there the order is no permutation.
 
     Raises:
-        TypeError: ``experts`` is not of an integer dtype.
-        ValueError: not of two dimensions, or Triton cannot run where it is.
+        TypeError: ``experts`` is no dense tensor of an integer dtype.
+        ValueError: not of two dimensions, Triton cannot run where it is, or on the CPU (in Triton's interpreter) a
+            value outside of 0..255.
     """
+    check_tensor("experts", experts)
     if experts.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise TypeError(f"experts must be int64, int32, int16 or uint8, got {experts.dtype}")
     if experts.dim() != 2 or experts.shape[1] == 0:
@@ -41,6 +45,8 @@ def expert_order_op(experts: Tensor) -> Tensor:
     """See `expert_order`."""
     from graphmoe_kernels.routing.triton_order import order_tokens
 
+    if experts.device.type == "cpu" and bool(((experts < 0) | (experts >= MAX_EXPERTS)).any()):
+        raise ValueError(f"experts must be in 0..{MAX_EXPERTS - 1}, got {int(experts.min())} to {int(experts.max())}")
     experts = experts.contiguous()
     tokens, top_k = experts.shape
     order = experts.new_empty(tokens, dtype=torch.int32)

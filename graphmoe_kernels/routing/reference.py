@@ -28,10 +28,11 @@ def route(
     if statistics is None:
         return weights, experts, None, None
 
+    counted = torch.ones_like(chosen)
     if token_mask is not None:  # by selection, not by a product: what padding holds may be NaN
         outside = ~token_mask.bool()[:, None]
         chosen, probabilities = chosen.masked_fill(outside, 0), probabilities.masked_fill(outside, 0)
-    counted = torch.ones_like(chosen) if token_mask is None else token_mask.to(accumulate)[:, None].expand_as(chosen)
+        counted = counted.masked_fill(outside, 0)
     zeros = probabilities.new_zeros(probabilities.shape[-1])
     flat = experts.reshape(-1)
     counts = zeros.scatter_add(0, flat, counted.reshape(-1))  # [n]

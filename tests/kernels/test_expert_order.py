@@ -40,10 +40,21 @@ def test_expert_order_of_no_tokens():
     [
         (torch.zeros(3, 2), TypeError, "experts must be int64, int32, int16 or uint8, got torch.float32"),
         (torch.zeros(3, dtype=torch.int32), ValueError, r"experts must be \[tokens, top_k\], got shape \(3,\)"),
+        ([[0, 1]], TypeError, "experts must be a tensor, got list"),
         (torch.zeros(3, 2, dtype=torch.int32, device="meta"), ValueError, "experts is on meta, and backend='triton'"),
     ],
 )
 def test_expert_order_refusals(experts, error, message):
     """Every wrong argument is answered by what was wrong and what was expected."""
     with pytest.raises(error, match=message):
+        expert_order(experts)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's ids are not read back")
+@pytest.mark.parametrize("wrong", [-1, 256, 2**40])
+def test_ids_that_no_expert_has_are_refused_where_they_are_read(wrong):
+    """The order would be no permutation, and tokens be lost."""
+    experts = torch.zeros(3, 2, dtype=torch.int64)
+    experts[1, 1] = wrong
+    with pytest.raises(ValueError, match=rf"experts must be in 0\.\.255, got .*{wrong}"):
         expert_order(experts)

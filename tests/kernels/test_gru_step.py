@@ -123,6 +123,11 @@ REFUSALS = [
     ({"total": torch.zeros(4, 5).int()}, TypeError, "total must be floating point, got torch.int32"),
     ({"recurrent": None}, ValueError, "recurrent missing: recurrent, state and total are given together"),
     ({"state": None, "total": None}, ValueError, "state and total missing: .* or all None in the first round"),
+    ({"inputs": [0.0] * 15}, TypeError, "inputs must be a tensor, got list"),
+    ({"state": 0}, TypeError, "state must be a tensor, got int"),
+    ({"candidate_bias": None}, TypeError, "candidate_bias must be a tensor, got NoneType"),
+    ({"candidate_bias": torch.zeros(0)}, ValueError, r"the GRU's width of at least 1; got \[0\]"),
+    ({"candidate_activation": ["tanh"]}, ValueError, r"candidate_activation \['tanh'\]; expected 'sigmoid'"),
     ({"candidate_weight": torch.zeros(5, 4)}, ValueError, r"candidate_weight must be \[5, 5\].*\[5, 4\]"),
     ({"candidate_bias": torch.zeros(1, 5)}, ValueError, r"candidate_bias must be \[G\].*got \[1, 5\]"),
     (

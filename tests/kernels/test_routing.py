@@ -173,6 +173,19 @@ def test_non_contiguous_logits():
             TypeError,
             "token_mask must be bool or integers, zero for padding, got torch.float32",
         ),
+        ({"top_k": True}, TypeError, "top_k must be an integer, got True"),
+        ({"logits": torch.zeros(3, 0)}, ValueError, "there are no experts"),
+        ({"logits": [[0.0, 1.0]]}, TypeError, "logits must be a tensor, got list"),
+        ({"logits": torch.zeros(3, 4).to_sparse()}, TypeError, "logits must be a dense tensor, got layout torch.sparse"),
+        ({"normalize": "no"}, TypeError, "normalize must be True or False, got 'no'"),
+        ({"statistics": ["topk"]}, ValueError, r"unknown statistics \['topk'\]"),
+        ({"token_mask": [1, 1, 0]}, TypeError, "token_mask must be a tensor, got list"),
+        (
+            {"token_mask": torch.ones(3, dtype=torch.complex64)},
+            TypeError,
+            "token_mask must be bool or integers, zero for padding, got torch.complex64",
+        ),
+        ({"backend": ["torch"]}, ValueError, r"unknown backend \['torch'\]"),
         ({"top_k": 2.0}, TypeError, "top_k must be an integer, got 2.0"),
         ({"token_mask": torch.ones(3, 1)}, ValueError, r"token_mask must be \[3\], got shape \(3, 1\)"),
         ({"token_mask": torch.ones(3, device="meta").bool()}, ValueError, "token_mask is on meta, logits on cpu"),
@@ -184,3 +197,16 @@ def test_refusals_name_argument_and_expectation(change, error, message):
     arguments = {"logits": torch.zeros(3, 4), "top_k": 2, "statistics": "topk"} | change
     with pytest.raises(error, match=message):
         topk_softmax_routing(**arguments)
+
+
+@pytest.mark.parametrize("statistics", ["topk", "full"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8])
+def test_an_integer_mask_says_whether_a_token_counts_not_how_often(dtype, statistics):
+    """Sequence numbers or lengths as a mask (as packing has them) counted a token 7 times."""
+    logits = logits_with_margin(5, 4)
+    mask = torch.tensor([7, 0, 1, 100, 0], dtype=dtype)
+    found = topk_softmax_routing(logits, 2, statistics=statistics, token_mask=mask)
+    expected = topk_softmax_routing(logits, 2, statistics=statistics, token_mask=mask.bool())
+    assert torch.equal(found.counts, expected.counts)
+    assert found.counts.sum() == 3 * 2
+    assert torch.equal(found.mass, expected.mass)

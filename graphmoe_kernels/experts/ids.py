@@ -1,0 +1,37 @@
+"""The experts' ids as the host reads them: counted and checked in one go."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expert_bounds(ordered: Tensor, chosen: Tensor, num_experts: int) -> list[int]:
+    """Where each expert's pairs begin among the sorted ones, and where the last one's end: n + 1 numbers.
+
+    The one read of the ids by the host is also what checks them.
+
+    Args:
+        ordered: [p] the ids in ascending order.
+        chosen: [b, k] the ids by token.
+        num_experts: n.
+
+    Raises:
+        ValueError: an id outside of 0..n-1, or one that stands twice in a row.
+    """
+    marks = torch.arange(num_experts + 1, device=ordered.device)
+    bounds = torch.searchsorted(ordered.long(), marks)
+    if chosen.shape[1] > 1:
+        rows = chosen.sort(dim=1).values
+        repeated = (rows[:, 1:] == rows[:, :-1]).any()
+        *bounds, twice = torch.cat([bounds, repeated.long()[None]]).tolist()
+    else:
+        bounds, twice = bounds.tolist(), False
+    if bounds[0] > 0 or bounds[-1] < len(ordered):
+        raise ValueError(
+            f"experts must be in 0..{num_experts - 1} (there are {num_experts}), got {int(ordered[0])} to "
+            f"{int(ordered[-1])}"
+        )
+    if twice:
+        raise ValueError("experts must be distinct within a row: a token chooses an expert once, got some id twice")
+    return bounds
