@@ -54,7 +54,13 @@ class PreparedLinear(NamedTuple):
 
 
 def prepare_linear(experts: LinearExperts, settings: FoldSettings, copy: bool = False) -> PreparedLinear:
-    """Casts and joins, differentiably; with ``copy`` nothing is shared with the experts' tensors."""
+    """Casts and joins, differentiably; with ``copy`` nothing is shared with the experts' tensors.
+
+    Raises:
+        ValueError: a magnitude without the linear's weight, or the other way about: DoRA needs both.
+    """
+    if (experts.magnitude is None) != (experts.weight is None):
+        raise ValueError("DoRA's magnitude and the linear's weight belong together: pass both or none")
     dtype, scale, vectors = settings.dtype, settings.scale, None
     with torch.autocast(experts.A.device.type, enabled=False):
         if experts.magnitude is not None and experts.weight is not None:

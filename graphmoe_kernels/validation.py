@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+STRIDED = torch.strided  # a name of this module is read in a third of the time
 INTEGER_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
 
@@ -19,7 +20,7 @@ def check_tensor(name: str, value: object) -> None:
     """`TypeError` for what is no tensor, or none whose elements lie at strides (sparse, nested)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one")
-    if value.layout != torch.strided:
+    if value.layout is not STRIDED:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; pass {name}.to_dense()")
 
 
@@ -68,7 +69,9 @@ def shown(value: object, most: int = 80) -> str:
     try:
         text = repr(value)
     except ValueError:
-        return f"{type(value).__name__} of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+        return (
+            f"{type(value).__name__} of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+        )
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 

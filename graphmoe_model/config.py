@@ -242,7 +242,10 @@ class GraphMoEConfig(LoraConfig):
         )
 
     def gru_width(self, hidden_size: int) -> int:
-        """G for a model of this hidden size; ``ValueError`` if it is 0 while there are rounds to join."""
+        """G for a model of this hidden size; ``ValueError`` if it is 0 while there are rounds to join, or there is no
+        such size."""
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size must be at least 1, got {hidden_size}")
         width = int(self.gru_hidden_scale * hidden_size)
         if width < 1 and self.rounds != 1:
             raise ValueError(

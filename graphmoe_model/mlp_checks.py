@@ -90,6 +90,12 @@ def _check_projection(linear: nn.Module, name: str) -> None:
     weight = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor) or not hasattr(linear, "out_features"):
         raise TypeError(f"{name} ({type(linear).__name__}) is not a linear layer with a weight of its own")
+    bias = getattr(linear, "bias", None)
+    if isinstance(bias, Tensor) and bias.shape != (linear.out_features,):
+        raise TypeError(
+            f"{name} has a bias of shape {list(bias.shape)}, expected [{linear.out_features}], one number for every "
+            "output: the folds take it apart"
+        )
     if type(weight.data).__name__ == "DTensor":
         raise TypeError(
             f"{name} is spread over devices (DTensor, tensor parallelism), which is not supported; "

@@ -94,9 +94,7 @@ def _check(
         )
     check_floats("candidate_bias", candidate_bias)
     if candidate_bias.dim() != 1 or len(candidate_bias) == 0:
-        raise ValueError(
-            f"candidate_bias must be [G], the GRU's width of at least 1; got {list(candidate_bias.shape)}"
-        )
+        raise ValueError(f"candidate_bias must be [G], the GRU's width of at least 1; got {list(candidate_bias.shape)}")
     tokens, width = inputs.shape[0] if inputs.dim() else 0, candidate_bias.shape[0]
     expected = (
         ("inputs", inputs, (tokens, 3 * width)),

@@ -7,13 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.activations import get_activation
-from graphmoe_kernels.backend import check_backend
-from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS
 from graphmoe_kernels.rethinking.cache import FoldCache, exporting, fold_sources
-from graphmoe_kernels.rethinking.folded import rethink_folded
+from graphmoe_kernels.rethinking.checks import CANDIDATE_INPUTS, check_call
+from graphmoe_kernels.rethinking.folded import folded_rounds, rethink_folded
 from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, build_fold, padded
-from graphmoe_kernels.rethinking.literal import rethink_literal
+from graphmoe_kernels.rethinking.literal import literal_rounds, rethink_literal
 from graphmoe_kernels.rethinking.policy import FOLD_MODES, fold_break_even
 from graphmoe_kernels.rethinking.reference import rethink_reference
 from graphmoe_kernels.rethinking.weights import (
@@ -26,8 +24,7 @@ from graphmoe_kernels.rethinking.weights import (
     RethinkingOutput,
     RethinkingSpec,
 )
-
-CANDIDATE_INPUTS = ("expert_output", "hidden_state")
+from graphmoe_kernels.validation import shown
 
 
 def rethink(
@@ -57,55 +54,29 @@ def rethink(
         y [N, D] and the rounds' router logits.
 
     Raises:
-        TypeError: x is not floating point.
-        ValueError: settings or shapes that make no sense together, x on another device (each message names them).
+        TypeError: x or a weight is no dense tensor of fp64, fp32, fp16 or bf16, x has another dtype than a `DenseMLP`
+            outside of autocast, or a setting is of another type.
+        ValueError: settings or shapes that make no sense together, tensors on several devices (each message names
+            them).
     """
-    check_spec(spec, weights)
-    check_input(x, weights)
-    if fold not in FOLD_MODES:
-        raise ValueError(f"unknown fold {fold!r}; expected one of {', '.join(map(repr, FOLD_MODES))}")
-    check_backend(backend)
+    if not isinstance(fold, str) or fold not in FOLD_MODES:
+        raise ValueError(f"unknown fold {shown(fold)}; expected one of {', '.join(map(repr, FOLD_MODES))}")
+    if cache is not None and not isinstance(cache, FoldCache):
+        raise TypeError(f"cache must be a FoldCache or None, got {type(cache).__name__}")
+    check_call(x, weights, spec, backend)
     if fold == "never":
-        return rethink_literal(x, weights, spec, backend)
-
-    differentiable = torch.is_grad_enabled() and any(s.requires_grad for s in fold_sources(weights))
-    if cache is not None and not differentiable and not exporting():
+        return literal_rounds(x, weights, spec, backend)
+    if cache is not None and not _differentiable(weights) and not exporting():
         kept = cache.get(weights, FoldSettings(_compute_dtype(x), spec.scale, spec.candidate_input))
-        return rethink_folded(x, weights, spec, backend, kept)
+        return folded_rounds(x, weights, spec, backend, kept)
     if spec.rounds == 1 or (fold == "auto" and not _pays(x, weights, spec)):
-        return rethink_literal(x, weights, spec, backend)
-    return rethink_folded(x, weights, spec, backend)
+        return literal_rounds(x, weights, spec, backend)
+    return folded_rounds(x, weights, spec, backend)
 
 
-def check_spec(spec: RethinkingSpec, weights: LayerWeights) -> None:
-    """`ValueError` for settings that no layer can run with."""
-    get_activation(spec.activation)
-    if spec.rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {spec.rounds}")
-    if spec.rounds > 1 and weights.gru is None:
-        raise ValueError(f"rounds={spec.rounds} needs GRU weights; there are none (rounds=1 needs none)")
-    if spec.candidate_input not in CANDIDATE_INPUTS:
-        raise ValueError(
-            f"unknown candidate_input {spec.candidate_input!r}; expected 'expert_output' or 'hidden_state'"
-        )
-    if spec.candidate_activation not in CANDIDATE_ACTIVATIONS:
-        raise ValueError(f"unknown candidate_activation {spec.candidate_activation!r}; expected 'sigmoid' or 'tanh'")
-    experts = weights.experts.gate_A.shape[0]
-    if weights.router is None and experts != 1:
-        raise ValueError(f"{experts} experts need a router; without one there can be one expert")
-    if not 0 <= spec.dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), got {spec.dropout}")
-
-
-def check_input(x: Tensor, weights: LayerWeights) -> None:
-    """`TypeError` or `ValueError` for an x that is no batch of hidden states for this layer."""
-    hidden, device = weights.experts.gate_A.shape[2], weights.experts.gate_A.device
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    if x.dim() != 2 or x.shape[1] != hidden:
-        raise ValueError(f"x must be [tokens, {hidden}], got {list(x.shape)}; flatten a batch first")
-    if x.device != device:
-        raise ValueError(f"x is on {x.device}, the experts on {device}; put them on one device")
+def _differentiable(weights: LayerWeights) -> bool:
+    """Whether a gradient can reach what the fold is built from."""
+    return torch.is_grad_enabled() and any(s.requires_grad for s in fold_sources(weights))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -11,6 +11,7 @@ from torch import Tensor
 from graphmoe_kernels.gru import gru_step
 from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking import rounds
+from graphmoe_kernels.rethinking.checks import check_call
 from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, RoundsFold, build_fold
 from graphmoe_kernels.rethinking.round_routing import (
     RoundRouting,
@@ -29,10 +30,23 @@ def rethink_folded(
     backend: str = "auto",
     fold: Fold | None = None,
 ) -> RethinkingOutput:
-    """y_T for x [N, D], equal to `rethink_literal` in real arithmetic; arguments as in `graphmoe_kernels.rethink`.
+    """y_T for x [N, D], equal to `rethink_literal` in real arithmetic; arguments and errors as in
+    `graphmoe_kernels.rethink`.
 
     Without a ``fold`` it is built here, inside the autograd graph.
     """
+    check_call(x, weights, spec, backend)
+    return folded_rounds(x, weights, spec, backend, fold)
+
+
+def folded_rounds(
+    x: Tensor,
+    weights: LayerWeights,
+    spec: RethinkingSpec,
+    backend: str,
+    fold: Fold | None = None,
+) -> RethinkingOutput:
+    """`rethink_folded` of arguments that were checked."""
     base, down_router = weights.base, weights.down_router
     mixed, settings = down_router is not None, RoundSettings(spec, backend)
     # Before the cast to the projections' dtype: autocast would lower the router's input.

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.exact_linear import exact_linear
+from graphmoe_kernels.rethinking.checks import check_weights
 from graphmoe_kernels.rethinking.prepared import PreparedExperts, prepare_experts
 from graphmoe_kernels.rethinking.weights import GRUWeights, LayerWeights
 
@@ -103,7 +104,11 @@ def build_fold(weights: LayerWeights, settings: FoldSettings, copy: bool = False
 
     The sources may have other dtypes than the fold (fp32 adapters on a bf16 base). With ``copy`` no tensor of the fold
     shares memory with a source: a fold that is kept is written into later.
+
+    Raises:
+        TypeError, ValueError: weights that are no layer's, as `graphmoe_kernels.rethink` raises them.
     """
+    check_weights(weights)
     with torch.autocast(weights.experts.gate_A.device.type, enabled=False):
         experts = prepare_experts(weights, settings.dtype, settings.scale, copy)
         if weights.gru is None:

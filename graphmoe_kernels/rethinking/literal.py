@@ -13,13 +13,20 @@ from torch import Tensor
 from graphmoe_kernels.gru import gru_step
 from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking import rounds
+from graphmoe_kernels.rethinking.checks import check_call
 from graphmoe_kernels.rethinking.prepared import prepare_experts
 from graphmoe_kernels.rethinking.round_routing import RoundSettings, route, token_order
 from graphmoe_kernels.rethinking.weights import GRUWeights, LayerWeights, RethinkingOutput, RethinkingSpec
 
 
 def rethink_literal(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backend: str = "auto") -> RethinkingOutput:
-    """y_T for x [N, D] by the literal loop; arguments as in `graphmoe_kernels.rethink`."""
+    """y_T for x [N, D] by the literal loop; arguments and errors as in `graphmoe_kernels.rethink`."""
+    check_call(x, weights, spec, backend)
+    return literal_rounds(x, weights, spec, backend)
+
+
+def literal_rounds(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backend: str) -> RethinkingOutput:
+    """`rethink_literal` of arguments that were checked."""
     base, gru, router, down_router = weights.base, weights.gru, weights.input_router(), weights.down_router
     settings = RoundSettings(spec, backend)
     experts, pair, routings = None, None, []

@@ -88,10 +88,16 @@ class ExpertWeights(NamedTuple):
 
     @property
     def magnitudes(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Those of gate, up and down, which are there together or not at all."""
-        if self.gate_magnitude is None or self.up_magnitude is None or self.down_magnitude is None:
-            return None
-        return self.gate_magnitude, self.up_magnitude, self.down_magnitude
+        """Those of gate, up and down, or None without DoRA; ``ValueError`` for one or two of the three."""
+        gate, up, down = self.gate_magnitude, self.up_magnitude, self.down_magnitude
+        if gate is None or up is None or down is None:
+            if gate is None and up is None and down is None:
+                return None
+            missing = [name for name in self._fields[6:] if getattr(self, name) is None]
+            raise ValueError(
+                f"DoRA's magnitudes belong together, and {' and '.join(missing)} is missing: pass all three or none"
+            )
+        return gate, up, down
 
 
 class LinearRouters(NamedTuple):

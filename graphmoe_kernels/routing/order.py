@@ -23,8 +23,8 @@ def expert_order(experts: Tensor) -> Tensor:
     work on no tiles of tokens.
 
     Args:
-        experts: [N, k], int64, int32, int16 or uint8; values in 0..255. A GPU does not read them back: with other values
-            there the order is no permutation.
+        experts: [N, k], int64, int32, int16 or uint8; values in 0..255. A GPU does not read them back: with other
+            values there the order is no permutation.
 
     Raises:
         TypeError: ``experts`` is no dense tensor of an integer dtype.

@@ -200,9 +200,21 @@ REFUSALS = [
     ({"experts": torch.zeros(9, 2).bool()}, TypeError, "experts must be integers .*, got torch.bool"),
     ({"gate": [[0.0] * 21] * 9}, TypeError, "gate must be a tensor, got list; torch.as_tensor makes one"),
     ({"low": None}, TypeError, "low must be a tensor, got NoneType"),
-    ({"up": torch.zeros(9, 21).to_sparse()}, TypeError, r"up must be a dense tensor, got layout torch.sparse_coo; pass"),
-    ({"up_B": torch.zeros(5, 21, 3).to(torch.float8_e4m3fn)}, TypeError, "up_B must be floating .*float8_e4m3fn; float64"),
-    ({"experts": torch.zeros(9, 2, dtype=torch.complex64)}, TypeError, "experts must be integers .*, got torch.complex64"),
+    (
+        {"up": torch.zeros(9, 21).to_sparse()},
+        TypeError,
+        r"up must be a dense tensor, got layout torch.sparse_coo; pass",
+    ),
+    (
+        {"up_B": torch.zeros(5, 21, 3).to(torch.float8_e4m3fn)},
+        TypeError,
+        "up_B must be floating .*float8_e4m3fn; float64",
+    ),
+    (
+        {"experts": torch.zeros(9, 2, dtype=torch.complex64)},
+        TypeError,
+        "experts must be integers .*, got torch.complex64",
+    ),
     ({"state": torch.tensor(1.0)}, ValueError, r"state must be \[9, 0\].*got \[\]"),
     ({"scale": float("nan")}, ValueError, "scale must be a finite number, got nan"),
     ({"scale": "1.5"}, TypeError, "scale must be a number, got '1.5'"),
@@ -286,7 +298,7 @@ def test_an_expert_twice_in_a_row_is_refused(backend):
 @BACKENDS
 @IDS
 def test_ids_of_every_integer_dtype(backend, dtype):
-    """A narrow dtype must not wrap in the arithmetic on ids, nor bytes index as a mask; with dropout, which reads them."""
+    """A narrow dtype must not wrap in the arithmetic on ids, nor bytes index as a mask; dropout reads ids too."""
     given = operands(inner=6)
     settings = {"dropout": 0.5, "seed": torch.tensor([3]), "backend": backend}
     exact = results(given, **settings)

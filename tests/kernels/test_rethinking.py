@@ -246,46 +246,6 @@ def test_reference_refuses_dropout():
         rethink_reference(tokens(2), layer(BASE), BASE._replace(dropout=0.1))
 
 
-REFUSALS = [
-    ({"rounds": 0}, {}, "rounds must be at least 1, got 0"),
-    ({"rounds": 3}, {"gru": None}, r"rounds=3 needs GRU weights; there are none \(rounds=1 needs none\)"),
-    ({"candidate_input": "y"}, {}, "candidate_input 'y'; expected 'expert_output' or 'hidden_state'"),
-    ({"candidate_activation": "relu"}, {}, "candidate_activation 'relu'; expected 'sigmoid' or 'tanh'"),
-    ({"activation": "swoosh"}, {}, "unknown activation 'swoosh'; known are"),
-    ({"top_k": 6}, {}, r"top_k must lie in 1\.\.5 .*got 6"),
-    ({"top_k": 0}, {}, r"top_k must lie in 1\.\.5 .*got 0"),
-    ({"dropout": 1.0}, {}, r"dropout must lie in \[0, 1\), got 1.0"),
-    ({"dropout": -0.5}, {}, r"dropout must lie in \[0, 1\), got -0.5"),
-]
-
-
-@pytest.mark.parametrize("fold", ["always", "never"])
-@pytest.mark.parametrize("settings, parts, message", REFUSALS)
-def test_refused_settings_are_named(settings, parts, message, fold):
-    """Every setting that no layer can run with is answered by its name and by what was expected."""
-    with pytest.raises(ValueError, match=message):
-        rethink(tokens(4), layer(BASE)._replace(**parts), BASE._replace(**settings), fold=fold)
-
-
-CALL_REFUSALS = [
-    ({"fold": "sometimes"}, ValueError, "unknown fold 'sometimes'; expected one of 'auto', 'always', 'never'"),
-    ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'"),
-    ({"x": torch.zeros(2, 3, ODD.hidden)}, ValueError, r"x must be \[tokens, 13\].*got \[2, 3, 13\]; flatten"),
-    ({"x": torch.zeros(ODD.hidden)}, ValueError, r"x must be \[tokens, 13\].*got \[13\]"),
-    ({"x": torch.zeros(2, 12)}, ValueError, r"x must be \[tokens, 13\].*got \[2, 12\]"),
-    ({"x": torch.zeros(2, ODD.hidden).long()}, TypeError, "x must be floating point, got torch.int64"),
-    ({"x": torch.zeros(2, ODD.hidden, device="meta")}, ValueError, "x is on meta, the experts on cpu"),
-]
-
-
-@pytest.mark.parametrize("change, error, message", CALL_REFUSALS)
-def test_refused_arguments_are_named(change, error, message):
-    """Every wrong argument of `rethink` is answered by its name and by what was expected."""
-    arguments = {"x": tokens(4), "weights": layer(BASE), "spec": BASE} | change
-    with pytest.raises(error, match=message):
-        rethink(**arguments)
-
-
 def test_layer_maker_makes_every_term_matter():
     """The oracle tests prove nothing about a term whose weights are zero: scaling any part must move y."""
     spec, x = BASE, tokens(7)

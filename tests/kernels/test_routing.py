@@ -176,7 +176,11 @@ def test_non_contiguous_logits():
         ({"top_k": True}, TypeError, "top_k must be an integer, got True"),
         ({"logits": torch.zeros(3, 0)}, ValueError, "there are no experts"),
         ({"logits": [[0.0, 1.0]]}, TypeError, "logits must be a tensor, got list"),
-        ({"logits": torch.zeros(3, 4).to_sparse()}, TypeError, "logits must be a dense tensor, got layout torch.sparse"),
+        (
+            {"logits": torch.zeros(3, 4).to_sparse()},
+            TypeError,
+            "logits must be a dense tensor, got layout torch.sparse",
+        ),
         ({"normalize": "no"}, TypeError, "normalize must be True or False, got 'no'"),
         ({"statistics": ["topk"]}, ValueError, r"unknown statistics \['topk'\]"),
         ({"token_mask": [1, 1, 0]}, TypeError, "token_mask must be a tensor, got list"),

@@ -131,3 +131,5 @@ def test_a_gru_without_width_is_refused_only_where_there_is_one():
     with pytest.raises(ValueError, match=r"GRU of width 0 at hidden size 8; it must be at least 0.125"):
         GraphMoEConfig().gru_width(8)
     assert GraphMoEConfig(rounds=1).gru_width(8) == 0
+    with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
+        GraphMoEConfig().gru_width(0)

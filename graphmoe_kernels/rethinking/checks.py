@@ -1,0 +1,167 @@
+"""What a call of the recurrence is refused for, before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphmoe_kernels.activations import get_activation
+from graphmoe_kernels.backend import check_backend
+from graphmoe_kernels.gru import check_candidate_activation
+from graphmoe_kernels.rethinking.weights import (
+    DenseMLP,
+    ExpertWeights,
+    GRUWeights,
+    LayerWeights,
+    LinearRouters,
+    RethinkingSpec,
+)
+from graphmoe_kernels.validation import (
+    FLOAT_DTYPES,
+    STRIDED,
+    check_count,
+    check_device,
+    check_dropout,
+    check_flag,
+    check_floats,
+    check_number,
+    check_top_k,
+    shown,
+)
+
+CANDIDATE_INPUTS = ("expert_output", "hidden_state")
+
+
+def check_call(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, token_mask: Tensor | None, backend: str) -> None:
+    """`TypeError` or `ValueError` for arguments of `graphmoe_kernels.rethink` that make no sense alone or together."""
+    check_weights(weights)
+    check_spec(spec, weights)
+    check_input(x, weights)
+    check_backend(backend)
+
+
+def check_spec(spec: RethinkingSpec, weights: LayerWeights) -> None:
+    """`TypeError` or `ValueError` for settings that no layer, or not this one, can run with."""
+    if not isinstance(spec, RethinkingSpec):
+        raise TypeError(f"spec must be a RethinkingSpec, got {type(spec).__name__}")
+    get_activation(spec.activation)
+    check_count("rounds", spec.rounds)
+    if spec.rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {spec.rounds}")
+    if spec.rounds > 1 and weights.gru is None:
+        raise ValueError(f"rounds={spec.rounds} needs GRU weights; there are none (rounds=1 needs none)")
+    check_number("scale", spec.scale)
+    check_flag("normalize", spec.normalize)
+    if not isinstance(spec.candidate_input, str) or spec.candidate_input not in CANDIDATE_INPUTS:
+        raise ValueError(
+            f"unknown candidate_input {shown(spec.candidate_input)}; expected 'expert_output' or 'hidden_state'"
+        )
+    check_candidate_activation(spec.candidate_activation)
+    check_top_k(spec.top_k, weights.experts.gate_A.shape[0])
+    check_dropout(spec.dropout)
+
+
+def check_input(x: Tensor, weights: LayerWeights) -> None:
+    """`TypeError` or `ValueError` for an x that is no batch of hidden states for this layer."""
+    hidden, base = weights.experts.gate_A.shape[2], weights.base
+    check_floats("x", x)
+    if x.dim() != 2 or x.shape[1] != hidden:
+        raise ValueError(f"x must be [tokens, {hidden}], got {list(x.shape)}; flatten a batch first")
+    check_device("x", x, "the experts", weights.experts.gate_A)
+    if isinstance(base, DenseMLP) and x.dtype != base.gate.dtype:
+        cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, base.gate.dtype)
+        if not cast:
+            raise TypeError(
+                f"x is {x.dtype}, the base MLP's weights {base.gate.dtype}; cast one of them or use torch.autocast"
+            )
+
+
+def check_weights(weights: LayerWeights) -> None:
+    """`TypeError` or `ValueError` for weights that are no layer's: each message names the tensor.
+
+    Tensor by tensor where all are plain ones, with a `DenseMLP` as their base. What modules hold was checked where they
+    were made, and is not again at every call.
+    """
+    if not isinstance(weights, LayerWeights):
+        raise TypeError(f"weights must be LayerWeights, got {type(weights).__name__}")
+    experts, base, gru = weights.experts, weights.base, weights.gru
+    if not isinstance(experts, ExpertWeights):
+        raise TypeError(f"experts must be ExpertWeights, got {type(experts).__name__}")
+    if gru is not None and not isinstance(gru, GRUWeights):
+        raise TypeError(f"gru must be GRUWeights, got {type(gru).__name__}")
+    if not hasattr(base, "project_in"):
+        raise TypeError(f"base must be a BaseMLP, such as DenseMLP, got {type(base).__name__}")
+    if isinstance(base, DenseMLP):
+        _check_tensors(experts, base, gru)
+    _check_routers(weights)
+
+
+def _check_tensors(experts: ExpertWeights, base: DenseMLP, gru: GRUWeights | None) -> None:
+    n, r, D, F = _sizes(experts)
+    sizes = f"{n} experts of rank {r}, D={D} and F={F} (by gate_A and gate_B)"
+    wide, narrow = (n, F, r), (n, r, D)
+    shapes: tuple[tuple[int, ...], ...] = (narrow, wide, narrow, wide, (n, r, F), (n, D, r))
+    if experts.magnitudes is not None:
+        shapes += ((n, F), (n, F), (n, D))
+    _check_shapes(experts, shapes, experts.gate_A, sizes)
+    _check_shapes(base, ((F, D), (F, D), (D, F), (F,), (F,), (D,)), experts.gate_A, sizes)
+    for name, tensor in zip(base._fields, base, strict=True):
+        if tensor is not None and tensor.dtype != base.gate.dtype:
+            raise TypeError(f"base.{name} is {tensor.dtype}, base.gate {base.gate.dtype}; an MLP has one dtype")
+    if gru is not None:
+        check_floats("gru.candidate_bias", gru.candidate_bias)
+        if gru.candidate_bias.dim() != 1 or gru.width == 0:
+            found = list(gru.candidate_bias.shape)
+            raise ValueError(f"gru.candidate_bias must be [G] with G of at least 1, got {found}")
+        gate = (gru.width, gru.width + D)
+        _check_shapes(gru, (gate, gate, gate, (gru.width,), (D, gru.width)), experts.gate_A, sizes)
+
+
+def _sizes(experts: ExpertWeights) -> tuple[int, int, int, int]:
+    """n, r, D and F, as the gate's experts have them."""
+    for name, tensor in (("gate_A", experts.gate_A), ("gate_B", experts.gate_B)):
+        check_floats(name, tensor)
+        if tensor.dim() != 3:
+            raise ValueError(f"{name} must have three dimensions, one for the experts; got {list(tensor.shape)}")
+    n, r, D = experts.gate_A.shape
+    F = experts.gate_B.shape[1]
+    if n == 0 or D == 0 or F == 0:
+        raise ValueError(f"a layer has experts, a hidden and an intermediate size; got {n} experts, D={D} and F={F}")
+    return n, r, D, F
+
+
+# The part of a layer that a tensor belongs to, for messages.
+_PREFIXES = {ExpertWeights: "", DenseMLP: "base.", GRUWeights: "gru.", LinearRouters: "router."}
+
+
+def _check_shapes(part: Any, shapes: tuple[tuple[int, ...], ...], main: Tensor, sizes: str) -> None:
+    """Every tensor of a part against its shape; what is None may be."""
+    device = main.device
+    for i, (tensor, shape) in enumerate(zip(part, shapes, strict=False)):
+        if tensor is None and part._fields[i] in part._field_defaults:
+            continue
+        fits = isinstance(tensor, Tensor) and tensor.shape == shape and tensor.device == device
+        if fits and tensor.dtype in FLOAT_DTYPES and tensor.layout is STRIDED:
+            continue
+        name = _PREFIXES[type(part)] + part._fields[i]
+        check_floats(name, tensor)
+        check_device(name, tensor, "gate_A", main)
+        raise ValueError(f"{name} must be {list(shape)} for {sizes}; got {list(tensor.shape)}")
+
+
+def _check_routers(weights: LayerWeights) -> None:
+    """A router with fewer rows than experts would never choose some, one with more what is not there."""
+    experts, router = weights.experts, weights.router
+    n, _, D = experts.gate_A.shape
+    if isinstance(router, LinearRouters):
+        F = experts.gate_B.shape[1]
+        _check_shapes(router, ((n, D), (n, D), (n, F)), experts.gate_A, f"{n} experts, a row for each")
+    elif router is not None:
+        check_floats("router", router)
+        if router.shape != (n, D):
+            raise ValueError(f"router must be [{n}, {D}] for {n} experts, a row for each; got {list(router.shape)}")
+        check_device("router", router, "gate_A", experts.gate_A)
+    elif n != 1:
+        raise ValueError(f"{n} experts need a router; without one there can be one expert")

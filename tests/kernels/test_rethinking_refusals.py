@@ -1,0 +1,133 @@
+"""What the recurrence refuses: settings, arguments and weights that would be ignored, broadcast or never chosen."""
+
+import functools
+
+import pytest
+import torch
+
+from graphmoe_kernels import FoldCache, LayerWeights, RethinkingSpec, rethink, rethink_folded, rethink_literal
+from tests.kernels.cases import ODD, layer
+
+BASE = RethinkingSpec(rounds=3, top_k=2, scale=1.5)
+
+
+def tokens(count: int) -> torch.Tensor:
+    return torch.randn(count, ODD.hidden, dtype=torch.float64)
+
+
+REFUSALS = [
+    ({"rounds": 0}, {}, "rounds must be at least 1, got 0"),
+    ({"rounds": 3}, {"gru": None}, r"rounds=3 needs GRU weights; there are none \(rounds=1 needs none\)"),
+    ({"candidate_input": "y"}, {}, "candidate_input 'y'; expected 'expert_output' or 'hidden_state'"),
+    ({"candidate_activation": "relu"}, {}, "candidate_activation 'relu'; expected 'sigmoid' or 'tanh'"),
+    ({"activation": "swoosh"}, {}, "unknown activation 'swoosh'; known are"),
+    ({"top_k": 6}, {}, r"top_k must lie in 1\.\.5 .*got 6"),
+    ({"top_k": 0}, {}, r"top_k must lie in 1\.\.5 .*got 0"),
+    ({"scale": float("inf")}, {}, "scale must be a finite number, got inf"),
+    ({"activation": 3}, {}, "unknown activation 3; known are"),
+    ({"dropout": 1.0}, {}, r"dropout must lie in \[0, 1\), got 1.0"),
+    ({"dropout": -0.5}, {}, r"dropout must lie in \[0, 1\), got -0.5"),
+]
+
+
+@pytest.mark.parametrize("fold", ["always", "never"])
+@pytest.mark.parametrize("settings, parts, message", REFUSALS)
+def test_refused_settings_are_named(settings, parts, message, fold):
+    """Every setting that no layer can run with is answered by its name and by what was expected."""
+    with pytest.raises(ValueError, match=message):
+        rethink(tokens(4), layer(BASE)._replace(**parts), BASE._replace(**settings), fold=fold)
+
+
+CALL_REFUSALS = [
+    ({"fold": "sometimes"}, ValueError, "unknown fold 'sometimes'; expected one of 'auto', 'always', 'never'"),
+    ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'"),
+    ({"x": torch.zeros(2, 3, ODD.hidden)}, ValueError, r"x must be \[tokens, 13\].*got \[2, 3, 13\]; flatten"),
+    ({"x": torch.zeros(ODD.hidden)}, ValueError, r"x must be \[tokens, 13\].*got \[13\]"),
+    ({"x": torch.zeros(2, 12)}, ValueError, r"x must be \[tokens, 13\].*got \[2, 12\]"),
+    ({"x": torch.zeros(2, ODD.hidden).long()}, TypeError, "x must be floating point, got torch.int64"),
+    ({"x": torch.zeros(2, ODD.hidden, device="meta")}, ValueError, "x is on meta, the experts on cpu"),
+    ({"x": [[0.0] * ODD.hidden]}, TypeError, "x must be a tensor, got list"),
+    ({"x": tokens(4).float()}, TypeError, "x is torch.float32, the base MLP's weights torch.float64; cast one"),
+    ({"weights": layer(BASE).experts}, TypeError, "weights must be LayerWeights, got ExpertWeights"),
+    ({"spec": {"rounds": 3}}, TypeError, "spec must be a RethinkingSpec, got dict"),
+    ({"spec": BASE._replace(rounds=2.0)}, TypeError, "rounds must be an integer, got 2.0"),
+    ({"spec": BASE._replace(top_k="2")}, TypeError, "top_k must be an integer, got '2'"),
+    ({"spec": BASE._replace(scale="1")}, TypeError, "scale must be a number, got '1'"),
+    ({"spec": BASE._replace(normalize="no")}, TypeError, "normalize must be True or False, got 'no'"),
+    ({"fold": ["auto"]}, ValueError, r"unknown fold \['auto'\]"),
+    ({"cache": {}}, TypeError, "cache must be a FoldCache or None, got dict"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", CALL_REFUSALS)
+def test_refused_arguments_are_named(change, error, message):
+    """Every wrong argument of `rethink` is answered by its name and by what was expected."""
+    arguments = {"x": tokens(4), "weights": layer(BASE), "spec": BASE} | change
+    with pytest.raises(error, match=message):
+        rethink(**arguments)
+
+
+def spoilt(part: str, **changes) -> LayerWeights:
+    """A layer with some tensors of one of its parts replaced; a callable makes one from what was there."""
+    weights = layer(BASE, bias=True, dora=part == "experts", routers="linear" if part == "router" else "layer")
+    if part == "layer":
+        return weights._replace(**changes)
+    group = getattr(weights, part)
+    changes = {name: change(getattr(group, name)) if callable(change) else change for name, change in changes.items()}
+    return weights._replace(**{part: group._replace(**changes)})
+
+
+WEIGHT_REFUSALS = {
+    "router with fewer rows": (("layer", {"router": torch.zeros(4, 13).double()}), r"router must be \[5, 13\] for 5"),
+    "router with more rows": (
+        ("layer", {"router": torch.zeros(6, 13).double()}),
+        r"router must be \[5, 13\].*\[6, 13\]",
+    ),
+    "router is a list": (("layer", {"router": [0.0]}), "router must be a tensor, got list"),
+    "no router": (("layer", {"router": None}), "5 experts need a router"),
+    "a linear's router": (("router", {"down": lambda t: t[:3]}), r"router.down must be \[5, 21\].*a row for each; got"),
+    "one magnitude missing": (("experts", {"up_magnitude": None}), "up_magnitude is missing: pass all three or none"),
+    "one magnitude alone": (
+        ("experts", {"gate_magnitude": None, "down_magnitude": None}),
+        "gate_magnitude and down_magnitude is missing",
+    ),
+    "magnitude of one expert": (("experts", {"down_magnitude": lambda t: t[0]}), r"down_magnitude must be \[5, 13\]"),
+    "A of another rank": (("experts", {"up_A": lambda t: t[:, :2]}), r"up_A must be \[5, 3, 13\] .*got \[5, 2, 13\]"),
+    "B of one expert": (("experts", {"gate_B": lambda t: t[0]}), "gate_B must have three dimensions"),
+    "no experts": (("experts", {"gate_A": lambda t: t[:0]}), "got 0 experts, D=13 and F=21"),
+    "F = 0": (("experts", {"gate_B": lambda t: t[:, :0]}), "got 5 experts, D=13 and F=0"),
+    "experts as integers": (
+        ("experts", {"down_B": lambda t: t.long()}),
+        "down_B must be floating point, got torch.int64",
+    ),
+    "sparse": (("experts", {"down_B": lambda t: t.to_sparse()}), "down_B must be a dense tensor, got layout"),
+    "experts elsewhere": (("experts", {"down_A": lambda t: t.to("meta")}), "down_A is on meta, gate_A on cpu"),
+    "bias of shape [1]": (("base", {"gate_bias": lambda t: t[:1]}), r"base.gate_bias must be \[21\] .*got \[1\]"),
+    "bias of another dtype": (
+        ("base", {"down_bias": lambda t: t.half()}),
+        "base.down_bias is torch.float16, base.gate",
+    ),
+    "down transposed": (("base", {"down": lambda t: t.T}), r"base.down must be \[13, 21\]"),
+    "no base": (("layer", {"base": None}), "base must be a BaseMLP, such as DenseMLP, got NoneType"),
+    "experts are a tuple": (("layer", {"experts": (1, 2)}), "experts must be ExpertWeights, got tuple"),
+    "GRU is a tensor": (("layer", {"gru": torch.zeros(3)}), "gru must be GRUWeights, got Tensor"),
+    "GRU of width 0": (("gru", {"candidate_bias": lambda t: t[:0]}), r"gru.candidate_bias must be \[G\]"),
+    "GRU of another D": (("gru", {"update": lambda t: t[:, :-1]}), r"gru.update must be \[6, 19\] .*got \[6, 18\]"),
+    "output transposed": (("gru", {"output": lambda t: t.T}), r"gru.output must be \[13, 6\]"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHT_REFUSALS)
+def test_refused_weights_are_named(case):
+    """What would be ignored (DoRA half given), never chosen (a router's missing rows) or broadcast (a bias of [1])."""
+    (part, changes), message = WEIGHT_REFUSALS[case]
+    runs = {
+        "folded": rethink_folded,
+        "literal": rethink_literal,
+        "cached": lambda x, w, s: rethink(x, w, s, cache=FoldCache(lambda: w)),
+    }
+    for fold in ("auto", "always", "never"):
+        runs[fold] = functools.partial(rethink, fold=fold)
+    for run in runs.values():
+        with pytest.raises((TypeError, ValueError), match=message):
+            run(tokens(4), spoilt(part, **changes), BASE)
