@@ -109,7 +109,7 @@ class GraphMoEConfig(LoraConfig):
         for name in ("num_experts", "rounds", "router_aux_loss_coef"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.base_method, name))
-        counts = self._expert_counts()
+        counts = self.expert_counts()
         if self.top_k is None:
             self.top_k = max(counts) if self.base_method.dense else self.base_method.top_k
         self.check()
@@ -162,7 +162,7 @@ class GraphMoEConfig(LoraConfig):
             lines = "".join(f"\n- {option}: {why.reason}; {why.instead}" for option, why in refused.items())
             raise ValueError(f"GraphMoE does not implement these options of LoraConfig:{lines}")
 
-    def _expert_counts(self) -> list[int]:
+    def expert_counts(self) -> list[int]:
         """The numbers in ``num_experts``, whatever its form."""
         given = self.num_experts
         parts: list[Any] = given if isinstance(given, list) else [given]
@@ -188,7 +188,7 @@ class GraphMoEConfig(LoraConfig):
         Raises:
             ValueError: a list of another length, or a pattern whose groups cannot be of equal size.
         """
-        counts = self._expert_counts()
+        counts = self.expert_counts()
         if isinstance(self.num_experts, list) and len(counts) != num_layers:
             raise ValueError(
                 f"num_experts lists {len(counts)} layers, the model has {num_layers} decoder layers; give one number "

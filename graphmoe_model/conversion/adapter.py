@@ -24,8 +24,10 @@ from graphmoe_model.conversion.layout import (
     check_tensors,
     linear_entries,
     mlp_entries,
+    raise_problems,
     resolved,
 )
+from graphmoe_model.conversion.loadable import check_finite, count_problems, selection_problems
 
 ROOT = "base_model.model."  # what PEFT puts before a module's name
 _TENSOR = re.compile(
@@ -100,6 +102,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     config, weights = GraphMoEConfig.from_pretrained(str(folder)), read_weights(folder)
     check_digest(Path(folder), config.saved_digest, weights.digest)
     adapter = Adapter(config, weights.tensors)
+    check_finite(adapter.tensors, str(folder))
     check_adapter(adapter, str(folder))
     return adapter
 
@@ -108,8 +111,10 @@ def write_adapter(adapter: Adapter, folder: str | Path, overwrite: bool = False)
     """Save an adapter as ``PeftModel.from_pretrained`` loads it; the folder appears whole or not at all.
 
     Raises:
+        ValueError: nothing would load it: its tensors are not just those that its configuration asks for.
         FileExistsError: the folder is a file, or is not empty and ``overwrite`` is off.
     """
+    check_adapter(adapter, "the adapter")
     write_folder(folder, lambda place: save_safetensors(adapter.config, adapter.tensors, place), overwrite)
 
 
@@ -137,8 +142,14 @@ def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def check_adapter(adapter: Adapter, what: str) -> None:
-    """``ValueError`` naming every tensor that is missing, has no place, or does not have its shape."""
-    config, problems = adapter.config, []
+    """Refuse an adapter that nothing loads.
+
+    Raises:
+        ValueError: tensors that are missing, have no place or do not have their shape; modules that the configuration
+            does not select, or selects without tensors; other numbers of experts than it gives. All are named.
+    """
+    config: GraphMoEConfig = adapter.config
+    problems: list[str] = []
     expected: dict[str, Shape] = {}
     modules = adapter.modules
     for module in modules:
@@ -149,8 +160,11 @@ def check_adapter(adapter: Adapter, what: str) -> None:
         expected |= {name: resolved(entry.shape, scoped) for name, entry in module.entries(config)}
     if not any(module.is_mlp for module in modules):
         problems.append("there is no adapted MLP")
+    problems += selection_problems(config, modules)
     rest = {name: t for name, t in adapter.tensors.items() if not is_other(config, name)}
     sizes = check_tensors(rest, expected, what, problems)
+    found = {m.path: sizes[f"{m.path}.n"] for m in modules if f"{m.path}.n" in sizes}
+    raise_problems(count_problems(config, modules, found), what)
     if config.rounds > 1 and sizes["G"] != config.gru_width(sizes["D"]):
         raise ValueError(
             f"{what}: its GRUs have the width {sizes['G']}, but gru_hidden_scale={config.gru_hidden_scale} of the "

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from graphmoe_model.conversion.adapter import ROOT, Adapter
+from graphmoe_model.conversion.adapter import ROOT, Adapter, check_adapter
 from graphmoe_model.conversion.files import read_config, read_weights
 from graphmoe_model.conversion.import_lora import from_lora
 from graphmoe_model.conversion.layers import Layers, check_linears, not_adapted, read_layers, wanted, without_gaps
 from graphmoe_model.conversion.layout import LINEARS
+from graphmoe_model.conversion.loadable import check_finite
 from graphmoe_model.conversion.peer_config import MOE_TYPES, PEER_TYPES, moe_config
 
 
@@ -26,7 +27,7 @@ def from_moe_peft(folder: str | Path) -> Adapter:
     Raises:
         FileNotFoundError: the folder or one of its two files is not there.
         ValueError: what the adapter computes has no equal here (all reasons are named), a file is damaged, or tensors
-            are missing, have no place or have another shape (all are named).
+            are missing, have no place, have another shape (all are named) or hold NaN or infinite values.
     """
     settings = read_config(folder)
     peft_type = settings.get("peft_type")
@@ -35,9 +36,11 @@ def from_moe_peft(folder: str | Path) -> Adapter:
             f"{folder} holds an adapter of peft_type {peft_type!r}; what can be read is {', '.join(PEER_TYPES)}"
         )
     weights = read_weights(folder).tensors
-    if peft_type in MOE_TYPES:
-        return _from_moe(settings, weights, str(folder))
-    return from_lora(settings, weights, str(folder))
+    check_finite(weights, str(folder))
+    read = _from_moe if peft_type in MOE_TYPES else from_lora
+    adapter = read(settings, weights, str(folder))
+    check_adapter(adapter, str(folder))
+    return adapter
 
 
 def _from_moe(settings: dict[str, Any], weights: dict[str, Tensor], what: str) -> Adapter:

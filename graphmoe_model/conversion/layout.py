@@ -7,7 +7,7 @@ size, n experts, r rank, G GRU width.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -131,10 +131,15 @@ def check_tensors(
         if list(tensors[name].shape) != wanted:
             problems.append(f"{name}: {list(tensors[name].shape)}, expected {_text(wanted)}")
     problems += [f"{name}: has no place in such an adapter" for name in tensors if name not in expected]
+    raise_problems(problems, what)
+    return sizes
+
+
+def raise_problems(problems: Sequence[str], what: str) -> None:
+    """``ValueError`` with all the problems of a checkpoint, if there are any."""
     if problems:
         lines = "\n".join(f"- {problem}" for problem in problems)
         raise ValueError(f"{what} is not whole, or its tensors do not fit its adapter_config.json:\n{lines}")
-    return sizes
 
 
 def _size(size: int | str, sizes: dict[str, int]) -> int | str:
