@@ -40,14 +40,19 @@ class ListCommand(TyperCommand):
         lists = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
         spread: list[str] = []
         current: str | None = None
-        for arg in args:
-            if arg.startswith("--"):
-                name, _, value = arg.partition("=")
-                current = name if name in lists else None
-                spread += [arg] if value or current is None else []
-            else:
+        waiting: str | None = None  # a list option that no value has followed yet
+        for arg in [*args, "--"]:
+            if not arg.startswith("--"):
                 spread += [arg] if current is None else [current, arg]
-        return super().parse_args(ctx, spread)
+                waiting = None
+                continue
+            if waiting is not None:
+                raise typer.BadParameter("it needs at least one value", ctx=ctx, param_hint=f"'{waiting}'")
+            name, _, value = arg.partition("=")
+            current = name if name in lists else None
+            waiting = None if value else current
+            spread += [arg] if value or current is None else []
+        return super().parse_args(ctx, spread[:-1])
 
 
 @app.callback()
@@ -182,15 +187,15 @@ def params(
 
     Example: graphmoe params --preset mixlora graphmoe-mixlora --model llama-3-8b
     """
-    settings = {
-        "method": method,
-        "r": r,
-        "num_experts": None if num_experts is None else _expert_counts(num_experts),
-        "top_k": top_k,
-        "rounds": rounds,
-        "use_dora": dora,
-    }
     with _errors("params"):
+        settings = {
+            "method": method,
+            "r": r,
+            "num_experts": None if num_experts is None else _expert_counts(num_experts),
+            "top_k": top_k,
+            "rounds": rounds,
+            "use_dora": dora,
+        }
         from rich.console import Console
 
         from graphmoe_model.parameters import run
@@ -208,7 +213,7 @@ def params(
 def _expert_counts(text: str) -> int | list[int] | str:
     """A number or a list of them; anything else is a pattern, or for the config to refuse."""
     parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
+    if not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
         return text
     return int(text) if len(parts) == 1 else [int(part) for part in parts]
 

@@ -13,7 +13,8 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from graphmoe_kernels.rethinking import RethinkingSpec
-from graphmoe_model.config_checks import MAX_EXPERTS, check_names, check_numbers, check_selection, shown
+from graphmoe_kernels.validation import shown
+from graphmoe_model.config_checks import MAX_EXPERTS, check_names, check_numbers, check_selection
 from graphmoe_model.methods import METHODS, PRESETS, Method
 from graphmoe_model.refused_options import refused_options
 
@@ -152,7 +153,7 @@ class GraphMoEConfig(LoraConfig):
         self._check_supported()
         check_selection(self)
         check_names(self)
-        counts = self._expert_counts()
+        counts = self.expert_counts()
         check_numbers(self)
         self._check_method(counts)
 

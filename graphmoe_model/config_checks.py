@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from graphmoe_kernels.backend import check_backend
 from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS
 from graphmoe_kernels.rethinking import CANDIDATE_INPUTS, FOLD_MODES
+from graphmoe_kernels.validation import shown
 from graphmoe_model.methods import METHODS
 
 if TYPE_CHECKING:
@@ -22,17 +23,6 @@ MAX_ROUNDS = 100
 # No projection of a model is that wide; a typing error would ask for the machine's memory and more.
 MAX_RANK = MAX_EXPERTS = 2**16
 MAX_GRU_SCALE = 16
-
-_SHOWN = 80  # characters of a wrong value in a message
-
-
-def shown(value: object) -> str:
-    """Return what a message says of a wrong value: its ``repr``, cut where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no integer of more than 4300 digits
-        return "an integer of thousands of digits"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
 def check_count(name: str, value: object, largest: int, why: str) -> None:
@@ -90,6 +80,10 @@ def check_names(config: GraphMoEConfig) -> None:
     for name in ("norm_topk_prob", "use_rslora", "use_dora", "inference_mode"):
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name} must be True or False, got {shown(getattr(config, name))}")
+    for name in ("base_model_name_or_path", "revision"):
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} must be a name or None, got {shown(value)}")
     check_backend(config.backend)
 
 

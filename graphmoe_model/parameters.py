@@ -14,9 +14,9 @@ import torch
 from peft import get_peft_model
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -202,7 +202,7 @@ def _table(model: str, rows: list[_Row]) -> Table:
     base = rows[0].parameters.base
     shown = [name for name in COMPONENTS if any(row.parameters.components[name] for row in rows)]
     table = Table(
-        title=f"Trainable parameters on {escape(model)} ({base:,} parameters)", title_justify="left", box=box.SIMPLE
+        title=Text(f"Trainable parameters on {model} ({base:,} parameters)"), title_justify="left", box=box.SIMPLE
     )
     for name in ("name", "method"):
         table.add_column(name, no_wrap=True)
@@ -210,7 +210,7 @@ def _table(model: str, rows: list[_Row]) -> Table:
         table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
     for name, title, parameters in rows:
         counts = [f"{parameters.components[part]:,}" for part in shown]
-        table.add_row(escape(name), escape(title), *counts, f"{parameters.total:,}", f"{parameters.share:.3%}")
+        table.add_row(Text(name), title, *counts, f"{parameters.total:,}", f"{parameters.share:.3%}")
     return table
 
 

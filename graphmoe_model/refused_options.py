@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from peft import LoraConfig
 
-from graphmoe_model.config_checks import shown
+from graphmoe_kernels.validation import shown
 
 
 class Refusal(NamedTuple):

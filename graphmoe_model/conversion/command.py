@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from graphmoe_model.config import GraphMoEPeftType
 from graphmoe_model.conversion.adapter import ROOT, Adapter, read_adapter, write_adapter
@@ -98,7 +99,7 @@ def _print(adapter: Adapter, notes: list[str], target: Path, to: str, console: C
     }
     for name, value in rows.items():
         if value:
-            table.add_row(name, value)
+            table.add_row(name, Text(value))  # a pattern's key is no markup
     console.print(table)
     for note in notes:
         console.print(f"Note: {note}", style="yellow", markup=False, highlight=False)

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 from peft import LoraConfig
 from torch import Tensor
 
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
+from graphmoe_model.config_checks import check_selection
 from graphmoe_model.conversion.adapter import ROOT, Adapter, is_other, pattern_of
 from graphmoe_model.conversion.layers import Layers, check_linears, not_adapted, read_layers, wanted, without_gaps
 from graphmoe_model.conversion.layout import LINEARS
-from graphmoe_model.conversion.peer_config import task_type, unread
+from graphmoe_model.conversion.peer_config import base_model_reasons, task_type, unread
 
 _NAME = re.compile(
     rf"(?P<stem>{re.escape(ROOT)}.+?)\.(?P<layer>\d+)\.(?P<place>.+)\.(lora_[AB]\.weight|lora_magnitude_vector)"
 )
 _INITIAL_VALUES = ("gaussian", "orthogonal", "eva")  # these draw A and B and leave the base model as it is
+_SELECTING = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "trainable_token_indices"),
+)
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _FIELDS = {f.name for f in fields(LoraConfig)}
 _MADE_HERE = {
     "peft_type",
@@ -85,11 +92,18 @@ def _peft_config(settings: dict[str, Any], what: str) -> tuple[LoraConfig, list[
     }
     reasons = unread(settings, _FIELDS | {"lora_init", "name", "task_name", "routing_strategy"})
     reasons += [f"{name}: missing from adapter_config.json" for name in ("r", "lora_alpha") if own.get(name) is None]
+    reasons += base_model_reasons(own)
     if reasons:
         raise ValueError("\n- ".join([f"{what} cannot be converted:", *reasons]))
-    if own.get("init_lora_weights") in _INITIAL_VALUES:
+    initial = own.get("init_lora_weights")
+    if isinstance(initial, str) and initial in _INITIAL_VALUES:
         own["init_lora_weights"] = True
-    return LoraConfig(**own), notes
+    selecting = {name: own.get(name) for name in _SELECTING} | {name: own.get(name) or {} for name in _PATTERNS}
+    try:
+        check_selection(SimpleNamespace(**selecting))  # before PEFT reads it
+        return LoraConfig(**own), notes
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} cannot be converted: {error}") from error
 
 
 def _layers(config: LoraConfig, found: set[int]) -> tuple[list[int], list[str]]:

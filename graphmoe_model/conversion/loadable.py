@@ -97,7 +97,7 @@ def _shown(targets: Any) -> str:
 
 
 def _idle_targets(config: GraphMoEConfig, modules: Sequence[Module]) -> list[str]:
-    """Entries of ``target_modules`` that name none of the modules. Where layers are left out it may be one of theirs."""
+    """Entries of ``target_modules`` that name none of the modules; where layers are left out it may name theirs."""
     targets: Any = config.target_modules
     if isinstance(targets, str) or config.exclude_modules or config.layers_to_transform is not None:
         return []

@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import TaskType
 
+from graphmoe_kernels.validation import shown
 from graphmoe_model.config import GraphMoEConfig
 
 MOE_TYPES = ("MIXLORA", "LORAMOE", "MOLA")
@@ -96,6 +97,14 @@ def task_type(settings: dict[str, Any]) -> tuple[Any, list[str]]:
     return None, [f"task_type {task!r} is none of PEFT's: left out"]
 
 
+def base_model_reasons(settings: dict[str, Any]) -> list[str]:
+    """Against a base model that is no name."""
+    name = settings.get("base_model_name_or_path")
+    if name is None or isinstance(name, str):
+        return []
+    return [f"base_model_name_or_path must be a model's name or null, got {shown(name)}"]
+
+
 def unread(settings: dict[str, Any], known: set[str]) -> list[str]:
     """Fields that are set and not known, as reasons against the file."""
     return [
@@ -113,12 +122,13 @@ def _reasons(settings: dict[str, Any], projections: list[str]) -> list[str]:
         if settings.get(name) is None:
             reasons.append(f"{name}: missing from adapter_config.json")
     coefficient = settings.get("router_aux_loss_coef")
-    if not isinstance(coefficient, int | float | None):
-        reasons.append(f"router_aux_loss_coef must be a number, got {coefficient!r}")
+    if coefficient is not None and (not isinstance(coefficient, int | float) or isinstance(coefficient, bool)):
+        reasons.append(f"router_aux_loss_coef must be a number, got {shown(coefficient)}")
     for name in ("r", "num_experts", "top_k"):
         value = settings.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            reasons.append(f"{name} must be a whole number, got {value!r}")
+            reasons.append(f"{name} must be a whole number, got {shown(value)}")
+    reasons += base_model_reasons(settings)
     strategy = settings.get("routing_strategy", None if kind == "MIXLORA" else kind.lower())
     if strategy != kind.lower():
         reasons.append(f"routing_strategy={strategy!r}: only {kind.lower()!r} is computed here for {kind}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from graphmoe_kernels.validation import shown
 from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.conversion.files import read_config
 from graphmoe_model.model_shapes import check_is_model, first_line, model_config, model_shape
 from graphmoe_model.profiling.memory import check_fits, memory_error
 
@@ -94,8 +97,12 @@ def with_adapter(model: nn.Module, path: str, **settings: Any) -> Iterator[tuple
 
 
 def saved_adapter_config(path: str) -> PeftConfig:
-    """The configuration of an adapter in a folder or on the hub; ``ValueError`` if there is none."""
+    """The configuration of an adapter in a folder or on the hub; ``ValueError`` if there is none that can be read."""
     try:
+        if Path(path).is_dir():  # PEFT hands a file's values on as they are
+            peft_type = read_config(path).get("peft_type")
+            if not isinstance(peft_type, str):
+                raise ValueError(f"its adapter_config.json names no method: peft_type is {shown(peft_type)}")
         return PeftConfig.from_pretrained(path)
     except KeyError as error:
         raise ValueError(

@@ -145,6 +145,14 @@ def test_what_typer_refuses_has_status_2_and_names_the_option(arguments):
     assert arguments.split()[0] in result.stderr
 
 
+@pytest.mark.parametrize("arguments", ["--seq", "--seq --preset tiny", "--preset tiny --seq=", "--seq --rounds 2"])
+def test_a_list_option_without_a_value_is_refused(arguments):
+    """It used to be dropped, and the default lengths were measured instead."""
+    result = graphmoe("profile", *arguments.split())
+    assert result.exit_code == 2
+    assert "Invalid value for '--seq': it needs at least one value" in result.stderr.replace("\n", " ")
+
+
 def test_cuda_where_there_is_none(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = graphmoe("profile", "--preset", "tiny", "--device", "cuda", "--out", tmp_path)

@@ -137,6 +137,10 @@ WRONG_PARAMS = {
         "--preset lora: method='lora' has one expert",
     ),
     "no number of experts": ("--preset mixlora --num-experts 4,x --model tiny", "num_experts='4,x' is no pattern"),
+    "5,000 digits": (f"--preset mixlora --num-experts {'9' * 5000} --model tiny", "(5002 characters) is no pattern"),
+    "5,000 digits in a list": (f"--preset mixlora --num-experts 4,{'9' * 5000} --model tiny", "is no pattern"),
+    "10^18 ranks": (f"--preset mixlora --r {10**18} --model tiny", "r must be at most 65536"),
+    "10^30 rounds": (f"--preset mixlora --rounds {10**30} --model tiny", "rounds must be at most 100"),
     "another model's layers": ("--preset mixlora --num-experts 4,4,4 --model tiny", "num_experts lists 3 layers"),
 }
 
@@ -152,6 +156,39 @@ def test_a_wrong_argument_of_params_ends_in_one_line_and_status_2(case, saved, t
     assert result.stderr.startswith("graphmoe params: error: ")
     assert len(result.stderr.splitlines()) == 1
     assert result.stdout == ""
+
+
+ODD_CONFIGS = {
+    "null": ("null", "must hold a JSON object with the adapter's settings, got NoneType"),
+    "a number": ("3", "must hold a JSON object with the adapter's settings, got int"),
+    "a list": ("[]", "must hold a JSON object with the adapter's settings, got list"),
+    "nothing": ("", "is not JSON (Expecting value"),
+    "nested deep": ("[" * 200_000, "is not JSON (maximum recursion depth exceeded"),
+    "objects nested deep": ('{"a":' * 200_000, "is not JSON (maximum recursion depth exceeded"),
+    "no type": ("{}", "adapter_config.json names no method: peft_type is None"),
+    "a list of types": ('{"peft_type": ["LORA"]}', "names no method: peft_type is ['LORA']"),
+    "a pattern that is a list": ('{"peft_type": "GRAPHMOE", "rank_pattern": []}', "rank_pattern must be a dict"),
+    "a pattern that is a number": ('{"peft_type": "GRAPHMOE", "alpha_pattern": 3}', "alpha_pattern must be a dict"),
+    "a model that is a number": (
+        '{"peft_type": "GRAPHMOE", "base_model_name_or_path": 3}',
+        "base_model_name_or_path must be a name or None, got 3",
+    ),
+    "markup": (
+        '{"peft_type": "GRAPHMOE", "base_model_name_or_path": "tiny", "target_modules": ["mlp[/red]"]}',
+        "no module is called mlp[/red]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD_CONFIGS)
+def test_an_adapter_config_that_is_none_ends_in_one_line_and_status_2(case, tmp_path):
+    """Whatever JSON can hold, not a traceback of PEFT's."""
+    text, message = ODD_CONFIGS[case]
+    (tmp_path / "adapter_config.json").write_text(text)
+    result = graphmoe("params", "--adapter", tmp_path)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_the_help_of_params_names_what_there_is():

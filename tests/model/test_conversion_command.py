@@ -1,5 +1,6 @@
 """graphmoe convert: the source's format is found out, the summary says what was converted, errors say what to do."""
 
+import dataclasses
 import io
 import json
 import re
@@ -8,7 +9,7 @@ import pytest
 from peft import PeftModel
 from rich.console import Console
 
-from graphmoe_model.conversion import from_moe_peft
+from graphmoe_model.conversion import from_moe_peft, write_adapter
 from graphmoe_model.conversion.command import run
 from tests.model.peer_format import peer_settings, write_peer
 from tests.model.tiny_models import logits, tiny_model
@@ -107,3 +108,13 @@ def test_the_summary_of_the_attention_counts_what_was_written(tmp_path):
     text = converted(theirs, tmp_path / "attention", to="attention-lora")
     assert re.search(r"^tensors +16 *$", text, re.MULTILINE)
     assert "mlp" not in text.split("Note:")[0]
+
+
+def test_a_pattern_is_no_markup(tmp_path):
+    """Printed as it is: rich took "[/q]" for a closing tag, and failed after the adapter had been written."""
+    adapter = from_moe_peft(write_peer(tmp_path / "theirs", peer_settings("MIXLORA")))
+    config = dataclasses.replace(adapter.config, rank_pattern={"[/q]": 7, "[red]x": 3}, alpha_pattern={"[/]": 2})
+    write_adapter(dataclasses.replace(adapter, config=config), tmp_path / "ours")
+    text = converted(tmp_path / "ours", tmp_path / "copy")
+    assert "7 in [/q], 3 in [red]x" in text
+    assert "2 in [/]" in text
