@@ -32,6 +32,14 @@ PHASES = list(Phase)
 LENGTHS = [64, 256, 1024]
 
 
+def _folder(given: str | Path) -> Path:
+    """A path that is there: an empty one, such as an unset variable gives, would be the current folder."""
+    text = str(given)
+    if not text or "\0" in text:
+        raise typer.BadParameter("it is empty; name a folder (. is the current one)" if not text else "it has a NUL")
+    return Path(text)
+
+
 class ListCommand(TyperCommand):
     """Takes ``--seq 64 256`` for ``--seq 64 --seq 256``; for commands without positional arguments."""
 
@@ -99,7 +107,7 @@ def profile(
         typer.Option(help="Whether later rounds run folded.", show_default="the adapter's, auto"),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="PyTorch's")] = None,
-    out: Annotated[Path, typer.Option(help="The report's folder: JSON, Markdown, PNG, traces.")] = Path(
+    out: Annotated[Path, typer.Option(help="The report's folder: JSON, Markdown, PNG, traces.", parser=_folder)] = Path(
         "profile_report"
     ),
     plot: Annotated[bool, typer.Option(help="Whether to draw profile.png (needs matplotlib).")] = True,
@@ -221,9 +229,10 @@ def _expert_counts(text: str) -> int | list[int] | str:
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="The folder of an adapter as GraphMoE, MoE-PEFT or PEFT's LoRA saves it.")
+        Path,
+        typer.Argument(help="The folder of an adapter as GraphMoE, MoE-PEFT or PEFT's LoRA saves it.", parser=_folder),
     ],
-    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.", parser=_folder)],
     to: Annotated[
         Literal["graphmoe", "moe-peft", "attention-lora"],
         typer.Option(

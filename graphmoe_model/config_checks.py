@@ -47,17 +47,21 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def check_numbers(config: GraphMoEConfig) -> None:
-    """Raise ``ValueError`` for a number out of its range, also in ``rank_pattern`` and ``alpha_pattern``."""
-    rank_limit = "no layer is that wide"
+def check_ranks(config: Any) -> None:
+    """Raise ``ValueError`` for a rank or alpha out of its range, also in ``rank_pattern`` and ``alpha_pattern``."""
     ranks = {f"rank_pattern[{key!r}]": value for key, value in (config.rank_pattern or {}).items()}
     for name, value in {"r": config.r, **ranks}.items():
-        check_count(name, value, MAX_RANK, rank_limit)
-    check_count("top_k", config.top_k, MAX_EXPERTS, "as num_experts")
-    check_count("rounds", config.rounds, MAX_ROUNDS, "every round runs the layer again and keeps its activations")
+        check_count(name, value, MAX_RANK, "no layer is that wide")
     alphas = {f"alpha_pattern[{key!r}]": value for key, value in (config.alpha_pattern or {}).items()}
     for name, value in {"lora_alpha": config.lora_alpha, **alphas}.items():
         check_real(name, value, "positive", lambda v: v > 0)
+
+
+def check_numbers(config: GraphMoEConfig) -> None:
+    """Raise ``ValueError`` for a number out of its range, also in ``rank_pattern`` and ``alpha_pattern``."""
+    check_ranks(config)
+    check_count("top_k", config.top_k, MAX_EXPERTS, "as num_experts")
+    check_count("rounds", config.rounds, MAX_ROUNDS, "every round runs the layer again and keeps its activations")
     scale = config.gru_hidden_scale
     check_real("gru_hidden_scale", scale, f"positive and at most {MAX_GRU_SCALE}", lambda v: 0 < v <= MAX_GRU_SCALE)
     check_real("lora_dropout", config.lora_dropout, "in [0, 1)", lambda v: 0 <= v < 1)

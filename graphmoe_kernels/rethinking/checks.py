@@ -34,7 +34,7 @@ from graphmoe_kernels.validation import (
 CANDIDATE_INPUTS = ("expert_output", "hidden_state")
 
 
-def check_call(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, token_mask: Tensor | None, backend: str) -> None:
+def check_call(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backend: str) -> None:
     """`TypeError` or `ValueError` for arguments of `graphmoe_kernels.rethink` that make no sense alone or together."""
     check_weights(weights)
     check_spec(spec, weights)

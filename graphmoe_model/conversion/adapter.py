@@ -27,7 +27,7 @@ from graphmoe_model.conversion.layout import (
     raise_problems,
     resolved,
 )
-from graphmoe_model.conversion.loadable import check_finite, count_problems, selection_problems
+from graphmoe_model.conversion.loadable import check_values, count_problems, selection_problems
 
 ROOT = "base_model.model."  # what PEFT puts before a module's name
 _TENSOR = re.compile(
@@ -102,7 +102,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     config, weights = GraphMoEConfig.from_pretrained(str(folder)), read_weights(folder)
     check_digest(Path(folder), config.saved_digest, weights.digest)
     adapter = Adapter(config, weights.tensors)
-    check_finite(adapter.tensors, str(folder))
+    check_values(adapter.tensors, str(folder))
     check_adapter(adapter, str(folder))
     return adapter
 

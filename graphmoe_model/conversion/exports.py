@@ -199,6 +199,8 @@ def _file_of(config: LoraConfig, folder: Path) -> dict[str, Any]:
 def _save_bin(settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
     """Both files of MoE-PEFT's format. Every tensor is copied: torch.save keeps the whole storage behind a view."""
     (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    torch.save(
-        {name: t.to(torch.float32, copy=True).contiguous() for name, t in tensors.items()}, folder / WEIGHTS_NAME
-    )
+    whole = {name: t.to(torch.float32, copy=True).contiguous() for name, t in tensors.items()}
+    try:
+        torch.save(whole, folder / WEIGHTS_NAME)
+    except RuntimeError as error:  # its writer says so of a full disk
+        raise OSError(f"{WEIGHTS_NAME} cannot be written: {error}") from error

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
-from graphmoe_model.config_checks import check_selection
+from graphmoe_model.config_checks import check_ranks, check_selection
 from graphmoe_model.conversion.adapter import ROOT, Adapter, is_other, pattern_of
 from graphmoe_model.conversion.layers import Layers, check_linears, not_adapted, read_layers, wanted, without_gaps
 from graphmoe_model.conversion.layout import LINEARS
@@ -21,11 +21,10 @@ _NAME = re.compile(
     rf"(?P<stem>{re.escape(ROOT)}.+?)\.(?P<layer>\d+)\.(?P<place>.+)\.(lora_[AB]\.weight|lora_magnitude_vector)"
 )
 _INITIAL_VALUES = ("gaussian", "orthogonal", "eva")  # these draw A and B and leave the base model as it is
-_SELECTING = (
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+_CHECKED = (
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "trainable_token_indices"),
 )
-_PATTERNS = ("rank_pattern", "alpha_pattern")
 _FIELDS = {f.name for f in fields(LoraConfig)}
 _MADE_HERE = {
     "peft_type",
@@ -98,9 +97,12 @@ def _peft_config(settings: dict[str, Any], what: str) -> tuple[LoraConfig, list[
     initial = own.get("init_lora_weights")
     if isinstance(initial, str) and initial in _INITIAL_VALUES:
         own["init_lora_weights"] = True
-    selecting = {name: own.get(name) for name in _SELECTING} | {name: own.get(name) or {} for name in _PATTERNS}
+    given = SimpleNamespace(**{name: own.get(name) for name in _CHECKED})
+    for name in ("rank_pattern", "alpha_pattern"):  # where PEFT takes null for none
+        setattr(given, name, {} if own.get(name) is None else own[name])
     try:
-        check_selection(SimpleNamespace(**selecting))  # before PEFT reads it
+        check_selection(given)  # before PEFT reads it
+        check_ranks(given)
         return LoraConfig(**own), notes
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what} cannot be converted: {error}") from error

@@ -13,7 +13,7 @@ from graphmoe_model.conversion.files import read_config, read_weights
 from graphmoe_model.conversion.import_lora import from_lora
 from graphmoe_model.conversion.layers import Layers, check_linears, not_adapted, read_layers, wanted, without_gaps
 from graphmoe_model.conversion.layout import LINEARS
-from graphmoe_model.conversion.loadable import check_finite
+from graphmoe_model.conversion.loadable import check_values
 from graphmoe_model.conversion.peer_config import MOE_TYPES, PEER_TYPES, moe_config
 
 
@@ -36,7 +36,7 @@ def from_moe_peft(folder: str | Path) -> Adapter:
             f"{folder} holds an adapter of peft_type {peft_type!r}; what can be read is {', '.join(PEER_TYPES)}"
         )
     weights = read_weights(folder).tensors
-    check_finite(weights, str(folder))
+    check_values(weights, str(folder))
     read = _from_moe if peft_type in MOE_TYPES else from_lora
     adapter = read(settings, weights, str(folder))
     check_adapter(adapter, str(folder))

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
+from graphmoe_kernels.validation import FLOAT_DTYPES
 from graphmoe_model.config import GraphMoEConfig
 
 if TYPE_CHECKING:
@@ -19,10 +20,15 @@ MOST = 8  # names in a message
 _LAYER = re.compile(r"0|[1-9][0-9]{0,4}")  # as PyTorch names the entries of a list; more than any decoder has
 
 
-def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """``ValueError`` naming the tensors with NaN or infinite values: whatever they are converted to computes NaN."""
+def check_values(tensors: Mapping[str, Tensor], what: str) -> None:
+    """``ValueError`` naming the tensors of a dtype that is not computed in, or with NaN or infinite values."""
+    narrow = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in FLOAT_DTYPES]
+    if narrow:
+        raise ValueError(
+            f"{what} must hold tensors of float64, float32, float16 or bfloat16, got {listed(narrow)}; cast them before"
+        )
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
+    if broken:  # whatever they are converted to computes NaN
         raise ValueError(
             f"{what} has NaN or infinite values in {listed(broken)}: training has diverged, or the file is damaged; "
             "take an earlier checkpoint"

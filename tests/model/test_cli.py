@@ -153,6 +153,14 @@ def test_a_list_option_without_a_value_is_refused(arguments):
     assert "Invalid value for '--seq': it needs at least one value" in result.stderr.replace("\n", " ")
 
 
+@pytest.mark.parametrize("arguments", [("convert", "a", ""), ("convert", "", "b"), ("profile", "--out", "")])
+def test_an_empty_path_is_refused(arguments):
+    """As an unset variable of the shell gives it: it would be the current folder."""
+    result = graphmoe(*arguments)
+    assert result.exit_code == 2
+    assert "it is empty; name a folder" in result.stderr.replace("\n", " ")
+
+
 def test_cuda_where_there_is_none(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = graphmoe("profile", "--preset", "tiny", "--device", "cuda", "--out", tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,20 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_adapter(with_rounds(adapter, 2), tmp_path / "old", overwrite=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_an_error_of_the_system(writer, tmp_path):
+    """Not of safetensors' or of torch's writers, which nobody expects: the command line ends in one line."""
+    adapter = imported(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))  # Python ignores the signal, so writes fail with EFBIG
+    try:
+        with pytest.raises(OSError, match="cannot be written"):
+            WRITERS[writer](adapter, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_configuration_in_memory_stays_as_it_is(tmp_path):

@@ -1,0 +1,90 @@
+"""Drawn command lines: one line that names what is wrong and status 2, or what was asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from graphmoe_model.cli import app
+from graphmoe_model.profiling import command
+from tests.drawing import make_draws
+from tests.model.command_draws import lines
+from tests.model.peer_format import peer_settings, write_peer
+from tests.model.tiny_models import tiny_model, tiny_peft_model
+
+WEIGHTS = "adapter_model.safetensors"
+COMMANDS = ["params", "convert", "profile"]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> Path:
+    """Folders of every kind that a command may be pointed at."""
+    root = tmp_path_factory.mktemp("places")
+    found = {
+        name: root / name.lower() for name in ("ADAPTER", "PEER", "LORA", "BASE", "BROKEN", "NAN", "EMPTY", "FILE")
+    }
+    tiny_peft_model().save_pretrained(found["ADAPTER"])
+    write_peer(found["PEER"], peer_settings("MIXLORA"))
+    get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(found["LORA"])
+    tiny_model().save_pretrained(found["BASE"])
+    for name in ("BROKEN", "NAN"):
+        shutil.copytree(found["ADAPTER"], found[name])
+    (found["BROKEN"] / WEIGHTS).write_bytes((found["ADAPTER"] / WEIGHTS).read_bytes()[:5000])
+    tensors = load_file(found["NAN"] / WEIGHTS)
+    save_file({name: t * float("nan") for name, t in tensors.items()}, found["NAN"] / WEIGHTS)
+    found["EMPTY"].mkdir()
+    found["FILE"].touch()
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _no_profiles(monkeypatch, tmp_path):
+    """The command line is what is drawn here; a profile takes seconds. What is written goes to a folder of its own."""
+    monkeypatch.setattr(command, "run", lambda options, console: [])
+    monkeypatch.chdir(tmp_path)
+
+
+def check(name: str, words: list[str], places: Path) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        root = shutil.copytree(places, Path(temporary) / "places")
+        paths = {path.name.upper(): str(path) for path in root.iterdir()} | {"TMP": temporary}
+        arguments = ["/".join(paths.get(part, part) for part in word.split("/")) for word in words]
+        before = files(temporary)
+        result = CliRunner().invoke(app, [name, *arguments])
+        if result.exit_code == 2:
+            assert isinstance(result.exception, SystemExit)
+            own = result.stderr.startswith(f"graphmoe {name}: error: ")
+            assert own or "─ Error ─" in result.stderr, result.stderr  # what Typer itself refuses
+            assert result.stdout == ""
+            assert files(temporary) == before, "a refused command must leave what was there"
+            return
+        assert result.exit_code == 0, repr(result.exception)
+        assert result.stdout.strip() or name == "profile"
+        if name == "params" and "--json" in words and "--help" not in words:
+            for adapter in json.loads(result.stdout)["adapters"]:
+                assert adapter["total"] == sum(adapter["components"].values()) > 0
+        if name == "convert" and "Written as graphmoe" in result.stdout:
+            target = Path(next(word for word in arguments[1:] if word.startswith(temporary)))
+            PeftModel.from_pretrained(tiny_model(), target)
+
+
+def files(folder: str) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_drawn_command_lines(name, places):
+    make_draws(lambda words: check(name, words, places), lines(name), examples=15, seed=41)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_many_drawn_command_lines(name, places):
+    make_draws(lambda words: check(name, words, places), lines(name), examples=120, seed=1)

@@ -1,0 +1,71 @@
+"""Drawn configurations: refused by name with the model as it was, or attached with the base model's output."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from graphmoe_model import GraphMoEConfig
+from tests.drawing import assert_clear, make_draws
+from tests.model.config_draws import settings
+from tests.model.tiny_models import logits, tiny_model, tokens
+
+# What the messages call a field, or what they say of several.
+ALSO = ("PEFT", "rank", "experts", "DoRA", "task type")
+
+
+@functools.cache
+def base() -> tuple[nn.Module, torch.Tensor]:
+    model = tiny_model()
+    return model, logits(model)
+
+
+def state(model: nn.Module) -> list[Any]:
+    """Which modules a model has, which parameters are trained, and what hangs on it."""
+    modules = [(name, type(module), len(module._forward_hooks)) for name, module in model.named_modules()]
+    return [modules, [(name, p.requires_grad) for name, p in model.named_parameters()], model.config.to_dict()]
+
+
+def check(given: dict[str, Any]) -> None:
+    names = (*given, *ALSO)
+    try:
+        config = GraphMoEConfig(**{"r": 4, "num_experts": 3, "gru_hidden_scale": 0.25, **given})
+    except Exception as error:
+        assert_clear(error, names, also_from=("peft",))
+        return
+    plain, expected = base()
+    model = copy.deepcopy(plain)
+    before = state(model)
+    try:
+        adapted = get_peft_model(model, config)
+    except Exception as error:
+        assert_clear(error, names, also_from=("peft",))
+        assert state(model) == before, "a refusal must leave the model as it was"
+        return
+    if config.backend == "triton":
+        return  # the kernels have tests of their own
+    found = logits(adapted)
+    assert found.isfinite().all()
+    if config.init_lora_weights and config.task_type != "SEQ_CLS":
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    if not config.inference_mode:
+        assert any(p.requires_grad for p in adapted.parameters())
+        if config.router_aux_loss_coef < 1e30:
+            loss = adapted.train()(input_ids=tokens(), labels=tokens()).loss
+            assert loss.isfinite()
+
+
+def test_drawn_configurations():
+    make_draws(check, settings(), examples=60, seed=21)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_many_drawn_configurations(seed):
+    make_draws(check, settings(), examples=200, seed=seed)
