@@ -69,6 +69,12 @@ def _wrapped_projection() -> nn.Module:
     return _with(gate_proj=wrapped)
 
 
+def _narrow_bias() -> nn.Module:
+    mlp = llama_mlp()
+    mlp.up_proj.bias = nn.Parameter(torch.zeros(1))
+    return mlp
+
+
 def _patched() -> nn.Module:
     mlp = llama_mlp()
     mlp.forward = lambda x: x
@@ -86,6 +92,7 @@ REFUSED_MLPS = {
         TypeError,
         r"gate_proj \(Identity\) is not a linear layer with a weight",
     ),
+    "a bias of one number": (_narrow_bias, TypeError, r"LlamaMLP.up_proj has a bias of shape \[1\], expected \[\d+\]"),
     "unknown activation": (lambda: _with(act_fn=nn.Softsign()), ValueError, "activation Softsign is unknown"),
     "another slope": (lambda: _with(act_fn=nn.LeakyReLU(0.2)), ValueError, "LeakyReLU with slope 0.2"),
     "wrapped already": (ffn, TypeError, "wrapped already .FusedGraphMoEFFN.; use update_layer"),
