@@ -91,7 +91,7 @@ def check_names(config: GraphMoEConfig) -> None:
     check_backend(config.backend)
 
 
-def check_selection(config: GraphMoEConfig) -> None:
+def check_selection(config: Any) -> None:
     """Raise ``ValueError`` for a field that selects modules or tokens in a form that PEFT would misread.
 
     PEFT reads a string in ``modules_to_save`` letter by letter, an empty ``layers_to_transform`` as all layers, and

@@ -20,13 +20,14 @@ def expert_bounds(ordered: Tensor, chosen: Tensor, num_experts: int) -> list[int
         ValueError: an id outside of 0..n-1, or one that stands twice in a row.
     """
     marks = torch.arange(num_experts + 1, device=ordered.device)
-    bounds = torch.searchsorted(ordered.long(), marks)
+    found = torch.searchsorted(ordered.long(), marks)
+    twice = 0
     if chosen.shape[1] > 1:
         rows = chosen.sort(dim=1).values
         repeated = (rows[:, 1:] == rows[:, :-1]).any()
-        *bounds, twice = torch.cat([bounds, repeated.long()[None]]).tolist()
+        *bounds, twice = torch.cat([found, repeated.long()[None]]).tolist()  # one transfer from a GPU
     else:
-        bounds, twice = bounds.tolist(), False
+        bounds = found.tolist()
     if bounds[0] > 0 or bounds[-1] < len(ordered):
         raise ValueError(
             f"experts must be in 0..{num_experts - 1} (there are {num_experts}), got {int(ordered[0])} to "
