@@ -1,4 +1,4 @@
-"""Drawn configurations: refused by name with the model as it was, or attached with the base model's output."""
+"""Drawn configurations: refused by name with the model as it was, or attached with the base's output, and gone after."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from graphmoe_model import GraphMoEConfig
 from tests.drawing import assert_clear, make_draws
+from tests.model.attaching import snapshot
 from tests.model.config_draws import settings
 from tests.model.tiny_models import logits, tiny_model, tokens
 
@@ -26,12 +27,6 @@ def base() -> tuple[nn.Module, torch.Tensor]:
     return model, logits(model)
 
 
-def state(model: nn.Module) -> list[Any]:
-    """Which modules a model has, which parameters are trained, and what hangs on it."""
-    modules = [(name, type(module), len(module._forward_hooks)) for name, module in model.named_modules()]
-    return [modules, [(name, p.requires_grad) for name, p in model.named_parameters()], model.config.to_dict()]
-
-
 def check(given: dict[str, Any]) -> None:
     names = (*given, *ALSO)
     try:
@@ -41,12 +36,12 @@ def check(given: dict[str, Any]) -> None:
         return
     plain, expected = base()
     model = copy.deepcopy(plain)
-    before = state(model)
+    before = snapshot(model)
     try:
         adapted = get_peft_model(model, config)
     except Exception as error:
         assert_clear(error, names, also_from=("peft",))
-        assert state(model) == before, "a refusal must leave the model as it was"
+        assert snapshot(model) == before, "a refusal must leave the model as it was"
         return
     if config.backend == "triton":
         return  # the kernels have tests of their own
@@ -57,8 +52,9 @@ def check(given: dict[str, Any]) -> None:
     if not config.inference_mode:
         assert any(p.requires_grad for p in adapted.parameters())
         if config.router_aux_loss_coef < 1e30:
-            loss = adapted.train()(input_ids=tokens(), labels=tokens()).loss
-            assert loss.isfinite()
+            assert adapted.train()(input_ids=tokens(), labels=tokens()).loss.isfinite()
+    adapted.unload()
+    assert torch.equal(logits(model), expected), "unload() must give the base back"
 
 
 def test_drawn_configurations():
@@ -68,4 +64,4 @@ def test_drawn_configurations():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_many_drawn_configurations(seed):
-    make_draws(check, settings(), examples=200, seed=seed)
+    make_draws(check, settings(), examples=300, seed=seed)
