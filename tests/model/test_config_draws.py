@@ -47,7 +47,9 @@ def check(given: dict[str, Any]) -> None:
         return  # the kernels have tests of their own
     found = logits(adapted)
     assert found.isfinite().all()
-    if config.init_lora_weights and config.task_type != "SEQ_CLS":
+    # Whole MLPs under weights that do not sum to one are less than the MLP, by definition.
+    whole = config.norm_topk_prob or config.base_method.routers != "layer"
+    if config.init_lora_weights and config.task_type != "SEQ_CLS" and whole:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     if not config.inference_mode:
         assert any(p.requires_grad for p in adapted.parameters())
