@@ -57,13 +57,17 @@ def inspect_weights(path: Path) -> str | None:
     """Look at a weight file before it is loaded, without reading its data, and return its digest.
 
     Raises:
-        ValueError: as `read_weights_file`; but embeddings and other copies of the base model may have any dtype.
+        ValueError: as `read_weights_file`; but embeddings and other copies of the base model may have any dtype, if
+            they are dense tensors with data.
     """
     if path.suffix == ".safetensors":
         dtypes, digest = _header(path)
         others = [f"{name!r} ({dtype})" for name, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))]
     else:
         tensors, digest = _archive(path, mmap=True)
+        absent = [f"{name!r} ({_kind(value)})" for name, value in tensors.items() if not _has_data(value)]
+        if absent:
+            raise ValueError(f"{path} must hold nothing but dense tensors with data, by name; got {_list(absent)}")
         others = [f"{name!r} ({_kind(value)})" for name, value in tensors.items() if not _usable(name, value)]
     others = [other for other in others if ".lora_" in other]
     if others:
@@ -163,9 +167,11 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 
 
 def _usable(name: object, value: object) -> bool:
-    if not isinstance(name, str) or not isinstance(value, Tensor):
-        return False
-    return value.is_floating_point() and value.layout == torch.strided and value.device.type == "cpu"
+    return isinstance(name, str) and isinstance(value, Tensor) and value.is_floating_point() and _has_data(value)
+
+
+def _has_data(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _kind(value: object) -> str:

@@ -130,6 +130,8 @@ def check_tensors(
         wanted = [_size(size, sizes) for size in shape]
         if list(tensors[name].shape) != wanted:
             problems.append(f"{name}: {list(tensors[name].shape)}, expected {_text(wanted)}")
+        elif not tensors[name].numel():
+            problems.append(f"{name}: {list(tensors[name].shape)}, which holds nothing")
     problems += [f"{name}: has no place in such an adapter" for name in tensors if name not in expected]
     raise_problems(problems, what)
     return sizes

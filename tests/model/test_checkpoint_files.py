@@ -67,6 +67,18 @@ def test_sparse_tensors_and_tensors_without_data_are_refused(loader, folder):
             LOADERS[loader](folder)
 
 
+def test_copies_of_base_modules_have_data_too(tmp_path):
+    """They may have any dtype, but a tensor without data ended in an error of load_state_dict."""
+    tiny_peft_model(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    name = "base_model.model.lm_head.weight"
+    for tensor, kind in [(state[name].to_sparse(), "torch.sparse_coo"), (state[name].to("meta"), "meta")]:
+        (tmp_path / WEIGHTS).touch()
+        as_pickle(tmp_path, {**state, name: tensor})
+        with pytest.raises(ValueError, match=rf"dense tensors with data.*lm_head.weight' \(torch.float32, {kind}\)"):
+            PeftModel.from_pretrained(tiny_model(), tmp_path)
+
+
 def packed(path, **parts: int) -> None:
     """An archive like torch.save's with parts of these sizes, packed."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

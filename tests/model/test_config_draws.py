@@ -1,4 +1,4 @@
-"""Drawn configurations: refused by name with the model as it was, or attached with the base's output, and gone after."""
+"""Drawn configurations: refused with the model as it was, or attached with the base's output, and gone again."""
 
 from __future__ import annotations
 

@@ -112,6 +112,15 @@ def test_weights_that_are_no_numbers_are_not_converted(bad, saved, tmp_path):
         from_moe_peft(write_peer(tmp_path / "theirs", settings, theirs))
 
 
+def test_tensors_without_elements_are_refused(tmp_path):
+    """A projection may have any size in one layer, but for none."""
+    settings = peer_settings("LORA")
+    name = "base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight"
+    tensors = peer_tensors(settings) | {name: torch.zeros(0, 4)}
+    with pytest.raises(ValueError, match=r"k_proj\.lora_B\.weight: \[0, 4\], which holds nothing"):
+        from_moe_peft(write_peer(tmp_path, settings, tensors))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -237,7 +237,7 @@ def test_all_reasons_against_a_file_stand_in_one_message(tmp_path):
         ({"layers_to_transform": [0, 1, 2]}, "layer 2: all tensors missing"),
         ({"use_dora": True}, "lora_magnitude_vector: missing"),
         ({"a_new_option": 1}, "a_new_option=1: not known here"),
-        ({"target_modules": [1]}, "target_modules must be a list of names"),
+        ({"target_modules": [1]}, r"target_modules must be a regular expression, or a list of module names, got \[1\]"),
         ({"r": None}, "r: missing from adapter_config.json"),
     ],
 )

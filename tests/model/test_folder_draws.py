@@ -96,8 +96,10 @@ def check_theirs(saved: Saved) -> None:
         assert kept == pytest.approx(given, rel=1e-6)
         model = load(target)
         if model is None:
-            assert "is" in " ".join(saved.history).split(), "converted, but does not load"
-            return  # other names are another model's
+            # Names of modules and the size of one layer's projection may be another model's.
+            other = any(change in " ".join(saved.history) for change in ("' is '", "a row less"))
+            assert other, "converted, but does not load"
+            return
         assert logits(model).isfinite().all()
 
 
