@@ -20,12 +20,11 @@ def expert_bounds(ordered: Tensor, chosen: Tensor, num_experts: int) -> list[int
         ValueError: an id outside of 0..n-1, or one that stands twice in a row.
     """
     marks = torch.arange(num_experts + 1, device=ordered.device)
-    found = torch.searchsorted(ordered.long(), marks)
-    twice = 0
-    if chosen.shape[1] > 1:
-        rows = chosen.sort(dim=1).values
-        repeated = (rows[:, 1:] == rows[:, :-1]).any()
-        *bounds, twice = torch.cat([found, repeated.long()[None]]).tolist()  # one transfer from a GPU
+    found, slots, distinct = torch.searchsorted(ordered.long(), marks), chosen.shape[1], 1
+    if slots > 1:
+        rows = chosen.long() if slots == 2 else chosen.long().sort(dim=1).values
+        no_step_is_0 = rows.diff(dim=1).all()
+        *bounds, distinct = torch.cat([found, no_step_is_0.long()[None]]).tolist()  # one transfer from a GPU
     else:
         bounds = found.tolist()
     if bounds[0] > 0 or bounds[-1] < len(ordered):
@@ -33,6 +32,6 @@ def expert_bounds(ordered: Tensor, chosen: Tensor, num_experts: int) -> list[int
             f"experts must be in 0..{num_experts - 1} (there are {num_experts}), got {int(ordered[0])} to "
             f"{int(ordered[-1])}"
         )
-    if twice:
+    if not distinct:
         raise ValueError("experts must be distinct within a row: a token chooses an expert once, got some id twice")
     return bounds
