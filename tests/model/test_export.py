@@ -122,7 +122,7 @@ def test_a_fold_of_fake_tensors_is_not_kept() -> None:
 def test_auto_folds_where_every_length_is_past_the_break_even(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guess about one length would bound the graph to lengths on its side of the break-even."""
     ran = []
-    for name in ("rethink_literal", "rethink_folded"):
+    for name in ("literal_rounds", "folded_rounds"):
         function = getattr(rethinking, name)
 
         def noted(*args, name=name, function=function):
@@ -134,7 +134,7 @@ def test_auto_folds_where_every_length_is_past_the_break_even(monkeypatch: pytes
     with torch.no_grad():
         for lengths in (LENGTHS, many):
             torch.export.export(layer, (hidden_states(600),), dynamic_shapes=(lengths,))
-    assert set(ran) == {"rethink_literal", "rethink_folded"}
+    assert set(ran) == {"literal_rounds", "folded_rounds"}
     assert ran == sorted(ran, reverse=True)
 
 
