@@ -9,19 +9,21 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.graphmoe-installed
 
 .DEFAULT_GOAL := help
-.PHONY: env demo test test-all aot bench report gpu-report tune predictions check clean help
+.PHONY: env demo test test-all test-newest test-oldest aot bench report gpu-report tune predictions check clean help
 
 env: $(STAMP)  ## build .venv, or bring it up to date (instant when nothing changed)
 
 # The stamp is newer than both files exactly when the environment holds what they ask for.
-$(STAMP): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.10 or newer, or name one: make env PYTHON=/path/to/python3" >&2; exit 1; }
-	@test -x $(PY) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	    echo "make: $$($(PYTHON) --version) is too old: GraphMoE needs Python 3.10 or newer. Name one: make env PYTHON=python3.12" >&2; exit 1; }
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
-	    echo "make: $(PYTHON) -m venv failed. On Debian and Ubuntu the module is in a package of its own: apt install python3-venv" >&2; exit 1; }
+$(STAMP): pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
+
+$(PY) .venv-newest/bin/python .venv-oldest/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.10 or newer, or name one: make env PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "make: $$($(PYTHON) --version) is too old: GraphMoE needs Python 3.10 or newer. Name one: make env PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(@:/bin/python=) || { rm -rf $(@:/bin/python=); \
+	    echo "make: $(PYTHON) -m venv failed. On Debian and Ubuntu the module is in a package of its own: apt install python3-venv" >&2; exit 1; }
 
 demo: env  ## train and compare on a small task on the CPU, in 7 minutes; writes demo_report/ (ARGS=--no-comparison: 3)
 	$(PY) -m graphmoe_model.demo $(ARGS)
@@ -34,6 +36,21 @@ test: env  ## the tests, without the long sweeps
 
 test-all: env  ## the tests with the long sweeps
 	$(PY) -m pytest tests $(PARALLEL) -m "slow or not slow" $(ARGS)
+
+# Both ends of what pyproject.toml allows, each in an environment of its own: .venv stays as it is. HOLD names what keeps the
+# version of constraints.txt at the newest end: another torch is gigabytes of CUDA libraries. HOLD= lets everything move.
+HOLD ?= torch triton
+
+test-newest: .venv-newest/bin/python  ## the tests with the newest that pyproject.toml allows (HOLD=: the newest torch and triton too)
+	@for name in $(HOLD); do grep "^$$name==" constraints.txt || { \
+	    echo "make: HOLD names $$name, which has no line in constraints.txt" >&2; exit 1; }; done > .venv-newest/held.txt
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+	    -e '.[dev]' -c .venv-newest/held.txt
+	.venv-newest/bin/python -m pytest tests $(PARALLEL) $(ARGS)
+
+test-oldest: .venv-oldest/bin/python  ## the tests with the oldest that it allows: constraints-oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints-oldest.txt
+	.venv-oldest/bin/python -m pytest tests $(PARALLEL) $(ARGS)
 
 # Another Triton lies in a folder of its own, before .venv's on the path: .venv stays as it is.
 OTHER_TRITON := $(if $(TRITON),.venv-triton-$(TRITON))
@@ -67,7 +84,7 @@ check: env  ## lint, format, types, import contracts
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
 
-clean:  ## remove build products, caches and the environment's stamp (not .venv itself, not demo_report/)
+clean:  ## remove build products, caches and the environment's stamp (not the environments .venv*, not demo_report/)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis $(STAMP)
 	find . -path './$(VENV)*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 

@@ -94,7 +94,8 @@ class Skeleton:
         decoder._modules["mlp"] = mlp
 
         def forward(h: Tensor) -> Tensor:
-            return decoder(h, past_key_values=self.cache, position_embeddings=self.rotary)
+            # By position: Transformers 5.24 renames the cache's argument. Between them: mask and position ids.
+            return decoder(h, None, None, self.cache, position_embeddings=self.rotary)
 
         return forward
 

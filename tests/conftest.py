@@ -1,7 +1,9 @@
-"""Settings that every test shares: seed, threads, and how hypothesis draws its examples."""
+"""Settings that every test shares: seed, threads, deprecations, and how hypothesis draws its examples."""
 
 import importlib.util
 import os
+import platform
+from importlib import metadata
 
 import torch
 
@@ -11,7 +13,7 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import settings
 
-from tests import interpreter
+from tests import deprecations, interpreter
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     interpreter.install()
@@ -21,6 +23,27 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+VERSIONS = ("torch", "triton", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:  # Triton off Linux; the train extra
+        return f"no {package}"
+
+
+def pytest_report_header() -> str:
+    """What a run was of: a result without its versions says little."""
+    return ", ".join([f"versions: python {platform.python_version()}", *map(_version, VERSIONS)])
+
+
+@pytest.fixture(autouse=True)
+def _deprecations():
+    """A deprecated name that our own code uses is an error, at every version that is allowed."""
+    with deprecations.refused():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -148,16 +148,18 @@ def _preparer(model: nn.Module, phase: str, ids: torch.Tensor) -> Callable[[], C
     """What makes a call ready: a decode step gets a cache of its own, as it writes to it."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     options: dict[str, Any] = {"use_cache": True}
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+    known = inspect.signature(base.forward).parameters
+    if "logits_to_keep" in known:
         options["logits_to_keep"] = 1
     if phase == "prefill":
         return lambda: lambda: model(input_ids=ids, **options)
-    kept = model(input_ids=ids, **options).past_key_values
+    name = "cache" if "cache" in known else "past_key_values"  # Transformers 5.24 renames it, model by model
+    kept = model(input_ids=ids, **options)[name]
     last = ids[:, -1:]  # [B, 1]
 
     def prepare() -> Call:
-        cache = copy.deepcopy(kept)
-        return lambda: model(input_ids=last, past_key_values=cache, **options)
+        cache = {name: copy.deepcopy(kept)}
+        return lambda: model(input_ids=last, **cache, **options)
 
     return prepare
 

@@ -69,7 +69,7 @@ def test_unload_gives_the_base_model_back(model_type):
     assert {n: id(p) for n, p in unloaded.named_parameters()} == {n: id(p) for n, p in parameters.items()}
     assert torch.equal(logits(unloaded), expected)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # PEFT warns about a model that looks adapted
+        warnings.simplefilter("error", UserWarning)  # PEFT warns about a model that looks adapted
         get_peft_model(unloaded, tiny_config())
 
 

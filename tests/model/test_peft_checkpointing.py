@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from tests.model.checkpointing import checkpoint_activations
 from tests.model.tiny_models import tiny_peft_model, tokens
 
 
@@ -25,7 +26,7 @@ def test_gradients_are_those_without_checkpointing(use_reentrant, fold, dropout)
     model = tiny_peft_model(init_lora_weights=False, fold=fold, lora_dropout=dropout, router_aux_loss_coef=coefficient)
     expected = gradients(model)
     assert all(gradient.any() for gradient in expected.values())
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    checkpoint_activations(model, use_reentrant)
     model.enable_input_require_grads()
     actual = gradients(model)
     assert expected.keys() == actual.keys()

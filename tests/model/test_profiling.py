@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM
 
 from graphmoe_kernels import ranges
 from graphmoe_model.model_shapes import MODEL_SHAPES
@@ -75,14 +75,14 @@ def test_a_decode_step_is_one_token_on_a_cache_of_the_asked_length():
     seen = []
 
     def note(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
-        cache = options.get("past_key_values")
-        seen.append((options["input_ids"].shape, cache.get_seq_length() if cache is not None else 0))
+        lengths = [o.get_seq_length() for o in options.values() if isinstance(o, Cache)]
+        seen.append((options["input_ids"].shape, *lengths))
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     profile_model(model, "none", ["decode"], [6], batch=2, repetitions=2)
     handle.remove()
     prefill, *steps = seen
-    assert prefill == ((2, 6), 0)
+    assert prefill == ((2, 6),)
     assert len(steps) > 4
     assert set(steps) == {((2, 1), 6)}
 
@@ -252,7 +252,7 @@ def test_a_model_without_logits_to_keep_is_profiled_too():
 
     class Older(LlamaForCausalLM):
         def forward(self, input_ids=None, past_key_values=None, use_cache=None):
-            return super().forward(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+            return super().forward(input_ids, None, None, past_key_values, use_cache=use_cache)
 
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=64

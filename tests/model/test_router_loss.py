@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from graphmoe_model import FusedGraphMoEFFN, collect_routing, router_loss
 from graphmoe_model.router_loss import balance_loss
+from tests.model.checkpointing import checkpoint_activations
 from tests.model.router_losses import IDS, LEFT_PADDED, ffn_layers, language_loss, records
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 
@@ -169,14 +170,14 @@ def test_unused_loss_is_reported():
         model(input_ids=IDS)
     router_loss(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         model(input_ids=IDS, labels=IDS)
 
 
 def checkpointed(use_reentrant: bool, model_type: str = "llama", **overrides: object) -> nn.Module:
     model = tiny_peft_model(model_type, init_lora_weights=False, lora_dropout=0.1, **overrides).train()
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    checkpoint_activations(model, use_reentrant)
     return model
 
 

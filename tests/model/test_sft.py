@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from tests.model.checkpointing import checkpointing_arguments
 from tests.model.tiny_models import VOCABULARY, tiny_model, tiny_peft_model
 from tests.model.training import (
     ACCUMULATION,
@@ -85,7 +86,7 @@ def test_router_loss_is_in_the_loss_and_in_the_logs(tmp_path):
 def test_without_checkpointing_and_in_bf16(tmp_path):
     """SFTTrainer checkpoints by default; mixed precision rebuilds the outputs, which must not lose aux_loss."""
     with_checkpoints = sft(trained_model(), alike_batch(), tmp_path, 4)[1]
-    without = sft(trained_model(), alike_batch(), tmp_path, 4, gradient_checkpointing=False)[1]
+    without = sft(trained_model(), alike_batch(), tmp_path, 4, **checkpointing_arguments(False))[1]
     torch.testing.assert_close(without, with_checkpoints, rtol=1e-5, atol=1e-8)
     trainer, _ = sft(trained_model(), alike_batch(), tmp_path, 4, bf16=True)
     assert trainer.state.log_history[0]["aux_loss"] > 0

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from graphmoe_model import RouterLossCallback, router_loss
+from tests.model.checkpointing import checkpointing_arguments
 from tests.model.tiny_models import PADDING, tiny_model, tiny_peft_model
 from tests.model.training import (
     ACCUMULATION,
@@ -125,17 +126,10 @@ def test_callback_needs_an_adapter(tmp_path):
 def test_gradient_checkpointing(tmp_path):
     """Trainer's default kind gives the same gradient; the reentrant kind would drop the router loss and is refused."""
     plain = step(trained_model(), alike_batch(), tmp_path, 4)[1]
-    checkpointed = step(trained_model(), alike_batch(), tmp_path, 4, gradient_checkpointing=True)[1]
+    checkpointed = step(trained_model(), alike_batch(), tmp_path, 4, **checkpointing_arguments())[1]
     torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-8)
     with pytest.raises(RuntimeError, match="reentrant"):
-        step(
-            trained_model(),
-            alike_batch(),
-            tmp_path,
-            4,
-            gradient_checkpointing=True,
-            gradient_checkpointing_kwargs={"use_reentrant": True},
-        )
+        step(trained_model(), alike_batch(), tmp_path, 4, **checkpointing_arguments(use_reentrant=True))
 
 
 def test_label_smoothing_is_reported(tmp_path):
