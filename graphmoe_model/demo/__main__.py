@@ -217,6 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # said on every machine without a GPU
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks by the name Transformers had
     torch.set_num_threads(1)  # the model is tiny: a second thread gains nothing, and costs a lot on a busy machine
 
     console = Console()
