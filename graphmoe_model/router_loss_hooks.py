@@ -54,7 +54,8 @@ class RouterLossHooks:
         self.told: float | None = None
         self.sums: Tensor | None = None
         self.listening = False
-        self._has_routers = declares_routers(model)
+        self._has_routers = declares(model, "output_router_logits")
+        self._has_router_loss = declares(model, "router_aux_loss_coef")
         handles = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
             model.register_forward_hook(self.after, with_kwargs=True, always_call=True),
@@ -93,7 +94,8 @@ class RouterLossHooks:
         forward = self.context.finish()
         if outputs is None:  # the forward ended in an exception, which goes on
             return None
-        asked = "output_router_logits" in kwargs and not self._has_routers and getattr(outputs, "aux_loss", 0) is None
+        no_aux_loss = not self._has_router_loss and getattr(outputs, "aux_loss", 0) is None
+        asked = "output_router_logits" in kwargs and no_aux_loss
         has_loss = _argument(model, args, kwargs, "labels") is not None and _holds_loss(outputs)
         records = [] if forward is None else forward.records
         loss = loss_of(records) if has_loss or asked else None
@@ -209,16 +211,20 @@ def _argument(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n
 # --- attaching -------------------------------------------------------------------------------------------------------
 
 
-def declares_routers(model: nn.Module) -> bool:
-    """Whether a model's configuration declares routers of the model's own, as Transformers' mixtures of experts do."""
+def declares(model: nn.Module, field: str) -> bool:
+    """Whether a model's own configuration has a field.
+
+    Transformers' mixtures of experts have ``output_router_logits``; those that add a router loss to theirs have
+    ``router_aux_loss_coef`` too. DeepSeek-V3 has routers and no such loss.
+    """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    return hasattr(text, "output_router_logits")
+    return hasattr(text, field)
 
 
 def check_router_loss(model: nn.Module, config: GraphMoEConfig) -> None:
     """``ValueError`` for a router loss on a base model that has routers and a router loss of its own."""
-    if config.router_aux_loss_coef > 0 and declares_routers(model):
+    if config.router_aux_loss_coef > 0 and declares(model, "router_aux_loss_coef"):
         raise ValueError(
             f"{type(model).__name__} has routers and a router loss of its own, which would be mixed up with this "
             "adapter's; set router_aux_loss_coef=0"

@@ -87,8 +87,15 @@ def test_other_warnings_are_no_errors():
 
 def test_a_warning_that_pytest_passes_on_is_not_its_test_s():
     """`pytest.warns` issues again what it did not expect: by then the stack says nothing about who called."""
-    with warnings.catch_warnings(record=True) as seen, deprecations.refused():
-        with pytest.warns(UserWarning, match="look here"):
-            DEPENDENCY.call()
-            warnings.warn("look here", UserWarning, stacklevel=1)
+
+    def both() -> None:
+        DEPENDENCY.call()
+        warnings.warn("look here", UserWarning, stacklevel=1)
+
+    with (
+        warnings.catch_warnings(record=True) as seen,
+        deprecations.refused(),
+        pytest.warns(UserWarning, match="look here"),
+    ):
+        both()
     assert [str(warning.message) for warning in seen] == ["old is deprecated, use new"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.gpu.layers import MARKS
+from tests.model.checkpointing import checkpoint_activations
 from tests.model.router_losses import IDS, LEFT_PADDED, RIGHT_PADDED
 from tests.model.tiny_models import tiny_peft_model
 
@@ -20,7 +21,7 @@ def test_forwards_before_a_backward_keep_their_padding(backend: str) -> None:
         model = tiny_peft_model(init_lora_weights=False, router_aux_loss_coef=0.3, backend=backend).cuda().train()
         if checkpointed:
             model.enable_input_require_grads()
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
         ids, left, right = (tensor.cuda() for tensor in (IDS, LEFT_PADDED, RIGHT_PADDED))
         loss = model(input_ids=ids, attention_mask=left, labels=ids).loss
         loss = loss + model(input_ids=ids, attention_mask=right, labels=ids).loss

@@ -6,7 +6,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from graphmoe_model import FusedGraphMoEFFN
-from tests.model.tiny_models import VOCABULARY, tiny_config
+from tests.model.tiny_models import VOCABULARY, tiny_config, tiny_model
 
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -18,6 +18,16 @@ SMALL = {
     "pad_token_id": 0,
 }
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def dense_and_sparse_model() -> nn.Module:
+    """A DeepSeek-V3 of one dense and one sparse layer."""
+    return tiny_model(
+        "deepseek_v3",
+        **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        **{"first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4},
+        **{"qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4},
+    )
 
 
 def adapted(model: nn.Module) -> tuple[set[str], set[str]]:

@@ -1,4 +1,4 @@
-"""Activation checkpointing under the name that the installed Transformers has: from 5.22 on the old ones are deprecated."""
+"""Activation checkpointing under the name that the installed Transformers has: the newest deprecates "gradient"."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
+NAME = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+
 
 def checkpoint_activations(model: PeftModel | PreTrainedModel, use_reentrant: bool = False) -> None:
-    """Let the model recompute its decoder layers in the backward."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    """Let the model run its decoder layers again in the backward pass."""
+    getattr(model, f"{NAME}_enable")({"use_reentrant": use_reentrant})
+
+
+def keep_activations(model: PeftModel | PreTrainedModel) -> None:
+    """Undo `checkpoint_activations`."""
+    getattr(model, f"{NAME}_disable")()
 
 
 def checkpointing_arguments(enabled: bool = True, **kwargs: Any) -> dict[str, Any]:
     """Make the arguments of TrainingArguments, or of TRL's, that set checkpointing and its keyword arguments."""
-    known = TrainingArguments.__dataclass_fields__
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: enabled, f"{name}_kwargs": kwargs or None}
+    return {NAME: enabled, f"{NAME}_kwargs": kwargs or None}

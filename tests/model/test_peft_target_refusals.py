@@ -9,7 +9,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from graphmoe_model import FusedGraphMoEFFN
-from tests.model.attaching import adapted, attach, refuse
+from tests.model.attaching import adapted, attach, dense_and_sparse_model, refuse
 from tests.model.tiny_models import logits, tiny_config, tiny_model
 
 
@@ -62,17 +62,12 @@ def test_models_without_a_supported_mlp_are_refused_with_reasons(model_type, set
 
 def test_a_model_of_dense_and_sparse_layers_can_be_adapted_in_part():
     """DeepSeek-V3 begins with dense layers: refused as a whole, adapted where the config keeps to them."""
-    settings = {
-        **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-        **{"first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4},
-        **{"qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4},
-    }
-    refuse(tiny_model("deepseek_v3", **settings), ValueError, "model.layers.1.mlp: DeepseekV3MoE is not a gated MLP")
-    ffns, loras = adapted(attach(tiny_model("deepseek_v3", **settings), layers_to_transform=[0]))
+    refuse(dense_and_sparse_model(), ValueError, "model.layers.1.mlp: DeepseekV3MoE is not a gated MLP")
+    ffns, loras = adapted(attach(dense_and_sparse_model(), layers_to_transform=[0]))
     assert ffns == {"model.layers.0.mlp"}
     projections = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     assert loras == {f"model.layers.0.self_attn.{name}" for name in projections}
-    ffns, loras = adapted(attach(tiny_model("deepseek_v3", **settings), exclude_modules=["layers.1.mlp"]))
+    ffns, loras = adapted(attach(dense_and_sparse_model(), exclude_modules=["layers.1.mlp"]))
     assert ffns == {"model.layers.0.mlp"}
     assert len(loras) == 10
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from tests.model.checkpointing import checkpoint_activations, keep_activations
 from tests.model.router_losses import IDS, LEFT_PADDED, ffn_layers, records
 from tests.model.tiny_models import tiny_config, tiny_peft_model
 
@@ -16,7 +17,7 @@ def checkpointed(**options) -> PeftModel:
     """Two adapters of the same shapes, so that no shape betrays which of them ran."""
     model = tiny_peft_model(init_lora_weights=False, target_modules=["mlp"], **options).train()
     model.add_adapter("other", tiny_config(init_lora_weights=False, target_modules=["mlp"], **options))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(model)
     model.enable_input_require_grads()
     return model
 
@@ -70,7 +71,7 @@ def test_backward_in_the_same_state_after_another_is_right() -> None:
 def test_without_checkpointing_any_state_may_follow() -> None:
     """Nothing runs again then, so eval() between forward and backward is harmless, as with LoRA."""
     model = checkpointed(lora_dropout=0.5)
-    model.gradient_checkpointing_disable()
+    keep_activations(model)
     loss = model(input_ids=IDS, labels=IDS).loss
     model.eval()
     loss.backward()

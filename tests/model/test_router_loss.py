@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from graphmoe_model import FusedGraphMoEFFN, collect_routing, router_loss
 from graphmoe_model.router_loss import balance_loss
+from tests.model.attaching import adapted, attach, refuse
 from tests.model.checkpointing import checkpoint_activations
 from tests.model.router_losses import IDS, LEFT_PADDED, ffn_layers, language_loss, records
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
@@ -149,14 +149,16 @@ def test_copy_after_a_forward_has_its_own_hooks():
     torch.testing.assert_close(twin(input_ids=IDS, labels=IDS).loss, model(input_ids=IDS, labels=IDS).loss)
 
 
-def test_base_model_with_routers_of_its_own_is_refused():
-    """Two router losses under one configuration field cannot be told apart."""
-    config = AutoConfig.for_model("llama")
-    kind = type("RoutedConfig", (type(config),), {"output_router_logits": False})
-    model = tiny_model()
-    model.config.__class__ = kind
-    with pytest.raises(ValueError, match="router loss of its own"):
-        get_peft_model(model, tiny_config())
+def test_a_base_model_with_a_router_loss_of_its_own_is_refused():
+    """Two router losses under one configuration field cannot be told apart; the error says how to do without one."""
+
+    def base() -> nn.Module:
+        sparse = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        return tiny_model("qwen3_moe", mlp_only_layers=[0], **sparse)
+
+    refuse(base(), ValueError, "router loss of its own.*set router_aux_loss_coef=0", layers_to_transform=[0])
+    ffns, _ = adapted(attach(base(), layers_to_transform=[0], router_aux_loss_coef=0.0))
+    assert ffns == {"model.layers.0.mlp"}
 
 
 # --- what would lose it ----------------------------------------------------------------------------------------------

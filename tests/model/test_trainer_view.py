@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from graphmoe_model import router_loss
+from tests.model.attaching import attach, dense_and_sparse_model
 from tests.model.router_losses import IDS
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 
@@ -65,6 +67,19 @@ def test_the_view_passes_for_the_configuration():
         assert type(copied) is LlamaConfig
         assert copied.to_dict() == own.to_dict()
         assert declared(copied) is None
+
+
+def test_a_base_with_routers_and_no_router_loss_gets_the_adapter_s():
+    """DeepSeek-V3 can return its routers' logits, in newer Transformers, but has no loss that would be mixed up."""
+    model = attach(dense_and_sparse_model(), layers_to_transform=[0], init_lora_weights=False).train()
+    assert declared(model.config) == (True, 0.01)
+    assert asked(model) > 0
+    with torch.no_grad():
+        plain = dense_and_sparse_model().train()(input_ids=IDS, labels=IDS).loss
+    fresh = attach(dense_and_sparse_model(), layers_to_transform=[0]).train()
+    with torch.no_grad():
+        loss = fresh(input_ids=IDS, labels=IDS).loss
+        torch.testing.assert_close(loss, plain + router_loss(fresh))
 
 
 def test_a_copied_model_has_its_own_view():
