@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from graphmoe_model.routing_record import RoutingRecord, RoutingStatistics, contexts_of, in_backward, routed_layers
 
 _NO_GRADIENT = (
-    "the router loss has no gradient: reentrant activation checkpointing runs the layers without one. Use "
-    "gradient_checkpointing_kwargs={'use_reentrant': False}, or set router_aux_loss_coef=0"
+    "the router loss has no gradient: reentrant activation checkpointing runs the layers without one. Set "
+    "{'use_reentrant': False} as gradient_checkpointing_kwargs (activation_checkpointing_kwargs in newer Transformers), "
+    "or set router_aux_loss_coef=0"
 )
 _NOT_RECORDED = "no routing is recorded: run a forward in training mode (model.train()) first"
 _NOT_REPEATED = (

@@ -12,6 +12,7 @@ from torch import nn
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN
 from graphmoe_model.layer import RoutedLayer
+from tests.model.checkpointing import checkpoint_activations
 from tests.model.method_models import LINEARS, PROJECTIONS, adapted, as_lora, config, randomise, trained_parameters
 from tests.model.method_oracles import FORMS
 from tests.model.tiny_models import logits, tiny_config, tiny_model, tiny_peft_model, tokens
@@ -186,7 +187,7 @@ def test_gradients_at_half_strength_are_those_of_the_literal_form():
 def test_a_checkpointed_backward_at_another_scaling_is_refused():
     """Checkpointing runs the layers again in the backward pass: at another scaling the gradients would be others."""
     model = trained("graphmoe-mixlora").train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     model.enable_input_require_grads()
     with rescale_adapter_scale(model, 0.5):
         loss = model(input_ids=tokens(), labels=tokens()).loss

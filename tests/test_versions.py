@@ -1,0 +1,60 @@
+"""What is tested as the oldest set is what pyproject.toml allows, and the pinned set lies within it."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+from transformers.integrations.peft import MIN_PEFT_VERSION
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it there
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pins(name: str) -> dict[str, Version]:
+    """Package and version of a file of constraints, without the lines for other Pythons and systems."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    found = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate()]
+    return {r.name: Version(str(r.specifier).removeprefix("==")) for r in found}
+
+
+def requirements(extra: str | None = None) -> dict[str, Requirement]:
+    """The package's requirements, or an extra's, by name; without the extras that an extra includes."""
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    found = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate()]
+    return {r.name: r for r in found if r.name != project["name"]}
+
+
+def lower_bound(requirement: Requirement) -> Version:
+    (bound,) = (Version(s.version) for s in requirement.specifier if s.operator == ">=")
+    return bound
+
+
+def test_the_oldest_set_is_the_lower_bounds():
+    """A bound that no run has used is a guess."""
+    imported = {**requirements(), **requirements("train")}
+    assert pins("constraints-oldest.txt") == {name: lower_bound(r) for name, r in imported.items()}
+
+
+@pytest.mark.parametrize("extra", [None, "train", "demo", "bench", "dev"])
+def test_the_pinned_set_is_allowed(extra):
+    """`make env` would find no solution, or one that nobody asked for."""
+    pinned = pins("constraints.txt")
+    for name, requirement in requirements(extra).items():
+        if name in pinned:  # a release that needs a newer Python has no line on this one
+            assert requirement.specifier.contains(pinned[name]), f"{requirement}, but {name}=={pinned[name]}"
+
+
+def test_transformers_takes_the_peft_that_is_installed():
+    """Where it asks for another, its `from_pretrained(adapter_dir)`, `set_adapter` and `delete_adapter` raise."""
+    assert Version(MIN_PEFT_VERSION) <= Version(metadata.version("peft"))
