@@ -20,8 +20,8 @@ from graphmoe_model.routing_record import RoutingRecord, RoutingStatistics, cont
 
 _NO_GRADIENT = (
     "the router loss has no gradient: reentrant activation checkpointing runs the layers without one. Set "
-    "{'use_reentrant': False} as gradient_checkpointing_kwargs (activation_checkpointing_kwargs in newer Transformers), "
-    "or set router_aux_loss_coef=0"
+    "gradient_checkpointing_kwargs={'use_reentrant': False} (activation_checkpointing_kwargs in newer Transformers), "
+    "or router_aux_loss_coef=0"
 )
 _NOT_RECORDED = "no routing is recorded: run a forward in training mode (model.train()) first"
 _NOT_REPEATED = (
