@@ -45,6 +45,8 @@ class RouterLossHooks:
         layers: the base model's routed layers.
         told: the coefficient that a trainer read from the configuration, by which it will weight ``aux_loss``; 0 if it
             said that it takes none, None if it has one of its own.
+        written: the coefficient of its own that a trainer wrote into the configuration, for ``loss``; None while the
+            adapter's counts. TRL before 1.15, the newest for Python 3.10, takes ``loss`` as it is.
         sums: [sum of losses, forwards], while a RouterLossCallback listens.
     """
 
@@ -52,6 +54,7 @@ class RouterLossHooks:
         self.context = RoutingContext()
         self.layers: list[Any] = []
         self.told: float | None = None
+        self.written: float | None = None
         self.sums: Tensor | None = None
         self.listening = False
         self._has_routers = declares(model, "output_router_logits")
@@ -113,7 +116,8 @@ class RouterLossHooks:
             return outputs
         forward.in_loss = True
         forward.release()  # the loss has the graph; records that kept it too would outlive a discarded loss
-        return _add_to_loss(outputs, loss.weighted * _batch_share(model, args, kwargs))
+        weighted = loss.weighted if self.written is None else self.written * loss.balance
+        return _add_to_loss(outputs, weighted * _batch_share(model, args, kwargs))
 
     # --- a forward of the decoder alone
 

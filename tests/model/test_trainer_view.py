@@ -146,3 +146,18 @@ def test_transformers_own_adapter_management_is_followed():
         assert not module._forward_pre_hooks
     assert set(vars(model.config)) - fields <= {"_name_or_path"}
     torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, second)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_a_coefficient_that_a_trainer_writes_is_the_loss_s(coefficient):
+    """TRL before 1.15 writes SFTConfig's coefficient into the configuration and takes outputs.loss as it is."""
+    model = tiny_peft_model(router_aux_loss_coef=0.02).train()
+    with torch.no_grad():
+        plain = tiny_model().train()(input_ids=IDS, labels=IDS).loss
+        adapted = model(input_ids=IDS, labels=IDS).loss
+        model.config.router_aux_loss_coef = coefficient
+        written = model(input_ids=IDS, labels=IDS).loss
+        model.config.router_aux_loss_coef = 0.02  # a trainer without one writes back what it read
+        back = model(input_ids=IDS, labels=IDS).loss
+    torch.testing.assert_close(written - plain, (adapted - plain) * coefficient / 0.02, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(back, adapted)
