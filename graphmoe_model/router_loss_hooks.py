@@ -97,7 +97,7 @@ class RouterLossHooks:
         forward = self.context.finish()
         if outputs is None:  # the forward ended in an exception, which goes on
             return None
-        no_aux_loss = not self._has_router_loss and getattr(outputs, "aux_loss", 0) is None
+        no_aux_loss = not self._has_router_loss and getattr(outputs, "aux_loss", None) is None
         asked = "output_router_logits" in kwargs and no_aux_loss
         has_loss = _argument(model, args, kwargs, "labels") is not None and _holds_loss(outputs)
         records = [] if forward is None else forward.records

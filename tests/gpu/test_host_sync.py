@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.sizes import METHODS
 from tests.gpu.layers import MARKS, make, step
+from tests.model.checkpointing import checkpoint_activations
 from tests.model.host_sync import PACKAGES
 from tests.model.method_models import adapted
 from tests.model.method_oracles import FORMS
@@ -53,7 +54,7 @@ def test_a_models_step_and_generate(form: str) -> None:
     model, ids = adapted(form, lora_dropout=0.1).cuda(), tokens().cuda()
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     model.enable_input_require_grads()
 
     def run() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from torch import nn
+from transformers import TrainingArguments
 
 NAME = next(
     name
@@ -14,12 +14,12 @@ NAME = next(
 )
 
 
-def checkpoint_activations(model: PeftModel | PreTrainedModel, use_reentrant: bool = False) -> None:
-    """Let the model run its decoder layers again in the backward pass."""
-    getattr(model, f"{NAME}_enable")({"use_reentrant": use_reentrant})
+def checkpoint_activations(model: nn.Module, every_n_layers: int = 1, **kwargs: Any) -> None:
+    """Let a Transformers model run its decoder layers again in the backward pass; other arguments are checkpoint's."""
+    getattr(model, f"{NAME}_enable")({"use_reentrant": False, **kwargs}, every_n_layers=every_n_layers)
 
 
-def keep_activations(model: PeftModel | PreTrainedModel) -> None:
+def keep_activations(model: nn.Module) -> None:
     """Undo `checkpoint_activations`."""
     getattr(model, f"{NAME}_disable")()
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from graphmoe_model import router_loss
+from tests.model.checkpointing import checkpoint_activations
 from tests.model.method_models import adapted, randomise, trained_parameters
 from tests.model.tiny_models import tiny_model, tokens
 
@@ -49,7 +50,7 @@ def loop_model(form: str = "graphmoe-mixlora", *, seed: int = 0, **options: Any)
 
 def checkpointed(model: nn.Module, **kwargs: Any) -> nn.Module:
     """The model with every decoder layer checkpointed, non-reentrant unless asked."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **kwargs})
+    checkpoint_activations(model, **kwargs)
     model.enable_input_require_grads()
     return model
 

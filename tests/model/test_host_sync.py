@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from graphmoe_model import RouterLossCallback
+from tests.model.checkpointing import checkpoint_activations
 from tests.model.host_sync import PACKAGES, no_host_sync
 from tests.model.method_models import adapted
 from tests.model.method_oracles import FORMS
@@ -73,7 +74,7 @@ def test_a_training_step(form: str, checkpointing: bool) -> None:
     """Forward with padding, labels and router loss, and backward; the second step as the first."""
     model = adapted(form, lora_dropout=0.1).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
         model.enable_input_require_grads()
     ids = tokens()
     mask = torch.ones_like(ids)

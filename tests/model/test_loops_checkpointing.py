@@ -13,6 +13,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from graphmoe_model import FusedGraphMoEFFN, collect_routing, router_loss
+from tests.model.checkpointing import checkpoint_activations
 from tests.model.loops import (
     PAIR,
     assert_same_gradients,
@@ -44,7 +45,7 @@ def every_layer(model: nn.Module) -> None:
 
 
 def every_second_layer(model: nn.Module) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
+    checkpoint_activations(model, every_n_layers=2)
     model.enable_input_require_grads()
 
 

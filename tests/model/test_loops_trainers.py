@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
+from tests.model.checkpointing import NAME, checkpointing_arguments
 from tests.model.loop_trainers import KINDS, Outcome, RewardTrainerWithRouterLoss, trained, trl
 
 # One in the default run: the trainers differ in what stands between forward and backward, their variants less.
@@ -46,11 +47,11 @@ def check_same_gradients(found: Outcome, expected: Outcome, bound: float = 1e-6,
 @pytest.mark.parametrize("kind", BY_DEFAULT)
 def test_checkpointing(kind, tmp_path):
     """The trainer at its defaults (TRL checkpoints, in bf16), and the gradients of a run without checkpointing."""
-    plain = trained(kind, tmp_path, gradient_checkpointing=False)
+    plain = trained(kind, tmp_path, **checkpointing_arguments(False))
     check_trained(plain, KINDS[kind].logs)
-    defaults = {"gradient_checkpointing": True} if kind == "Trainer" else {}
+    defaults = checkpointing_arguments() if kind == "Trainer" else {}
     checkpointed = trained(kind, tmp_path, **defaults)
-    assert checkpointed.trainer.args.gradient_checkpointing
+    assert getattr(checkpointed.trainer.args, NAME)
     check_trained(checkpointed, KINDS[kind].logs)
     check_same_gradients(checkpointed, plain)
 
@@ -59,7 +60,7 @@ def test_checkpointing(kind, tmp_path):
 @pytest.mark.parametrize("kind", DEFAULTS)
 def test_reentrant_checkpointing_is_refused(kind, tmp_path):
     """It runs the layers without a graph: the router would train on nothing. Trainer and TRL leave it to the user."""
-    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    options = checkpointing_arguments(use_reentrant=True)
     with pytest.raises(RuntimeError, match=r"reentrant activation checkpointing.*'use_reentrant': False"):
         trained(kind, tmp_path, **options)
 
@@ -122,7 +123,7 @@ def test_accumulation(kind, tmp_path):
     """
     distinct = {"KTO": 1, "GRPO": 1}.get(kind, 2)
     options: dict[str, Any] = {"GRPO": {"top_k": 1}}.get(kind, {})
-    options |= {"gradient_checkpointing": True, "bf16": False, "distinct": distinct}
+    options |= {**checkpointing_arguments(), "bf16": False, "distinct": distinct}
     whole = trained(kind, tmp_path, **options)
     halves = trained(kind, tmp_path, accumulation=2, **options)
     check_same_gradients(halves, whole, bound=1e-4)
@@ -135,8 +136,8 @@ def test_accumulation(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulation_of_other_micro_batches(kind, tmp_path):
     """Micro-batches of other padding, checkpointed and not."""
-    plain = trained(kind, tmp_path, rows_a_step=6, accumulation=3, gradient_checkpointing=False)
-    checkpointed = trained(kind, tmp_path, rows_a_step=6, accumulation=3, gradient_checkpointing=True)
+    plain = trained(kind, tmp_path, rows_a_step=6, accumulation=3, **checkpointing_arguments(False))
+    checkpointed = trained(kind, tmp_path, rows_a_step=6, accumulation=3, **checkpointing_arguments())
     check_trained(checkpointed, KINDS[kind].logs)
     check_same_gradients(checkpointed, plain)
 
@@ -159,8 +160,8 @@ def test_two_forwards(kind, tmp_path):
     """A trainer whose loss takes two forwards: each keeps its own padding, checkpointed or not."""
     twice = type("Twice", (TwoForwards, KINDS[kind].trainer), {})
     options: dict[str, Any] = {"trainer": twice, "optim": "sgd"}
-    plain = trained(kind, tmp_path, gradient_checkpointing=False, **options)
-    checkpointed = trained(kind, tmp_path, gradient_checkpointing=True, **options)
+    plain = trained(kind, tmp_path, **checkpointing_arguments(False), **options)
+    checkpointed = trained(kind, tmp_path, **checkpointing_arguments(), **options)
     check_trained(checkpointed, KINDS[kind].logs)
     check_same_gradients(checkpointed, plain, steps=2)
 
@@ -184,7 +185,7 @@ def test_sft_with_a_loss_of_ones_own(option, tmp_path):
         return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
     given: dict[str, Any] = {option: 0.1} if option == "label_smoothing_factor" else {"more": {option: loss}}
-    plain = trained("SFT", tmp_path, gradient_checkpointing=False, **given)
+    plain = trained("SFT", tmp_path, **checkpointing_arguments(False), **given)
     with pytest.warns(UserWarning, match="its router loss became part of no loss"):
         checkpointed = trained("SFT", tmp_path, **given)
     (a, *_), (b, *_) = checkpointed.gradients, plain.gradients

@@ -179,7 +179,7 @@ def test_unused_loss_is_reported():
 def checkpointed(use_reentrant: bool, model_type: str = "llama", **overrides: object) -> nn.Module:
     model = tiny_peft_model(model_type, init_lora_weights=False, lora_dropout=0.1, **overrides).train()
     model.enable_input_require_grads()
-    checkpoint_activations(model, use_reentrant)
+    checkpoint_activations(model, use_reentrant=use_reentrant)
     return model
 
 

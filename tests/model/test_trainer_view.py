@@ -148,6 +148,15 @@ def test_transformers_own_adapter_management_is_followed():
     torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, second)
 
 
+def test_an_output_without_the_field_gets_what_was_asked_for():
+    """TRL before 1.15 asks the model itself, whose output has no aux_loss; a forward that does not ask stays as it is."""
+    model = tiny_peft_model(init_lora_weights=False).train()
+    outputs = model(input_ids=IDS, output_router_logits=True)
+    torch.testing.assert_close(outputs.aux_loss, asked(model))
+    assert outputs.aux_loss.requires_grad
+    assert not hasattr(model(input_ids=IDS, labels=IDS), "aux_loss")
+
+
 @pytest.mark.parametrize("coefficient", [0.0, 0.5])
 def test_a_coefficient_that_a_trainer_writes_is_the_loss_s(coefficient):
     """TRL before 1.15 writes SFTConfig's coefficient into the configuration and takes outputs.loss as it is."""
