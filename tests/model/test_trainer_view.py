@@ -149,7 +149,7 @@ def test_transformers_own_adapter_management_is_followed():
 
 
 def test_an_output_without_the_field_gets_what_was_asked_for():
-    """TRL before 1.15 asks the model itself, whose output has no aux_loss. Who does not ask gets the output as it is."""
+    """TRL before 1.15 asks the model itself, whose output has no aux_loss. Who does not ask gets none."""
     model = tiny_peft_model(init_lora_weights=False).train()
     outputs = model(input_ids=IDS, output_router_logits=True)
     torch.testing.assert_close(outputs.aux_loss, asked(model))
