@@ -19,9 +19,9 @@ $(STAMP): pyproject.toml constraints.txt | $(PY)
 	@touch $@
 
 $(PY) .venv-newest/bin/python .venv-oldest/bin/python:
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.10 or newer, or name one: make env PYTHON=/path/to/python3" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	    echo "make: $$($(PYTHON) --version) is too old: GraphMoE needs Python 3.10 or newer. Name one: make env PYTHON=python3.12" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.11 or newer, or name one: make env PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "make: $$($(PYTHON) --version) is too old: GraphMoE needs Python 3.11 or newer. Name one: make env PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(@:/bin/python=) || { rm -rf $(@:/bin/python=); \
 	    echo "make: $(PYTHON) -m venv failed. On Debian and Ubuntu the module is in a package of its own: apt install python3-venv" >&2; exit 1; }
 

@@ -33,7 +33,7 @@ def conditions(device: Device, commit: str | None = None) -> dict[str, Any]:
 
 def now() -> str:
     """The time, to the second, in UTC."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def file_name(found: dict[str, Any]) -> str:

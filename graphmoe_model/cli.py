@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 
 
-class Phase(str, Enum):
+class Phase(StrEnum):
     """What of a generation is profiled (Typer takes lists of enumerations, not of Literals)."""
 
     prefill = "prefill"

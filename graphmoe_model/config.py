@@ -29,7 +29,7 @@ SUPPORTED_LORA_FIELDS = frozenset(
 )
 
 
-class GraphMoEPeftType(str, Enum):
+class GraphMoEPeftType(str, Enum):  # noqa: UP042 - as PEFT's own members are
     """The method's name where PEFT expects a member of its own (closed) enumeration."""
 
     GRAPHMOE = "GRAPHMOE"

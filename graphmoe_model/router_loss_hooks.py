@@ -45,8 +45,6 @@ class RouterLossHooks:
         layers: the base model's routed layers.
         told: the coefficient that a trainer read from the configuration, by which it will weight ``aux_loss``; 0 if it
             said that it takes none, None if it has one of its own.
-        written: the coefficient of its own that a trainer wrote into the configuration, for ``loss``; None while the
-            adapter's counts. TRL before 1.15, the newest for Python 3.10, takes ``loss`` as it is.
         sums: [sum of losses, forwards], while a RouterLossCallback listens.
     """
 
@@ -54,7 +52,6 @@ class RouterLossHooks:
         self.context = RoutingContext()
         self.layers: list[Any] = []
         self.told: float | None = None
-        self.written: float | None = None
         self.sums: Tensor | None = None
         self.listening = False
         self._has_routers = declares(model, "output_router_logits")
@@ -97,8 +94,8 @@ class RouterLossHooks:
         forward = self.context.finish()
         if outputs is None:  # the forward ended in an exception, which goes on
             return None
-        no_aux_loss = not self._has_router_loss and getattr(outputs, "aux_loss", None) is None
-        asked = "output_router_logits" in kwargs and no_aux_loss
+        is_open = not self._has_router_loss and getattr(outputs, "aux_loss", 0) is None
+        asked = "output_router_logits" in kwargs and is_open
         has_loss = _argument(model, args, kwargs, "labels") is not None and _holds_loss(outputs)
         records = [] if forward is None else forward.records
         loss = loss_of(records) if has_loss or asked else None
@@ -116,8 +113,7 @@ class RouterLossHooks:
             return outputs
         forward.in_loss = True
         forward.release()  # the loss has the graph; records that kept it too would outlive a discarded loss
-        weighted = loss.weighted if self.written is None else self.written * loss.balance
-        return _add_to_loss(outputs, weighted * _batch_share(model, args, kwargs))
+        return _add_to_loss(outputs, loss.weighted * _batch_share(model, args, kwargs))
 
     # --- a forward of the decoder alone
 

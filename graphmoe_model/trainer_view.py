@@ -63,7 +63,6 @@ class RoutedConfig:
                 self._hooks.told = 0.0
         elif name == "router_aux_loss_coef":  # a trainer's own coefficient: it weights Eq. 8 as it is
             self._hooks.told = self._hooks.told if value == self._hooks.told else None
-            self._hooks.written = None if value == coefficient_of(self._hooks.layers) else value
         elif name not in _OWN:
             setattr(self._config, name, value)
 

@@ -146,27 +146,3 @@ def test_transformers_own_adapter_management_is_followed():
         assert not module._forward_pre_hooks
     assert set(vars(model.config)) - fields <= {"_name_or_path"}
     torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, second)
-
-
-def test_an_output_without_the_field_gets_what_was_asked_for():
-    """TRL before 1.15 asks the model itself, whose output has no aux_loss. Who does not ask gets none."""
-    model = tiny_peft_model(init_lora_weights=False).train()
-    outputs = model(input_ids=IDS, output_router_logits=True)
-    torch.testing.assert_close(outputs.aux_loss, asked(model))
-    assert outputs.aux_loss.requires_grad
-    assert not hasattr(model(input_ids=IDS, labels=IDS), "aux_loss")
-
-
-@pytest.mark.parametrize("coefficient", [0.0, 0.5])
-def test_a_coefficient_that_a_trainer_writes_is_the_loss_s(coefficient):
-    """TRL before 1.15 writes SFTConfig's coefficient into the configuration and takes outputs.loss as it is."""
-    model = tiny_peft_model(router_aux_loss_coef=0.02).train()
-    with torch.no_grad():
-        plain = tiny_model().train()(input_ids=IDS, labels=IDS).loss
-        adapted = model(input_ids=IDS, labels=IDS).loss
-        model.config.router_aux_loss_coef = coefficient
-        written = model(input_ids=IDS, labels=IDS).loss
-        model.config.router_aux_loss_coef = 0.02  # a trainer without one writes back what it read
-        back = model(input_ids=IDS, labels=IDS).loss
-    torch.testing.assert_close(written - plain, (adapted - plain) * coefficient / 0.02, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(back, adapted)
