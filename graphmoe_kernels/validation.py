@@ -6,7 +6,7 @@ for a GPU; each takes a fraction of a microsecond.
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -56,11 +56,8 @@ def check_number(name: str, value: object) -> None:
     """`TypeError` for what is no number, `ValueError` for one that is not finite or too large for a float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # of an integer beyond the floats
-        finite = False
-    if not finite:
+    # By comparisons, which a graph with symbolic numbers has too; an integer beyond the floats is not within them.
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be a finite number, got {shown(value)}")
 
 
