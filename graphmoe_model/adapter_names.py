@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from peft import PeftModel
 from torch import nn
+
+from graphmoe_model.config import GraphMoEConfig
 
 # Path components that PEFT's wrappers and an adapter's own parameters have in a model.
 COMPONENTS = frozenset(
@@ -21,6 +24,31 @@ COMPONENTS = frozenset(
 # What separates the parts of a tensor's name or of a path, or has a meaning in the patterns by which Transformers'
 # loader puts the name into tensors' names.
 FORBIDDEN = "./\\()[]{}^$*?|\0"
+
+
+def check_first_name(model: nn.Module, adapter_name: str) -> None:
+    """Refuse to attach anew what is attached: PEFT would put the new adapter's configuration in the old one's place.
+
+    Args:
+        model: what a new tuner is to be made around: a base model, on which adapters may be, or a ``PeftModel``.
+        adapter_name: the first adapter of that tuner.
+
+    Raises:
+        ValueError: the model has an adapter of that name, of any method, or is a ``PeftModel`` of this method.
+    """
+    adapters = getattr(model, "peft_config", None)
+    if not isinstance(adapters, dict):
+        return
+    if adapter_name in adapters:
+        raise ValueError(
+            f"the model has an adapter {adapter_name!r} already ({type(adapters[adapter_name]).__name__}), which would "
+            "be lost; to begin anew call unload() first, to add one beside it call add_adapter with another name"
+        )
+    if isinstance(model, PeftModel) and any(isinstance(config, GraphMoEConfig) for config in adapters.values()):
+        raise ValueError(
+            f"the model is a PeftModel already, with {', '.join(adapters)}; to add an adapter call "
+            f"model.add_adapter({adapter_name!r}, config), to begin anew call unload() first"
+        )
 
 
 def check_adapter_name(model: nn.Module, adapter_name: object, adapters: Iterable[str]) -> None:

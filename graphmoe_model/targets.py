@@ -259,6 +259,9 @@ def _seen(model: nn.Module) -> str:
 def _no_mlp_selected(modules: dict[str, nn.Module], selected: dict[str, Any], config: GraphMoEConfig) -> str:
     mlps = [name for name, module in modules.items() if _is_mlp(module)]
     text = f"target_modules={config.target_modules!r} selects no gated MLP"
+    left_out = _left_out(mlps, config)
+    if left_out:
+        return f"{text}: {left_out}; for LoRA on the attention alone use peft.LoraConfig"
     if any(name.startswith(f"{mlp}.") for name in selected for mlp in mlps):
         text += ", only linears inside one; a GraphMoE layer adapts an MLP as a whole: name the MLP"
     suffixes = sorted({name.rpartition(".")[2] for name in mlps})
@@ -267,6 +270,22 @@ def _no_mlp_selected(modules: dict[str, nn.Module], selected: dict[str, Any], co
         f"{text} ({hint}). Without target_modules, all that the method adapts is selected; for LoRA on the attention "
         "alone use peft.LoraConfig."
     )
+
+
+def _left_out(mlps: list[str], config: GraphMoEConfig) -> str:
+    """Which fields leave out MLPs that ``target_modules`` mean; empty if these mean none."""
+    fields = ("exclude_modules", "modules_to_save", "layers_to_transform")
+    bare = copy.copy(config)
+    for field in fields:
+        setattr(bare, field, None)
+    meant = [name for name in mlps if check_target_module_exists(bare, name)]
+    reasons = []
+    for field in fields:
+        alone = copy.copy(bare)
+        setattr(alone, field, getattr(config, field))
+        if not all(check_target_module_exists(alone, name) for name in meant):
+            reasons.append(f"{field}={getattr(config, field)!r}")
+    return f"it means {joined(meant)}, left out by {' and '.join(reasons)}" if reasons else ""
 
 
 def _check_layer_indices(selected: list[str], config: GraphMoEConfig) -> None:

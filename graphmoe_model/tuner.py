@@ -8,8 +8,9 @@ from peft import LoraConfig, PeftConfig, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from graphmoe_model.adapter_names import check_adapter_name
+from graphmoe_model.adapter_names import check_adapter_name, check_first_name
 from graphmoe_model.base_mlp import is_gated_mlp
 from graphmoe_model.checkpoints import check_source, fitting_state
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
@@ -41,6 +42,7 @@ class GraphMoEModel(LoraModel):
     tuner_layer_cls: Any = (LoraLayer, RoutedLayer)  # PEFT only ever passes it to isinstance
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        check_first_name(model, adapter_name)
         if isinstance(peft_config, dict):  # as PeftModel gives it, whose class for this task fails after attaching
             task = peft_config[adapter_name].task_type
             if task in _GENERATING_TASKS and not hasattr(model, "prepare_inputs_for_generation"):
@@ -179,7 +181,9 @@ class GraphMoEModel(LoraModel):
     def config(self) -> Any:
         """The base model's configuration, as trainers read it: with the active adapter's routers."""
         config, hooks = self.model.config, find_hooks(self.model)
-        return config if hooks is None else routed_config(config, hooks)
+        if hooks is None or not isinstance(config, PreTrainedConfig):
+            return config  # a dict or a dataclass, say, which PEFT reads as such
+        return routed_config(config, hooks)
 
     def unload(self) -> nn.Module:
         """Give the base model back with the modules and values it had before any adapter, still frozen.

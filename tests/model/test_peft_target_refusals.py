@@ -96,6 +96,16 @@ def test_targets_that_make_no_graphmoe_model_are_refused(targets, error, message
         ({"target_modules": "nothing"}, "target_modules='nothing' selects no gated MLP"),
         ({"exclude_modules": ["mlp"]}, "no MLP of LlamaForCausalLM is left to adapt"),
         ({"layers_to_transform": [7]}, "no MLP of LlamaForCausalLM is left to adapt"),
+        (
+            {"target_modules": ["mlp"], "exclude_modules": ["mlp"]},
+            r"no gated MLP: it means model.layers.{0, 1}.mlp, left out by exclude_modules={'mlp'}; for LoRA",
+        ),
+        (
+            {"target_modules": ["mlp"], "layers_to_transform": 0, "exclude_modules": r".*layers\.0.*"},
+            r"left out by exclude_modules='.*' and layers_to_transform=0; for LoRA",
+        ),
+        ({"target_modules": ["mlp"], "modules_to_save": ["mlp"]}, r"left out by modules_to_save=\['mlp'\]"),
+        ({"target_modules": ["mlp"], "layers_to_transform": [7]}, r"left out by layers_to_transform=\[7\]"),
     ],
 )
 def test_targets_that_select_nothing(settings, message):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from graphmoe_model import router_loss
 from tests.model.attaching import attach, dense_and_sparse_model
 from tests.model.router_losses import IDS
-from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
+from tests.model.tiny_models import VOCABULARY, tiny_config, tiny_model, tiny_peft_model
 
 FIELDS = ("output_router_logits", "router_aux_loss_coef")
 
@@ -146,3 +148,26 @@ def test_transformers_own_adapter_management_is_followed():
         assert not module._forward_pre_hooks
     assert set(vars(model.config)) - fields <= {"_name_or_path"}
     torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, second)
+
+
+@dataclass
+class Sizes:
+    """A configuration that is none of Transformers."""
+
+    vocab_size: int = VOCABULARY
+
+
+@pytest.mark.parametrize("config", [{"vocab_size": VOCABULARY}, Sizes()], ids=["dict", "dataclass"])
+def test_a_configuration_of_another_kind_is_no_view(config, tmp_path):
+    """A model outside of Transformers: PEFT reads its dict or dataclass as such, when it saves."""
+
+    def model() -> nn.Module:
+        blocks = nn.Sequential(tiny_model().model.layers[0].mlp)
+        blocks.config = config
+        return blocks
+
+    adapted = get_peft_model(model(), tiny_config(task_type=None, target_modules=["0"], init_lora_weights=False))
+    assert adapted.config is config
+    adapted.save_pretrained(tmp_path)
+    x = torch.randn(3, 32)
+    assert torch.allclose(PeftModel.from_pretrained(model(), tmp_path)(x), adapted.eval()(x), atol=1e-5)
