@@ -27,3 +27,8 @@ def joined(names: Iterable[str]) -> str:
         f"{before}{found[0] if len(found) == 1 else '{' + ', '.join(found) + '}'}{after}" if found else before
         for (before, after), found in numbers.items()
     )
+
+
+def as_written(value: object) -> str:
+    """Show a field's value in a message; PEFT makes lists of names sets, which print in any order."""
+    return repr(sorted(value) if isinstance(value, set) else value)

@@ -23,7 +23,9 @@ _NO_GRADIENT = (
     "gradient_checkpointing_kwargs={'use_reentrant': False} (activation_checkpointing_kwargs in newer Transformers), "
     "or router_aux_loss_coef=0"
 )
-_NOT_RECORDED = "no routing is recorded: run a forward in training mode (model.train()) first"
+_NOT_RECORDED = (
+    "no routing is recorded: run a forward in training mode (model.train()) and with gradients enabled first"
+)
 _NOT_REPEATED = (
     "router_loss was called in a function that activation checkpointing repeats in the backward pass, but the forward "
     "whose loss it asks for is not repeated with it: call it outside of that function"

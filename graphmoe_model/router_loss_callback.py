@@ -26,12 +26,12 @@ class RouterLossCallback(TrainerCallback):
         self._hooks = hooks
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the mean since the last training log."""
+        """Add the mean since the last training log, if a loss had it."""
         logs = kwargs["logs"]
-        if "loss" not in logs or "aux_loss" in logs or not self._hooks.listening:
+        if "loss" not in logs or "aux_loss" in logs or self._hooks.sums is None:
             return
-        total, forwards = (0.0, 0.0) if self._hooks.sums is None else self._hooks.sums.tolist()
-        logs["aux_loss"] = total / max(forwards, 1)
+        total, forwards = self._hooks.sums.tolist()
+        logs["aux_loss"] = total / forwards
         state.log_history[-1]["aux_loss"] = logs["aux_loss"]
         self._hooks.sums = None
 

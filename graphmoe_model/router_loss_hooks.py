@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.utils import ModelOutput
 
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.router_loss import RouterLoss, loss_of
 from graphmoe_model.routing_record import ForwardRouting, RoutingContext, in_backward, routed_layers
 
 _UNUSED = (
-    "the last training forward got no labels, so its router loss became part of no loss: add "
+    "GraphMoE: the last training forward got no labels, so its router loss became part of no loss: add "
     "graphmoe_model.router_loss(model) to yours before backward (label smoothing and compute_loss_func of a Trainer "
     "hide the labels from the model), or set router_aux_loss_coef=0"
 )
 _NOT_ASKED = (
-    "this trainer takes the router loss from outputs.aux_loss, but did not ask for it, so it becomes part of no loss: "
-    "make the adapter active before the trainer is made, or give the trainer's configuration a router_aux_loss_coef; "
-    "to train without it, set the adapter's router_aux_loss_coef=0"
+    "GraphMoE: this trainer takes the router loss from outputs.aux_loss, but did not ask for it, so it becomes part of "
+    "no loss: make the adapter active before the trainer is made, or give the trainer's configuration a "
+    "router_aux_loss_coef; to train without it, set the adapter's router_aux_loss_coef=0"
 )
 
 
@@ -177,13 +178,19 @@ class RouterLossHooks:
 
 def _holds_loss(outputs: Any) -> bool:
     """Whether outputs of a forward with labels are of a form whose loss can be found."""
+    if isinstance(outputs, ModelOutput):  # by attribute: Dynamo does not see its items
+        return getattr(outputs, "loss", None) is not None
     return isinstance(outputs, tuple) or (isinstance(outputs, dict) and outputs.get("loss") is not None)
 
 
 def _add_to_loss(outputs: Any, loss: Tensor) -> Any:
     if isinstance(outputs, tuple):
         return (outputs[0] + loss.to(outputs[0].device), *outputs[1:])
-    outputs["loss"] = outputs["loss"] + loss.to(outputs["loss"].device)
+    if isinstance(outputs, ModelOutput):
+        total: Any = outputs  # a dataclass, by its fields
+        total.loss = total.loss + loss.to(total.loss.device)
+    else:
+        outputs["loss"] = outputs["loss"] + loss.to(outputs["loss"].device)
     return outputs
 
 

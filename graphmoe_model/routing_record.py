@@ -147,6 +147,7 @@ class RoutingContext:
         self.trained: ForwardRouting | None = None
         self.seen: ForwardRouting | None = None
         self._thread = _Thread()
+        self._traced: ForwardRouting | None = None  # Dynamo does not see what it writes to a thread's own attributes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingContext:
         """A copied model starts without forwards and without collectors."""
@@ -157,20 +158,28 @@ class RoutingContext:
 
     def running(self) -> ForwardRouting | None:
         """The forward that this thread is in, or None between forwards."""
+        if torch.compiler.is_compiling():
+            return self._traced
         forward = self._thread.running
         if forward is not None and not forward.runs():
             forward = self._thread.running = None
-        return forward
+        return forward or self._traced
 
     def start(self, forward: ForwardRouting) -> None:
         """Enter a forward, which may run inside another."""
-        forward.outer = self.running()
+        if torch.compiler.is_compiling():
+            self._traced = forward
+            return
+        outer = self.running()
+        forward.outer = None if outer is self._traced else outer
         self._thread.running = forward
 
     def finish(self) -> ForwardRouting | None:
         """Leave this thread's forward for the one around it, if any, and say which it was."""
-        forward = self._thread.running
-        if forward is not None:
+        forward = None if torch.compiler.is_compiling() else self._thread.running
+        if forward is None:
+            forward, self._traced = self._traced, None
+        else:
             self._thread.running, forward.outer = forward.outer, None
         return forward
 

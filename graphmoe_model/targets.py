@@ -20,7 +20,7 @@ from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.linear import check_linear
 from graphmoe_model.mlp_checks import check_mlp
-from graphmoe_model.module_names import joined, last_names
+from graphmoe_model.module_names import as_written, joined, last_names
 
 # A module with children of the first kind is an attention; it is adapted in all children of both kinds.
 QUERY_KEY_VALUE = frozenset(
@@ -99,7 +99,7 @@ def default_targets(model: nn.Module, config: GraphMoEConfig) -> set[str]:
     if refused:
         raise ValueError(_unsupported(model, refused))
     if not found:
-        raise NoMatchingPeftModuleError(_no_mlp(model, any(layer.mlps for layer in layers)))
+        raise NoMatchingPeftModuleError(_no_mlp(model, layers, config))
     if config.base_method.attention is not None:
         found += [name for layer in layers for name in layer.projections if _selects(config, name)]
     _check_layer_indices(found, config)
@@ -225,12 +225,14 @@ def _condensed(chosen: list[str], names: list[str], config: GraphMoEConfig) -> s
     return targets
 
 
-def _no_mlp(model: nn.Module, has_mlps: bool) -> str:
+def _no_mlp(model: nn.Module, layers: list[DecoderLayer], config: GraphMoEConfig) -> str:
     kind = type(model).__name__
-    if has_mlps:
+    if any(layer.mlps for layer in layers):
+        fields = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+        given = " and ".join(f"{f}={as_written(getattr(config, f))}" for f in fields if getattr(config, f) is not None)
         return (
-            f"no MLP of {kind} is left to adapt after exclude_modules, layers_to_transform and "
-            "modules_to_save; for LoRA on the attention alone use peft.LoraConfig"
+            f"no MLP of {kind} is left to adapt after {given}: its decoder layers are {layers[0].name} to "
+            f"{layers[-1].name}; for LoRA on the attention alone use peft.LoraConfig"
         )
     return f"the decoder layers of {kind} have no MLP module to adapt. Seen: {_seen(model)}"
 
@@ -258,7 +260,7 @@ def _seen(model: nn.Module) -> str:
 
 def _no_mlp_selected(modules: dict[str, nn.Module], selected: dict[str, Any], config: GraphMoEConfig) -> str:
     mlps = [name for name, module in modules.items() if _is_mlp(module)]
-    text = f"target_modules={config.target_modules!r} selects no gated MLP"
+    text = f"target_modules={as_written(config.target_modules)} selects no gated MLP"
     left_out = _left_out(mlps, config)
     if left_out:
         return f"{text}: {left_out}; for LoRA on the attention alone use peft.LoraConfig"
@@ -266,6 +268,8 @@ def _no_mlp_selected(modules: dict[str, nn.Module], selected: dict[str, Any], co
         text += ", only linears inside one; a GraphMoE layer adapts an MLP as a whole: name the MLP"
     suffixes = sorted({name.rpartition(".")[2] for name in mlps})
     hint = f"the model's gated MLPs are called {', '.join(suffixes)}" if suffixes else "the model has none"
+    if isinstance(config.target_modules, str):
+        hint += "; a string is a regular expression of whole names, a list has their ends: ['mlp'] or r'.*\\.mlp'"
     return (
         f"{text} ({hint}). Without target_modules, all that the method adapts is selected; for LoRA on the attention "
         "alone use peft.LoraConfig."
@@ -284,7 +288,7 @@ def _left_out(mlps: list[str], config: GraphMoEConfig) -> str:
         alone = copy.copy(bare)
         setattr(alone, field, getattr(config, field))
         if not all(check_target_module_exists(alone, name) for name in meant):
-            reasons.append(f"{field}={getattr(config, field)!r}")
+            reasons.append(f"{field}={as_written(getattr(config, field))}")
     return f"it means {joined(meant)}, left out by {' and '.join(reasons)}" if reasons else ""
 
 

@@ -8,7 +8,6 @@ is; ``PeftModel.config`` is a view of it that answers these two names for the ad
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any
 
 from graphmoe_model.router_loss import coefficient_of
@@ -90,13 +89,19 @@ class RoutedConfig:
         return self._config.__reduce_ex__(protocol)
 
 
-@cache
+_VIEWS: dict[type, type[RoutedConfig]] = {}  # by the class of configuration; a dictionary, as Dynamo reads it
+
+
 def _view_of(kind: type) -> type[RoutedConfig]:
     """A class of view for a class of configuration: ``isinstance`` and the Auto classes, which look at the name of
     ``type(config)``, take it for that."""
-    return type(kind.__name__, (RoutedConfig,), {"__class__": property(lambda self: kind), "__module__": __name__})
+    if kind not in _VIEWS:
+        _VIEWS[kind] = type(
+            kind.__name__, (RoutedConfig,), {"__class__": property(lambda self: kind), "__module__": __name__}
+        )
+    return _VIEWS[kind]
 
 
 def routed_config(config: Any, hooks: RouterLossHooks) -> Any:
     """The view of a base model's configuration."""
-    return _view_of(type(config))(config, hooks)  # type: ignore[arg-type]
+    return _view_of(type(config))(config, hooks)

@@ -54,6 +54,11 @@ def fitting_state(model: nn.Module, adapter_name: str, state: dict[str, Tensor])
             problems.append(f"{name}: not in the model")
         elif tensor.shape != own[place].shape:
             problems.append(f"{name}: {list(tensor.shape)} in the checkpoint, {list(own[place].shape)} in the model")
+            if tensor.shape[1:] == own[place].shape[1:] and place in _vocabulary(model):
+                problems[-1] += (
+                    f"; the adapter was trained with {len(tensor)} tokens: call "
+                    f"model.resize_token_embeddings({len(tensor)}) on the base model before loading"
+                )
         elif _kind(tensor) != _kind(own[place]):
             problems.append(f"{name}: {tensor.dtype} in the checkpoint, {own[place].dtype} in the model")
     adapter = _filter_state_dict_by_key_prefixes(own, _get_tuner_state_dict_key_prefixes(model, adapter_name))
@@ -83,6 +88,14 @@ def misfit(adapter_name: str, problems: list[str]) -> ValueError:
         "configuration? (An adapter is loaded whole or not at all, also with ignore_mismatched_sizes.)\n"
         f"{lines}"
     )
+
+
+def _vocabulary(model: nn.Module) -> set[str]:
+    """The names of all tensors inside the model's embeddings of tokens and its head, which have a row per token."""
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    modules = [getter() for getter in getters if getter is not None]
+    known = {id(p) for module in modules if module is not None for p in module.parameters()}
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in known}
 
 
 def _copies(model: nn.Module, adapter_name: str) -> dict[str, str]:

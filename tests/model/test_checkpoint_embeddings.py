@@ -206,3 +206,14 @@ def test_a_converted_adapter_keeps_its_embeddings(case, tmp_path):
     for name in ("lora", "back", "again"):
         model = PeftModel.from_pretrained(base(tmp_path, added), tmp_path / name)
         torch.testing.assert_close(logits(model, IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_embeddings_of_another_size_say_what_to_do(tmp_path):
+    """The one thing to do after a resize in training; the shapes alone would not say it."""
+    saved(tmp_path, tiny_config, False, {}, {}, 3)
+    wanted = (
+        rf"trained with {VOCABULARY + 3} tokens: call model\.resize_token_embeddings\({VOCABULARY + 3}\) on the base"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        PeftModel.from_pretrained(base(tmp_path, 0), tmp_path / "adapter")

@@ -94,11 +94,19 @@ def test_targets_that_make_no_graphmoe_model_are_refused(targets, error, message
             "no module is called nothing, void; there are .*down_proj, .*up_proj",
         ),
         ({"target_modules": "nothing"}, "target_modules='nothing' selects no gated MLP"),
+        (
+            {"target_modules": "mlp"},
+            r"a string is a regular expression of whole names, a list has their ends: \['mlp'\] or",
+        ),
         ({"exclude_modules": ["mlp"]}, "no MLP of LlamaForCausalLM is left to adapt"),
-        ({"layers_to_transform": [7]}, "no MLP of LlamaForCausalLM is left to adapt"),
+        (
+            {"layers_to_transform": [7]},
+            r"no MLP of LlamaForCausalLM is left to adapt after layers_to_transform=\[7\]: its decoder layers are "
+            r"model\.layers\.0 to model\.layers\.1",
+        ),
         (
             {"target_modules": ["mlp"], "exclude_modules": ["mlp"]},
-            r"no gated MLP: it means model.layers.{0, 1}.mlp, left out by exclude_modules={'mlp'}; for LoRA",
+            r"no gated MLP: it means model.layers.{0, 1}.mlp, left out by exclude_modules=\['mlp'\]; for LoRA",
         ),
         (
             {"target_modules": ["mlp"], "layers_to_transform": 0, "exclude_modules": r".*layers\.0.*"},
