@@ -129,8 +129,9 @@ class ForwardRouting:
 class _Thread(threading.local):
     """What each thread has of its own: the forward that it is in, and the last one that it repeated in backward."""
 
-    running: ForwardRouting | None = None
-    repeated: ForwardRouting | None = None
+    def __init__(self) -> None:  # once per thread
+        self.running: ForwardRouting | None = None
+        self.repeated: ForwardRouting | None = None
 
 
 class RoutingContext:
@@ -158,8 +159,8 @@ class RoutingContext:
 
     def running(self) -> ForwardRouting | None:
         """The forward that this thread is in, or None between forwards."""
-        if torch.compiler.is_compiling():
-            return self._traced
+        if torch.compiler.is_compiling():  # a layer compiled alone runs inside a forward that is not
+            return self._traced or self._thread.running
         forward = self._thread.running
         if forward is not None and not forward.runs():
             forward = self._thread.running = None
