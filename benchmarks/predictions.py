@@ -106,7 +106,7 @@ def layer_parts(sizes: Sizes) -> list[Part]:
         Part("down B", 1, product(N, low, D)),
     ]
     if N > SKINNY_TOKENS:
-        parts.append(Part("order", 1, predict("order_tokens", sizes, False)))
+        parts.append(Part("order", T, predict("order_tokens", sizes, False)))
     if T > 1:
         parts += [
             Part("GRU input Q c", T - 1, product(N, F, 3 * G)),

@@ -132,8 +132,9 @@ def _routing(kernel: str, s: Sizes, later: bool, config: Config) -> Work:
         moved = 2 * rows + 4 * N * n
         return Work(moved, 0, moved, tiles)
     rows += 4 * N * n * later  # the first round's logits are added
-    lanes = max(16, 1 << (n - 1).bit_length())
-    products = 3 if s.element == 2 else 1  # an fp32 router is three bf16 ones
+    alone = config["BLOCK_N"] == 1  # a token at a time, without matrix units
+    lanes = max(1 if alone else 16, 1 << (n - 1).bit_length())
+    products = 3 if s.element == 2 and not alone else 1  # an fp32 router is three bf16 ones
     return Work(
         N * inner * s.element + 4 * n * inner + rows,
         2 * products * tiles * config["BLOCK_N"] * lanes * inner,

@@ -42,6 +42,8 @@ GRU_TILES: dict[str, dict[str, tuple[tuple[int, int, int], ...]]] = {
 }
 ROUTING_ROWS = {"wide": (16, 32, 64, 128), "skinny": (16,)}
 ROUTING_INNER = {"half": (64, 128, 256), "float": (32, 64, 128)}
+# A program of one token, which multiplies without matrix units.
+ALONE_INNER = (512, 1024, 2048, 4096)
 
 
 def candidates(operator: str, kernel: str, size: str, dtype: str) -> list[Config]:
@@ -56,6 +58,9 @@ def candidates(operator: str, kernel: str, size: str, dtype: str) -> list[Config
         return _tiled(kernel, "BLOCK_G", GRU_TILES[size][dtype])
     if operator != "routing":
         raise ValueError(f"unknown operator {operator!r}; expected 'experts', 'gru' or 'routing'")
+    if kernel == "forward" and size == "skinny":
+        tried = itertools.product((1,), ALONE_INNER, (4, 8), (1,))
+        return [{"BLOCK_N": n, "BLOCK_K": k, "num_warps": w, "num_stages": s} for n, k, w, s in tried]
     if kernel == "forward":
         tried = itertools.product(ROUTING_ROWS[size], ROUTING_INNER[dtype], (4, 8), (3, 4))
         return [{"BLOCK_N": n, "BLOCK_K": k, "num_warps": w, "num_stages": s} for n, k, w, s in tried]

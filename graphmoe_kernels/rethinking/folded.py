@@ -18,7 +18,6 @@ from graphmoe_kernels.rethinking.round_routing import (
     RoundSettings,
     mixed_weight,
     route,
-    token_order,
 )
 from graphmoe_kernels.rethinking.weights import LayerWeights, RethinkingOutput, RethinkingSpec
 
@@ -55,7 +54,7 @@ def folded_rounds(
     x = x.to(gate.dtype)
     if fold is None:
         fold = build_fold(weights, FoldSettings(gate.dtype, spec.scale, spec.candidate_input))
-    experts, settings = fold.experts, settings._replace(order=token_order(routing, gate, backend))
+    experts = fold.experts
     gate, up = rounds.without_bias(gate, up, experts)
 
     low = rounds.project_low(x, experts, spec)  # [N, 2nr]

@@ -15,7 +15,7 @@ from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking import rounds
 from graphmoe_kernels.rethinking.checks import check_call
 from graphmoe_kernels.rethinking.prepared import prepare_experts
-from graphmoe_kernels.rethinking.round_routing import RoundSettings, route, token_order
+from graphmoe_kernels.rethinking.round_routing import RoundSettings, route
 from graphmoe_kernels.rethinking.weights import GRUWeights, LayerWeights, RethinkingOutput, RethinkingSpec
 
 
@@ -36,7 +36,6 @@ def literal_rounds(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backe
         if experts is None:
             with named_range("experts"):
                 experts = prepare_experts(weights, gate.dtype, spec.scale)
-            settings = settings._replace(order=token_order(routing, gate, backend))
         low = rounds.project_low(x.to(gate.dtype), experts, spec)  # [N, 2nr]
         inputs = rounds.RoundInputs(*rounds.without_bias(gate, up, experts), low)
         out = rounds.expert_round(inputs, experts, routing, down_router, settings)

@@ -16,11 +16,10 @@ from graphmoe_kernels.routing import Routing, expert_order, route_tokens
 
 
 class RoundSettings(NamedTuple):
-    """What a call's rounds have in common: the spec, the backend, the tokens' order."""
+    """What a call's rounds have in common: the spec and the backend."""
 
     spec: RethinkingSpec
     backend: str
-    order: Tensor | None = None
 
 
 class RoundRouting(NamedTuple):
@@ -100,7 +99,8 @@ def token_order(routing: RoundRouting, gate: Tensor, backend: str) -> Tensor | N
     """An order of the tokens for the Triton kernels, or None where it gains nothing: elsewhere, for few tokens, and
     where all tokens have the same expert.
 
-    The first round's serves all rounds. It never changes a result, and tokens mostly keep their experts.
+    Every round has its own, as rethinking sends tokens to other experts: in the order of another round a tile holds
+    more experts, and the kernel's time follows their number. It never changes a result.
     """
     if resolve_backend(backend, "gate", gate) != "triton" or gate.shape[0] <= SKINNY_TOKENS:
         return None

@@ -27,6 +27,7 @@ from graphmoe_kernels.rethinking.round_routing import (
     RoundSettings,
     mixed_weight,
     route_one,
+    token_order,
 )
 from graphmoe_kernels.rethinking.weights import BaseMLP, RethinkingOutput, RethinkingSpec
 from graphmoe_kernels.routing import Routing
@@ -207,7 +208,7 @@ def _swiglu(
             up_bias=experts.up_bias,
             dropout=spec.dropout,
             seed=draw_seed(spec, inputs.gate.device),
-            order=settings.order,
+            order=token_order(routing, inputs.gate, settings.backend),
             tickets=routing.tickets,
             backend=settings.backend,
         )

@@ -22,14 +22,16 @@ def _mask(token_mask: Tensor | None, statistics: str | None) -> Tensor | None:
 
 
 def blocks(config: Config, num_experts: int) -> Config:
-    """A kernel's configuration with BLOCK_E, which holds all experts; no block over it has more than 2048 elements.
+    """A kernel's configuration with BLOCK_E, which holds all experts.
 
-    Blocks do not shrink below 16 rows, so that with more than 128 experts eight warps share what four cannot hold.
+    Beside it a block over tokens has no more than 2048 elements, but 16 rows, as matrix instructions take; so with more
+    than 128 experts eight warps share what four cannot hold. A program of one token multiplies without them, and has a
+    block over columns of 16,384 elements.
     """
-    block_experts = max(16, power_of_two(num_experts))
-    bounded = {
-        name: min(size, max(16, 2048 // block_experts)) for name, size in config.items() if name.startswith("BLOCK_")
-    }
+    alone = config["BLOCK_N"] == 1
+    block_experts = max(1 if alone else 16, power_of_two(num_experts))
+    largest = max(1 if alone else 16, (16384 if alone else 2048) // block_experts)
+    bounded = {name: min(size, largest) for name, size in config.items() if name.startswith("BLOCK_")}
     warps = max(config["num_warps"], 8) if block_experts > 128 else config["num_warps"]
     return {**config, **bounded, "BLOCK_E": block_experts, "num_warps": warps}
 

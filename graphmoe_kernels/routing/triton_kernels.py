@@ -5,12 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
-def exact_dot(x, router, acc):
-    """acc + x router, accurate as in fp32, whatever the two dtypes are."""
+def exact_dot(x, router):
+    """x router, accurate as in fp32, whatever the two dtypes are."""
     if x.dtype == router.dtype:  # two fp16 or bf16 numbers have an exact product in fp32
-        acc = tl.dot(x, router, acc, input_precision="ieee")
+        acc = tl.dot(x, router, input_precision="ieee")
     elif x.dtype == tl.float32:
-        acc = tl.dot(x, router.to(tl.float32), acc, input_precision="ieee")
+        acc = tl.dot(x, router.to(tl.float32), input_precision="ieee")
     else:
         # Three bf16 numbers hold the 24 bits of an fp32 one, and two those of an fp16 one: so all products are exact,
         # on matrix units that do not multiply fp32.
@@ -20,12 +20,12 @@ def exact_dot(x, router, acc):
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
         x_high = x.to(tl.float32).to(tl.bfloat16)
+        acc = tl.dot(x_high, low)
         if x.dtype == tl.float16:
             x_low = (x.to(tl.float32) - x_high.to(tl.float32)).to(tl.bfloat16)
             acc = tl.dot(x_low, low, acc)
             acc = tl.dot(x_low, middle, acc)
             acc = tl.dot(x_low, high, acc)
-        acc = tl.dot(x_high, low, acc)
         acc = tl.dot(x_high, middle, acc)
         acc = tl.dot(x_high, high, acc)
     return acc
@@ -46,16 +46,26 @@ def project(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """x R^T of a block of tokens, [BLOCK_N, BLOCK_E] fp32."""
+    """x R^T of a block of tokens, [BLOCK_N, BLOCK_E] fp32.
+
+    Matrix units round every sum that they add up down, so each block of columns gets a sum of its own. A token on its
+    own is no work for them: its products are added up lane by lane, and nothing waits for the product before.
+    """
     x_rows = x_ptr + tokens.to(tl.int64)[:, None] * x_stride  # [BLOCK_N, 1]
     router_rows = router_ptr + experts.to(tl.int64)[:, None] * router_stride  # [BLOCK_E, 1]
+    lanes = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
     acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     for start in tl.range(0, hidden, BLOCK_K):
         columns = (start + tl.arange(0, BLOCK_K))[None, :]
         inside = columns < hidden
         x = tl.load(x_rows + columns, mask=(tokens < num_tokens)[:, None] & inside, other=0.0)
         router = tl.load(router_rows + columns, mask=(experts < NUM_EXPERTS)[:, None] & inside, other=0.0)
-        acc = exact_dot(x, tl.trans(router), acc)
+        if BLOCK_N == 1:
+            lanes += x.to(tl.float32) * router.to(tl.float32)
+        else:
+            acc += exact_dot(x, tl.trans(router))
+    if BLOCK_N == 1:
+        acc += tl.sum(lanes, axis=1)[None, :]
     return acc
 
 
@@ -117,9 +127,9 @@ def route_forward(
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     TICKET_TOKENS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # 1, or a multiple of TICKET_TOKENS
     BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,  # n rounded up to a power of two, 16 at least
+    BLOCK_E: tl.constexpr,  # n rounded up to a power of two, and where BLOCK_N is not 1 to 16 at least
     BLOCK_S: tl.constexpr,  # k rounded up to a power of two
 ):
     """Everything that routing knows of BLOCK_N tokens, from their states or their logits."""
@@ -129,8 +139,10 @@ def route_forward(
     rows = tokens.to(tl.int64)[:, None]
     real = (lanes < NUM_EXPERTS)[None, :]
     valid = (tokens < num_tokens)[:, None] & real
-    tickets = program * (BLOCK_N // TICKET_TOKENS) + tl.arange(0, BLOCK_N // TICKET_TOKENS)
-    tl.store(tickets_ptr + tickets, tl.zeros_like(tickets), mask=tickets < tl.cdiv(num_tokens, TICKET_TOKENS))
+    first = program * BLOCK_N
+    tickets = first // TICKET_TOKENS + tl.arange(0, tl.cdiv(BLOCK_N, TICKET_TOKENS))
+    mine = (first % TICKET_TOKENS == 0) & (tickets < tl.cdiv(num_tokens, TICKET_TOKENS))
+    tl.store(tickets_ptr + tickets, tl.zeros_like(tickets), mask=mine)
 
     logits = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     if HAS_X:

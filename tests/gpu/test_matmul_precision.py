@@ -15,7 +15,7 @@ pytestmark = MARKS
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("setting", ["high", "medium"])
 def test_logits_and_gradients(setting: str, backend: str) -> None:
-    """Against fp64, within twice the error of the full-precision product; a plain product is a hundred times off."""
+    """Against fp64: the error of an fp32 sum over 4096 columns; that of a plain product is hundreds of times larger."""
     x, router = torch.randn(512, 4096, device="cuda"), torch.randn(8, 4096, device="cuda") / 64
     upstream = torch.randn(512, 8, device="cuda")
 
@@ -29,9 +29,10 @@ def test_logits_and_gradients(setting: str, backend: str) -> None:
     plain = routed()
     torch.set_float32_matmul_precision(setting)
     try:
-        assert relative_error(x @ router.T, exact[0]) > 1e-5
+        assert relative_error(x @ router.T, exact[0]) > 1e-4
         lowered = routed()
     finally:
         torch.set_float32_matmul_precision("highest")
     for found, before, oracle in zip(lowered, plain, exact, strict=True):
-        assert relative_error(found, oracle) <= 2 * relative_error(before, oracle) + 1e-7
+        # Tensor cores round every sum that they add up down, where CUDA cores round to nearest.
+        assert relative_error(found, oracle) <= 2 * relative_error(before, oracle) + 1e-6

@@ -57,8 +57,11 @@ def test_every_class_has_a_configuration(device, operator):
             assert by_dtype.keys() == set(launching.DTYPE_CLASSES), kernel
             for config in by_dtype.values():
                 assert {"num_warps", "num_stages"} < config.keys(), kernel
-                blocks = [size for name, size in config.items() if name.startswith("BLOCK_")]
-                assert all(size >= 16 and size & (size - 1) == 0 for size in blocks), (kernel, config)
+                blocks = {name: size for name, size in config.items() if name.startswith("BLOCK_")}
+                assert all(size & (size - 1) == 0 for size in blocks.values()), (kernel, config)
+                if operator == "routing" and blocks["BLOCK_N"] == 1:  # a token at a time, without matrix units
+                    del blocks["BLOCK_N"]
+                assert all(size >= 16 for size in blocks.values()), (kernel, config)
 
 
 def test_half_precision_is_refused_where_the_interpreter_would_get_it_wrong():
