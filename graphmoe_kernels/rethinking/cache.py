@@ -10,15 +10,19 @@ from __future__ import annotations
 import functools
 import itertools
 import secrets
+import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from graphmoe_kernels.rethinking import streams
 from graphmoe_kernels.rethinking.folding import FoldSettings, build_fold
+from graphmoe_kernels.rethinking.streams import StreamFill
 from graphmoe_kernels.rethinking.weights import LayerWeights
 from graphmoe_kernels.tracing import asked_while_tracing
 
@@ -70,12 +74,36 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(count)
 
 
+@dataclass(eq=False)
+class _Kept:
+    """One fold that a cache holds.
+
+    Attributes:
+        fold: never replaced by another one: who has it, has a whole fold.
+        key: what it was computed from; None while its tensors are being filled, and once it is dropped.
+        held: the sources, so that a freed tensor's address cannot come back as another tensor's.
+        fill: the work that filled its tensors.
+    """
+
+    fold: Any
+    key: tuple[FoldSettings, int, tuple[Source, ...]] | None = None
+    held: list[Tensor] = field(default_factory=list)
+    fill: StreamFill = field(default_factory=lambda: StreamFill([]))
+
+    def forget(self) -> None:
+        self.key, self.held = None, []
+
+
 class FoldCache:
     """One layer's fold for inference.
 
-    It holds its sources, so that a freed tensor's address cannot come back as another tensor's. Any optimizer's step
-    ends it: PyTorch's fused optimizers, and others with kernels of their own, write without moving version counters. A
-    copy (deepcopy, pickle) starts empty.
+    Any optimizer's step ends it: PyTorch's fused optimizers, and others with kernels of their own, write without moving
+    version counters. A copy (deepcopy, pickle) starts empty.
+
+    Threads and CUDA streams may share it. A new fold gets tensors of its own, and who is computing with the old one
+    keeps that; one thread builds it, while those that need it wait. Work on another stream than the one that filled
+    the fold is put after the fill. A fold that a graph reads by its address (a CUDA graph captured with it, or the fold
+    that a compiled graph made) stays in memory as long as the cache, and is filled again in place.
 
     Args:
         weights: gives the layer's weights as they are at the time of the call.
@@ -95,9 +123,10 @@ class FoldCache:
     def _start(self) -> None:
         _watch_optimizers()
         self.fold: Any = None
-        self._key: tuple[FoldSettings, int, tuple[Source, ...]] | None = None
-        self._held: list[Tensor] = []
+        self._kept: _Kept | None = None  # read without the lock: one attribute, so that nobody sees two states of it
+        self._captured: list[_Kept] = []
         self._compiled = False
+        self._lock = threading.RLock()
         serial = next(_serial)
         _caches[serial] = self
         # A tensor, so that no compiled graph is specialised to one layer; on the CPU, where it is read without waiting.
@@ -120,36 +149,72 @@ class FoldCache:
         return self.fold
 
     def refresh(self, sources: list[Tensor], weights: Any, settings: FoldSettings) -> Any:
-        """`get` outside of a compiled graph. Tensors of the right size are written in place and keep their address."""
+        """`get` outside of a compiled graph.
+
+        Raises:
+            RuntimeError: there is no fold of these weights, in a CUDA graph's capture, where none can be computed.
+        """
         key = (settings, _optimizer_steps, fingerprint(sources))
-        if self.fold is not None and key == self._key:
-            return self.fold
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the layer's fold would be built inside a CUDA graph's capture, where nothing is computed; run the "
-                "layer once in evaluation mode, with the weights it is to have, before capturing it"
-            )
+        kept, captures = self._kept, streams.capturing()
+        if kept is None or kept.key != key:
+            if captures:
+                raise RuntimeError(
+                    "the layer's fold would be built inside a CUDA graph's capture, where nothing is computed; run the "
+                    "layer once in evaluation mode, with the weights it is to have, before capturing it"
+                )
+            with self._lock:
+                kept = self._kept
+                if kept is None or kept.key != key:  # no other thread has built it in the meantime
+                    kept = self._rebuild(weights, settings)
+                    if kept is self._kept:
+                        # Detached: a parameter given other storage (`.to`, `param.data = ...`) would let go of the old.
+                        kept.held = [t.detach() for t in sources]
+                        kept.key = key  # last: from here on other threads take it
+        if captures:
+            self._keep_for_graph(kept)
+        else:
+            kept.fill.wait()
+        return kept.fold
+
+    def _rebuild(self, weights: Any, settings: FoldSettings) -> _Kept:
+        """A new fold, in `_kept` unless its tensors are no plain ones; to be called with the lock."""
         with torch.inference_mode(False), torch.no_grad():
             fold = self.build(weights, settings, copy=True)
             if any(type(t) is not Tensor for t in fold.tensors()):
-                return fold  # of a mode that computes shapes alone (FakeTensorMode), or records: no later call's
-            if self.fold is not None and _alike(self.fold.tensors(), fold.tensors()):
-                for kept, new in zip(self.fold.tensors(), fold.tensors(), strict=True):
-                    kept.copy_(new)
+                return _Kept(fold)  # of a mode that computes shapes alone (FakeTensorMode), or records: no later call's
+            if self._kept is not None:
+                self._kept.forget()
+            read_by_graphs = list(self._captured)
+            if self._compiled and self.fold is not None:
+                made = self._kept
+                read_by_graphs.append(made if made is not None and made.fold is self.fold else _Kept(self.fold))
+            kept = next((own for own in read_by_graphs if _alike(own.fold.tensors(), fold.tensors())), None)
+            if kept is None:
+                kept = _Kept(fold)
             else:
-                self.fold = fold
-        # Detached: a parameter given other storage (`.to`, `param.data = ...`) would let go of the old one.
-        self._key, self._held = key, [t.detach() for t in sources]
-        return self.fold
+                kept.fill.wait()  # two streams' fills of one memory, in their order
+                for old, new in zip(kept.fold.tensors(), fold.tensors(), strict=True):
+                    old.copy_(new)
+            kept.fill = StreamFill(kept.fold.tensors())
+        self._kept, self.fold = kept, kept.fold
+        return kept
+
+    def _keep_for_graph(self, kept: _Kept) -> None:
+        """Have a fold whose address goes into a CUDA graph stay there."""
+        with self._lock:
+            if all(own is not kept for own in self._captured):
+                self._captured.append(kept)
 
     def drop(self) -> None:
         """Forget the fold: after a write that leaves no trace in `fingerprint`, or to free its memory.
 
-        A compiled graph keeps reading the fold's tensors, so in that case they stay and are filled again at next use.
+        Where a graph reads the fold's tensors they stay, as they are, and are filled again at next use.
         """
-        self._key, self._held = None, []
-        if not self._compiled:
-            self.fold = None
+        with self._lock:  # a build that began before the write must not vouch for itself after it
+            if self._kept is not None:
+                self._kept.forget()
+            if not self._compiled:
+                self._kept = self.fold = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"weights": self.weights, "sources": self.sources, "build": self.build}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.sizes import METHODS
+from graphmoe_kernels import Fold, rethink_folded
 from tests.gpu.layers import MARKS, make
 
 pytestmark = MARKS
@@ -77,16 +78,82 @@ def test_replays_follow_changed_weights():
     assert not torch.equal(y, before)
 
 
-def test_a_graph_is_captured_anew_after_refold():
-    """refold() lets the fold go, and with it the memory that a graph of before reads."""
+def test_replays_of_changed_weights_have_the_old_fold():
+    """Documented: until the layer runs eagerly, a replay reads the weights as they are and the fold as it was."""
     layer = make(rounds=3, dtype="bf16")
     ffn = layer.fused.eval()
     x, _ = layer.input(16)
-    captured(ffn, x)
-    layer.adapter.experts.down_proj.B.data.mul_(2)  # seen by nothing but a refold
-    ffn.refold()
     graph, y = captured(ffn, x)
     graph.replay()
+    before, old = y.clone(), copied(ffn._folds["default"].fold)
     with torch.no_grad():
+        for parameter in (*layer.leaves().values(), ffn.base_layer.up_proj.weight):
+            parameter.mul_(1.25)
+        adapter = ffn.lora_graphmoe["default"]
+        spec = adapter.config.spec(ffn.scaling["default"], adapter.num_experts, ffn.traits.activation, training=False)
+        mixed = rethink_folded(x, ffn._weights("default"), spec, "triton", old).y
+        graph.replay()
+        assert torch.equal(y, mixed)
         expected = layer.sharing("auto", "triton").eval()(x)
+    assert not torch.equal(y, before)
+    assert not torch.equal(y, expected)
+
+
+def copied(fold: Fold) -> Fold:
+    """A fold of the same values in memory of its own."""
+
+    def clones(part):
+        return type(part)(*(None if t is None else t.clone() for t in part))
+
+    return Fold(clones(fold.experts), clones(fold.later))
+
+
+def autocast_forward(ffn, x):
+    """Another compute dtype: the layer keeps another fold."""
+    with torch.autocast("cuda", torch.float16), torch.no_grad():
+        ffn(x)
+
+
+LETTING_GO = {
+    "refold()": lambda ffn, _: ffn.refold(),
+    "train()": lambda ffn, _: ffn.train(),
+    "eval()": lambda ffn, _: ffn.eval(),
+    "autocast": autocast_forward,
+}
+
+
+@pytest.mark.parametrize("let_go", LETTING_GO.values(), ids=LETTING_GO)
+def test_a_captured_fold_stays_in_memory(let_go):
+    """Whatever lets go of the fold must leave the memory that a graph reads: no new tensor, of NaN, may lie there."""
+    layer = make(rounds=3, dtype="bf16")
+    ffn = layer.fused.eval()
+    x, _ = layer.input(16)
+    with torch.no_grad():
+        ffn(x)  # the fold in the default stream's memory, as what is allocated below
+    graph, y = captured(ffn, x)
+    graph.replay()
+    before = y.clone()
+    shapes = [(t.shape, t.dtype) for t in ffn._folds["default"].fold.tensors()]
+    let_go(ffn, x)
+    poison = [torch.full(shape, torch.nan, dtype=dtype, device=x.device) for shape, dtype in shapes for _ in range(3)]
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, before)
+    del poison
+
+
+def test_replays_follow_a_refold():
+    """After refold() the next eager call fills the captured fold anew, at its address."""
+    layer = make(rounds=3, dtype="bf16")
+    ffn = layer.fused.eval()
+    x, _ = layer.input(16)
+    graph, y = captured(ffn, x)
+    graph.replay()
+    before = y.clone()
+    layer.adapter.experts.down_proj.B.data.mul_(2)  # seen by nothing but a refold
+    ffn.refold()
+    with torch.no_grad():
+        expected = ffn(x)
+    graph.replay()
     assert torch.equal(y, expected)
+    assert not torch.equal(y, before)
