@@ -18,6 +18,7 @@ from graphmoe_model.experts import MLPExperts, Router, check_rows
 from graphmoe_model.gru import RethinkingGRU
 from graphmoe_model.layer import RoutedLayer, experts_of_layer
 from graphmoe_model.mlp_checks import check_mlp, dropout_rate
+from graphmoe_model.offloading import with_onloaded_weights
 from graphmoe_model.recomputation import Run
 from graphmoe_model.scaling import scaled_experts, scaled_gru
 from graphmoe_model.weight_management import gathered_weights
@@ -128,6 +129,7 @@ class FusedGraphMoEFFN(RoutedLayer):
                 getattr(adapter.experts, name).start_magnitudes(weight, adapter.scale)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @with_onloaded_weights
     def forward(self, x: Tensor) -> Tensor:
         """y [..., D] for x [..., D] of a floating dtype, on the MLP's device.
 

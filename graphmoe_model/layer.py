@@ -151,7 +151,7 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
         Raises:
             RuntimeError: a part of the layer is split over processes by itself.
         """
-        manager = weight_manager(self, self.base_layer, linear)
+        manager = weight_manager(self, linear)
         if manager is not WeightManager.ZERO3 and distributed.is_available() and distributed.is_initialized():
             check_whole(self, self._read_by_forward(adapter_name))
         if manager is WeightManager.FSDP and not self._under_fsdp:
@@ -181,8 +181,8 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
         device, dtype = weight.device, weight.dtype
         if device.type == "meta":
             raise ValueError(
-                "this layer's weights hold no data (meta device): weights offloaded to CPU or disk are not "
-                "supported; load the model with a device_map that keeps decoder layers on a device"
+                "this layer's weights hold no data (meta device), and no hook of accelerate's brings them; load them "
+                "first (from_pretrained without init_empty_weights; load_state_dict(..., assign=True))"
             )
         if x.device != device:
             raise ValueError(f"x is on {x.device}, the layer on {device}; move one of them")

@@ -16,6 +16,7 @@ from graphmoe_model.base_mlp import dense_weight
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.experts import LoRAPairs, check_rows
 from graphmoe_model.layer import RoutedLayer, experts_of_layer
+from graphmoe_model.offloading import with_onloaded_weights
 from graphmoe_model.scaling import scaled_magnitude
 from graphmoe_model.weight_management import WeightManager, check_unsharded, gathered_weights
 
@@ -96,6 +97,7 @@ class RoutedLoRALinear(RoutedLayer):
                 adapter.start_magnitudes(dense_weight(self.base_layer), scale)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @with_onloaded_weights
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]; raises as `FusedGraphMoEFFN.forward`."""
         name = self.counted_name()

@@ -17,6 +17,7 @@ from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
 from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.layer import NOT_MERGEABLE, RoutedLayer
 from graphmoe_model.linear import RoutedLoRALinear
+from graphmoe_model.offloading import onloaded
 from graphmoe_model.router_loss_hooks import attach_router_loss, check_router_loss, detach_router_loss, find_hooks
 from graphmoe_model.scaling import scale_dora
 from graphmoe_model.selection import check_selected, experts_by_name
@@ -81,6 +82,12 @@ class GraphMoEModel(LoraModel):
         return peft_config
 
     def _create_and_replace(  # type: ignore[override]  # LoraModel's differs from BaseTuner's
+        self, lora_config: PeftConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        with onloaded(target):  # the adapter goes where its base's weights are, and offloaded ones are nowhere
+            self._adapt(lora_config, adapter_name, target, *args, **kwargs)
+
+    def _adapt(
         self,
         lora_config: PeftConfig,
         adapter_name: str,

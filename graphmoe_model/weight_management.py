@@ -13,8 +13,9 @@ from enum import Enum
 from typing import Any
 
 import torch
-from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
+
+from graphmoe_model.offloading import is_offloaded, onloaded
 
 ATTACH_FIRST = (
     "attach adapters first (get_peft_model, PeftModel.from_pretrained), then shard: Trainer, accelerator.prepare and "
@@ -55,19 +56,18 @@ class WeightManager(Enum):
         return "never" if self is WeightManager.ZERO3 and mode == "auto" else mode
 
 
-def weight_manager(layer: nn.Module, base: nn.Module, linear: nn.Module) -> WeightManager:
+def weight_manager(layer: nn.Module, linear: nn.Module) -> WeightManager:
     """Find out who manages the weights of a layer, as it is now.
 
     Args:
         layer: the layer of experts.
-        base: its frozen module.
-        linear: one of the base's linears, or the base itself.
+        linear: one of its base's linears, or the base itself.
     """
     if is_under_fsdp(layer):
         return WeightManager.FSDP
     if hasattr(linear.weight, "ds_id"):
         return WeightManager.ZERO3
-    if any(hasattr(module, "_hf_hook") and has_offloaded_params(module) for module in (base, linear)):
+    if is_offloaded(layer):
         return WeightManager.OFFLOAD
     return WeightManager.LAYER
 
@@ -89,18 +89,19 @@ def true_shape(tensor: Tensor) -> torch.Size:
 
 @contextmanager
 def gathered_weights(module: nn.Module) -> Iterator[None]:
-    """Have a module's parameters whole inside the block, where ZeRO-3 partitioned them; all ranks have to enter it.
+    """Have a module's parameters whole inside the block, where ZeRO-3 partitioned or accelerate offloaded them.
 
-    What was gathered by the caller already stays so.
+    All ranks have to enter it. What was gathered by the caller already stays so.
     """
     partitioned = [p for p in module.parameters() if _is_partitioned(p)]
-    if not partitioned:
-        yield
-        return
-    from deepspeed.zero import GatheredParameters
+    with onloaded(module):
+        if not partitioned:
+            yield
+            return
+        from deepspeed.zero import GatheredParameters
 
-    with GatheredParameters(partitioned):
-        yield
+        with GatheredParameters(partitioned):
+            yield
 
 
 def _is_partitioned(parameter: Any) -> bool:

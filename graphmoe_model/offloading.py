@@ -1,0 +1,111 @@
+"""Weights that accelerate has offloaded to the CPU or to disk, and brings to a device for each call of a module.
+
+Its hooks bring a linear's weights when that linear is called. A layer of experts also reads the weights of its
+projections, routers and experts without calling them, and more than once in a forward: so all that is offloaded below
+the layer is brought once, around its forward. The hooks stay where accelerate has put them; whoever looks for them there
+(PEFT, Transformers, accelerate itself) finds them as in any other model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from torch import nn
+
+if TYPE_CHECKING:
+    from graphmoe_model.layer import RoutedLayer
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+TRAINED_WHILE_OFFLOADED = (
+    "the adapter's own weights are offloaded ({names}): accelerate brings a copy for each forward and throws it away, "
+    "with its gradient. Dispatch the base model first (device_map in from_pretrained, dispatch_model, cpu_offload) and "
+    "attach the adapter after it: then its weights stay on the device, and train"
+)
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Tell whether accelerate offloads a tensor of this module or of one inside it."""
+    return next(_offloading(module), None) is not None
+
+
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Have all that accelerate offloaded of a module, and of those inside it, on the device inside the block.
+
+    Modules inside may be called there, any number of times. What is there already stays, also after the block.
+    """
+    opened: list[tuple[nn.Module, Any]] = []
+    try:
+        for own in [own for own in _offloading(module) if _is_away(own)]:
+            opened.append((own, vars(own)["forward"]))
+            own._hf_hook.pre_forward(own)  # type: ignore[operator, union-attr]
+            own.forward = own._old_forward  # type: ignore[assignment]  # the hooked one would offload after its call
+        yield
+    finally:
+        for own, hooked in opened:
+            own.forward = hooked
+            own._hf_hook.post_forward(own, None)  # type: ignore[operator, union-attr]
+
+
+def with_onloaded_weights(forward: Method) -> Method:
+    """Run a layer's forward with what is offloaded of the layer on its device.
+
+    Raises:
+        RuntimeError: in training, where the adapter itself is offloaded.
+    """
+
+    @wraps(forward)
+    def run(self: RoutedLayer, *args: Any, **kwargs: Any) -> Any:
+        if not is_offloaded(self):
+            return forward(self, *args, **kwargs)
+        if self.training:
+            _check_trainable(self.lora_graphmoe)
+        with onloaded(self):
+            return forward(self, *args, **kwargs)
+
+    return cast(Method, run)
+
+
+def _check_trainable(adapters: nn.Module) -> None:
+    if not torch.is_grad_enabled():
+        return
+    lost = [
+        f"{name}.{own}"
+        for name, module in adapters.named_modules()
+        if any(hook.offload for hook in _hooks(module))
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
+    if lost:
+        shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        raise RuntimeError(TRAINED_WHILE_OFFLOADED.format(names=shown))
+
+
+def _offloading(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules from this one on whose hooks offload. Without `nn.Module.modules`: every forward asks."""
+    rest: list[nn.Module | None] = [module]
+    while rest:
+        own = rest.pop()
+        if own is None:
+            continue
+        if "_hf_hook" in own.__dict__ and any(hook.offload for hook in _hooks(own)):
+            yield own
+        rest.extend(own._modules.values())
+
+
+def _hooks(module: nn.Module) -> list[AlignDevicesHook]:
+    """What moves a module's tensors and inputs to a device, and back."""
+    hook = module.__dict__.get("_hf_hook")
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    return [own for own in hooks if isinstance(own, AlignDevicesHook)]
+
+
+def _is_away(module: nn.Module) -> bool:
+    below = any(hook.place_submodules for hook in _hooks(module) if hook.offload)
+    return any(tensor.is_meta for tensor in (*module.parameters(below), *module.buffers(below)))
