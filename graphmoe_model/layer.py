@@ -25,6 +25,14 @@ NOT_MERGEABLE = (
 )
 
 
+NO_DATA_PARALLEL = (
+    "GraphMoE layers do not run under nn.DataParallel, in which Trainer wraps a model by itself where it sees several GPUs "
+    "and no launcher: its copies have no parameters, so a router's loss would train no router, and all copies would share "
+    "one record of their routing. Start one process per GPU (torchrun --nproc-per-node=8 train.py, or accelerate launch "
+    "train.py), or show the process one GPU (CUDA_VISIBLE_DEVICES=0 in its environment)"
+)
+
+
 class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
     """A frozen ``base_layer`` with routed adapters in ``lora_graphmoe``, one of which is active.
 
@@ -68,6 +76,10 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
         """As ``nn.Module.train``; drops the cached folds, also on eval()."""
         self.refold()
         return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> RoutedLayer:
+        """Refused: ``nn.DataParallel`` calls this for each of its copies."""
+        raise RuntimeError(NO_DATA_PARALLEL)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedLayer:
         # `.to(...)` gives the weights other storage; a fold that holds the old one would keep it in memory.

@@ -11,16 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
 
-if TYPE_CHECKING:
-    from graphmoe_model.layer import RoutedLayer
-
-Method = TypeVar("Method", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 TRAINED_WHILE_OFFLOADED = (
     "the adapter's own weights are offloaded ({names}): accelerate brings a copy for each forward and throws it away, "
@@ -53,38 +50,60 @@ def onloaded(module: nn.Module) -> Iterator[None]:
             own._hf_hook.post_forward(own, None)  # type: ignore[operator, union-attr]
 
 
-def with_onloaded_weights(forward: Method) -> Method:
-    """Run a layer's forward with what is offloaded of the layer on its device.
+def with_onloaded_weights(forward: Function) -> Function:
+    """Run a layer's forward, whose first argument is the layer, with what is offloaded of it on its device.
 
     Raises:
-        RuntimeError: in training, where the adapter itself is offloaded.
+        RuntimeError: in training, where parameters that get gradients are offloaded.
     """
 
     @wraps(forward)
-    def run(self: RoutedLayer, *args: Any, **kwargs: Any) -> Any:
-        if not is_offloaded(self):
-            return forward(self, *args, **kwargs)
-        if self.training:
-            _check_trainable(self.lora_graphmoe)
-        with onloaded(self):
-            return forward(self, *args, **kwargs)
+    def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not is_offloaded(layer):
+            return forward(layer, *args, **kwargs)
+        if layer.training and torch.is_grad_enabled():
+            _check_trainable(layer)
+        with onloaded(layer):
+            return forward(layer, *args, **kwargs)
 
-    return cast(Method, run)
+    return cast(Function, run)
 
 
-def _check_trainable(adapters: nn.Module) -> None:
-    if not torch.is_grad_enabled():
-        return
-    lost = [
-        f"{name}.{own}"
-        for name, module in adapters.named_modules()
-        if any(hook.offload for hook in _hooks(module))
-        for own, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad
-    ]
+def offloaded_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """List the parameters that accelerate offloads of a module and of those inside it, by name."""
+    offloading = set(_offloading(module))
+    return {
+        f"{name}.{own}" if name else own: parameter
+        for name, inside in module.named_modules()
+        if inside in offloading
+        for own, parameter in inside.named_parameters(recurse=False)
+    }
+
+
+def execution_device(module: nn.Module) -> torch.device | str | int:
+    """Where a module computes: as a hook of accelerate's on it or inside it says, else where its first parameter is."""
+    for own in module.modules():
+        for hook in _hooks(own):
+            if hook.execution_device is not None:
+                device: torch.device | str | int = hook.execution_device
+                return device
+    return next(module.parameters()).device
+
+
+def _check_trainable(layer: nn.Module) -> None:
+    lost = [name for name, parameter in offloaded_parameters(layer).items() if parameter.requires_grad]
     if lost:
         shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
         raise RuntimeError(TRAINED_WHILE_OFFLOADED.format(names=shown))
+
+
+def check_not_offloaded(module: nn.Module, name: str, field: str) -> None:
+    """`ValueError` for a module that ``field`` of a config would train and that accelerate offloads."""
+    if is_offloaded(module):
+        raise ValueError(
+            f"{field}: {name} is offloaded by accelerate, which brings a copy for each forward and throws it away, with "
+            "its gradient; keep it on a device (device_map in from_pretrained), or leave it out"
+        )
 
 
 def _offloading(module: nn.Module) -> Iterator[nn.Module]:

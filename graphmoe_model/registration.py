@@ -14,6 +14,11 @@ from graphmoe_model.checkpoints import (
     save_whole,
 )
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
+from graphmoe_model.offloaded_loading import (
+    into_offloaded_model,
+    into_offloaded_transformers_model,
+    onto_offloaded_base,
+)
 from graphmoe_model.peft_helpers import extend_peft_helpers
 from graphmoe_model.tuner import GraphMoEModel
 
@@ -30,7 +35,8 @@ def register() -> None:
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[method] = GraphMoEModel.prefix
     extend_peft_helpers()
     PeftModel.save_pretrained = save_whole(PeftModel.save_pretrained)  # type: ignore[method-assign]
-    PeftModel.load_adapter = checked_load(PeftModel.load_adapter)  # type: ignore[method-assign]
-    PeftModel.from_pretrained = checked_from_pretrained(vars(PeftModel)["from_pretrained"])  # type: ignore[method-assign]
+    PeftModel.load_adapter = checked_load(into_offloaded_model(PeftModel.load_adapter))  # type: ignore[method-assign]
+    from_pretrained = onto_offloaded_base(vars(PeftModel)["from_pretrained"])
+    PeftModel.from_pretrained = checked_from_pretrained(from_pretrained)  # type: ignore[method-assign]
     mixin: Any = PeftAdapterMixin
-    mixin.load_adapter = checked_transformers_load(mixin.load_adapter)
+    mixin.load_adapter = checked_transformers_load(into_offloaded_transformers_model(mixin.load_adapter))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.module_names import joined, last_names
+from graphmoe_model.offloading import check_not_offloaded
 from graphmoe_model.weight_management import true_shape
 
 # What PEFT adds by itself for tasks with a head, whether the model has it or not.
@@ -75,6 +76,8 @@ def _named(base: dict[str, nn.Module], entry: str, field: str) -> list[str]:
     lists = [name for name in names if isinstance(base[name], nn.ModuleList | nn.ModuleDict)]
     if lists:
         raise ValueError(f"{field}: {entry} is a list of modules ({joined(lists)}), which has no forward to run")
+    for name in names:
+        check_not_offloaded(base[name], name, field)
     return names
 
 

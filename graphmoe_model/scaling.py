@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from graphmoe_kernels import ExpertWeights, GRUWeights
 from graphmoe_kernels.dora import row_norms
+from graphmoe_model.offloading import with_onloaded_weights
 
 
 class ScaledLayer:
@@ -99,6 +100,7 @@ class ScaledDora(DoraLinearVariant):
     """
 
     @staticmethod
+    @with_onloaded_weights  # it reads W, which accelerate brings for the base's own call alone
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """As PEFT's, with ||W|| + c (m - ||W||) in place of m where the strength c is not 1."""
         rank = module.r[active_adapter]
