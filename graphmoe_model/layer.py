@@ -26,10 +26,10 @@ NOT_MERGEABLE = (
 
 
 NO_DATA_PARALLEL = (
-    "GraphMoE layers do not run under nn.DataParallel, in which Trainer wraps a model by itself where it sees several GPUs "
-    "and no launcher: its copies have no parameters, so a router's loss would train no router, and all copies would share "
-    "one record of their routing. Start one process per GPU (torchrun --nproc-per-node=8 train.py, or accelerate launch "
-    "train.py), or show the process one GPU (CUDA_VISIBLE_DEVICES=0 in its environment)"
+    "GraphMoE layers do not run under nn.DataParallel, in which Trainer wraps a model by itself where it sees several "
+    "GPUs and no launcher: its copies have no parameters, so a router's loss would train no router, and all copies "
+    "would share one record of their routing. Start one process per GPU (torchrun --nproc-per-node=8 train.py, or "
+    "accelerate launch train.py), or show the process one GPU (CUDA_VISIBLE_DEVICES=0 in its environment)"
 )
 
 

@@ -1,8 +1,8 @@
-"""Loading an adapter onto a base model that accelerate offloads: the base stays as it is, the adapter goes where it runs.
+"""Loading an adapter onto a base model that accelerate offloads: the base stays, the adapter goes where it computes.
 
-PEFT would take the hooks off the base, attach, and dispatch all of it anew by a device map that it makes up, for which it
-rewrites files on disk under names that MLPs with experts do not have. Transformers would load the adapter's tensors by
-the base's device map, in which a part on disk has no device. Both read the map in ``hf_device_map``.
+PEFT would take the hooks off the base, attach, and dispatch all of it anew by a device map that it makes up, for which
+it rewrites files on disk under names that MLPs with experts do not have. Transformers would load the adapter's tensors
+by the base's device map, in which a part on disk has no device. Both read the map in ``hf_device_map``.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ def _check_device_map(model: Any, given: Any) -> None:
     here, there = ({n.removeprefix(_PREFIX): str(d) for n, d in own.items()} for own in (present, given))
     if here != there:
         raise ValueError(
-            f"device_map={given!r} is not the one that the base model was loaded with, {dict(present)!r}: the base stays "
-            "where it is, and the adapter goes to the devices that compute; load the base model with the device_map that "
-            "you want, and leave it out here"
+            f"device_map={given!r} is not the one that the base model was loaded with, {dict(present)!r}: the base "
+            "stays where it is, and the adapter goes to the devices that compute; load the base model with the "
+            "device_map that you want, and leave it out here"
         )
 
 

@@ -2,8 +2,8 @@
 
 Its hooks bring a linear's weights when that linear is called. A layer of experts also reads the weights of its
 projections, routers and experts without calling them, and more than once in a forward: so all that is offloaded below
-the layer is brought once, around its forward. The hooks stay where accelerate has put them; whoever looks for them there
-(PEFT, Transformers, accelerate itself) finds them as in any other model.
+the layer is brought once, around its forward. The hooks stay where accelerate has put them; whoever looks for them
+there (PEFT, Transformers, accelerate itself) finds them as in any other model.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def check_not_offloaded(module: nn.Module, name: str, field: str) -> None:
     """`ValueError` for a module that ``field`` of a config would train and that accelerate offloads."""
     if is_offloaded(module):
         raise ValueError(
-            f"{field}: {name} is offloaded by accelerate, which brings a copy for each forward and throws it away, with "
-            "its gradient; keep it on a device (device_map in from_pretrained), or leave it out"
+            f"{field}: {name} is offloaded by accelerate, which brings a copy for each forward and throws it away, "
+            "with its gradient; keep it on a device (device_map in from_pretrained), or leave it out"
         )
 
 

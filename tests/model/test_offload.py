@@ -1,4 +1,4 @@
-"""Base models that accelerate offloads, to the CPU's memory or to disk: attached, run, trained, saved and loaded as others.
+"""Base models that accelerate offloads, to the CPU's memory or to disk: attached, run, trained, saved, loaded.
 
 The device that computes is the CPU: accelerate's hooks bring each weight from the meta device and put it back there, as
 they do on a GPU. What is offloaded has no data between forwards, so whoever reads it then fails or computes nonsense.
@@ -80,17 +80,18 @@ def saved(plain, tmp_path_factory):
     """Folders of a base model and of the adapter."""
     folder = tmp_path_factory.mktemp("saved")
     tiny_model().save_pretrained(folder / "base")
-    plain.model.save_pretrained(folder / "adapter")
-    settings = folder / "adapter" / "adapter_config.json"
-    settings.write_text(
-        settings.read_text().replace('"base_model_name_or_path": ""', f'"base_model_name_or_path": "{folder / "base"}"')
-    )
+    plain.onto(AutoModelForCausalLM.from_pretrained(folder / "base")).save_pretrained(folder / "adapter")
     return folder
 
 
-# Without rounds there is nothing that those with rounds do not have.
+# By default those that together have every kind of layer: LoRA with DoRA, experts on linears, routers of every kind.
+USUAL = ("graphmoe-mixdora", "graphmoe-moda")
+
+
 @pytest.mark.methods
-@pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("graphmoe")])
+@pytest.mark.parametrize(
+    "form", [form if form in USUAL else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
 def test_every_method_computes_and_trains_as_before(form, tmp_path):
     """Attached to an offloaded base: outputs, gradients, and the base model's output with adapters disabled."""
     plain = Plain(form)
@@ -187,7 +188,7 @@ def test_an_offloaded_adapter_is_not_trained(plain, tmp_path):
         step(model)
     model.add_adapter("second", config("graphmoe-mixdora"))  # its weights are on the device
     model.set_adapter("second")
-    assert not any(p.is_meta or p.grad is None for p in step(model).values() if p is not None)
+    assert None not in step(model).values()
 
 
 @pytest.mark.parametrize(
@@ -201,8 +202,8 @@ def test_offloaded_modules_are_not_trained_beside_the_adapter(options, tmp_path)
 
 
 def test_saved_and_loaded_by_every_loader(plain, saved, tmp_path):
-    """Transformers offloads the base while it loads it. PEFT alone would end in a KeyError, Transformers in the adapter's
-    first values for what is on disk."""
+    """Transformers offloads the base while it loads it. PEFT alone would end in a KeyError, Transformers with the
+    adapter's first values for what is on disk."""
     base, adapter = saved / "base", saved / "adapter"
 
     def from_disk(folder=base, loader=AutoModelForCausalLM):
@@ -230,10 +231,10 @@ def test_loading_is_refused_where_it_would_do_nothing(plain, saved, tmp_path):
     """Into an adapter that is offloaded, and with a device map that is not the base's."""
     model = plain.onto(tiny_model())
     offloaded(model, "cpu", tmp_path, PREFIX)
-    with pytest.raises(ValueError, match="the adapter 'default' is offloaded itself.*dispatch the base model first"):
+    with pytest.raises(ValueError, match=r"the adapter 'default' is offloaded itself.*dispatch the base model first"):
         model.load_adapter(saved / "adapter", "default")
     base = offloaded(tiny_model(), "disk", tmp_path)
-    with pytest.raises(ValueError, match="is not the one that the base model was loaded with.*leave it out here"):
+    with pytest.raises(ValueError, match=r"is not the one that the base model was loaded with.*leave it out here"):
         PeftModel.from_pretrained(base, saved / "adapter", device_map={"": "cpu"})
     assert base.hf_device_map == FIRST_LAYER
 
@@ -241,13 +242,7 @@ def test_loading_is_refused_where_it_would_do_nothing(plain, saved, tmp_path):
 def test_trainer(plain, tmp_path):
     """Trainer's steps on an offloaded base are those on any other."""
     data = [{"input_ids": row, "labels": row} for row in tokens(4)]
-    settings = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
+    settings = {"max_steps": 1, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True}
     losses = []
     for base in (tiny_model(), offloaded(tiny_model(), "disk", tmp_path)):
         trainer = Trainer(plain.onto(base), TrainingArguments(tmp_path / "out", **settings), train_dataset=data)
