@@ -202,14 +202,15 @@ def test_accelerate_hooks_are_no_patch():
     assert torch.allclose(logits(attach(model)), logits(tiny_model()), atol=1e-5)
 
 
-def test_offloaded_weights_are_refused_when_they_are_needed():
-    """accelerate keeps offloaded weights on the meta device; products of them cannot be computed."""
-    from accelerate import cpu_offload
+def test_weights_that_nobody_brings_are_refused_when_they_are_needed():
+    """A model made on the meta device and not loaded yet takes an adapter; products of its weights cannot be computed.
 
-    model = tiny_model()
-    cpu_offload(model, execution_device="cpu")
-    with pytest.raises(ValueError, match=r"weights hold no data \(meta device\).*offloaded"):
-        logits(attach(model))
+    Those that accelerate offloads are brought (`test_offload.py`).
+    """
+    model = attach(tiny_model().to("meta"))
+    layer = model.get_base_model().model.layers[0].mlp
+    with pytest.raises(ValueError, match=r"weights hold no data \(meta device\), and no hook.*load them first"):
+        layer(torch.ones(1, 32, device="meta"))
 
 
 def test_a_wrapped_mlp_is_refused():
