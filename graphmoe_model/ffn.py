@@ -14,6 +14,7 @@ from graphmoe_kernels import FoldCache, LayerWeights, LinearRouters, rethink
 from graphmoe_kernels.rethinking.cache import fold_sources
 from graphmoe_model.base_mlp import dense_weights, down_projection, wrap_mlp
 from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.dequantise import input_dtype, stored_tensors
 from graphmoe_model.experts import MLPExperts, Router, check_rows
 from graphmoe_model.gru import RethinkingGRU
 from graphmoe_model.layer import RoutedLayer, experts_of_layer
@@ -130,14 +131,15 @@ class FusedGraphMoEFFN(RoutedLayer):
         A non-finite x gives a non-finite y for its token and leaves the other tokens alone.
 
         Raises:
-            TypeError: x is not floating point, or of another dtype than the MLP's weights outside of autocast.
+            TypeError: x is not floating point, or of another dtype than the MLP's plain weights outside of autocast; in
+                training, a linear of the MLP passes no gradient to its input.
             ValueError: x has another width or is on another device.
         """
         name = self.counted_name()
         if name is None:
             return self.base_layer(x)
-        weight: Tensor = down_projection(self.base_layer).weight
-        self._check_x(x, weight, self.traits.hidden, "MLP's hidden size")
+        down = down_projection(self.base_layer)
+        self._check_x(x, stored_tensors(down)[0], input_dtype(down), self.traits.hidden, "MLP's hidden size")
         adapter: GraphMoEAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
         config = adapter.config
         output = rethink(
@@ -167,8 +169,10 @@ class FusedGraphMoEFFN(RoutedLayer):
         weights, strength = self._stored(adapter_name), self.strength(adapter_name)
         if strength == 1:
             return weights
-        dense = weights.base.dense()
-        experts = scaled_experts(weights.experts, (dense.gate, dense.up, dense.down), strength)
+        experts = weights.experts
+        if experts.magnitudes is not None:
+            dense = weights.base.dense()
+            experts = scaled_experts(experts, (dense.gate, dense.up, dense.down), strength)
         return weights._replace(experts=experts, gru=weights.gru and scaled_gru(weights.gru, strength))
 
     def _stored(self, adapter_name: str) -> LayerWeights:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from graphmoe_kernels import FoldCache, FoldSettings
 from graphmoe_kernels.mixed_linear import LinearExperts, PreparedLinear, mix_linear, prepare_linear
 from graphmoe_kernels.rethinking.round_routing import RoundSettings
-from graphmoe_model.base_mlp import dense_weight
 from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.dequantise import check_dense, dense_weight, input_dtype, is_linear, run_linear, stored_tensors
 from graphmoe_model.experts import LoRAPairs, check_rows
 from graphmoe_model.layer import RoutedLayer, experts_of_layer
 from graphmoe_model.scaling import scaled_magnitude
@@ -86,9 +86,7 @@ class RoutedLoRALinear(RoutedLayer):
             check_rows(dense_weight(self.base_layer), type(self.base_layer).__name__, "this linear")
         scale = config.scaling(r, lora_alpha)
         adapter = LinearAdapter(config, self.in_features, self.out_features, n, rank, scale)
-        cache = FoldCache(
-            partial(self._experts, adapter_name), partial(self._fold_sources, adapter_name), prepare_linear
-        )
+        cache = FoldCache(partial(self._sources, adapter_name), list, partial(self._prepare, adapter_name))
         self._add_adapter(adapter_name, adapter, cache, config)
         if config.use_dora:
             adapter.start_magnitudes(dense_weight(self.base_layer), scale)
@@ -99,11 +97,11 @@ class RoutedLoRALinear(RoutedLayer):
         name = self.counted_name()
         if name is None:
             return self.base_layer(x, *args, **kwargs)
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
-        self._check_x(x, weight, self.in_features, "linear's input size")
+        base = self.base_layer
+        self._check_x(x, stored_tensors(base)[0], input_dtype(base), self.in_features, "linear's input size")
         adapter: LinearAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
         config = adapter.config
-        y = self.base_layer(x, *args, **kwargs)
+        y = run_linear(base, x, *args, **kwargs)
         spec = config.spec(self.scaling[name], adapter.A.shape[0], training=self.training)
         mixed, routing = mix_linear(
             y.reshape(-1, y.shape[-1]),  # [N, out]
@@ -116,32 +114,39 @@ class RoutedLoRALinear(RoutedLayer):
 
     def _prepared(self, name: str, adapter: LinearAdapter, dtype: torch.dtype) -> PreparedLinear:
         """The adapter as the kernels take it; kept between forwards where no gradient can reach it."""
-        experts = self._experts(name)
+        sources = self._sources(name)
         settings = FoldSettings(dtype, self.scaling[name], adapter.config.candidate_input)
-        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in experts.sources())
+        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
         if self.training or differentiable:
-            return prepare_linear(experts, settings)
-        kept: PreparedLinear = self._folds[name].get(experts, settings)
+            return self._prepare(name, sources, settings)
+        kept: PreparedLinear = self._folds[name].get(sources, settings)
         return kept
+
+    def _prepare(
+        self, adapter_name: str, sources: list[Tensor], settings: FoldSettings, copy: bool = False
+    ) -> PreparedLinear:
+        """What `_prepared` keeps. The sources only tell when it is due, so no forward dequantises for nothing."""
+        return prepare_linear(self._experts(adapter_name), settings, copy)
 
     def _experts(self, adapter_name: str) -> LinearExperts:
         """The adapter's parameters as they count now (`graphmoe_model.scaling`), with what DoRA reads of the base."""
-        experts, strength = self._stored(adapter_name), self.strength(adapter_name)
-        if strength == 1 or experts.magnitude is None or experts.weight is None:
-            return experts
-        magnitude = scaled_magnitude(experts.magnitude, experts.weight, experts.A, experts.B, strength)
-        return experts._replace(magnitude=magnitude)
-
-    def _stored(self, adapter_name: str) -> LinearExperts:
         adapter: LinearAdapter = self.lora_graphmoe[adapter_name]  # type: ignore[assignment]
         if adapter.magnitude is None:
             return LinearExperts(adapter.A, adapter.B)
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
-        return LinearExperts(adapter.A, adapter.B, adapter.magnitude, dense_weight(self.base_layer), bias)
+        weight, magnitude, strength = dense_weight(self.base_layer), adapter.magnitude, self.strength(adapter_name)
+        if strength != 1:
+            magnitude = scaled_magnitude(magnitude, weight, adapter.A, adapter.B, strength)  # type: ignore[assignment]
+        return LinearExperts(adapter.A, adapter.B, magnitude, weight, bias)
 
-    def _fold_sources(self, adapter_name: str, experts: LinearExperts) -> list[Tensor]:
-        """What kept experts are compared with: the parameters, not what a strength made of them in this forward."""
-        return (experts if self.strength(adapter_name) == 1 else self._stored(adapter_name)).sources()
+    def _sources(self, adapter_name: str) -> list[Tensor]:
+        """The stored tensors that an adapter's experts are prepared from."""
+        adapter: LinearAdapter = self.lora_graphmoe[adapter_name]  # type: ignore[assignment]
+        if adapter.magnitude is None:
+            return [adapter.A, adapter.B]
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        of_base = [*stored_tensors(self.base_layer), *([] if bias is None else [bias])]
+        return [adapter.A, adapter.B, adapter.magnitude, *of_base]
 
 
 def check_linear(module: nn.Module) -> None:
@@ -151,11 +156,12 @@ def check_linear(module: nn.Module) -> None:
         raise TypeError(
             f"this linear is wrapped by another adapter ({kind}), which takes no experts; unload that one first"
         )
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not hasattr(module, "in_features") or not hasattr(module, "out_features"):
+    if not is_linear(module):
         raise TypeError(f"{kind} is not a linear layer with a weight of its own; experts go on linear layers and MLPs")
-    if type(weight.data).__name__ == "DTensor":
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and type(weight.data).__name__ == "DTensor":
         raise TypeError(
             f"this {kind}'s weight is spread over devices (DTensor, tensor parallelism), which is not supported; load "
             "the model without tp_plan and shard whole decoder layers (FSDP) after attaching"
         )
+    check_dense(module, "this linear")

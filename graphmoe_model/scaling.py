@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from graphmoe_kernels import ExpertWeights, GRUWeights
 from graphmoe_kernels.dora import row_norms
+from graphmoe_model.dequantise import dense_weight
 
 
 class ScaledLayer:
@@ -109,7 +109,7 @@ class ScaledDora(DoraLinearVariant):
         dropout = module.lora_dropout[active_adapter]
         drops = module.training and not isinstance(dropout, nn.Identity)
         dora, base_layer = module.lora_magnitude_vector[active_adapter], module.get_base_layer()
-        weight = dequantize_module_weight(base_layer).to(x.dtype)
+        weight = dense_weight(base_layer).to(x.dtype)
         neutral = dora.get_weight_norm(weight, weight.new_zeros(()), 0.0).detach().to(dora.weight.dtype)
         settings = {
             "lora_A": module.lora_A[active_adapter],

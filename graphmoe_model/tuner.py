@@ -14,6 +14,7 @@ from graphmoe_model.adapter_names import check_adapter_name, check_first_name
 from graphmoe_model.base_mlp import is_gated_mlp
 from graphmoe_model.checkpoints import check_source, fitting_state
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
+from graphmoe_model.dequantise import check_gradients, keep_unpacked
 from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.layer import NOT_MERGEABLE, RoutedLayer
 from graphmoe_model.linear import RoutedLoRALinear
@@ -78,6 +79,8 @@ class GraphMoEModel(LoraModel):
         self._by_layer = experts_by_name(self.model, peft_config)
         check_selected(self.model, peft_config, self._by_layer, list(self.peft_config))
         check_router_loss(self.model, peft_config)  # last: that the base's MLPs are sparse says more
+        if not peft_config.inference_mode:
+            check_gradients(self.model)
         return peft_config
 
     def _create_and_replace(  # type: ignore[override]  # LoraModel's differs from BaseTuner's
@@ -174,6 +177,7 @@ class GraphMoEModel(LoraModel):
         """
         with undone_on_error(self, adapter_name):
             check_adapter_name(self.model, adapter_name, self.peft_config)
+            keep_unpacked(self.model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             attach_router_loss(self.model)
 
