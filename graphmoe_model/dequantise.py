@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +33,17 @@ def dense_weight(linear: nn.Module) -> Tensor:
     return kind.dense(linear)
 
 
+def dense_linear(linear: Any, dtype: torch.dtype | None = None) -> nn.Linear:
+    """Make a plain linear of the weight that a quantised one stands for, in that weight's dtype unless one is given."""
+    weight = dense_weight(linear)
+    dtype = weight.dtype if dtype is None else dtype
+    plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if linear.bias is not None:
+        plain.bias = nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
+    return plain
+
+
 def stored_tensors(linear: nn.Module) -> list[Tensor]:
     """Every tensor that `dense_weight` reads, as it is stored and on the linear's device; the weight's own first."""
     return [linear.weight] if _is_usual(linear) else known_kind(linear).stored(linear)  # type: ignore[list-item]
@@ -49,7 +62,7 @@ def is_linear(module: Any) -> bool:
 
 def is_quantised(linear: nn.Module) -> bool:
     """Tell whether a linear's dense weight is another tensor than its parameter."""
-    return known_kind(linear) is not PLAIN
+    return not _is_usual(linear) and find_kind(linear) not in (PLAIN, None)
 
 
 def run_linear(linear: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -74,7 +87,7 @@ class _RefusesGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, message: str) -> Tensor:
         ctx.message = message
-        return y.view_as(y)
+        return y.clone()  # whoever asked for y may write to it
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -130,6 +143,20 @@ def no_gradient(name: str, linear: nn.Module) -> str:
         "by wrong gradients. To train, load the base with weight-only quantisation (bitsandbytes, torchao's "
         "Int8WeightOnlyConfig or Float8WeightOnlyConfig)"
     )
+
+
+@contextmanager
+def same_parameter(linear: nn.Module) -> Iterator[None]:
+    """Let a linear have its own weight again after the block.
+
+    PEFT's DoRA reads 8-bit weights by giving the linear another parameter, which on a CPU has lost its scales.
+    """
+    weight = linear._parameters.get("weight")
+    try:
+        yield
+    finally:
+        if weight is not None:
+            linear._parameters["weight"] = weight
 
 
 def keep_unpacked(model: nn.Module) -> None:

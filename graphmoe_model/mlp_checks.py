@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graphmoe_kernels import ACTIVATIONS
 from graphmoe_model.base_mlp import LAYOUTS, MLPLayout, activation_name, down_projection, find_layout, wrap_mlp
-from graphmoe_model.dequantise import check_dense, dense_weight, input_dtype, is_linear, is_quantised
+from graphmoe_model.dequantise import check_dense, dense_linear, dense_weight, input_dtype, is_linear, is_quantised
 
 PROBED_RATE = 0.5  # of every dropout in its turn, while the MLP's behaviour is compared
 
@@ -134,11 +134,7 @@ def _dense_linears(mlp: nn.Module, layout: MLPLayout) -> Iterator[None]:
     try:
         dtype = dense_weight(linears[layout.down]).dtype
         for name, linear in linears.items():
-            plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(dense_weight(linear).to(dtype), requires_grad=False)
-            if linear.bias is not None:
-                plain.bias = nn.Parameter(linear.bias.to(dtype), requires_grad=False)
-            setattr(mlp, name, plain)
+            setattr(mlp, name, dense_linear(linear, dtype))
         yield
     finally:
         for name, linear in linears.items():

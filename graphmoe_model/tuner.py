@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -14,7 +15,7 @@ from graphmoe_model.adapter_names import check_adapter_name, check_first_name
 from graphmoe_model.base_mlp import is_gated_mlp
 from graphmoe_model.checkpoints import check_source, fitting_state
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
-from graphmoe_model.dequantise import check_gradients, keep_unpacked
+from graphmoe_model.dequantise import check_gradients, keep_unpacked, same_parameter
 from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.layer import NOT_MERGEABLE, RoutedLayer
 from graphmoe_model.linear import RoutedLoRALinear
@@ -97,15 +98,16 @@ class GraphMoEModel(LoraModel):
         assert isinstance(lora_config, GraphMoEConfig)
         is_mlp = isinstance(target, FusedGraphMoEFFN) or is_gated_mlp(target)
         if not is_mlp and lora_config.base_method.attention == "lora":
-            super()._create_and_replace(
-                lora_config,
-                adapter_name,
-                target,
-                target_name,
-                parent,
-                current_key,
-                parameter_name=parameter_name,
-            )
+            with same_parameter(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target):
+                super()._create_and_replace(
+                    lora_config,
+                    adapter_name,
+                    target,
+                    target_name,
+                    parent,
+                    current_key,
+                    parameter_name=parameter_name,
+                )
             scale_dora(parent.get_submodule(target_name), adapter_name)  # type: ignore[arg-type]
             return
         r, alpha = rank_and_alpha(lora_config, current_key)
