@@ -9,7 +9,7 @@ from transformers.activations import ACT2CLS
 
 from graphmoe_kernels import ACTIVATIONS, DenseMLP
 from graphmoe_kernels.activations import ALIASES
-from graphmoe_model.dequantise import dense_weight, run_linear, stored_tensors
+from graphmoe_model.dequantise import dense_weight, is_quantised, run_linear, stored_tensors
 
 
 class MLPLayout(NamedTuple):
@@ -104,6 +104,10 @@ class SeparateMLP(NamedTuple):
         """The stored tensors of three weights, and three biases."""
         return [t for linear in self.linears() for t in (*stored_tensors(linear), linear.bias)]
 
+    def stores_dense(self) -> bool:
+        """See `graphmoe_kernels.BaseMLP`."""
+        return not any(map(is_quantised, self.linears()))
+
 
 class FusedMLP(NamedTuple):
     """An MLP with one linear for gate and up, the gate first."""
@@ -139,6 +143,10 @@ class FusedMLP(NamedTuple):
     def sources(self) -> list[Tensor | None]:
         """The stored tensors of two weights, and two biases."""
         return [t for linear in self.linears() for t in (*stored_tensors(linear), linear.bias)]
+
+    def stores_dense(self) -> bool:
+        """See `graphmoe_kernels.BaseMLP`."""
+        return not any(map(is_quantised, self.linears()))
 
 
 def wrap_mlp(mlp: nn.Module) -> SeparateMLP | FusedMLP:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN
+from graphmoe_model.dequantise import dense_weight
 from graphmoe_model.linear import RoutedLoRALinear
 from tests.model.method_oracles import adapter_state, form_config, move_from_start
 from tests.quant.bases import (
@@ -188,3 +190,28 @@ def test_what_is_kept_follows_the_base(kind, which, change):
     assert relative_error(after, before) > 0.01
     layer.refold()
     assert torch.equal(layer(x), after)
+
+
+@KINDS
+@pytest.mark.parametrize("form", FORMS)
+def test_no_dense_weight_outlives_the_forward(kind, form, monkeypatch):
+    """Kept for the backward pass, the dense weights of all layers would take what quantising them saved."""
+    made: list[weakref.ref] = []
+
+    def recorded(linear: nn.Module) -> Tensor:
+        weight = dense_weight(linear)
+        made.append(weakref.ref(weight.untyped_storage()))
+        return weight
+
+    monkeypatch.setattr("graphmoe_model.base_mlp.dense_weight", recorded)
+    layer = layer_over(quantised_mlp(kind), form, fold="always")
+    made.clear()
+    y = layer(hidden_states())
+    assert made
+    assert not any(storage() is not None for storage in made)
+    made.clear()
+    y.sum().backward()
+    assert made, "the backward pass made them again"
+    with torch.no_grad():
+        layer.eval()(hidden_states())
+    assert not any(storage() is not None for storage in made)
