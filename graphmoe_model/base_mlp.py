@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
 from graphmoe_kernels import ACTIVATIONS, DenseMLP
 from graphmoe_kernels.activations import ALIASES
+from graphmoe_model.dequantise import dense_weight, is_quantised, run_linear, stored_tensors
 
 
 class MLPLayout(NamedTuple):
@@ -84,11 +84,11 @@ class SeparateMLP(NamedTuple):
     def project_in(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `graphmoe_kernels.BaseMLP`; the modules are called, so their hooks and quantisation count."""
         gate, up, _ = self.linears()
-        return gate(x), up(x)
+        return run_linear(gate, x), run_linear(up, x)
 
     def project_out(self, c: Tensor) -> Tensor:
         """See `graphmoe_kernels.BaseMLP`."""
-        return self.linears()[2](c)
+        return run_linear(self.linears()[2], c)
 
     def dense(self) -> DenseMLP:
         """The weights, dequantised if they are quantised."""
@@ -101,8 +101,12 @@ class SeparateMLP(NamedTuple):
         return gate.bias, up.bias, down.bias
 
     def sources(self) -> list[Tensor | None]:
-        """The stored tensors: three weights and three biases."""
-        return [t for linear in self.linears() for t in (linear.weight, linear.bias)]
+        """The stored tensors of three weights, and three biases."""
+        return [t for linear in self.linears() for t in (*stored_tensors(linear), linear.bias)]
+
+    def stores_dense(self) -> bool:
+        """See `graphmoe_kernels.BaseMLP`."""
+        return not any(map(is_quantised, self.linears()))
 
 
 class FusedMLP(NamedTuple):
@@ -117,12 +121,12 @@ class FusedMLP(NamedTuple):
 
     def project_in(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `graphmoe_kernels.BaseMLP`: two views of one product."""
-        gate, up = self.linears()[0](x).chunk(2, dim=-1)
+        gate, up = run_linear(self.linears()[0], x).chunk(2, dim=-1)
         return gate, up
 
     def project_out(self, c: Tensor) -> Tensor:
         """See `graphmoe_kernels.BaseMLP`."""
-        return self.linears()[1](c)
+        return run_linear(self.linears()[1], c)
 
     def dense(self) -> DenseMLP:
         """The weights, dequantised if they are quantised; gate and up are views of one tensor."""
@@ -137,8 +141,12 @@ class FusedMLP(NamedTuple):
         return gate, up, down.bias
 
     def sources(self) -> list[Tensor | None]:
-        """The stored tensors: two weights and two biases."""
-        return [t for linear in self.linears() for t in (linear.weight, linear.bias)]
+        """The stored tensors of two weights, and two biases."""
+        return [t for linear in self.linears() for t in (*stored_tensors(linear), linear.bias)]
+
+    def stores_dense(self) -> bool:
+        """See `graphmoe_kernels.BaseMLP`."""
+        return not any(map(is_quantised, self.linears()))
 
 
 def wrap_mlp(mlp: nn.Module) -> SeparateMLP | FusedMLP:
@@ -151,12 +159,6 @@ def wrap_mlp(mlp: nn.Module) -> SeparateMLP | FusedMLP:
 def down_projection(mlp: nn.Module) -> Any:
     """The linear that gives a gated MLP's output."""
     return wrap_mlp(mlp).linears()[-1]
-
-
-def dense_weight(linear: nn.Module) -> Tensor:
-    """A linear's weight [out, in] as a floating-point tensor: itself, or what its quantisation stands for."""
-    weight: Tensor = linear.weight  # type: ignore[assignment]
-    return weight if type(weight) is nn.Parameter else dequantize_module_weight(linear)
 
 
 def dense_weights(mlp: nn.Module) -> dict[str, Tensor]:

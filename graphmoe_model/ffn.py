@@ -14,6 +14,7 @@ from graphmoe_kernels import FoldCache, LayerWeights, LinearRouters, rethink
 from graphmoe_kernels.rethinking.cache import fold_sources
 from graphmoe_model.base_mlp import dense_weights, down_projection, wrap_mlp
 from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.dequantise import input_dtype, stored_tensors
 from graphmoe_model.experts import MLPExperts, Router, check_rows
 from graphmoe_model.gru import RethinkingGRU
 from graphmoe_model.layer import RoutedLayer, experts_of_layer
@@ -136,7 +137,8 @@ class FusedGraphMoEFFN(RoutedLayer):
         A non-finite x gives a non-finite y for its token and leaves the other tokens alone.
 
         Raises:
-            TypeError: x is not floating point, or of another dtype than the MLP's weights outside of autocast.
+            TypeError: x is not floating point, or of another dtype than the MLP's plain weights outside of autocast; in
+                training, a linear of the MLP passes no gradient to its input.
             ValueError: x has another width or is on another device.
             RuntimeError: FSDP or tensor parallelism was applied to a part of the layer.
         """
@@ -145,7 +147,7 @@ class FusedGraphMoEFFN(RoutedLayer):
             return self.base_layer(x)
         down = down_projection(self.base_layer)
         manager = self._manager(down, name)
-        self._check_x(x, down.weight, self.traits.hidden, "MLP's hidden size")
+        self._check_x(x, stored_tensors(down)[0], input_dtype(down), self.traits.hidden, "MLP's hidden size")
         adapter: GraphMoEAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
         config = adapter.config
         output = rethink(
@@ -175,8 +177,10 @@ class FusedGraphMoEFFN(RoutedLayer):
         weights, strength = self._stored(adapter_name), self.strength(adapter_name)
         if strength == 1:
             return weights
-        dense = weights.base.dense()
-        experts = scaled_experts(weights.experts, (dense.gate, dense.up, dense.down), strength)
+        experts = weights.experts
+        if experts.magnitudes is not None:
+            dense = weights.base.dense()
+            experts = scaled_experts(experts, (dense.gate, dense.up, dense.down), strength)
         return weights._replace(experts=experts, gru=weights.gru and scaled_gru(weights.gru, strength))
 
     def _stored(self, adapter_name: str) -> LayerWeights:
@@ -190,9 +194,8 @@ class FusedGraphMoEFFN(RoutedLayer):
 
     def _read_by_forward(self, adapter_name: str) -> list[Tensor]:
         stored = self._stored(adapter_name)
-        linears = wrap_mlp(self.base_layer).linears()
         adapter = [t for t in (*stored.experts, *stored.routers(), *(stored.gru or ())) if t is not None]
-        return [*adapter, *(linear.weight for linear in linears)]
+        return [*adapter, *(t for linear in wrap_mlp(self.base_layer).linears() for t in stored_tensors(linear))]
 
     def __getattr__(self, name: str) -> Any:
         """As ``nn.Module``; who looks for the MLP's projections here is told where they are."""

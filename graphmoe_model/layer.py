@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 
 from graphmoe_kernels import FoldCache
 from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.dequantise import keep_unpacked
 from graphmoe_model.recomputation import Run, same_run
 from graphmoe_model.routing_record import RoutingContext, RoutingRecord, in_backward
 from graphmoe_model.scaling import ScaledLayer
@@ -58,6 +59,7 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
         self._folds: dict[str, FoldCache] = {}
         self._under_fsdp = False
         base_layer.requires_grad_(False)
+        keep_unpacked(base_layer)
         self._active_adapter = adapter_name
 
     def _add_adapter(self, adapter_name: str, adapter: nn.Module, fold: FoldCache, config: GraphMoEConfig) -> None:
@@ -184,13 +186,13 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
         """The parameters that a forward reads itself, those of the base included."""
         raise NotImplementedError
 
-    def _check_x(self, x: Tensor, weight: Tensor, width: int, what: str) -> None:
+    def _check_x(self, x: Tensor, weight: Tensor, dtype: torch.dtype | None, width: int, what: str) -> None:
         """`TypeError` or `ValueError` for an x that the base layer, whose ``weight`` this is, does not take."""
         if not x.is_floating_point():
             raise TypeError(f"x must be floating point, got {x.dtype}; pass hidden states, not token ids")
         if x.shape[-1] != width:
             raise ValueError(f"x must have the {what} {width} as its last dimension, got {list(x.shape)}")
-        device, dtype = weight.device, weight.dtype
+        device = weight.device
         if device.type == "meta":
             raise ValueError(
                 "this layer's weights hold no data (meta device), and no hook of accelerate's brings them; load them "
@@ -198,7 +200,7 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
             )
         if x.device != device:
             raise ValueError(f"x is on {x.device}, the layer on {device}; move one of them")
-        if dtype.is_floating_point and x.dtype != dtype and not torch.is_autocast_enabled(device.type):
+        if dtype is not None and x.dtype != dtype and not torch.is_autocast_enabled(device.type):
             raise TypeError(f"x is {x.dtype}, the layer's weights are {dtype}; cast one of them or use torch.autocast")
 
 

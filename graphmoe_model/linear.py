@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from graphmoe_kernels import FoldCache, FoldSettings
 from graphmoe_kernels.mixed_linear import LinearExperts, PreparedLinear, mix_linear, prepare_linear
 from graphmoe_kernels.rethinking.round_routing import RoundSettings
-from graphmoe_model.base_mlp import dense_weight
 from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.dequantise import check_dense, dense_weight, input_dtype, is_linear, run_linear, stored_tensors
 from graphmoe_model.experts import LoRAPairs, check_rows
 from graphmoe_model.layer import RoutedLayer, experts_of_layer
 from graphmoe_model.offloading import with_onloaded_weights
@@ -89,9 +89,7 @@ class RoutedLoRALinear(RoutedLayer):
             if config.use_dora:
                 check_rows(dense_weight(self.base_layer), type(self.base_layer).__name__, "this linear")
             adapter = LinearAdapter(config, self.in_features, self.out_features, n, rank, scale)
-            cache = FoldCache(
-                partial(self._experts, adapter_name), partial(self._fold_sources, adapter_name), prepare_linear
-            )
+            cache = FoldCache(partial(self._sources, adapter_name), list, partial(self._prepare, adapter_name))
             self._add_adapter(adapter_name, adapter, cache, config)
             if config.use_dora:
                 adapter.start_magnitudes(dense_weight(self.base_layer), scale)
@@ -103,12 +101,12 @@ class RoutedLoRALinear(RoutedLayer):
         name = self.counted_name()
         if name is None:
             return self.base_layer(x, *args, **kwargs)
-        manager = self._manager(self.base_layer, name)
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
-        self._check_x(x, weight, self.in_features, "linear's input size")
+        base = self.base_layer
+        manager = self._manager(base, name)
+        self._check_x(x, stored_tensors(base)[0], input_dtype(base), self.in_features, "linear's input size")
         adapter: LinearAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
         config = adapter.config
-        y = self.base_layer(x, *args, **kwargs)
+        y = run_linear(base, x, *args, **kwargs)
         spec = config.spec(self.scaling[name], adapter.A.shape[0], training=self.training)
         mixed, routing = mix_linear(
             y.reshape(-1, y.shape[-1]),  # [N, out]
@@ -123,35 +121,43 @@ class RoutedLoRALinear(RoutedLayer):
         self, name: str, adapter: LinearAdapter, dtype: torch.dtype, manager: WeightManager
     ) -> PreparedLinear:
         """The adapter as the kernels take it; kept between forwards where no gradient can reach it."""
-        experts = self._experts(name)
+        sources = self._sources(name)
         settings = FoldSettings(dtype, self.scaling[name], adapter.config.candidate_input)
-        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in experts.sources())
+        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
         cache = None if self.training or differentiable else self._kept_fold(name, manager)
-        prepared: PreparedLinear = prepare_linear(experts, settings) if cache is None else cache.get(experts, settings)
-        return prepared
+        if cache is None:
+            return self._prepare(name, sources, settings)
+        kept: PreparedLinear = cache.get(sources, settings)
+        return kept
 
     def _read_by_forward(self, adapter_name: str) -> list[Tensor]:
-        adapter: LinearAdapter = self.lora_graphmoe[adapter_name]  # type: ignore[assignment]
-        return [*adapter.parameters(), self.base_layer.weight]  # type: ignore[list-item]
+        return [*self.lora_graphmoe[adapter_name].parameters(), *stored_tensors(self.base_layer)]
+
+    def _prepare(
+        self, adapter_name: str, sources: list[Tensor], settings: FoldSettings, copy: bool = False
+    ) -> PreparedLinear:
+        """What `_prepared` keeps. The sources only tell when it is due, so no forward dequantises for nothing."""
+        return prepare_linear(self._experts(adapter_name), settings, copy)
 
     def _experts(self, adapter_name: str) -> LinearExperts:
         """The adapter's parameters as they count now (`graphmoe_model.scaling`), with what DoRA reads of the base."""
-        experts, strength = self._stored(adapter_name), self.strength(adapter_name)
-        if strength == 1 or experts.magnitude is None or experts.weight is None:
-            return experts
-        magnitude = scaled_magnitude(experts.magnitude, experts.weight, experts.A, experts.B, strength)
-        return experts._replace(magnitude=magnitude)
-
-    def _stored(self, adapter_name: str) -> LinearExperts:
         adapter: LinearAdapter = self.lora_graphmoe[adapter_name]  # type: ignore[assignment]
         if adapter.magnitude is None:
             return LinearExperts(adapter.A, adapter.B)
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
-        return LinearExperts(adapter.A, adapter.B, adapter.magnitude, dense_weight(self.base_layer), bias)
+        weight, magnitude, strength = dense_weight(self.base_layer), adapter.magnitude, self.strength(adapter_name)
+        if strength != 1:
+            magnitude = scaled_magnitude(magnitude, weight, adapter.A, adapter.B, strength)  # type: ignore[assignment]
+        return LinearExperts(adapter.A, adapter.B, magnitude, weight, bias)
 
-    def _fold_sources(self, adapter_name: str, experts: LinearExperts) -> list[Tensor]:
-        """What kept experts are compared with: the parameters, not what a strength made of them in this forward."""
-        return (experts if self.strength(adapter_name) == 1 else self._stored(adapter_name)).sources()
+    def _sources(self, adapter_name: str) -> list[Tensor]:
+        """The stored tensors that an adapter's experts are prepared from."""
+        adapter: LinearAdapter = self.lora_graphmoe[adapter_name]  # type: ignore[assignment]
+        if adapter.magnitude is None:
+            return [adapter.A, adapter.B]
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        of_base = [*stored_tensors(self.base_layer), *([] if bias is None else [bias])]
+        return [adapter.A, adapter.B, adapter.magnitude, *of_base]
 
 
 def check_linear(module: nn.Module) -> None:
@@ -161,7 +167,7 @@ def check_linear(module: nn.Module) -> None:
         raise TypeError(
             f"this linear is wrapped by another adapter ({kind}), which takes no experts; unload that one first"
         )
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not hasattr(module, "in_features") or not hasattr(module, "out_features"):
+    if not is_linear(module):
         raise TypeError(f"{kind} is not a linear layer with a weight of its own; experts go on linear layers and MLPs")
     check_unsharded(module, f"this {kind}")
+    check_dense(module, "this linear")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from graphmoe_kernels import ACTIVATIONS
 from graphmoe_model.base_mlp import LAYOUTS, MLPLayout, activation_name, down_projection, find_layout, wrap_mlp
+from graphmoe_model.dequantise import check_dense, dense_linear, dense_weight, input_dtype, is_linear, is_quantised
 from graphmoe_model.weight_management import check_unsharded, gathered_weights
 
 PROBED_RATE = 0.5  # of every dropout in its turn, while the MLP's behaviour is compared
@@ -75,7 +76,8 @@ def _traits(mlp: nn.Module) -> MLPTraits:
     _check_children(mlp, layout)
     down = down_projection(mlp)
     traits = MLPTraits(int(down.out_features), int(down.in_features), activation_name(mlp))
-    return traits._replace(output_dropout=_check_forward(mlp, traits))
+    with _dense_linears(mlp, layout):
+        return traits._replace(output_dropout=_check_forward(mlp, traits))
 
 
 def _check_children(mlp: nn.Module, layout: MLPLayout) -> None:
@@ -94,8 +96,7 @@ def _check_children(mlp: nn.Module, layout: MLPLayout) -> None:
 def _check_projection(linear: nn.Module, name: str) -> None:
     if hasattr(linear, "base_layer"):
         raise TypeError(f"{name} is wrapped by another adapter ({type(linear).__name__}); unload that adapter first")
-    weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or not hasattr(linear, "out_features"):
+    if not is_linear(linear):
         raise TypeError(f"{name} ({type(linear).__name__}) is not a linear layer with a weight of its own")
     bias = getattr(linear, "bias", None)
     if isinstance(bias, Tensor) and bias.shape != (linear.out_features,):
@@ -103,11 +104,12 @@ def _check_projection(linear: nn.Module, name: str) -> None:
             f"{name} has a bias of shape {list(bias.shape)}, expected [{linear.out_features}], one number for every "
             "output: the folds take it apart"
         )
+    check_dense(linear, name)
 
 
 def _check_dtypes(mlp: nn.Module, layout: MLPLayout) -> None:
-    weights: dict[str, Tensor] = {name: getattr(mlp, name).weight for name in layout.linears}
-    dtypes = {name: weight.dtype for name, weight in weights.items() if weight.is_floating_point()}
+    taken = {name: input_dtype(getattr(mlp, name)) for name in layout.linears}
+    dtypes = {name: dtype for name, dtype in taken.items() if dtype is not None}
     if len(set(dtypes.values())) > 1:
         found = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
         raise TypeError(
@@ -117,6 +119,27 @@ def _check_dtypes(mlp: nn.Module, layout: MLPLayout) -> None:
 
 
 # --- behaviour -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _dense_linears(mlp: nn.Module, layout: MLPLayout) -> Iterator[None]:
+    """Inside the block an MLP with quantised linears has plain ones of the same weights.
+
+    What is looked for there is what the MLP does beside its linears. Those of 8 bits round differently in training and
+    in evaluation; others settle the dtype of their arithmetic, or their layout, at their first forward.
+    """
+    linears: dict[str, Any] = {name: getattr(mlp, name) for name in layout.linears}
+    if not any(map(is_quantised, linears.values())):
+        yield
+        return
+    try:
+        dtype = dense_weight(linears[layout.down]).dtype
+        for name, linear in linears.items():
+            setattr(mlp, name, dense_linear(linear, dtype))
+        yield
+    finally:
+        for name, linear in linears.items():
+            setattr(mlp, name, linear)
 
 
 def _check_forward(mlp: nn.Module, traits: MLPTraits) -> str | None:
@@ -188,7 +211,7 @@ def _state_kept(mlp: nn.Module, rates: dict[str, float]) -> Iterator[None]:
 
 def _tokens(mlp: nn.Module, traits: MLPTraits, weight: Tensor) -> Tensor:
     """[1, 2, D], made up without drawing from a generator."""
-    dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+    dtype = weight.dtype
     token = torch.arange(1, traits.hidden + 1, device=weight.device).sin()
     with (
         torch.no_grad()

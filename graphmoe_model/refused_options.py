@@ -72,7 +72,7 @@ REFUSED_OPTIONS = {
     ),
     "use_qalora": Refusal(
         "it pools inputs by the groups of a quantised linear",
-        "leave it out; GraphMoE runs on quantised bases that PEFT can dequantise",
+        "leave it out; docs/quantised.md lists the quantised bases that GraphMoE runs on",
     ),
     "qalora_group_size": Refusal("it belongs to use_qalora", "leave it out"),
     "use_bdlora": Refusal("its A and B are block-diagonal, and the kernels take whole matrices", "leave it out"),

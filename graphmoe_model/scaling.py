@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from graphmoe_kernels import ExpertWeights, GRUWeights
 from graphmoe_kernels.dora import row_norms
+from graphmoe_model.dequantise import dense_linear, is_quantised
 from graphmoe_model.offloading import with_onloaded_weights
 
 
@@ -102,17 +102,24 @@ class ScaledDora(DoraLinearVariant):
     @staticmethod
     @with_onloaded_weights  # it reads W, which accelerate brings for the base's own call alone
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """As PEFT's, with ||W|| + c (m - ||W||) in place of m where the strength c is not 1."""
+        """As PEFT's, with ||W|| + c (m - ||W||) in place of m where the strength c is not 1.
+
+        A quantised linear is read by `graphmoe_model.dequantise`: PEFT's helper would change it in every forward.
+        """
         rank = module.r[active_adapter]
         trained = module.lora_alpha[active_adapter] / (math.sqrt(rank) if module.use_rslora[active_adapter] else rank)
         scaling = module.scaling[active_adapter]
-        if scaling == trained:
+        base_layer = module.get_base_layer()
+        if scaling == trained and not is_quantised(base_layer):
             return DoraLinearVariant.forward(module, active_adapter, x, result, **kwargs)
         dropout = module.lora_dropout[active_adapter]
         drops = module.training and not isinstance(dropout, nn.Identity)
-        dora, base_layer = module.lora_magnitude_vector[active_adapter], module.get_base_layer()
-        weight = dequantize_module_weight(base_layer).to(x.dtype)
-        neutral = dora.get_weight_norm(weight, weight.new_zeros(()), 0.0).detach().to(dora.weight.dtype)
+        dora, base_layer = module.lora_magnitude_vector[active_adapter], dense_linear(base_layer, x.dtype)
+        magnitude = dora.weight
+        if scaling != trained:
+            weight = base_layer.weight
+            neutral = dora.get_weight_norm(weight, weight.new_zeros(()), 0.0).detach().to(magnitude.dtype)
+            magnitude = torch.lerp(neutral, magnitude, scaling / trained)
         settings = {
             "lora_A": module.lora_A[active_adapter],
             "lora_B": module.lora_B[active_adapter],
@@ -120,7 +127,6 @@ class ScaledDora(DoraLinearVariant):
             "base_layer": base_layer,
             "base_result": None if drops else result,
         }
-        magnitude = torch.lerp(neutral, dora.weight, scaling / trained)
         return result + functional_call(
             dora, {"weight": magnitude}, dropout(x) if drops else x, {**settings, "adapter_name": active_adapter}
         )

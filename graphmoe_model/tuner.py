@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -14,6 +15,7 @@ from graphmoe_model.adapter_names import check_adapter_name, check_first_name
 from graphmoe_model.base_mlp import is_gated_mlp
 from graphmoe_model.checkpoints import check_source, fitting_state
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
+from graphmoe_model.dequantise import check_gradients, keep_unpacked, same_parameter
 from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.layer import NOT_MERGEABLE, RoutedLayer
 from graphmoe_model.linear import RoutedLoRALinear
@@ -79,6 +81,8 @@ class GraphMoEModel(LoraModel):
         self._by_layer = experts_by_name(self.model, peft_config)
         check_selected(self.model, peft_config, self._by_layer, list(self.peft_config))
         check_router_loss(self.model, peft_config)  # last: that the base's MLPs are sparse says more
+        if not peft_config.inference_mode:
+            check_gradients(self.model)
         return peft_config
 
     def _create_and_replace(  # type: ignore[override]  # LoraModel's differs from BaseTuner's
@@ -101,15 +105,16 @@ class GraphMoEModel(LoraModel):
         assert isinstance(lora_config, GraphMoEConfig)
         is_mlp = isinstance(target, FusedGraphMoEFFN) or is_gated_mlp(target)
         if not is_mlp and lora_config.base_method.attention == "lora":
-            super()._create_and_replace(
-                lora_config,
-                adapter_name,
-                target,
-                target_name,
-                parent,
-                current_key,
-                parameter_name=parameter_name,
-            )
+            with same_parameter(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target):
+                super()._create_and_replace(
+                    lora_config,
+                    adapter_name,
+                    target,
+                    target_name,
+                    parent,
+                    current_key,
+                    parameter_name=parameter_name,
+                )
             scale_dora(parent.get_submodule(target_name), adapter_name)  # type: ignore[arg-type]
             return
         r, alpha = rank_and_alpha(lora_config, current_key)
@@ -181,6 +186,7 @@ class GraphMoEModel(LoraModel):
         """
         with undone_on_error(self, adapter_name):
             check_adapter_name(self.model, adapter_name, self.peft_config)
+            keep_unpacked(self.model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             attach_router_loss(self.model)
 

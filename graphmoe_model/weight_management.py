@@ -65,7 +65,7 @@ def weight_manager(layer: nn.Module, linear: nn.Module) -> WeightManager:
     """
     if is_under_fsdp(layer):
         return WeightManager.FSDP
-    if hasattr(linear.weight, "ds_id"):
+    if hasattr(getattr(linear, "weight", None), "ds_id"):
         return WeightManager.ZERO3
     if is_offloaded(layer):
         return WeightManager.OFFLOAD

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from graphmoe_kernels.exact_linear import exact_linear
 from graphmoe_kernels.rethinking.checks import check_weights
 from graphmoe_kernels.rethinking.prepared import PreparedExperts, prepare_experts
-from graphmoe_kernels.rethinking.weights import GRUWeights, LayerWeights
+from graphmoe_kernels.rethinking.weights import BaseMLP, GRUWeights, LayerWeights
 
 ALIGNMENT = 16
 
@@ -119,7 +120,7 @@ def build_fold(weights: LayerWeights, settings: FoldSettings, copy: bool = False
 def _fold_rounds(
     weights: LayerWeights, gru: GRUWeights, experts: PreparedExperts, settings: FoldSettings, copy: bool
 ) -> RoundsFold:
-    base, router, dtype = weights.base.dense(), weights.input_router(), settings.dtype
+    down_bias, router, dtype = weights.base.biases()[2], weights.input_router(), settings.dtype
     gru = widen(gru)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     out = gru.output.to(dtype, copy=copy)  # [D, G']
@@ -134,7 +135,7 @@ def _fold_rounds(
     dora = experts.down_scale is not None
     reads_total = F.pad(experts.low_A @ out, (width, 0))  # [2nr, 2G']
     reads_last = F.pad(gru.recurrent_gates().to(dtype), (0, width))  # [2G', 2G']
-    gate, up = base.gate.to(dtype) @ out, base.up.to(dtype) @ out
+    gate, up, inputs = _with_base(weights.base, out, None if dora else columns)
     if weights.down_router is not None and not dora:
         gate, up = torch.cat([gate, experts.gate_B], dim=1), torch.cat([up, experts.up_B], dim=1)
     return RoundsFold(
@@ -142,12 +143,33 @@ def _fold_rounds(
         up=up,
         reread=torch.cat([reads_total, reads_last]),
         router=None if router is None else exact_linear(router.to(exact), gru.output.to(exact).T),
-        inputs=columns if dora else columns @ base.down.to(dtype),
+        inputs=columns if inputs is None else inputs,
         inputs_low=None if dora else columns @ experts.down_B,
-        inputs_bias=None if dora or base.down_bias is None else columns @ base.down_bias.to(dtype),
+        inputs_bias=None if dora or down_bias is None else columns @ down_bias.to(dtype),
         candidate_weight=gru.recurrent_candidate().to(dtype, copy=True),
         candidate_bias=gru.candidate_bias.clone() if copy else gru.candidate_bias,
         output=out,
         candidate_x=candidate_x,
         candidate_state=candidate_state,
     )
+
+
+def _with_base(base: BaseMLP, out: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The products of the base's weights: W_G and W_U with ``out`` [D, G'], and ``columns`` [3G', D] with W_D if given.
+
+    Autograd would keep weights that are made dense for this until the backward pass, all layers' at once; they are made
+    again there instead.
+    """
+    kept = base.stores_dense() or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if kept or not (out.requires_grad or (columns is not None and columns.requires_grad)):
+        return _products(base, out, columns)
+    products: tuple[Tensor, Tensor, Tensor | None] = checkpoint(
+        _products, base, out, columns, use_reentrant=False, preserve_rng_state=False
+    )
+    return products
+
+
+def _products(base: BaseMLP, out: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    dense, dtype = base.dense(), out.dtype
+    inputs = None if columns is None else columns @ dense.down.to(dtype)
+    return dense.gate.to(dtype) @ out, dense.up.to(dtype) @ out, inputs

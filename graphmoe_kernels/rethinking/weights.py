@@ -32,6 +32,10 @@ class BaseMLP(Protocol):
         """The tensors that `dense` reads, as they are stored: what a cached fold depends on."""
         ...
 
+    def stores_dense(self) -> bool:
+        """Whether the weights of `dense` are stored ones; if not, every call makes new ones of the whole MLP's size."""
+        ...
+
 
 class DenseMLP(NamedTuple):
     """A gated MLP as plain tensors: gate and up [F, D], down [D, F], biases [F], [F], [D] or None."""
@@ -62,6 +66,10 @@ class DenseMLP(NamedTuple):
     def sources(self) -> list[Tensor | None]:
         """Its tensors."""
         return list(self)
+
+    def stores_dense(self) -> bool:
+        """True."""
+        return True
 
 
 class ExpertWeights(NamedTuple):

@@ -50,6 +50,11 @@ def saved_model(name: str, dtype: torch.dtype | None, device: torch.device) -> P
     with memory_error("the model", "choose a smaller dtype"):
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if dtype is None else dtype)
+        except ImportError as error:
+            raise ValueError(
+                f"cannot load the model {name!r}: {first_line(error)}; what quantised models need comes with "
+                "pip install 'graphmoe[quant]'"
+            ) from error
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load the model {name!r}: {first_line(error)}") from error
         return model.to(device)

@@ -17,7 +17,7 @@ from graphmoe_model.model_shapes import MODEL_SHAPES
 from graphmoe_model.profiling import CATEGORIES, Profile, profile_model
 from graphmoe_model.profiling.attribution import attribute
 from graphmoe_model.profiling.memory import check_fits, memory_error
-from graphmoe_model.profiling.models import adapter_title, profiled_config, with_rounds
+from graphmoe_model.profiling.models import adapter_title, profiled_config, saved_model, with_rounds
 from graphmoe_model.profiling.modules import module_ranges
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model, tokens
 
@@ -259,3 +259,12 @@ def test_a_model_without_logits_to_keep_is_profiled_too():
     )
     (found,) = profile_model(Older(config), "none", ["prefill"], [5], name="older", repetitions=1)
     assert (found.model, found.tokens) == ("older", 5)
+
+
+def test_a_quantised_model_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    """Transformers names the package alone, in a version that it would take."""
+    tiny_model().save_pretrained(tmp_path)
+    missing = ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(missing))
+    with pytest.raises(ValueError, match=r"requires bitsandbytes; .*pip install 'graphmoe\[quant\]'"):
+        saved_model(str(tmp_path), None, torch.device("cpu"))
