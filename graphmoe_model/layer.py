@@ -11,8 +11,8 @@ from torch import Tensor, distributed, nn
 from graphmoe_kernels import FoldCache
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.dequantise import keep_unpacked
-from graphmoe_model.recomputation import Run, same_run
-from graphmoe_model.routing_record import RoutingContext, RoutingRecord, in_backward
+from graphmoe_model.recomputation import Repeats, Run, same_run
+from graphmoe_model.routing_record import RoutingContext, RoutingRecord
 from graphmoe_model.scaling import ScaledLayer
 from graphmoe_model.weight_management import WeightManager, check_nothing_wrapped, check_whole, weight_manager
 
@@ -40,7 +40,7 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
     Attributes:
         routing_context: where its routers' records go; shared by all layers of a model.
         router_loss_hooks: those of the model around it, or None for a layer on its own.
-        repeated_in: the backward pass in which checkpointing last ran this layer again.
+        repeats: its forwards that checkpointing ran again in the last backward pass that did.
     """
 
     adapter_layer_names = ("lora_graphmoe",)
@@ -55,7 +55,7 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
         self.scaling = {}
         self.routing_context = RoutingContext()
         self.router_loss_hooks: RouterLossHooks | None = None
-        self.repeated_in = -1
+        self.repeats = Repeats()
         self._folds: dict[str, FoldCache] = {}
         self._under_fsdp = False
         base_layer.requires_grad_(False)
@@ -136,8 +136,6 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
         """y, once a forward on x [..., in] has left its routers' logits ([N, n] of every round) behind."""
         config = self.active_config()
         assert config is not None
-        if in_backward():
-            self.repeated_in = torch._C._current_graph_task_id()
         trains = self.training and config.router_aux_loss_coef > 0
         if logits and (trains or self.routing_context.loads):
             mask = self.routing_context.token_mask(x)

@@ -1,9 +1,21 @@
-"""How messages name modules: completely, as the name that is missing is the one that is needed."""
+"""Names of modules: without what wrappers put into them; complete in messages, as the missing one is the one needed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+# What activation checkpointing, torch.compile and FSDP1 put between a module's name and those of its parts.
+_WRAPPERS = {"_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module"}
+
+
+def plain_name(name: str) -> str:
+    """Remove from a module's or tensor's name what wrappers put into it, as adapters are saved without wrappers.
+
+    ``layers.0._checkpoint_wrapped_module.mlp`` is ``layers.0.mlp``. Modules and their state dicts differ in this: some
+    wrappers take their part out of the state dict by themselves.
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def last_names(modules: Iterable[str]) -> str:
@@ -32,3 +44,8 @@ def joined(names: Iterable[str]) -> str:
 def as_written(value: object) -> str:
     """Show a field's value in a message; PEFT makes lists of names sets, which print in any order."""
     return repr(sorted(value) if isinstance(value, set) else value)
+
+
+def some(items: Sequence[str], most: int = 5) -> str:
+    """List the first items for a message, and how many more there are."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")

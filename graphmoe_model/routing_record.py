@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from graphmoe_kernels import topk_softmax_routing
+from graphmoe_model.module_names import plain_name
 
 if TYPE_CHECKING:
     from graphmoe_model.expert_load import ExpertLoad
@@ -238,9 +239,11 @@ class RoutingContext:
 
 
 def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
-    """The layers that leave routing records, by their names in the base model (PEFT's own prefix removed)."""
-    named = model.named_modules()
-    return {name.rpartition("base_model.model.")[2]: m for name, m in named if hasattr(m, "routing_context")}
+    """The layers that leave routing records, by their names in the base model (PEFT's prefix and wrappers' removed)."""
+    named = model.named_modules()  # parents first: a wrapper that answers for its layer is replaced by the layer
+    return {
+        plain_name(name).rpartition("base_model.model.")[2]: m for name, m in named if hasattr(m, "routing_context")
+    }
 
 
 def contexts_of(layers: Iterable[Any]) -> list[RoutingContext]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from graphmoe_model.adapter_names import check_adapter_name, check_first_name
 from graphmoe_model.base_mlp import is_gated_mlp
-from graphmoe_model.checkpoints import check_source, fitting_state
+from graphmoe_model.checkpoints import check_source, fitting_state, loaded_in_place, own_tensors, saved_key
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
 from graphmoe_model.dequantise import check_gradients, keep_unpacked, same_parameter
 from graphmoe_model.ffn import FusedGraphMoEFFN
@@ -212,17 +212,16 @@ class GraphMoEModel(LoraModel):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """The adapter's name stands right behind its container, where every PEFT loader puts it back."""
-        container = f".lora_graphmoe.{adapter_name}."
-        if container in key:
-            return key.replace(container, ".lora_graphmoe.")
-        return super()._remove_adapter_name_from_key(key, adapter_name)
+        """Also without what wrappers put into names, such as those of activation checkpointing."""
+        return saved_key(key, adapter_name)
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def _get_adapter_state_dict(  # type: ignore[override]  # PEFT passes all of them by name
+        cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
         """As PEFT's for any method but LoRA, which saves DoRA's magnitudes as ``lora_magnitude_vector`` without
         ``.weight``: by that name Transformers' own loader would leave them at their start, and say nothing."""
-        return super(LoraModel, cls)._get_adapter_state_dict(*args, **kwargs)
+        return own_tensors(model, adapter_name, state_dict)
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -235,6 +234,5 @@ class GraphMoEModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_source()
-        return fitting_state(model, adapter_name, remapped)
+        return loaded_in_place(model, fitting_state(model, adapter_name, state_dict))

@@ -8,11 +8,15 @@ from graphmoe_model.checkpoints.loading import (
     checked_load,
     checked_transformers_load,
 )
+from graphmoe_model.checkpoints.names import own_tensors, saved_key
 from graphmoe_model.checkpoints.saving import save_whole
+from graphmoe_model.checkpoints.spread import load_into_spread, loaded_in_place
 from graphmoe_model.checkpoints.state import fitting_state
 from graphmoe_model.checkpoints.weights import Weights, read_weights_file
+from graphmoe_model.checkpoints.whole import NotWhole, whole_adapter_state, whole_transformers_state
 
 __all__ = [
+    "NotWhole",
     "Weights",
     "check_digest",
     "check_source",
@@ -23,7 +27,13 @@ __all__ = [
     "fill_folder",
     "fitting_state",
     "in_use",
+    "load_into_spread",
+    "loaded_in_place",
+    "own_tensors",
     "read_weights_file",
     "save_whole",
+    "saved_key",
     "stamp",
+    "whole_adapter_state",
+    "whole_transformers_state",
 ]

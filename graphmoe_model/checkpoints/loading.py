@@ -37,12 +37,15 @@ class Source:
         """Look at a folder before it is loaded; None if it is none of a GraphMoE adapter's, or lacks weights.
 
         Raises:
-            ValueError: configuration and weights are of different saves, or the weights cannot be loaded.
+            ValueError: configuration and weights are of different saves, or one of them cannot be read.
         """
         weights = None if folder is None else weights_path(folder)
         if folder is None or weights is None:
             return None
         settings = _settings(folder)
+        if settings is None:
+            _check_config(folder, weights)  # PEFT says what it misses in another method's
+            settings = {}
         if config is None and settings.get("peft_type") != GraphMoEPeftType.GRAPHMOE.value:
             return None
         source = cls(folder, weights, _identities(folder, weights))
@@ -146,7 +149,7 @@ def checked_transformers_load(load: Loader) -> Loader:
         known = name in getattr(self, "peft_config", {})
         source = Source.opened(_local(model_id, kwargs.get("adapter_kwargs") or {}))
         if source is not None:
-            _check_transformers(_settings(source.folder), str(source.folder))
+            _check_transformers(_settings(source.folder) or {}, str(source.folder))
         try:
             info = load(self, peft_model_id, adapter_name, *args, **kwargs)
             config = self.peft_config[name]
@@ -196,13 +199,24 @@ def _local(model_id: Any, kwargs: dict[str, Any]) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """The content of adapter_config.json; nothing if there is none, or none that can be read: PEFT says what is."""
+def _settings(folder: Path) -> dict[str, Any] | None:
+    """The content of adapter_config.json; None if there is none, or none that can be read."""
     try:
         settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _check_config(folder: Path, weights: Path) -> None:
+    """Refuse a configuration that is there and cannot be read, if the weights beside it are of a GraphMoE adapter."""
+    path = folder / CONFIG_NAME
+    if not path.exists() or inspect_weights(weights) is None:
+        return
+    size = path.stat().st_size
+    raise ValueError(
+        f"{path} ({size:,} bytes) holds no JSON object: it is cut off or damaged; save or fetch the adapter again"
+    )
 
 
 def _identities(folder: Path, weights: Path) -> tuple[object, ...]:

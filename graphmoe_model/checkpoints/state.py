@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterable
 
 import torch
-from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
-_ROOT = "base_model.model."
-_WRAPPERS = re.compile(r"\.(original_module|token_adapter\.base_layer|base_layer)(?=\.)")
+from graphmoe_model.checkpoints.names import ROOT, full_shape, places, saved_modules, tree_tensors
+from graphmoe_model.module_names import plain_name
+
+_SHOWN = 8  # problems of a checkpoint in a message; one of another model has hundreds
+_INSIDE = re.compile(r"\.(original_module|token_adapter\.base_layer|base_layer)(?=\.)")
 _DELTA = "trainable_tokens_delta"
 
 
@@ -26,7 +28,7 @@ def fitting_state(model: nn.Module, adapter_name: str, state: dict[str, Tensor])
     Args:
         model: holds the adapter.
         adapter_name: its name.
-        state: the checkpoint's tensors by their names in the model.
+        state: the checkpoint's tensors by their names in it, or in the model.
 
     Returns:
         What is to be loaded, by its names in the model.
@@ -35,11 +37,13 @@ def fitting_state(model: nn.Module, adapter_name: str, state: dict[str, Tensor])
         ValueError: tensors of other shapes or other kinds of dtype than the model's, missing from the checkpoint,
             without a place in the model, or differing copies; each is named.
     """
-    own = model.state_dict()
-    if not any(name.startswith(_ROOT) for name in own):  # injected, without a PeftModel
-        state = {name.removeprefix(_ROOT): tensor for name, tensor in state.items()}
-    copies = _copies(model, adapter_name)
-    unwrapped = {_WRAPPERS.sub("", name): name for name in own}
+    own = {plain_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
+    if not any(name.startswith(ROOT) for name in own):  # injected, without a PeftModel
+        state = {name.removeprefix(ROOT): tensor for name, tensor in state.items()}
+    shapes = {name: full_shape(tensor) for name, (_, tensor) in tree_tensors(model).items()}
+    unwrapped = {_INSIDE.sub("", name): name for name in own}
+    adapter, copies, vocabulary = places(model, adapter_name, own), _copies(model, adapter_name), _vocabulary(model)
+    state = {adapter.get(plain_name(name), plain_name(name)): tensor for name, tensor in state.items()}
     found: dict[str, Tensor] = {}
     problems = []
     for name, tensor in state.items():
@@ -48,24 +52,26 @@ def fitting_state(model: nn.Module, adapter_name: str, state: dict[str, Tensor])
             if not _same(tensor, state[original]):
                 problems.append(f"{name}: a copy of {original}, and differs from it")
             continue
-        place = name if name in own else unwrapped.get(_WRAPPERS.sub("", name), name)
+        place = name if name in own else unwrapped.get(_INSIDE.sub("", name), name)
         found[place] = tensor
         if place not in own:
             problems.append(f"{name}: not in the model")
-        elif tensor.shape != own[place].shape:
-            problems.append(f"{name}: {list(tensor.shape)} in the checkpoint, {list(own[place].shape)} in the model")
-            if tensor.shape[1:] == own[place].shape[1:] and place in _vocabulary(model):
+            continue
+        expected = own[place][1]
+        shape = shapes.get(place, expected.shape)
+        if tensor.shape != shape:
+            problems.append(f"{name}: {list(tensor.shape)} in the checkpoint, {list(shape)} in the model")
+            if tensor.shape[1:] == shape[1:] and place in vocabulary:
                 problems[-1] += (
                     f"; the adapter was trained with {len(tensor)} tokens: call "
                     f"model.resize_token_embeddings({len(tensor)}) on the base model before loading"
                 )
-        elif _kind(tensor) != _kind(own[place]):
-            problems.append(f"{name}: {tensor.dtype} in the checkpoint, {own[place].dtype} in the model")
-    adapter = _filter_state_dict_by_key_prefixes(own, _get_tuner_state_dict_key_prefixes(model, adapter_name))
-    problems += [f"{name}: missing from the checkpoint" for name in adapter if name not in found]
+        elif _kind(tensor) != _kind(expected):
+            problems.append(f"{name}: {tensor.dtype} in the checkpoint, {expected.dtype} in the model")
+    problems += [f"{name}: missing from the checkpoint" for name in adapter.values() if name not in found]
     if problems:
-        raise misfit(adapter_name, problems)
-    return found
+        raise misfit(adapter_name, list(dict.fromkeys(problems)))
+    return {own[name][0]: tensor for name, tensor in found.items()}
 
 
 def missing_modules(model: nn.Module, adapter_name: str, names: Iterable[str]) -> list[str]:
@@ -73,8 +79,7 @@ def missing_modules(model: nn.Module, adapter_name: str, names: Iterable[str]) -
     present = set(names)
     return [
         f"{name}.{key}: missing from the checkpoint"
-        for name, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
+        for name, module in saved_modules(model).items()
         for key in module.adapter_state_dict_load_map(adapter_name)
         if f"{name}.{key}" not in present
     ]
@@ -82,7 +87,9 @@ def missing_modules(model: nn.Module, adapter_name: str, names: Iterable[str]) -
 
 def misfit(adapter_name: str, problems: list[str]) -> ValueError:
     """The error for a checkpoint with these problems."""
-    lines = "\n".join(f"- {problem}" for problem in problems)
+    lines = "\n".join(f"- {problem}" for problem in problems[:_SHOWN])
+    if len(problems) > _SHOWN:
+        lines += f"\n- and {len(problems) - _SHOWN:,} more of {len(problems):,}"
     return ValueError(
         f"the checkpoint does not fit the adapter {adapter_name!r}: was it made for another model or "
         "configuration? (An adapter is loaded whole or not at all, also with ignore_mismatched_sizes.)\n"
@@ -91,16 +98,16 @@ def misfit(adapter_name: str, problems: list[str]) -> ValueError:
 
 
 def _vocabulary(model: nn.Module) -> set[str]:
-    """The names of all tensors inside the model's embeddings of tokens and its head, which have a row per token."""
+    """The plain names of the tensors in the model's embeddings of tokens and its head, which have a row per token."""
     getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
     modules = [getter() for getter in getters if getter is not None]
     known = {id(p) for module in modules if module is not None for p in module.parameters()}
-    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in known}
+    return {name for name, (_, p) in tree_tensors(model).items() if id(p) in known}
 
 
 def _copies(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Name of a copy in a checkpoint -> name in the model of what it is a copy of."""
-    modules = dict(model.named_modules())
+    """Name of a copy in a checkpoint -> plain name in the model of what it is a copy of."""
+    modules = {plain_name(name): module for name, module in model.named_modules()}
     names = {id(module): name for name, module in modules.items()}
     copies = {}
     for name, module in modules.items():

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graphmoe_model.checkpoints.digest import METADATA, digest_of_archive
+from graphmoe_model.module_names import some
 
 # What a pickle says takes up to 220 times its size in memory, and a second for every two megabytes. A tensor takes
 # about 200 bytes of it, so this is an adapter of 20,000 tensors.
@@ -49,7 +50,7 @@ def read_weights_file(path: Path) -> Weights:
     weights = _safetensors(path) if path.suffix == ".safetensors" else _archive(path)
     others = [f"{name!r} ({_kind(value)})" for name, value in weights.tensors.items() if not _usable(name, value)]
     if others:
-        raise ValueError(f"{path} must hold nothing but floating point tensors by name; also got {_list(others)}")
+        raise ValueError(f"{path} must hold nothing but floating point tensors by name; also got {some(others)}")
     return Weights({name: tensor.detach() for name, tensor in weights.tensors.items()}, weights.digest)
 
 
@@ -67,11 +68,11 @@ def inspect_weights(path: Path) -> str | None:
         tensors, digest = _archive(path, mmap=True)
         absent = [f"{name!r} ({_kind(value)})" for name, value in tensors.items() if not _has_data(value)]
         if absent:
-            raise ValueError(f"{path} must hold nothing but dense tensors with data, by name; got {_list(absent)}")
+            raise ValueError(f"{path} must hold nothing but dense tensors with data, by name; got {some(absent)}")
         others = [f"{name!r} ({_kind(value)})" for name, value in tensors.items() if not _usable(name, value)]
     others = [other for other in others if ".lora_" in other]
     if others:
-        raise ValueError(f"{path}: an adapter's tensors are floating point; got {_list(others)}")
+        raise ValueError(f"{path}: an adapter's tensors are floating point; got {some(others)}")
     return digest
 
 
@@ -179,7 +180,3 @@ def _kind(value: object) -> str:
         return type(value).__name__
     layout = "" if value.layout == torch.strided else f", {value.layout}"
     return f"{value.dtype}{layout}" + (f", {value.device.type}" if value.device.type != "cpu" else "")
-
-
-def _list(items: list[str], most: int = 8) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
