@@ -31,12 +31,13 @@ class Scenario:
         loss: ``"labels"``: ``outputs.loss``, divided as Trainer does; ``"by hand"``: `router_loss` added to a loss of
             one's own.
         checkpointing: whether activations are.
-        compiled: whether the model is.
+        compiled: whether the model is, where there are several processes.
         sharded: by FSDP2 in place of DDP.
         ddp: options of ``DistributedDataParallel``.
         optimizer: ``"AdamW"`` or ``"SGD"``.
         accumulation: micro-batches per step.
         full_rows: no padding anywhere, and no mask.
+        layers: decoder layers.
     """
 
     form: str = "graphmoe-mixlora"
@@ -49,6 +50,7 @@ class Scenario:
     optimizer: str = "AdamW"
     accumulation: int = 1
     full_rows: bool = False
+    layers: int = 2
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Result:
 def model_of(scenario: Scenario) -> nn.Module:
     """The adapted model, away from its start, with the router loss weighing a good part."""
     torch.manual_seed(0)
-    model = adapted(scenario.form, tiny_model(use_cache=False), **scenario.options).double()
+    model = adapted(scenario.form, tiny_model(use_cache=False, num_hidden_layers=scenario.layers), **scenario.options).double()
     randomise(model)
     if scenario.checkpointing:
         checkpoint_activations(model)
@@ -136,7 +138,7 @@ def train(
     """
     model = model_of(scenario)
     forward = wrap(model)
-    if scenario.compiled:
+    if scenario.compiled and processes() > 1:
         forward = torch.compile(forward, backend="eager")
     optimizer = getattr(torch.optim, scenario.optimizer)(trained_parameters(model).values(), lr=0.01)
     losses, gradients = [], []

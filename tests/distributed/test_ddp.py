@@ -14,7 +14,7 @@ from tests.distributed.launch import launch
 
 pytestmark = pytest.mark.distributed
 
-BOUND = 1e-9  # fp64; the acceptance is 1e-5
+BOUND = 1e-6  # the models are fp64, Transformers' loss and its weight by items are fp32
 GLOBAL = {"router_aux_loss_coef": 0.3, "router_aux_loss_scope": "global"}
 LOCAL = {"router_aux_loss_coef": 0.3, "router_aux_loss_scope": "local"}
 SWITCH = {"router_aux_loss": "switch"}
@@ -35,7 +35,7 @@ AS_ONE = {
     "accumulation by hand": Scenario("mixlora", GLOBAL, accumulation=2, loss="by hand"),
     "no padding": Scenario("graphmoe-mixlora", GLOBAL, full_rows=True),
     "experts that nobody chose": Scenario("graphmoe-mixlora", {**GLOBAL, **MANY}),
-    "compiled": Scenario("mixlora", {**GLOBAL, "layers_to_transform": [0]}, compiled=True, full_rows=True),
+    "compiled": Scenario("mixlora", GLOBAL, compiled=True, full_rows=True, layers=1),
     "FSDP2": Scenario("graphmoe-mixlora", GLOBAL, sharded=True),
     "loramoe": Scenario("graphmoe-loramoe"),
     "lora": Scenario("lora"),
