@@ -73,7 +73,9 @@ class Result:
 def model_of(scenario: Scenario) -> nn.Module:
     """The adapted model, away from its start, with the router loss weighing a good part."""
     torch.manual_seed(0)
-    model = adapted(scenario.form, tiny_model(use_cache=False, num_hidden_layers=scenario.layers), **scenario.options).double()
+    model = adapted(
+        scenario.form, tiny_model(use_cache=False, num_hidden_layers=scenario.layers), **scenario.options
+    ).double()
     randomise(model)
     if scenario.checkpointing:
         checkpoint_activations(model)
