@@ -1,4 +1,4 @@
-"""Trainer and SFTTrainer over one process or several, on the same global micro-batches: for test_balance_trainers.py."""
+"""Trainer and SFTTrainer over one process or several, on the same global micro-batches: test_balance_trainers.py."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def rows(kind: str) -> list[dict[str, Tensor]]:
 def train(run: Run) -> dict[str, Any]:
     """The router's gradients by step, trained parameters, and logs of this process."""
     processes = distributed.get_world_size() if distributed.is_initialized() else 1
-    model = trained_model(rounds=2, router_aux_loss_coef=0.5, router_aux_loss_scope=run.scope)
+    model = trained_model(rounds=3, router_aux_loss_coef=0.5, router_aux_loss_scope=run.scope)
     kept = KeepRouterGradients()
     with tempfile.TemporaryDirectory() as folder:
         options = {**arguments(folder, 8 // processes, 2), "max_steps": STEPS, "lr_scheduler_type": "constant"}
