@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +13,7 @@ import torch
 
 from tests.distributed import balance_trainers_worker
 from tests.distributed.balance_trainers_worker import Run, train
-from tests.distributed.launch import launch
+from tests.distributed.launch import ROOT, launch
 from tests.model.training import trained_model
 
 pytestmark = pytest.mark.distributed
@@ -63,3 +67,22 @@ def test_by_default_each_process_balances_its_own_tokens(ranks, name):
     for parameter, value in first["parameters"].items():
         assert torch.equal(value, second["parameters"][parameter]), f"{parameter} differs between the ranks"
         assert not torch.equal(value, start[parameter]), f"{parameter} was not trained"
+
+
+def run_program(program: Path, *launcher: str) -> float:
+    """The number that a training prints at its end."""
+    variables = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, *launcher, str(program)]
+    run = subprocess.run(command, cwd=program.parent, env=variables, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return float(run.stdout.splitlines()[-1])
+
+
+def test_the_program_in_the_docs(tmp_path):
+    """Under torchrun and alone, as the text says: the same checksum."""
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    program = tmp_path / "train.py"
+    program.write_text(text.partition("## Many processes")[2].partition("```python\n")[2].partition("```")[0])
+    alone = run_program(program)
+    together = run_program(program, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert together == pytest.approx(alone, rel=BOUND)
