@@ -93,6 +93,9 @@ class GraphMoEConfig(LoraConfig):
         None, "weight of the load-balance loss, 0 turns it off; 0.01 (loramoe and lora have none)"
     )
     router_aux_loss: str = _option("paper", "'paper' (Eq. 8, top-k entries) or 'switch' (full softmax)")
+    router_aux_loss_scope: str = _option(
+        "local", "whose tokens the load-balance loss counts: 'local', each process's own, or 'global', of all processes"
+    )
     fold: str = _option("auto", "'auto', 'always' or 'never': how later rounds are computed, not what")
     backend: str = _option("auto", "'auto', 'triton' or 'torch': which implementation of the operators runs")
     saved_digest: str | None = field(
@@ -215,14 +218,24 @@ class GraphMoEConfig(LoraConfig):
                 f"method={self.method!r} mixes all experts (its routing is dense), so top_k={self.top_k} has no place; "
                 f"leave top_k out, or choose {_others(lambda m: m.routers is not None and not m.dense)}"
             )
-        if (method.dense or method.routers is None) and self.router_aux_loss_coef:
+        if method.dense or method.routers is None:
             why = "its experts are all used by every token" if method.dense else "it has no router"
+            self._check_no_router_loss(why)
+        if not method.dense and min(counts) < self.top_k:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={min(counts)}; a token cannot choose more")
+
+    def _check_no_router_loss(self, why: str) -> None:
+        """Refuse the options of a loss that the method does not have; ``why`` says why not."""
+        if self.router_aux_loss_coef:
             raise ValueError(
                 f"method={self.method!r} has no load-balance loss ({why}): router_aux_loss_coef must be 0, got "
                 f"{self.router_aux_loss_coef}"
             )
-        if not method.dense and min(counts) < self.top_k:
-            raise ValueError(f"top_k={self.top_k} exceeds num_experts={min(counts)}; a token cannot choose more")
+        if self.router_aux_loss_scope != "local":
+            raise ValueError(
+                f"method={self.method!r} has no load-balance loss ({why}), so "
+                f"router_aux_loss_scope={self.router_aux_loss_scope!r} has no place; leave it out"
+            )
 
     def _warn_of_idle_router(self, counts: list[int]) -> None:
         """One chosen weight divided by itself is 1 whatever the router says."""

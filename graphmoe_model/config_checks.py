@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graphmoe_model.config import GraphMoEConfig
 
 ROUTER_AUX_LOSSES = ("paper", "switch")
+ROUTER_AUX_LOSS_SCOPES = ("local", "global")
 
 # Each round runs the layer once more and, in training, keeps its activations; the paper's results peak at 3 to 5.
 MAX_ROUNDS = 100
@@ -75,6 +76,7 @@ def check_names(config: GraphMoEConfig) -> None:
         "candidate_input": CANDIDATE_INPUTS,
         "candidate_activation": CANDIDATE_ACTIVATIONS,
         "router_aux_loss": ROUTER_AUX_LOSSES,
+        "router_aux_loss_scope": ROUTER_AUX_LOSS_SCOPES,
         "fold": FOLD_MODES,
     }
     for name, known in choices.items():

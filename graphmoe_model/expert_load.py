@@ -41,9 +41,9 @@ class ExpertLoad:
         }
 
     @torch.no_grad()
-    def add(self, layer: Any, router: str, record: RoutingRecord) -> None:
+    def add(self, layer: Any, record: RoutingRecord) -> None:
         """Count one forward of a router; ``ValueError`` if it ran with other rounds or experts than before."""
-        name = ".".join(part for part in (self._names[layer], router) if part)
+        name = ".".join(part for part in (self._names[layer], record.router) if part)
         statistics = record.detach().statistics()
         counts, weights = statistics.counts.to(torch.int64), statistics.mass.double()
         if layer.active_config().base_method.dense:

@@ -162,6 +162,12 @@ class FusedGraphMoEFFN(RoutedLayer):
         y = F.dropout(output.y, self._output_dropout())
         return self._finish(y.view(*x.shape[:-1], y.shape[-1]), x, logits)
 
+    def router_shapes(self) -> dict[str, tuple[int, int]]:
+        """[T, n] of each of the active adapter's routers, by name relative to the layer."""
+        adapter: GraphMoEAdapter = self.lora_graphmoe[self.active_name()]  # type: ignore[assignment,index]
+        names = ROUTER_NAMES[adapter.config.base_method.routers]
+        return dict.fromkeys(names, (adapter.config.rounds, adapter.num_experts))
+
     def _output_dropout(self) -> float:
         """The rate of the MLP's own dropout on its output; 0 where it has none, or is in evaluation mode."""
         name = self.traits.output_dropout

@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from graphmoe_kernels import FoldCache
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.dequantise import keep_unpacked
+from graphmoe_model.global_routing import sum_over_processes
 from graphmoe_model.recomputation import Repeats, Run, same_run
 from graphmoe_model.routing_record import RoutingContext, RoutingRecord
 from graphmoe_model.scaling import ScaledLayer
@@ -139,12 +140,18 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
         trains = self.training and config.router_aux_loss_coef > 0
         if logits and (trains or self.routing_context.loads):
             mask = self.routing_context.token_mask(x)
-            records = {name: self._routing_record(config, rounds, mask) for name, rounds in logits.items()}
-            self.routing_context.record(self, records, trains=trains)
+            records = [self._routing_record(config, name, rounds, mask) for name, rounds in logits.items()]
+            alone = self.routing_context.record(self, records, trains=trains)
+            if alone is not None:
+                sum_over_processes(alone, [self])
         return same_run(y, self)
 
+    def router_shapes(self) -> dict[str, tuple[int, int]]:
+        """[T, n] of each of the active adapter's routers, by name relative to the layer."""
+        raise NotImplementedError
+
     def _routing_record(
-        self, config: GraphMoEConfig, logits: tuple[Tensor, ...], token_mask: Tensor | None
+        self, config: GraphMoEConfig, router: str, logits: tuple[Tensor, ...], token_mask: Tensor | None
     ) -> RoutingRecord:
         adapter = self.lora_graphmoe[self.active_name()]  # type: ignore[index]
         return RoutingRecord(
@@ -155,6 +162,8 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
             backend=config.backend,
             coefficient=config.router_aux_loss_coef,
             trains=any(p.requires_grad for name, p in adapter.named_parameters() if "router" in name.split(".")),
+            layer=self,
+            router=router,
         )
 
     def _manager(self, linear: nn.Module, adapter_name: str) -> WeightManager:

@@ -37,6 +37,7 @@ class LinearAdapter(LoRAPairs):
             router=True,
         )
         self.config = config
+        self.num_experts = num_experts
         self._scale = scale
 
     @property
@@ -116,6 +117,11 @@ class RoutedLoRALinear(RoutedLayer):
             RoundSettings(spec, config.backend),
         )
         return self._finish(mixed.view(y.shape), x, {"": (routing.logits,)})
+
+    def router_shapes(self) -> dict[str, tuple[int, int]]:
+        """[1, n] of the active adapter's router, which is the layer's own."""
+        adapter: LinearAdapter = self.lora_graphmoe[self.active_name()]  # type: ignore[assignment,index]
+        return {"": (1, adapter.num_experts)}
 
     def _prepared(
         self, name: str, adapter: LinearAdapter, dtype: torch.dtype, manager: WeightManager

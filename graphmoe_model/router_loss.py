@@ -5,8 +5,9 @@ mean routing probability over the tokens, padding left out of both. Perfectly ba
 switch form, where p is the full softmax, and L = the mean probability mass of the k chosen experts (at most 1) in the
 paper's form, where p is zero outside the top k. L is averaged over rounds and routers (one per layer, or per linear).
 
-Eq. 8 is taken over one forward. Under gradient accumulation the micro-batches' losses are averaged, which differs from
-Eq. 8 over the whole batch by the covariance of f and p among micro-batches: it falls as 1 / (tokens per micro-batch).
+Eq. 8 is taken over one forward, of one process or of all (`graphmoe_model.global_routing`). Under gradient accumulation
+the micro-batches' losses are averaged, which differs from Eq. 8 over the whole batch by the covariance of f and p among
+micro-batches: it falls as 1 / (tokens per micro-batch).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graphmoe_model.routing_record import RoutingRecord, RoutingStatistics, contexts_of, in_backward, routed_layers
+from graphmoe_model.routing_record import ForwardRouting, RoutingStatistics, contexts_of, in_backward, routed_layers
 
 _NO_GRADIENT = (
     "the router loss has no gradient: reentrant activation checkpointing runs the layers without one. Set "
@@ -38,10 +39,12 @@ class RouterLoss(NamedTuple):
     Attributes:
         balance: scalar, Eq. 8 averaged over routers and rounds.
         weighted: scalar, the same with every layer's ``router_aux_loss_coef``.
+        coefficients: the values that this has.
     """
 
     balance: Tensor
     weighted: Tensor
+    coefficients: set[float]
 
 
 def balance_loss(statistics: RoutingStatistics) -> Tensor:
@@ -52,20 +55,49 @@ def balance_loss(statistics: RoutingStatistics) -> Tensor:
     return counts.shape[-1] * (share * probability).sum(dim=-1).mean()
 
 
-def loss_of(records: list[RoutingRecord]) -> RouterLoss | None:
-    """The loss of one forward's routers, None if there are none.
+def loss_of(forwards: list[ForwardRouting]) -> RouterLoss | None:
+    """The loss of the routers of one forward (of one model, or of several with a context each); None without routers.
 
     Raises:
         RuntimeError: gradients are enabled and a router that trains would get none.
     """
-    if not records:
-        return None
+    records = [record for forward in forwards for record in forward.records]
     if torch.is_grad_enabled() and any(r.trains and not all(x.requires_grad for x in r.logits) for r in records):
         raise RuntimeError(_NO_GRADIENT)
-    device = records[0].logits[0].device
-    losses = [balance_loss(record.statistics()).to(device) for record in records]
-    weighted = [record.coefficient * loss for record, loss in zip(records, losses, strict=True)]
-    return RouterLoss(torch.stack(losses).mean(), torch.stack(weighted).mean())
+    losses = [_losses(forward) for forward in forwards if forward.has_routers()]
+    if not losses:
+        return None
+    device = losses[0].balance.device
+    balance, weighted, counted = (
+        torch.cat([own[i].to(device) for own in losses])  # type: ignore[union-attr]
+        for i in range(3)
+    )
+    routers = counted.sum().clamp(min=1)  # a scaling of 0 runs no router on any process
+    coefficients = {coefficient for own in losses for coefficient in own.coefficients}
+    return RouterLoss((balance * counted).sum() / routers, (weighted * counted).sum() / routers, coefficients)
+
+
+class _Losses(NamedTuple):
+    """One forward's, by router [R]."""
+
+    balance: Tensor
+    weighted: Tensor
+    counted: Tensor  # 0 for a router that ran on no process, else 1
+    coefficients: list[float]
+
+
+def _losses(forward: ForwardRouting) -> _Losses:
+    everywhere = forward.all_processes
+    if everywhere is None:
+        statistics = [record.statistics() for record in forward.records]
+        coefficients = [record.coefficient for record in forward.records]
+    else:
+        statistics, coefficients = everywhere.statistics, everywhere.coefficients
+    losses = [balance_loss(own) for own in statistics]
+    balance = torch.stack([loss.to(losses[0].device) for loss in losses])
+    weighted = torch.stack([c * loss for c, loss in zip(coefficients, balance.unbind(), strict=True)])
+    counted = torch.ones_like(balance) if everywhere is None else everywhere.ran.clamp(max=1)
+    return _Losses(balance, weighted, counted, coefficients)
 
 
 def router_loss(model: nn.Module) -> Tensor:
@@ -76,7 +108,8 @@ def router_loss(model: nn.Module) -> Tensor:
     an evaluation's, ``generate``'s) and forwards with the adapter disabled do not count as the last one. Under
     ``torch.no_grad()`` it is a reading, allowed at any time.
 
-    Several forwards before one backward: ask for it after each, and add what it gives.
+    Several forwards before one backward: ask for it after each, and add what it gives. With
+    ``router_aux_loss_scope="global"`` the forward itself took part in the collective; asking takes part in none.
 
     Raises:
         TypeError: there is no GraphMoE layer in ``model``.
@@ -93,7 +126,7 @@ def router_loss(model: nn.Module) -> Tensor:
             "the last forward was given labels, so outputs.loss contains the router loss already and adding it would "
             "count it twice; use outputs.loss as it is, pass no labels, or read the value under torch.no_grad()"
         )
-    loss = loss_of([record for forward in forwards for record in forward.records])
+    loss = loss_of(forwards)
     if loss is None:
         if coefficient_of(layers) > 0:
             raise RuntimeError(_NOT_RECORDED if not in_backward() else _NOT_REPEATED)

@@ -13,6 +13,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.global_routing import sum_over_processes
 from graphmoe_model.router_loss import RouterLoss, loss_of
 from graphmoe_model.routing_record import ForwardRouting, RoutingContext, in_backward, routed_layers
 
@@ -34,7 +35,8 @@ class RouterLossHooks:
     Hooks on the base model, unlike a tuner's forward, also see ``generate`` and a model that Transformers itself loaded
     with the adapter. In training, a forward with labels returns ``loss`` + the router loss. With ``num_items_in_batch``
     (Trainer) the router loss is weighted by the forward's share of those items, as Trainer then adds the micro-batches'
-    losses up without dividing. Evaluation leaves ``loss`` alone.
+    losses up without dividing. Evaluation leaves ``loss`` alone. With ``router_aux_loss_scope="global"`` every training
+    forward with gradients takes part in one collective, with labels or without.
 
     TRL ignores ``loss``. It asks for ``outputs.aux_loss`` (Eq. 8 here; 0 in evaluation), weights, averages and logs it
     if the model's configuration declares routers, as `graphmoe_model.trainer_view` has it do.
@@ -98,14 +100,19 @@ class RouterLossHooks:
         is_open = not self._has_router_loss and getattr(outputs, "aux_loss", 0) is None
         asked = "output_router_logits" in kwargs and is_open
         has_loss = _argument(model, args, kwargs, "labels") is not None and _holds_loss(outputs)
-        records = [] if forward is None else forward.records
-        loss = loss_of(records) if has_loss or asked else None
+        loss = None
+        share: Tensor | float = _batch_share(model, args, kwargs) if has_loss else 1.0
+        if forward is not None:
+            sum_over_processes(forward, self.layers, share)
+            share = share if forward.all_processes is None else forward.all_processes.share
+            loss = loss_of([forward]) if has_loss or asked else None
         if forward is not None and model.training:
             self._keep(forward, has_loss or asked)
-            if kwargs.get("fused_lm_head") and not asked and records and forward.differentiable and self.told != 0:
+            routed = forward.has_routers() and forward.differentiable
+            if kwargs.get("fused_lm_head") and not asked and routed and self.told != 0:
                 warnings.warn(_NOT_ASKED, stacklevel=2)
         if asked:
-            outputs["aux_loss"] = outputs.loss.new_zeros(()) if loss is None else self._as_told(loss, records)
+            outputs["aux_loss"] = outputs.loss.new_zeros(()) if loss is None else self._as_told(loss)
         if loss is None or forward is None:
             return outputs
         if not forward.repeats:
@@ -114,7 +121,7 @@ class RouterLossHooks:
             return outputs
         forward.in_loss = True
         forward.release()  # the loss has the graph; records that kept it too would outlive a discarded loss
-        return _add_to_loss(outputs, loss.weighted * _batch_share(model, args, kwargs))
+        return _add_to_loss(outputs, loss.weighted * share)
 
     # --- a forward of the decoder alone
 
@@ -130,6 +137,7 @@ class RouterLossHooks:
             return
         self.context.finish()
         if outputs is not None and decoder.training:
+            sum_over_processes(forward, self.layers)
             self._keep(forward, used=False)
 
     # --- what both do
@@ -156,16 +164,16 @@ class RouterLossHooks:
         """Remember a training forward, if it is one of the adapter's and no repetition."""
         if not self._active():
             return
-        forward.unused = forward.differentiable and bool(forward.records) and not used
+        forward.unused = forward.differentiable and forward.has_routers() and not used
         self.context.keep(forward)
 
     def _active(self) -> bool:
         return any(layer.active_name() is not None for layer in self.layers)
 
-    def _as_told(self, loss: RouterLoss, records: list[Any]) -> Tensor:
+    def _as_told(self, loss: RouterLoss) -> Tensor:
         """Eq. 8 for a trainer that weights it by what it was told: the active adapter's coefficient decides."""
         told = self.told
-        if not told or all(record.coefficient == told for record in records):
+        if not told or loss.coefficients == {told}:
             return loss.balance
         return loss.weighted / told
 

@@ -22,6 +22,7 @@ from graphmoe_model.module_names import plain_name
 
 if TYPE_CHECKING:
     from graphmoe_model.expert_load import ExpertLoad
+    from graphmoe_model.global_routing import GlobalRouting
     from graphmoe_model.layer import RoutedLayer
 
 
@@ -51,6 +52,8 @@ class RoutingRecord(NamedTuple):
         backend: which implementation routed.
         coefficient: weight of this router's loss in the model's.
         trains: whether the router's weight requires a gradient.
+        layer: the layer that it is in.
+        router: its name relative to the layer.
     """
 
     logits: tuple[Tensor, ...]
@@ -60,6 +63,8 @@ class RoutingRecord(NamedTuple):
     backend: str
     coefficient: float
     trains: bool
+    layer: RoutedLayer
+    router: str
 
     def statistics(self) -> RoutingStatistics:
         """Counts, mass and tokens, differentiable in the logits."""
@@ -101,6 +106,7 @@ class ForwardRouting:
         records: of the routers that a loss reads.
         in_loss: its router loss is part of its ``outputs.loss``.
         unused: its router loss is part of no loss so far.
+        all_processes: the sums over processes, where the loss is one of all their tokens.
     """
 
     token_mask: Tensor | None = None
@@ -112,6 +118,7 @@ class ForwardRouting:
     records: list[RoutingRecord] = field(default_factory=list)
     in_loss: bool = False
     unused: bool = False
+    all_processes: GlobalRouting | None = None
 
     def runs(self) -> bool:
         """Whether its frame is on this thread's stack: an interrupt (Ctrl-C) ends a forward without any hook."""
@@ -125,6 +132,12 @@ class ForwardRouting:
     def release(self) -> None:
         """Let go of the graph, for a forward whose loss has it."""
         self.records = [record.detach() for record in self.records]
+        if self.all_processes is not None:
+            self.all_processes = self.all_processes.detach()
+
+    def has_routers(self) -> bool:
+        """Whether there is a router loss of it."""
+        return bool(self.records) or self.all_processes is not None
 
 
 class _Thread(threading.local):
@@ -213,8 +226,8 @@ class RoutingContext:
         # A copy: whoever made the mask may write into it before the statistics are taken.
         return mask[:, -x.shape[1] :].reshape(-1).to(x.device, torch.bool, copy=True)
 
-    def record(self, layer: RoutedLayer, records: dict[str, RoutingRecord], *, trains: bool) -> None:
-        """Take what a layer's routers did, by their names relative to the layer.
+    def record(self, layer: RoutedLayer, records: list[RoutingRecord], *, trains: bool) -> ForwardRouting | None:
+        """Take what a layer's routers did; the forward that this was, for a layer that runs on its own.
 
         A layer that checkpointing runs again in the backward pass belongs to no running forward, and is not recorded:
         its first run was.
@@ -226,16 +239,18 @@ class RoutingContext:
         """
         forward, repeated = self.running(), in_backward()
         if forward is None and repeated:
-            return
+            return None
+        alone = None
         if trains:
-            if forward is None:  # a layer on its own
-                forward = ForwardRouting(differentiable=torch.is_grad_enabled())
+            if forward is None:
+                forward = alone = ForwardRouting(differentiable=torch.is_grad_enabled())
                 self.keep(forward)
-            forward.records += records.values()
+            forward.records += records
         if not repeated:
             for load in self.loads:
-                for router, record in records.items():
-                    load.add(layer, router, record)
+                for record in records:
+                    load.add(layer, record)
+        return alone
 
 
 def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:

@@ -175,6 +175,8 @@ def _moe_settings(adapter: Adapter, targets: list[str]) -> tuple[dict[str, Any],
         settings["router_aux_loss_coef"] = aux_loss_coef_there(config.router_aux_loss_coef, config.top_k)
         if config.router_aux_loss == "paper" and config.router_aux_loss_coef > 0:
             notes.append("in further training the load-balance loss there is of the full softmax, not of Eq. 8")
+        if config.router_aux_loss_scope == "global":
+            notes.append("in further training the load-balance loss there is each process's own")
     if config.method == "mixlora":
         notes.append("no act_fn was written: MoE-PEFT takes the model's own, the mixlora package wants it in the file")
     if config.base_model_name_or_path is None:

@@ -50,6 +50,7 @@ NEAR: dict[str, list[Any]] = {
     "norm_topk_prob": [True, False],
     "router_aux_loss_coef": [None, 0, 0.0, 0.01, 1, 1e300],
     "router_aux_loss": ["paper", "switch"],
+    "router_aux_loss_scope": ["local", "global"],
     "fold": ["auto", "always", "never"],
     "backend": ["auto", "torch", "triton"],
     "base_model_name_or_path": [None, "some/model"],

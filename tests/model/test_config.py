@@ -82,6 +82,10 @@ def test_named_initialisations_are_refused(init):
         ({"candidate_input": "x"}, "unknown candidate_input 'x'; expected one of 'expert_output', 'hidden_state'"),
         ({"candidate_activation": "relu"}, "unknown candidate_activation 'relu'"),
         ({"router_aux_loss": "none"}, "unknown router_aux_loss 'none'"),
+        (
+            {"router_aux_loss_scope": "world"},
+            "unknown router_aux_loss_scope 'world'; expected one of 'local', 'global'",
+        ),
         ({"fold": "yes"}, "unknown fold 'yes'"),
         ({"backend": "cuda"}, "unknown backend 'cuda'"),
         ({"target_modules": "all-linear"}, "target_modules='all-linear'"),

@@ -60,6 +60,11 @@ def test_dense_routing_mixes_as_many_experts_as_there_are(num_experts, top_k):
             {"method": "lora", "router_aux_loss_coef": 0.5},
             "method='lora' has no load-balance loss (it has no router): router_aux_loss_coef must be 0, got 0.5",
         ),
+        (
+            {"method": "loramoe", "router_aux_loss_scope": "global"},
+            "method='loramoe' has no load-balance loss (its experts are all used by every token), so "
+            "router_aux_loss_scope='global' has no place; leave it out",
+        ),
         ({"method": "mola", "num_experts": [8, 1]}, "top_k=2 exceeds num_experts=1; a token cannot choose more"),
         ({"num_experts": "1-8"}, "top_k=2 exceeds num_experts=1"),
     ],

@@ -1,9 +1,10 @@
-"""The router loss under transformers.Trainer: its scale over accumulation, its place in logs, two processes."""
+"""The router loss under transformers.Trainer: its scale over accumulation, its place in logs.
+
+Two processes: tests/distributed/test_balance_trainers.py.
+"""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,6 @@ from tests.model.training import (
     relative_differences,
     trained_model,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def dataset(ids: Tensor) -> list[dict[str, Tensor]]:
@@ -136,21 +135,3 @@ def test_label_smoothing_is_reported(tmp_path):
     """Label smoothing hides the labels from the model, so its loss cannot hold the router's: that must be said."""
     with pytest.warns(UserWarning, match="got no labels"):
         step(trained_model(), alike_batch(), tmp_path, 4, label_smoothing_factor=0.1)
-
-
-@pytest.mark.slow
-def test_two_processes(tmp_path):
-    """DDP by default: all parameters train, ranks agree, and the router's gradient is that of one process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = [str(ROOT / "tests" / "model" / "ddp_worker.py"), str(tmp_path)]
-    result = subprocess.run(command + worker, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    start = {n: p for n, p in trained_model(rounds=3).named_parameters() if p.requires_grad}
-    first, second = (rank["different"]["parameters"] for rank in ranks)
-    assert first.keys() == second.keys() == start.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), f"{name} differs between the ranks"
-        assert not torch.equal(value, start[name]), f"{name} was not trained"
-    alone = step(trained_model(rounds=3), alike_batch(), tmp_path, 1)[1]
-    torch.testing.assert_close(ranks[0]["alike"]["gradients"][0], alone, rtol=1e-4, atol=1e-8)
