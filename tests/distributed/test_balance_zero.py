@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.ddp_worker import STEPS, Scenario, all_items, joined, model_of, rank_batches
+from tests.distributed import balance_zero_worker
+from tests.distributed.balance_zero_worker import start
+from tests.distributed.ddp_worker import STEPS, all_items, joined, rank_batches
 from tests.distributed.launch import launch
 from tests.model.method_models import trained_parameters
 
@@ -17,8 +19,7 @@ CASES = [("global", 1), ("global", 2), ("local", 2)]
 
 def alone() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Parameters before and after two steps of SGD over the global batches in one process."""
-    scenario = Scenario(options={"router_aux_loss_coef": 0.3, "router_aux_loss_scope": "global"})
-    model = model_of(scenario).float()
+    scenario, model = start("global")
     parameters = trained_parameters(model)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
@@ -33,8 +34,6 @@ def alone() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def test_two_processes_are_one():
     """ZeRO-1 and ZeRO-2, ragged ranks: the routers' steps are those of one process; with "local" they are not."""
     pytest.importorskip("deepspeed")
-    from tests.distributed import balance_zero_worker
-
     ranks = launch(balance_zero_worker.run_all, CASES, timeout=200, environment={"DS_ACCELERATOR": "cpu"})
     before, expected = alone()
     off = [
@@ -45,6 +44,5 @@ def test_two_processes_are_one():
         )
         for found in ranks[0]
     ]
-    assert off[0] < 1e-4, off  # of a step, in fp32
-    assert off[1] < 1e-4, off
+    assert max(off[:2]) < 1e-4, off  # of a step, in fp32
     assert off[2] > 1e-2, off
