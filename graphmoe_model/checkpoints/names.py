@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, _get_tuner_state_dict_key_prefixes, _is_key_under_prefixes
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ class Owned(NamedTuple):
     Attributes:
         name: in the model, without what wrappers put into it.
         key: in a checkpoint.
-        tensor: the parameter or buffer; of another shape than the whole one where it is spread (`full_shape`).
+        tensor: the parameter or buffer; of another shape than the whole one where it is spread (`true_shape`).
     """
 
     name: str
@@ -116,9 +115,3 @@ def places(model: nn.Module, adapter_name: str, names: Iterable[str]) -> dict[st
         if not key.startswith(ROOT):  # injected, without a PeftModel; the checkpoint has the prefix all the same
             found[ROOT + key] = name
     return found
-
-
-def full_shape(tensor: Tensor) -> torch.Size:
-    """The shape of a parameter when it is whole: ZeRO-3 leaves an empty one in its place."""
-    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
-    return shape

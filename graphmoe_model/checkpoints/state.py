@@ -9,8 +9,9 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
-from graphmoe_model.checkpoints.names import ROOT, full_shape, places, saved_modules, tree_tensors
+from graphmoe_model.checkpoints.names import ROOT, places, saved_modules, tree_tensors
 from graphmoe_model.module_names import plain_name
+from graphmoe_model.weight_management import true_shape
 
 _SHOWN = 8  # problems of a checkpoint in a message; one of another model has hundreds
 _INSIDE = re.compile(r"\.(original_module|token_adapter\.base_layer|base_layer)(?=\.)")
@@ -40,7 +41,7 @@ def fitting_state(model: nn.Module, adapter_name: str, state: dict[str, Tensor])
     own = {plain_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
     if not any(name.startswith(ROOT) for name in own):  # injected, without a PeftModel
         state = {name.removeprefix(ROOT): tensor for name, tensor in state.items()}
-    shapes = {name: full_shape(tensor) for name, (_, tensor) in tree_tensors(model).items()}
+    shapes = {name: true_shape(tensor) for name, (_, tensor) in tree_tensors(model).items()}
     unwrapped = {_INSIDE.sub("", name): name for name in own}
     adapter, copies, vocabulary = places(model, adapter_name, own), _copies(model, adapter_name), _vocabulary(model)
     state = {adapter.get(plain_name(name), plain_name(name)): tensor for name, tensor in state.items()}

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from graphmoe_model.checkpoints.names import adapter_tensors, by_tree_names, full_shape, tree_tensors
+from graphmoe_model.checkpoints.names import adapter_tensors, by_tree_names, tree_tensors
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.module_names import plain_name, some
+from graphmoe_model.weight_management import true_shape
 
 _SAVE = "model.save_pretrained(folder, state_dict=state, is_main_process=rank == 0)"
 _FSDP2 = (
@@ -151,7 +152,7 @@ def _problem(value: Any, parameter: Tensor | None, sharded: bool) -> _Problem | 
         return _Problem("spread over processes (DTensor, as FSDP2 makes them)", _FSDP2)
     if value.is_meta:
         return _Problem("without data (meta device)", _META)
-    if value.shape == full_shape(parameter) if parameter is not None else value.numel() > 0:
+    if value.shape == true_shape(parameter) if parameter is not None else value.numel() > 0:
         return None
     if parameter is None or hasattr(parameter, "ds_shape"):
         return _Problem("spread over processes (DeepSpeed ZeRO-3)", _ZERO3)

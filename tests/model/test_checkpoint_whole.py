@@ -73,7 +73,8 @@ def test_wrapped_modules_are_saved_and_loaded_by_their_plain_names(where, wrappe
             if parameter.requires_grad:
                 parameter.zero_()
     model.load_adapter(str(tmp_path / "wrapped"), "default")
-    assert torch.equal(logits(model), expected)
+    with torch.compiler.set_stance("force_eager"):  # it is the names that are tested
+        assert torch.equal(logits(model), expected)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "wrapped")), expected)
 
 
