@@ -75,7 +75,8 @@ def profile(
         str | None,
         typer.Option(
             help="Random weights in place of a model, so nothing is downloaded: tiny, or a few layers of the real "
-            "sizes of llama-3.2-1b, llama-3-8b or qwen3-4b (fewer layers than the model's make 'other' larger)."
+            "sizes of llama-3.2-1b, llama-3-8b, llama-3-70b or qwen3-4b (fewer layers than the model's make 'other' "
+            "larger)."
         ),
     ] = None,
     layers: Annotated[int | None, typer.Option(help="How many layers the preset has.", show_default="2 or 4")] = None,
@@ -162,8 +163,8 @@ def params(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The base model: tiny, llama-3.2-1b, llama-3-8b, qwen3-4b, or else a folder or a name on the hub, of "
-            "which the config.json is read.",
+            help="The base model: tiny, llama-3.2-1b, llama-3-8b, llama-3-70b, qwen3-4b, or else a folder or a name on "
+            "the hub, of which the config.json is read.",
             show_default="the adapter's own",
         ),
     ] = None,
@@ -224,6 +225,61 @@ def _expert_counts(text: str) -> int | list[int] | str:
     if not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
         return text
     return int(text) if len(parts) == 1 else [int(part) for part in parts]
+
+
+@app.command(cls=ListCommand)
+def memory(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="The base model: tiny, llama-3.2-1b, llama-3-8b, llama-3-70b, qwen3-4b, or else a folder or a name on "
+            "the hub, of which the config.json is read."
+        ),
+    ],
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="single, ddp, fsdp2, zero2, zero3, single-4bit, ddp-4bit, fsdp2-4bit; several of them.",
+            show_default="all",
+        ),
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="How many, one process on each; single has one.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens on each GPU in one forward.")] = 4096,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="The papers' settings, as in graphmoe params.", show_default="GraphMoEConfig's defaults"),
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", help="LoRA rank.", show_default="the preset's")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds T.", show_default="the preset's")] = None,
+    checkpointing: Annotated[
+        bool, typer.Option(help="Whether each layer is run again in the backward pass, which saves its activations.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes as JSON in place of the table.")] = False,
+) -> None:
+    """How much memory training takes on each GPU, by what it is for.
+
+    Nothing is downloaded but a model's config.json where --model asks for it,
+    and no memory is taken for weights. Of activations, it runs the model's
+    own code on tensors that have only shapes.
+
+    Example: graphmoe memory --model llama-3-8b --strategy ddp fsdp2 --gpus 8
+    """
+    with _errors("memory"):
+        from rich.console import Console
+
+        from graphmoe_model.memory.command import run
+
+        run(
+            Console(),
+            model=model,
+            strategies=strategy or (),
+            preset=preset,
+            settings={name: value for name, value in {"r": r, "rounds": rounds}.items() if value is not None},
+            gpus=gpus,
+            tokens=tokens,
+            checkpointing=checkpointing,
+            as_json=as_json,
+        )
 
 
 @app.command()

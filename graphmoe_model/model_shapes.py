@@ -39,6 +39,9 @@ MODEL_SHAPES = {
     "llama-3-8b": ModelShape(
         "llama", 4096, 14336, 32, 8, 128, 128256, 8192, False, num_hidden_layers=32, profiled_layers=4
     ),
+    "llama-3-70b": ModelShape(
+        "llama", 8192, 28672, 64, 8, 128, 128256, 8192, False, num_hidden_layers=80, profiled_layers=1
+    ),
     "qwen3-4b": ModelShape(
         "qwen3", 2560, 9728, 32, 8, 128, 151936, 40960, True, num_hidden_layers=36, profiled_layers=4
     ),

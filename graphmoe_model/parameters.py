@@ -5,27 +5,24 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
-from peft import get_peft_model
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.ffn import FusedGraphMoEFFN
 from graphmoe_model.methods import PRESETS
-from graphmoe_model.model_shapes import MODEL_SHAPES, first_line, load_config
+from graphmoe_model.model_shapes import MODEL_SHAPES, load_config
+from graphmoe_model.on_meta import adapted_on_meta
 from graphmoe_model.profiling.models import saved_adapter_config
-from graphmoe_model.targets import ATTENTION_OUTPUT, QUERY_KEY_VALUE, check_targets
+from graphmoe_model.targets import ATTENTION_OUTPUT, QUERY_KEY_VALUE
 
 # "experts" and "routers" are the MLPs'; "magnitudes" are DoRA's everywhere; "other" is what is trained beside the
 # method, such as modules_to_save.
@@ -93,26 +90,10 @@ def adapter_parameters(config: GraphMoEConfig, model_config: Any) -> AdapterPara
     Both are built on the meta device: nothing is downloaded, and no memory is taken for weights.
 
     Raises:
-        ValueError: it is no causal language model, or the adapter is of no such, or it cannot be adapted so.
+        ValueError: as `adapted_on_meta` does.
     """
-    if config.task_type not in (None, "CAUSAL_LM"):
-        raise ValueError(f"adapters of causal language models are counted, got task_type={config.task_type!r}")
-    config = copy.deepcopy(config)  # attaching writes the targets it finds into it
-    config.inference_mode = False  # a saved adapter's is on, and nothing of it would be trainable
-    config.base_model_name_or_path = None  # PEFT warns of another model than the saved one's
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(model_config)
-        except ValueError as error:
-            raise ValueError(f"this is no causal language model: {first_line(error)}") from error
-        base = model.num_parameters()
-        if config.target_modules is not None:
-            try:
-                check_targets(model, config)
-            except TypeError as error:  # for the caller the model is as wrong as any other that cannot be adapted
-                raise ValueError(str(error)) from error
-        adapted = get_peft_model(model, config)
-    return AdapterParameters(parameters_by_component(adapted), base)
+    adapted = adapted_on_meta(config, model_config)
+    return AdapterParameters(parameters_by_component(adapted.model), adapted.base)
 
 
 # --- graphmoe params -------------------------------------------------------------------------------------------------

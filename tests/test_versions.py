@@ -41,7 +41,7 @@ def test_the_oldest_set_is_the_lower_bounds():
     assert pins("constraints-oldest.txt") == {name: lower_bound(r) for name, r in imported.items()}
 
 
-@pytest.mark.parametrize("extra", [None, "train", "demo", "bench", "quant", "dev"])
+@pytest.mark.parametrize("extra", [None, "train", "demo", "bench", "distributed", "quant", "dev"])
 def test_the_pinned_set_is_allowed(extra):
     """`make env` would find no solution, or one that nobody asked for."""
     pinned = pins("constraints.txt")

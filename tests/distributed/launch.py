@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def launch(
     timeout: float = 120,
     processes: int = 2,
     environment: dict[str, str] | None = None,
+    accelerate: Sequence[str] = (),
 ) -> list[Any]:
     """Run ``function(*arguments)`` in every process and return the results by rank.
 
@@ -51,6 +52,7 @@ def launch(
         timeout: seconds from a worker's start after which it writes where each of its threads is, and ends.
         processes: how many ranks.
         environment: variables for the workers, beside those of this process.
+        accelerate: arguments of ``accelerate launch``, which then starts the processes in torchrun's place.
 
     Raises:
         WorkersFailed: a rank raised an exception, ended by a signal, or was not done in time. No process is left.
@@ -58,12 +60,15 @@ def launch(
     with tempfile.TemporaryDirectory() as folder:
         torch.save(arguments, Path(folder) / "arguments.pt")
         name = f"{function.__module__}:{function.__qualname__}"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        if accelerate:
+            torchrun = ["accelerate.commands.launch", *accelerate, "--num_processes", str(processes)]
+            torchrun += ["--main_process_port", "0"]  # a free one
         worker = ["-m", "tests.distributed.worker", name, folder, str(timeout)]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
         process = subprocess.Popen(
-            torchrun + worker,
+            [sys.executable, "-m", *torchrun, *worker],
             cwd=ROOT,
             env=os.environ | own,
             stdout=subprocess.PIPE,

@@ -34,12 +34,22 @@ PROFILE: dict[str, list[str]] = {
     "--threads": ["1", "0", "-1"],
     "--out": ["FILE", "TMP/new"],
 }
+MEMORY: dict[str, list[str]] = {
+    "--model": ["tiny", "./nowhere", "BASE", "ADAPTER", ""],
+    "--strategy": ["ddp", "zero2 zero3", "fsdp", ""],
+    "--preset": ["mixlora", "all", ""],
+    "--gpus": ["1", "8", "0", "-1", "x"],
+    "--tokens": ["2", "16", "1", "0", str(10**30)],
+    "--r": ["4", "0", str(10**18)],
+    "--rounds": ["1", "0", str(10**30)],
+}
 FLAGS = {
+    "memory": ["--json", "--no-checkpointing", "--help", "--nothing", "--", "extra"],
     "params": ["--json", "--dora", "--no-dora", "--help", "--nothing", "--", "extra"],
     "convert": ["--overwrite", "--nothing", "--help", "extra"],
     "profile": ["--no-plot", "--plot", "--nothing", "--help", "extra", "--"],
 }
-VALUES = {"params": PARAMS, "convert": CONVERT, "profile": PROFILE}
+VALUES = {"params": PARAMS, "convert": CONVERT, "profile": PROFILE, "memory": MEMORY}
 PLACES = ["ADAPTER", "PEER", "LORA", "BASE", "BROKEN", "NAN", "EMPTY", "FILE", "./nowhere", "TMP/new", "TMP/new/er", ""]
 WILD = [
     "",

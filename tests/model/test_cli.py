@@ -105,7 +105,10 @@ def test_fold_and_backend_reach_the_layers(saved, tmp_path, monkeypatch):
 WRONG = {
     "no model": ("", "name the model by --model or by --preset (tiny, llama-3.2-1b"),
     "two models": ("--preset tiny --model x", "both were given"),
-    "unknown preset": ("--preset tyni", "unknown model 'tyni'; there are tiny, llama-3.2-1b, llama-3-8b, qwen3-4b"),
+    "unknown preset": (
+        "--preset tyni",
+        "unknown model 'tyni'; there are tiny, llama-3.2-1b, llama-3-8b, llama-3-70b, qwen3-4b",
+    ),
     "layers of a model": ("--model BASE --layers 3", "--layers sets the layers of a --preset"),
     "no layers": ("--preset tiny --layers 0", "at least 1 layer, got 0"),
     "no threads": ("--preset tiny --threads 0", "--threads must be at least 1, got 0"),

@@ -12,7 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from graphmoe_model import memory
 from graphmoe_model.cli import app
+from graphmoe_model.memory.activations import Activations
 from graphmoe_model.profiling import command
 from tests.drawing import make_draws
 from tests.model.command_draws import lines
@@ -20,7 +22,7 @@ from tests.model.peer_format import peer_settings, write_peer
 from tests.model.tiny_models import tiny_model, tiny_peft_model
 
 WEIGHTS = "adapter_model.safetensors"
-COMMANDS = ["params", "convert", "profile"]
+COMMANDS = ["params", "convert", "profile", "memory"]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,9 @@ def places(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_profiles(monkeypatch, tmp_path):
-    """The command line is what is drawn here; a profile takes seconds. What is written goes to a folder of its own."""
+    """Only the command line is drawn here; what follows takes seconds. What is written goes to a folder of its own."""
     monkeypatch.setattr(command, "run", lambda options, console: [])
+    monkeypatch.setattr(memory, "step_activations", lambda build, tokens, checkpointing: Activations(1, 2, 3))
     monkeypatch.chdir(tmp_path)
 
 

@@ -1,0 +1,80 @@
+"""``graphmoe memory``: what `graphmoe_model.memory` finds, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.memory import COMPONENTS, Memory, memory_per_gpu
+from graphmoe_model.memory.strategies import STRATEGIES
+from graphmoe_model.model_shapes import load_config
+
+
+def run(
+    console: Console,
+    *,
+    model: str,
+    strategies: Sequence[str] = (),
+    preset: str | None = None,
+    settings: dict[str, Any] | None = None,
+    gpus: int = 8,
+    tokens: int = 4096,
+    checkpointing: bool = True,
+    as_json: bool = False,
+) -> None:
+    """What ``graphmoe memory`` does; `graphmoe_model.cli` says what each option means.
+
+    Args:
+        settings: fields of `GraphMoEConfig` to overrule the preset's, or the defaults.
+
+    Raises:
+        ValueError: whatever is wrong with one of the options.
+    """
+    names = list(dict.fromkeys(strategies)) or list(STRATEGIES)
+    given = settings or {}
+    config = GraphMoEConfig(**given) if preset is None else GraphMoEConfig.from_preset(preset, **given)
+    found = memory_per_gpu(config, load_config(model), names, gpus=gpus, tokens=tokens, checkpointing=checkpointing)
+    if as_json:
+        print(json.dumps(_document(model, found), indent=2))
+        return
+    table = _table(found)
+    table.title = Text(
+        f"GB on each GPU, to train {config.title} on {model}: {gpus} GPUs, {tokens:,} tokens on each, bf16, AdamW, "
+        f"{'with' if checkpointing else 'without'} gradient checkpointing"
+    )
+    console.width = max(console.width, Measurement.get(console, console.options.update_width(1000), table).maximum)
+    console.print(table)
+
+
+def gigabytes(count: int) -> str:
+    """A number of bytes as the table has it."""
+    return f"{count / 1e9:.1f}"
+
+
+def _table(found: dict[str, Memory]) -> Table:
+    table = Table(title_justify="left", box=box.SIMPLE)
+    table.add_column("strategy", no_wrap=True)
+    for name in (*COMPONENTS, "total", "folds kept in evaluation"):
+        table.add_column(name.replace(" ", "\n", 1), justify="right", no_wrap=True)
+    for name, memory in found.items():
+        parts = [gigabytes(memory.components[part]) for part in COMPONENTS]
+        table.add_row(Text(name), *parts, gigabytes(memory.total), gigabytes(memory.kept_folds))
+    return table
+
+
+def _document(model: str, found: dict[str, Memory]) -> dict[str, Any]:
+    return {
+        "model": model,
+        "bytes": {
+            name: {**memory.components, "total": memory.total, "folds kept in evaluation": memory.kept_folds}
+            for name, memory in found.items()
+        },
+    }
