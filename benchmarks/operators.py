@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import graphmoe_kernels.experts.launch
+import graphmoe_kernels.experts.stream
 import graphmoe_kernels.gru.launch
 import graphmoe_kernels.routing.launch
 import graphmoe_kernels.routing.order
@@ -25,6 +26,7 @@ Outputs = dict[str, Tensor]
 # Where the operators start their kernels from.
 LAUNCHERS = (
     graphmoe_kernels.experts.launch,
+    graphmoe_kernels.experts.stream,
     graphmoe_kernels.gru.launch,
     graphmoe_kernels.routing.launch,
     graphmoe_kernels.routing.order,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from graphmoe_kernels.cost import Sizes
-from graphmoe_kernels.experts.launch import cut, program_slots
+from graphmoe_kernels.experts.call import cut, program_slots
 from graphmoe_kernels.launching import SIZE_CLASSES, SKINNY_TOKENS, Config, config_table
 from graphmoe_kernels.rethinking.folding import padded
 
@@ -29,6 +29,7 @@ CONFIG_NAMES = {
     "gru_forward": ("gru", "gru_forward"),
     "gru_backward": ("gru", "gru_backward"),
     "forward_kernel": ("experts", "forward"),
+    "stream_kernel": ("experts", "stream"),
     "backward_tokens_kernel": ("experts", "backward_tokens"),
     "backward_weights_kernel": ("experts", "backward_weights"),
 }

@@ -52,6 +52,13 @@ def candidates(operator: str, kernel: str, size: str, dtype: str) -> list[Config
     Raises:
         ValueError: an unknown operator.
     """
+    if kernel == "stream":
+        tried = itertools.product((32, 64, 16), (64, 32, 128), (2, 1), (3, 4, 2))
+        return [  # a warp for each 16 rows: more would compute everything twice
+            {"BLOCK_M": m, "BLOCK_F": f, "PARTS": parts, "num_warps": m // 16, "num_stages": stages}
+            for m, f, parts, stages in tried
+            if f // parts in (32, 64)
+        ]
     if operator == "experts":
         return _expert_candidates(kernel.removesuffix("_wide_rank"), EXPERT_TILES[size][dtype])
     if operator == "gru":

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.backend import resolve_backend, without_autocast
-from graphmoe_kernels.experts import launch, reference
+from graphmoe_kernels.experts import reference
+from graphmoe_kernels.experts.call import check_supported
 from graphmoe_kernels.experts.op import expert_swiglu_op
 from graphmoe_kernels.experts.operands import OPTIONAL, Inputs, Settings
 from graphmoe_kernels.launching import SMALLEST_TILE
@@ -124,7 +125,7 @@ def expert_swiglu(
     _check_extras(gate, seed, order, tickets)
     resolved = resolve_backend(backend, "gate", gate)
     if resolved == "triton":
-        launch.check_supported(inputs, activation)
+        check_supported(inputs, activation)
 
     if gate_bias is not None and up_bias is not None:
         gate_bias, up_bias = gate_bias.to(gate.dtype), up_bias.to(gate.dtype)

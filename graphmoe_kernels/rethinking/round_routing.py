@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.backend import resolve_backend
+from graphmoe_kernels.experts import stream
+from graphmoe_kernels.experts.call import Sizes
 from graphmoe_kernels.launching import SKINNY_TOKENS
 from graphmoe_kernels.mixing import mixing_weights
 from graphmoe_kernels.ranges import named_range
@@ -95,9 +97,9 @@ def route_one(
     )
 
 
-def token_order(routing: RoundRouting, gate: Tensor, backend: str) -> Tensor | None:
-    """An order of the tokens for the Triton kernels, or None where it gains nothing: elsewhere, for few tokens, and
-    where all tokens have the same expert.
+def token_order(routing: RoundRouting, gate: Tensor, down_A: Tensor, backend: str) -> Tensor | None:
+    """An order of the tokens for the Triton kernels, or None where it gains nothing: elsewhere, for few tokens, where
+    all tokens have the same expert, and where a forward that runs as a stream has no backward after it.
 
     Every round has its own, as rethinking sends tokens to other experts: in the order of another round a tile holds
     more experts, and the kernel's time follows their number. It never changes a result.
@@ -105,6 +107,10 @@ def token_order(routing: RoundRouting, gate: Tensor, backend: str) -> Tensor | N
     if resolve_backend(backend, "gate", gate) != "triton" or gate.shape[0] <= SKINNY_TOKENS:
         return None
     if routing.mixing is not None or not routing.routings:
+        return None
+    n, r, width = down_A.shape
+    size = Sizes(gate.shape[0], width, n, r, routing.experts.shape[1])
+    if not torch.is_grad_enabled() and stream.suits(size, gate.dtype):
         return None
     with named_range("routing"):
         return expert_order(routing.experts)

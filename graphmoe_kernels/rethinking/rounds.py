@@ -208,7 +208,7 @@ def _swiglu(
             up_bias=experts.up_bias,
             dropout=spec.dropout,
             seed=draw_seed(spec, inputs.gate.device),
-            order=token_order(routing, inputs.gate, settings.backend),
+            order=token_order(routing, inputs.gate, experts.down_A, settings.backend),
             tickets=routing.tickets,
             backend=settings.backend,
         )

@@ -55,8 +55,10 @@ def test_every_method_keeps_the_budget(method, dora):
             assert found.fault is None, f"{tokens} tokens, training={training}: {found.fault}"
 
 
-@pytest.mark.parametrize("tokens", [1, 300])
-def test_auto_is_triton(tokens):
+@pytest.mark.parametrize(
+    ("tokens", "kernel", "orders"), [(1, "forward_kernel", 0), (300, "forward_kernel", 3), (700, "stream_kernel", 0)]
+)
+def test_auto_is_triton(tokens, kernel, orders):
     """On a CUDA device nothing has to be chosen: the kernels run, and give bit for bit what "triton" gives."""
     layer = make(rounds=3, dtype="bf16")
     x, _ = layer.input(tokens)
@@ -67,8 +69,7 @@ def test_auto_is_triton(tokens):
             found = automatic(x)
         assert torch.equal(found, layer.fused.eval()(x))
     names = [each.name for each in launches]
-    assert [names.count(name) for name in ("route_forward", "forward_kernel", "gru_forward")] == [3, 3, 2]
-    assert names.count("order_tokens") == (3 if tokens > 64 else 0)
+    assert [names.count(name) for name in ("route_forward", kernel, "gru_forward", "order_tokens")] == [3, 3, 2, orders]
 
 
 def test_fp64_goes_to_pytorch():

@@ -15,7 +15,7 @@ pytestmark = MARKS
 
 TOKENS = 8192
 WIDE = Sizes(256, 8192, 25, rounds=3, dtype="bf16")  # [N, F] is much the largest tensor
-# Tensors [N, F] alive at once. Forward: P_1 (gate and up), a round's c and the one before.
+# Tensors [N, F] alive at once. Forward: P_1 (gate and up), a round's c, and H M^T of half of the columns.
 FORWARD_WIDE = 4
 # Training: P_1, c of three rounds, and in backward the gradients of c, of P_1, of its sum over the rounds, and one that
 # is being added up.

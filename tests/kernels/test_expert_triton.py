@@ -112,6 +112,8 @@ def test_every_configuration(device, size, dtype, monkeypatch):
     monkeypatch.setattr(launching, "device_class", lambda _: device)
     tokens = 3 if size == "skinny" else 66
     assert_within_budget(operands(tokens, width=80, experts=3, rank=4, inner=20), dtype)
+    if size == "wide" and dtype == torch.bfloat16:  # three experts' tokens ran as a stream, these do not
+        assert_within_budget(operands(tokens, width=80, experts=4, rank=4, inner=20), dtype)
     assert_within_budget(operands(tokens, width=80, experts=1, top_k=1, rank=68), dtype)
 
 

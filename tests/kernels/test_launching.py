@@ -30,31 +30,38 @@ def test_token_counts_are_not_compiled_into_kernels():
 from graphmoe_kernels.experts.triton_backward_tokens import backward_tokens_kernel
 from graphmoe_kernels.experts.triton_backward_weights import backward_weights_kernel
 from graphmoe_kernels.experts.triton_forward import forward_kernel
+from graphmoe_kernels.experts.triton_stream import stream_kernel, stream_sum_kernel
+from graphmoe_kernels.experts.triton_tuples import count_tuples, place_tokens
 from graphmoe_kernels.gru.triton_kernels import gru_backward, gru_forward
 from graphmoe_kernels.routing.triton_kernels import route_backward, route_forward
 from graphmoe_kernels.routing.triton_order import order_tokens
 
 for kernel in (forward_kernel, backward_tokens_kernel, backward_weights_kernel, gru_forward, gru_backward,
-               route_forward, route_backward, order_tokens):
+               route_forward, route_backward, order_tokens, stream_kernel, stream_sum_kernel, count_tuples,
+               place_tokens):
     print(kernel.fn.__name__, *(p.name for p in kernel.params if p.do_not_specialize))
 """)
     found = {name: set(rest) for name, *rest in map(str.split, printed.splitlines())}
-    assert len(found) == 8
+    assert len(found) == 12
     for name, free in found.items():
-        assert {"tokens", "num_tokens"} & free, name
+        assert {"tokens", "num_tokens", "positions"} & free, name
     for name in ("forward_kernel", "backward_tokens_kernel"):
         assert "splits" in found[name]
     assert "split_tiles" in found["backward_weights_kernel"]
+    assert {"first_block", "end_block", "split_blocks", "first_split"} <= found["stream_kernel"]
+    assert "splits" in found["stream_sum_kernel"]
+    assert "blocks" in found["place_tokens"]
 
 
 @pytest.mark.parametrize("device", launching.DEVICE_CLASSES)
 @pytest.mark.parametrize("operator", ["routing", "experts", "gru"])
 def test_every_class_has_a_configuration(device, operator):
-    """Each kernel has one for both size classes and both dtype classes, with blocks that are powers of two."""
+    """Each kernel has one for every size class and dtype class that it runs in, with blocks that are powers of two."""
     for kernel, sizes in launching.config_table(device, operator).items():
-        assert sizes.keys() == set(launching.SIZE_CLASSES), kernel
+        alone = kernel == "stream"  # of many tokens in half precision
+        assert sizes.keys() == ({"wide"} if alone else set(launching.SIZE_CLASSES)), kernel
         for by_dtype in sizes.values():
-            assert by_dtype.keys() == set(launching.DTYPE_CLASSES), kernel
+            assert by_dtype.keys() == ({"half"} if alone else set(launching.DTYPE_CLASSES)), kernel
             for config in by_dtype.values():
                 assert {"num_warps", "num_stages"} < config.keys(), kernel
                 blocks = {name: size for name, size in config.items() if name.startswith("BLOCK_")}
@@ -103,7 +110,7 @@ except Exception as error:
 @torch.no_grad()
 def test_work_is_cut_into_few_waves():
     """Programs come in multiples of what runs at once, or nearly: no second wave for a few of them."""
-    from graphmoe_kernels.experts.launch import cut
+    from graphmoe_kernels.experts.call import cut
 
     for tiles in (1, 4, 16, 24, 32, 48, 64, 128, 129):
         splits, pieces = cut(224, tiles, 132)

@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from graphmoe_kernels.experts import launch as experts_launch
+from graphmoe_kernels.experts import stream as experts_stream
 from graphmoe_kernels.gru import launch as gru_launch
 from graphmoe_kernels.routing import launch as routing_launch
 from graphmoe_kernels.routing import order as routing_order
@@ -25,7 +26,7 @@ pytestmark = MARKS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIDDEN, INTERMEDIATE = 32, 48
-DECODE, PREFILL = 3, 66
+DECODE, PREFILL, STREAM = 3, 66, 97  # with four experts the experts' forward is a stream from 97 tokens on
 
 
 def make_ffn(rounds: int, backend: str = "triton", **options: object) -> FusedGraphMoEFFN:
@@ -74,25 +75,34 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=["bf16 adapters", "fp32 adapters"])
-@pytest.mark.parametrize("count", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("count", [DECODE, PREFILL, STREAM], ids=["decode", "prefill", "stream"])
 @pytest.mark.parametrize("rounds", [1, 2, 3, 5])
 def test_launches_of_a_forward(rounds, count, adapters, monkeypatch):
-    """At most 4T - 1 kernels and 3T + 2 products, and nothing else: no copy, cast, fill or concatenation."""
+    """At most 3T + 2 products, 3T - 1 kernels, T more that order tokens, or 3T more where the experts are a stream and
+    need no order; nothing else: no copy, cast, fill or concatenation. A stream multiplies H with M apart, in each later
+    round, once for gate and once for up.
+    """
     ffn = make_ffn(rounds).eval().to(torch.bfloat16)
     ffn.lora_graphmoe.to(adapters)
     x = tokens(count, torch.bfloat16)
     kernels = []
-    for module in (experts_launch, gru_launch, routing_launch, routing_order):
+    for module in (experts_launch, experts_stream, gru_launch, routing_launch, routing_order):
         plain = module.launch
         counted = lambda k, *a, plain=plain, **o: (kernels.append(k.__name__), plain(k, *a, **o))  # noqa: E731
         monkeypatch.setattr(module, "launch", counted)
+    apart = []  # inside an operator, where a dispatch mode does not see them
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **o: (apart.append(a), mm(*a, **o)))
     with torch.no_grad():
         ffn(x)  # the kept fold is built
         kernels.clear()
+        apart.clear()
         with Launches() as seen:
             ffn(x)
     assert set(seen.operators) <= PRODUCTS | OURS, f"launches besides products and kernels: {seen.operators}"
-    assert len(kernels) == (3 if count == DECODE else 4) * rounds - 1, Counter(kernels)
+    each = {DECODE: 3, PREFILL: 4, STREAM: 6}[count]
+    assert len(kernels) == each * rounds - 1, Counter(kernels)
+    assert len(apart) == (2 * (rounds - 1) if count == STREAM else 0)
     assert sum(seen.operators[name] for name in PRODUCTS) <= 3 * rounds + 2, seen.operators
 
 
