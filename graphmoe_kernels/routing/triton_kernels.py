@@ -140,7 +140,8 @@ def route_forward(
     real = (lanes < NUM_EXPERTS)[None, :]
     valid = (tokens < num_tokens)[:, None] & real
     first = program * BLOCK_N
-    tickets = first // TICKET_TOKENS + tl.arange(0, tl.cdiv(BLOCK_N, TICKET_TOKENS))
+    TICKETS: tl.constexpr = (BLOCK_N + TICKET_TOKENS - 1) // TICKET_TOKENS
+    tickets = first // TICKET_TOKENS + tl.arange(0, TICKETS)
     mine = (first % TICKET_TOKENS == 0) & (tickets < tl.cdiv(num_tokens, TICKET_TOKENS))
     tl.store(tickets_ptr + tickets, tl.zeros_like(tickets), mask=mine)
 
