@@ -44,7 +44,7 @@ class Strategy:
 
     @property
     def deepspeed(self) -> bool:
-        """Whether DeepSpeed keeps the weights in bf16, and a copy in fp32 beside the optimizer's state."""
+        """Whether gradients are in bf16, and copies of them and of the weights in fp32 beside the optimizer's state."""
         return self.sharding in (Sharding.zero2, Sharding.zero3)
 
     @property
@@ -56,7 +56,9 @@ class Strategy:
         """Bytes on each of the ``gpus`` that are there all the time, by what they are."""
         weights = gpus if self.shards_weights else 1
         optimizer = gpus if self.shards_weights or self.deepspeed else 1
-        adapter, gradient, state = (BF16, BF16 + FP32, FP32 + ADAM) if self.deepspeed else (FP32, FP32, ADAM)
+        gradient, state = (BF16 + FP32, FP32 + ADAM) if self.deepspeed else (FP32, ADAM)
+        # ZeRO-2 casts the model to bf16. Under ZeRO-3 the base is read as such, and the adapter stays as it was made.
+        adapter = BF16 if self.sharding == Sharding.zero2 else FP32
         return {
             "base weights": self._base(counts, weights),
             "adapter weights": adapter * counts.adapter // weights,
