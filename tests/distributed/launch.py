@@ -83,6 +83,6 @@ def launch(
 
 
 def _end(process: subprocess.Popen[str]) -> str:
-    """End torchrun and, by it, the workers: they are in sessions of their own, and outlive a torchrun that is killed."""
+    """End torchrun and, by it, the workers, which have sessions of their own and outlive a torchrun that is killed."""
     process.send_signal(signal.SIGTERM)
     return process.communicate(timeout=START_AND_END)[0][-SHOWN:]
