@@ -20,6 +20,7 @@ from graphmoe_model.layer import RoutedLayer, experts_of_layer
 from graphmoe_model.mlp_checks import check_mlp, dropout_rate
 from graphmoe_model.recomputation import Run
 from graphmoe_model.scaling import scaled_experts, scaled_gru
+from graphmoe_model.weight_management import gathered_weights
 
 # The routers' names relative to the layer, in the order of `RethinkingOutput.router_logits`.
 ROUTER_NAMES = {"layer": ("",), "linear": ("gate_proj", "up_proj", "down_proj"), None: ()}
@@ -67,9 +68,10 @@ class FusedGraphMoEFFN(RoutedLayer):
     The MLP itself is kept, frozen, as ``base_layer``; adapters live in ``lora_graphmoe`` by name. A fresh
     adapter leaves the MLP's output as it was.
 
-    In evaluation, products of weights (`graphmoe_kernels.Fold`) are computed once and kept until a weight
-    changes. Three writes cannot be seen, and want `refold` after them: values written through ``.data`` or through
-    a NumPy view, and writes to a parameter that was created inside ``torch.inference_mode``.
+    In evaluation, products of weights (`graphmoe_kernels.Fold`) are computed once and kept until a weight changes;
+    nothing is kept where FSDP, ZeRO-3 or accelerate's offloading manages the weights (`WeightManager`). Three writes
+    cannot be seen, and want `refold` after them: values written through ``.data`` or through a NumPy view, and writes
+    to a parameter that was created inside ``torch.inference_mode``.
 
     A dropout that the MLP itself has after its down projection (Seed-OSS) stays where it is, on the layer's output y_T,
     once. The GRU reads the other rounds' y_t as they are: a mask belongs to what is added to the residual stream.
@@ -114,14 +116,16 @@ class FusedGraphMoEFFN(RoutedLayer):
             num_experts: in place of the config's, which may differ by layer.
         """
         hidden, intermediate = self.traits.hidden, self.traits.intermediate
-        weights = dense_weights(self.base_layer) if config.use_dora else {}
-        for name, weight in weights.items():
-            check_rows(weight, f"{type(self.base_layer).__name__}.{name}", "this MLP")
-        adapter = GraphMoEAdapter(config, hidden, intermediate, experts_of_layer(config, num_experts), r, lora_alpha)
-        fold = FoldCache(partial(self._weights, adapter_name), partial(self._fold_sources, adapter_name))
-        self._add_adapter(adapter_name, adapter, fold, config)
-        for name, weight in weights.items():
-            getattr(adapter.experts, name).start_magnitudes(weight, adapter.scale)
+        with gathered_weights(self.base_layer):
+            weights = dense_weights(self.base_layer) if config.use_dora else {}
+            for name, weight in weights.items():
+                check_rows(weight, f"{type(self.base_layer).__name__}.{name}", "this MLP")
+            n = experts_of_layer(config, num_experts)
+            adapter = GraphMoEAdapter(config, hidden, intermediate, n, r, lora_alpha)
+            fold = FoldCache(partial(self._weights, adapter_name), partial(self._fold_sources, adapter_name))
+            self._add_adapter(adapter_name, adapter, fold, config)
+            for name, weight in weights.items():
+                getattr(adapter.experts, name).start_magnitudes(weight, adapter.scale)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,20 +136,22 @@ class FusedGraphMoEFFN(RoutedLayer):
         Raises:
             TypeError: x is not floating point, or of another dtype than the MLP's weights outside of autocast.
             ValueError: x has another width or is on another device.
+            RuntimeError: FSDP or tensor parallelism was applied to a part of the layer.
         """
         name = self.counted_name()
         if name is None:
             return self.base_layer(x)
-        weight: Tensor = down_projection(self.base_layer).weight
-        self._check_x(x, weight, self.traits.hidden, "MLP's hidden size")
+        down = down_projection(self.base_layer)
+        manager = self._manager(down, name)
+        self._check_x(x, down.weight, self.traits.hidden, "MLP's hidden size")
         adapter: GraphMoEAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
         config = adapter.config
         output = rethink(
             x.reshape(-1, x.shape[-1]),  # [N, D]
             self._weights(name),
             config.spec(self.scaling[name], adapter.num_experts, self.traits.activation, training=self.training),
-            fold=config.fold,
-            cache=None if self.training else self._folds[name],
+            fold=manager.fold(config.fold),
+            cache=None if self.training else self._kept_fold(name, manager),
             backend=config.backend,
         )
         logits = dict(zip(ROUTER_NAMES[config.base_method.routers], output.router_logits, strict=True))
@@ -179,6 +185,12 @@ class FusedGraphMoEFFN(RoutedLayer):
     def _fold_sources(self, adapter_name: str, weights: LayerWeights) -> list[Tensor]:
         """What a kept fold is compared with: the parameters, not what a strength made of them in this forward."""
         return fold_sources(weights if self.strength(adapter_name) == 1 else self._stored(adapter_name))
+
+    def _read_by_forward(self, adapter_name: str) -> list[Tensor]:
+        stored = self._stored(adapter_name)
+        linears = wrap_mlp(self.base_layer).linears()
+        adapter = [t for t in (*stored.experts, *stored.routers(), *(stored.gru or ())) if t is not None]
+        return [*adapter, *(linear.weight for linear in linears)]
 
     def __getattr__(self, name: str) -> Any:
         """As ``nn.Module``; who looks for the MLP's projections here is told where they are."""

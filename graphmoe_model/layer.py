@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from graphmoe_kernels import FoldCache
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.recomputation import Run, same_run
 from graphmoe_model.routing_record import RoutingContext, RoutingRecord, in_backward
 from graphmoe_model.scaling import ScaledLayer
+from graphmoe_model.weight_management import WeightManager, check_nothing_wrapped, check_whole, weight_manager
 
 if TYPE_CHECKING:
     from graphmoe_model.router_loss_hooks import RouterLossHooks
@@ -47,6 +48,7 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
         self.router_loss_hooks: RouterLossHooks | None = None
         self.repeated_in = -1
         self._folds: dict[str, FoldCache] = {}
+        self._under_fsdp = False
         base_layer.requires_grad_(False)
         self._active_adapter = adapter_name
 
@@ -142,6 +144,33 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
             coefficient=config.router_aux_loss_coef,
             trains=any(p.requires_grad for name, p in adapter.named_parameters() if "router" in name.split(".")),
         )
+
+    def _manager(self, linear: nn.Module, adapter_name: str) -> WeightManager:
+        """Who manages this layer's weights at present.
+
+        Raises:
+            RuntimeError: a part of the layer is split over processes by itself.
+        """
+        manager = weight_manager(self, self.base_layer, linear)
+        if manager is not WeightManager.ZERO3 and distributed.is_available() and distributed.is_initialized():
+            check_whole(self, self._read_by_forward(adapter_name))
+        if manager is WeightManager.FSDP and not self._under_fsdp:
+            check_nothing_wrapped(self)
+            self._under_fsdp = True  # what FSDP has once begun to run is not wrapped any further
+        return manager
+
+    def _kept_fold(self, adapter_name: str, manager: WeightManager) -> FoldCache | None:
+        """Where an adapter's fold is kept between forwards; None if it must not be."""
+        cache = self._folds[adapter_name]
+        if manager.keeps_folds:
+            return cache
+        if not torch.compiler.is_compiling():
+            cache.drop()  # it would keep the memory of weights that were managed only after it was built
+        return None
+
+    def _read_by_forward(self, adapter_name: str) -> list[Tensor]:
+        """The parameters that a forward reads itself, those of the base included."""
+        raise NotImplementedError
 
     def _check_x(self, x: Tensor, weight: Tensor, width: int, what: str) -> None:
         """`TypeError` or `ValueError` for an x that the base layer, whose ``weight`` this is, does not take."""

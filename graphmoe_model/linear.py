@@ -17,6 +17,7 @@ from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.experts import LoRAPairs, check_rows
 from graphmoe_model.layer import RoutedLayer, experts_of_layer
 from graphmoe_model.scaling import scaled_magnitude
+from graphmoe_model.weight_management import WeightManager, check_unsharded, gathered_weights
 
 
 class LinearAdapter(LoRAPairs):
@@ -82,16 +83,17 @@ class RoutedLoRALinear(RoutedLayer):
                 "'mixlora' put LoRA on attention projections"
             )
         n, rank = experts_of_layer(config, num_experts), config.r if r is None else r
-        if config.use_dora:
-            check_rows(dense_weight(self.base_layer), type(self.base_layer).__name__, "this linear")
         scale = config.scaling(r, lora_alpha)
-        adapter = LinearAdapter(config, self.in_features, self.out_features, n, rank, scale)
-        cache = FoldCache(
-            partial(self._experts, adapter_name), partial(self._fold_sources, adapter_name), prepare_linear
-        )
-        self._add_adapter(adapter_name, adapter, cache, config)
-        if config.use_dora:
-            adapter.start_magnitudes(dense_weight(self.base_layer), scale)
+        with gathered_weights(self.base_layer):
+            if config.use_dora:
+                check_rows(dense_weight(self.base_layer), type(self.base_layer).__name__, "this linear")
+            adapter = LinearAdapter(config, self.in_features, self.out_features, n, rank, scale)
+            cache = FoldCache(
+                partial(self._experts, adapter_name), partial(self._fold_sources, adapter_name), prepare_linear
+            )
+            self._add_adapter(adapter_name, adapter, cache, config)
+            if config.use_dora:
+                adapter.start_magnitudes(dense_weight(self.base_layer), scale)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -99,6 +101,7 @@ class RoutedLoRALinear(RoutedLayer):
         name = self.counted_name()
         if name is None:
             return self.base_layer(x, *args, **kwargs)
+        manager = self._manager(self.base_layer, name)
         weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
         self._check_x(x, weight, self.in_features, "linear's input size")
         adapter: LinearAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
@@ -109,20 +112,25 @@ class RoutedLoRALinear(RoutedLayer):
             y.reshape(-1, y.shape[-1]),  # [N, out]
             x.reshape(-1, x.shape[-1]),  # [N, in]
             adapter.router.weight,  # type: ignore[union-attr]
-            self._prepared(name, adapter, y.dtype),
+            self._prepared(name, adapter, y.dtype, manager),
             RoundSettings(spec, config.backend),
         )
         return self._finish(mixed.view(y.shape), x, {"": (routing.logits,)})
 
-    def _prepared(self, name: str, adapter: LinearAdapter, dtype: torch.dtype) -> PreparedLinear:
+    def _prepared(
+        self, name: str, adapter: LinearAdapter, dtype: torch.dtype, manager: WeightManager
+    ) -> PreparedLinear:
         """The adapter as the kernels take it; kept between forwards where no gradient can reach it."""
         experts = self._experts(name)
         settings = FoldSettings(dtype, self.scaling[name], adapter.config.candidate_input)
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in experts.sources())
-        if self.training or differentiable:
-            return prepare_linear(experts, settings)
-        kept: PreparedLinear = self._folds[name].get(experts, settings)
-        return kept
+        cache = None if self.training or differentiable else self._kept_fold(name, manager)
+        prepared: PreparedLinear = prepare_linear(experts, settings) if cache is None else cache.get(experts, settings)
+        return prepared
+
+    def _read_by_forward(self, adapter_name: str) -> list[Tensor]:
+        adapter: LinearAdapter = self.lora_graphmoe[adapter_name]  # type: ignore[assignment]
+        return [*adapter.parameters(), self.base_layer.weight]  # type: ignore[list-item]
 
     def _experts(self, adapter_name: str) -> LinearExperts:
         """The adapter's parameters as they count now (`graphmoe_model.scaling`), with what DoRA reads of the base."""
@@ -145,7 +153,7 @@ class RoutedLoRALinear(RoutedLayer):
 
 
 def check_linear(module: nn.Module) -> None:
-    """`TypeError` for a module that cannot take experts: anything but a linear layer that nothing wraps."""
+    """`TypeError` for a module that cannot take experts: anything but a whole linear layer that nothing wraps."""
     kind = type(module).__name__
     if isinstance(module, BaseTunerLayer):
         raise TypeError(
@@ -154,8 +162,4 @@ def check_linear(module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not hasattr(module, "in_features") or not hasattr(module, "out_features"):
         raise TypeError(f"{kind} is not a linear layer with a weight of its own; experts go on linear layers and MLPs")
-    if type(weight.data).__name__ == "DTensor":
-        raise TypeError(
-            f"this {kind}'s weight is spread over devices (DTensor, tensor parallelism), which is not supported; load "
-            "the model without tp_plan and shard whole decoder layers (FSDP) after attaching"
-        )
+    check_unsharded(module, f"this {kind}")

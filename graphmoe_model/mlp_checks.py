@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graphmoe_kernels import ACTIVATIONS
 from graphmoe_model.base_mlp import LAYOUTS, MLPLayout, activation_name, down_projection, find_layout, wrap_mlp
+from graphmoe_model.weight_management import check_unsharded, gathered_weights
 
 PROBED_RATE = 0.5  # of every dropout in its turn, while the MLP's behaviour is compared
 
@@ -45,6 +46,12 @@ def check_mlp(mlp: nn.Module) -> MLPTraits:
             weights are spread over devices; the message says which and what to do.
         ValueError: an activation that the kernels do not know.
     """
+    check_unsharded(mlp, type(mlp).__name__)
+    with gathered_weights(mlp):
+        return _traits(mlp)
+
+
+def _traits(mlp: nn.Module) -> MLPTraits:
     kind, layout = type(mlp).__name__, find_layout(mlp)
     if layout is None:
         children = ", ".join(name for name, _ in mlp.named_children()) or "none"
@@ -95,11 +102,6 @@ def _check_projection(linear: nn.Module, name: str) -> None:
         raise TypeError(
             f"{name} has a bias of shape {list(bias.shape)}, expected [{linear.out_features}], one number for every "
             "output: the folds take it apart"
-        )
-    if type(weight.data).__name__ == "DTensor":
-        raise TypeError(
-            f"{name} is spread over devices (DTensor, tensor parallelism), which is not supported; "
-            "load the model without tp_plan and shard whole decoder layers (FSDP) after attaching"
         )
 
 

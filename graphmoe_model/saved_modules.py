@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.module_names import joined, last_names
+from graphmoe_model.weight_management import true_shape
 
 # What PEFT adds by itself for tasks with a head, whether the model has it or not.
 _HEADS = {"classifier", "score", "qa_outputs"}
@@ -139,15 +140,16 @@ def _check_tokens(
             )
         module = base[name]
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(module, ModulesToSaveWrapper):
+        if not isinstance(weight, Tensor) or len(true_shape(weight)) != 2 or isinstance(module, ModulesToSaveWrapper):
             kind = f"{type(module).__name__} of another adapter" if _is_wrapper(module) else type(module).__name__
             raise ValueError(
                 f"trainable_token_indices: {name} ({kind}) is no embedding or output head with a weight of its own"
             )
-        outside = [i for i in ids if i >= weight.shape[0]]
+        rows = true_shape(weight)[0]
+        outside = [i for i in ids if i >= rows]
         if outside:
             raise ValueError(
-                f"trainable_token_indices: {name} has {weight.shape[0]} tokens, so there is no token "
+                f"trainable_token_indices: {name} has {rows} tokens, so there is no token "
                 f"{', '.join(map(str, outside[:10]))}; call resize_token_embeddings before you attach the adapter"
             )
 

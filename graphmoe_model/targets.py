@@ -18,9 +18,11 @@ from torch import nn
 from graphmoe_model.base_mlp import is_gated_mlp
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.ffn import FusedGraphMoEFFN
+from graphmoe_model.layer import RoutedLayer
 from graphmoe_model.linear import check_linear
 from graphmoe_model.mlp_checks import check_mlp
 from graphmoe_model.module_names import as_written, joined, last_names
+from graphmoe_model.weight_management import check_unsharded
 
 # A module with children of the first kind is an attention; it is adapted in all children of both kinds.
 QUERY_KEY_VALUE = frozenset(
@@ -81,6 +83,7 @@ def default_targets(model: nn.Module, config: GraphMoEConfig) -> set[str]:
 
     Raises:
         NoMatchingPeftModuleError: there are no decoder layers, or none of their MLPs is left to adapt.
+        TypeError: an MLP that the config selects is sharded already.
         ValueError: a layer that the config selects has no supported MLP (the message names each, with the reason);
             ``layers_to_transform`` names a layer that does not exist.
     """
@@ -93,6 +96,8 @@ def default_targets(model: nn.Module, config: GraphMoEConfig) -> set[str]:
         )
     modules = dict(walk(model))
     candidates = [name for layer in layers for name in layer.mlps or layer.others if _selects(config, name)]
+    for name in candidates:
+        check_unsharded(modules[name], name)
     reasons = {name: _reason_against(modules[name]) for name in candidates}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     found = [name for layer in layers for name in layer.mlps if _selects(config, name)]
@@ -110,7 +115,7 @@ def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
     """Refuse ``target_modules`` that could not be adapted, before anything in the model has changed.
 
     Raises:
-        TypeError: a selected module is neither an MLP of a supported kind nor a single layer.
+        TypeError: a selected module is neither an MLP of a supported kind nor a single layer, or is sharded already.
         NoMatchingPeftModuleError: nothing is selected.
         ValueError: an entry is no module's name; no MLP is among what is selected; a module inside a selected one is
             selected too; ``layers_to_transform`` names a layer that does not exist.
@@ -125,6 +130,8 @@ def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
                 f"target_modules select {name}, which lies inside {inside}, selected too; a GraphMoE layer "
                 "adapts an MLP as a whole: leave its linears out"
             )
+        if isinstance(module, RoutedLayer) or is_gated_mlp(module):
+            check_unsharded(module, name)
         if isinstance(module, BaseTunerLayer):
             continue  # a further adapter
         if isinstance(module, AuxiliaryTrainingWrapper):

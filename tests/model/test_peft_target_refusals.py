@@ -244,7 +244,7 @@ def test_tensor_parallel_weights_are_refused(tmp_path):
         model = tiny_model()
         linear = model.model.layers[0].mlp.up_proj
         linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Replicate()]))
-        refuse(model, ValueError, "LlamaMLP.up_proj is spread over devices.*tp_plan")
+        refuse(model, TypeError, r"layers.0.mlp.up_proj.weight is split over devices by tensor parallelism.*tp_plan")
     finally:
         distributed.destroy_process_group()
 

@@ -1,0 +1,179 @@
+"""Weights that something beside the layer holds: shards of FSDP and ZeRO-3, and what accelerate offloads.
+
+Whoever holds them writes where no version counter moves, and gives their storage away between forwards. So nothing made
+from such weights is kept, and whoever reads or checks them outside of a forward gathers them first.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+from accelerate.utils import has_offloaded_params
+from torch import Tensor, nn
+
+ATTACH_FIRST = (
+    "attach adapters first (get_peft_model, PeftModel.from_pretrained), then shard: Trainer, accelerator.prepare and "
+    "deepspeed.initialize take the adapted model, fully_shard its whole decoder layers"
+)
+
+TENSOR_PARALLEL = (
+    "each device would have a part of every product, and experts, routers and folds take whole ones. Load the model "
+    "without tp_plan; to spread it over devices, shard whole decoder layers with FSDP after attaching"
+)
+
+
+class WeightManager(Enum):
+    """Who gives a layer's weights their storage and writes to it.
+
+    LAYER: nobody else, so that every write but the documented ones moves a version counter.
+    FSDP: FSDP 1 or 2 around the layer or a module above it. It writes gathered weights without moving version counters.
+    ZERO3: DeepSpeed ZeRO-3. Each submodule's call and each weight that is read is a collective.
+    OFFLOAD: hooks of accelerate, which bring the base's weights from the CPU or from disk for each forward.
+    """
+
+    LAYER = "the layer"
+    FSDP = "FSDP"
+    ZERO3 = "DeepSpeed ZeRO-3"
+    OFFLOAD = "accelerate's offloading"
+
+    @property
+    def keeps_folds(self) -> bool:
+        """Whether a fold of these weights may be kept between forwards."""
+        return self is WeightManager.LAYER
+
+    def fold(self, mode: str) -> str:
+        """Turn a config's ``fold`` into what a forward may do.
+
+        Literal and folded rounds read a ZeRO-3 layer's weights in different orders, so ranks must not choose by how
+        many tokens each has: ``"auto"`` is ``"never"`` there.
+        """
+        return "never" if self is WeightManager.ZERO3 and mode == "auto" else mode
+
+
+def weight_manager(layer: nn.Module, base: nn.Module, linear: nn.Module) -> WeightManager:
+    """Find out who manages the weights of a layer, as it is now.
+
+    Args:
+        layer: the layer of experts.
+        base: its frozen module.
+        linear: one of the base's linears, or the base itself.
+    """
+    if is_under_fsdp(layer):
+        return WeightManager.FSDP
+    if hasattr(linear.weight, "ds_id"):
+        return WeightManager.ZERO3
+    if any(hasattr(module, "_hf_hook") and has_offloaded_params(module) for module in (base, linear)):
+        return WeightManager.OFFLOAD
+    return WeightManager.LAYER
+
+
+def is_under_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP 1 or 2 manages a module's parameters: both mark every module inside of what they shard."""
+    return getattr(module, "_is_fsdp_managed_module", False) is True
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether a tensor is a part of one, on this process; asked by name, as the class is slow to import."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def true_shape(tensor: Tensor) -> torch.Size:
+    """A tensor's shape, also where ZeRO-3 has taken its elements away and left it with none."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+@contextmanager
+def gathered_weights(module: nn.Module) -> Iterator[None]:
+    """Have a module's parameters whole inside the block, where ZeRO-3 partitioned them; all ranks have to enter it.
+
+    What was gathered by the caller already stays so.
+    """
+    partitioned = [p for p in module.parameters() if _is_partitioned(p)]
+    if not partitioned:
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(partitioned):
+        yield
+
+
+def _is_partitioned(parameter: Any) -> bool:
+    return hasattr(parameter, "ds_id") and parameter.ds_status.name != "AVAILABLE"
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def check_unsharded(module: nn.Module, name: str) -> None:
+    """`TypeError` for a module that no adapter can be attached to any more, as its weights are shards.
+
+    Args:
+        module: an MLP, a linear, or a layer that has adapters already.
+        name: what to call it in the message.
+    """
+    if is_under_fsdp(module):
+        raise TypeError(
+            f"{name} is sharded by FSDP already, which knows nothing of parameters that come later: they would be "
+            f"neither sharded nor kept alike on all ranks; {ATTACH_FIRST}"
+        )
+    if any(type(child._parameters).__name__ == "ZeROOrderedDict" for child in module.modules()):
+        raise TypeError(
+            f"{name} is run by a DeepSpeed ZeRO-3 engine already, whose optimizer knows nothing of parameters that "
+            f"come later; {ATTACH_FIRST}"
+        )
+    for parameter_name, parameter in module.named_parameters():
+        if is_dtensor(parameter.data):
+            raise TypeError(
+                f"{name}.{parameter_name} is split over devices by tensor parallelism (a DTensor, "
+                f"{_placements(parameter)}); {TENSOR_PARALLEL}"
+            )
+
+
+def check_whole(layer: nn.Module, tensors: Iterable[object]) -> None:
+    """`RuntimeError` for a layer whose forward would compute with shards: something below it was split by itself.
+
+    Args:
+        layer: the layer of experts.
+        tensors: what its forward reads.
+    """
+    if any(is_dtensor(tensor) for tensor in tensors):
+        raise _split_below(layer)
+
+
+def check_nothing_wrapped(layer: nn.Module) -> None:
+    """`RuntimeError` for a layer with FSDP-wrapped modules inside, where FSDP 1 leaves tensors without elements."""
+    if _sharded_below(layer):
+        raise _split_below(layer)
+
+
+def _split_below(layer: nn.Module) -> RuntimeError:
+    kind, parts = type(layer).__name__, _sharded_below(layer)
+    if not parts:
+        return RuntimeError(
+            f"this {kind} reads weights that tensor parallelism has split over devices since its adapters were "
+            f"attached; {TENSOR_PARALLEL}"
+        )
+    shown = ", ".join(parts[:3]) + (f" and {len(parts) - 3} more" if len(parts) > 3 else "")
+    return RuntimeError(
+        f"this {kind} is sharded in parts: FSDP was applied to {shown} inside of it. FSDP gathers a module's weights "
+        "when that module is called, and this layer reads those of its projections, routers and experts without "
+        "calling them. Apply fully_shard to whole decoder layers, or to this layer as a whole, and to nothing in it"
+    )
+
+
+def _sharded_below(layer: nn.Module) -> list[str]:
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # who has not imported it has sharded nothing
+    if fsdp is None:
+        return []
+    wrappers = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    return [name for name, module in layer.named_modules() if name and isinstance(module, wrappers)]
+
+
+def _placements(parameter: Any) -> str:
+    return f"{', '.join(map(str, parameter.placements))} on a mesh of {parameter.device_mesh.size()}"
