@@ -152,6 +152,27 @@ def check_nothing_wrapped(layer: nn.Module) -> None:
         raise _split_below(layer)
 
 
+def check_root_gathered(model: nn.Module) -> None:
+    """`RuntimeError` for a model that runs past the FSDP root around it, as ``generate`` of a sharded PEFT model does.
+
+    The root gathers the embedding and the head when it is called itself; a method of a module inside of it does not
+    call it.
+    """
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    if not is_under_fsdp(model) or not is_dtensor(getattr(embedding, "weight", None)):
+        return
+    wrapper: Any = sys.modules["torch.distributed.fsdp"].FSDPModule
+    inner = (module for module in model.modules() if isinstance(module, wrapper))
+    if any(embedding is part for module in inner for part in module.modules()):
+        return  # gathered when that one is called
+    raise RuntimeError(
+        f"this {type(model).__name__} runs inside of a model that FSDP sharded, without that model being called: its "
+        "embedding was not gathered. For generate() under FSDP2 call "
+        "torch.distributed.fsdp.register_fsdp_forward_method(model, 'generate') once on the model that was passed to "
+        "fully_shard last (the PeftModel), and generate on all ranks at once"
+    )
+
+
 def _split_below(layer: nn.Module) -> RuntimeError:
     kind, parts = type(layer).__name__, _sharded_below(layer)
     if not parts:
