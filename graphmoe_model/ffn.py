@@ -142,9 +142,9 @@ class FusedGraphMoEFFN(RoutedLayer):
         if name is None:
             return self.base_layer(x)
         down = down_projection(self.base_layer)
-        manager = self._manager(down, name)
-        self._check_x(x, down.weight, self.traits.hidden, "MLP's hidden size")
         adapter: GraphMoEAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
+        manager = self._manager(down, adapter.experts.down_proj.B, name)
+        self._check_x(x, down.weight, self.traits.hidden, "MLP's hidden size")
         config = adapter.config
         output = rethink(
             x.reshape(-1, x.shape[-1]),  # [N, D]

@@ -145,13 +145,13 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
             trains=any(p.requires_grad for name, p in adapter.named_parameters() if "router" in name.split(".")),
         )
 
-    def _manager(self, linear: nn.Module, adapter_name: str) -> WeightManager:
-        """Who manages this layer's weights at present.
+    def _manager(self, linear: nn.Module, trained: Tensor, adapter_name: str) -> WeightManager:
+        """Who manages this layer's weights at present; ``linear`` and ``trained`` are as in `weight_manager`.
 
         Raises:
             RuntimeError: a part of the layer is split over processes by itself.
         """
-        manager = weight_manager(self, self.base_layer, linear)
+        manager = weight_manager(self, self.base_layer, linear, trained)
         if manager is not WeightManager.ZERO3 and distributed.is_available() and distributed.is_initialized():
             check_whole(self, self._read_by_forward(adapter_name))
         if manager is WeightManager.FSDP and not self._under_fsdp:

@@ -101,10 +101,10 @@ class RoutedLoRALinear(RoutedLayer):
         name = self.counted_name()
         if name is None:
             return self.base_layer(x, *args, **kwargs)
-        manager = self._manager(self.base_layer, name)
+        adapter: LinearAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
+        manager = self._manager(self.base_layer, adapter.B, name)
         weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
         self._check_x(x, weight, self.in_features, "linear's input size")
-        adapter: LinearAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
         config = adapter.config
         y = self.base_layer(x, *args, **kwargs)
         spec = config.spec(self.scaling[name], adapter.A.shape[0], training=self.training)

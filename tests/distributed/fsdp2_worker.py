@@ -147,7 +147,7 @@ def evaluate(form: str, same_memory: bool) -> list[int]:
         expected.append(twin.eval()(x))  # eval() forgets its folds
     fully_shard(block, reshard_after_forward=True)
     shards, right = [block.get_parameter(name).to_local() for name in names], [0, 0]
-    with mock.patch.object(_fsdp_param, "free_storage", lambda tensor: None) if same_memory else nullcontext():
+    with mock.patch.object(_fsdp_param, "free_storage") if same_memory else nullcontext():
         for number in range(EVALUATIONS):
             for shard in shards:
                 shard.mul_(factors[number % 2])
@@ -249,7 +249,7 @@ def refuse() -> dict[str, str]:
 
 
 def train_fsdp1() -> dict[str, float]:
-    """Two ranks' training under FSDP 1 against one process: the losses after each step say whether weights were right."""
+    """Two ranks' training under FSDP 1 against one process; later losses say whether the steps were right."""
     alone = model_of("graphmoe-mixlora")
     expected = steps(alone, [0, 1])
     model = fsdp1(model_of("graphmoe-mixlora"))
