@@ -22,7 +22,7 @@ from graphmoe_model.mlp_checks import check_mlp, dropout_rate
 from graphmoe_model.offloading import with_onloaded_weights
 from graphmoe_model.recomputation import Run
 from graphmoe_model.scaling import scaled_experts, scaled_gru
-from graphmoe_model.weight_management import gathered_weights
+from graphmoe_model.weight_management import allowed_fold, gathered_weights
 
 # The routers' names relative to the layer, in the order of `RethinkingOutput.router_logits`.
 ROUTER_NAMES = {"layer": ("",), "linear": ("gate_proj", "up_proj", "down_proj"), None: ()}
@@ -146,15 +146,15 @@ class FusedGraphMoEFFN(RoutedLayer):
         if name is None:
             return self.base_layer(x)
         down = down_projection(self.base_layer)
-        manager = self._manager(down, name)
-        self._check_x(x, stored_tensors(down)[0], input_dtype(down), self.traits.hidden, "MLP's hidden size")
         adapter: GraphMoEAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
+        manager = self._manager(down, adapter.experts.down_proj.B, name)
+        self._check_x(x, stored_tensors(down)[0], input_dtype(down), self.traits.hidden, "MLP's hidden size")
         config = adapter.config
         output = rethink(
             x.reshape(-1, x.shape[-1]),  # [N, D]
             self._weights(name),
             config.spec(self.scaling[name], adapter.num_experts, self.traits.activation, training=self.training),
-            fold=manager.fold(config.fold),
+            fold=allowed_fold(manager, config.fold),
             cache=None if self.training else self._kept_fold(name, manager),
             backend=config.backend,
         )

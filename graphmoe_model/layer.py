@@ -15,7 +15,13 @@ from graphmoe_model.global_routing import sum_over_processes
 from graphmoe_model.recomputation import Repeats, Run, same_run
 from graphmoe_model.routing_record import RoutingContext, RoutingRecord
 from graphmoe_model.scaling import ScaledLayer
-from graphmoe_model.weight_management import WeightManager, check_nothing_wrapped, check_whole, weight_manager
+from graphmoe_model.weight_management import (
+    WeightManager,
+    check_nothing_wrapped,
+    check_whole,
+    keeps_folds,
+    weight_manager,
+)
 
 if TYPE_CHECKING:
     from graphmoe_model.router_loss_hooks import RouterLossHooks
@@ -166,13 +172,13 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
             router=router,
         )
 
-    def _manager(self, linear: nn.Module, adapter_name: str) -> WeightManager:
-        """Who manages this layer's weights at present.
+    def _manager(self, linear: nn.Module, trained: Tensor, adapter_name: str) -> WeightManager:
+        """Who manages this layer's weights at present; ``linear`` and ``trained`` are as in `weight_manager`.
 
         Raises:
             RuntimeError: a part of the layer is split over processes by itself.
         """
-        manager = weight_manager(self, linear)
+        manager = weight_manager(self, linear, trained)
         if manager is not WeightManager.ZERO3 and distributed.is_available() and distributed.is_initialized():
             check_whole(self, self._read_by_forward(adapter_name))
         if manager is WeightManager.FSDP and not self._under_fsdp:
@@ -183,7 +189,7 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
     def _kept_fold(self, adapter_name: str, manager: WeightManager) -> FoldCache | None:
         """Where an adapter's fold is kept between forwards; None if it must not be."""
         cache = self._folds[adapter_name]
-        if manager.keeps_folds:
+        if keeps_folds(manager):
             return cache
         if not torch.compiler.is_compiling():
             cache.drop()  # it would keep the memory of weights that were managed only after it was built

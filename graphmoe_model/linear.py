@@ -103,9 +103,9 @@ class RoutedLoRALinear(RoutedLayer):
         if name is None:
             return self.base_layer(x, *args, **kwargs)
         base = self.base_layer
-        manager = self._manager(base, name)
-        self._check_x(x, stored_tensors(base)[0], input_dtype(base), self.in_features, "linear's input size")
         adapter: LinearAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
+        manager = self._manager(base, adapter.B, name)
+        self._check_x(x, stored_tensors(base)[0], input_dtype(base), self.in_features, "linear's input size")
         config = adapter.config
         y = run_linear(base, x, *args, **kwargs)
         spec = config.spec(self.scaling[name], adapter.A.shape[0], training=self.training)

@@ -16,6 +16,7 @@ from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.global_routing import sum_over_processes
 from graphmoe_model.router_loss import RouterLoss, loss_of
 from graphmoe_model.routing_record import ForwardRouting, RoutingContext, in_backward, routed_layers
+from graphmoe_model.weight_management import check_root_gathered
 
 _UNUSED = (
     "GraphMoE: the last training forward got no labels, so its router loss became part of no loss: add "
@@ -87,6 +88,7 @@ class RouterLossHooks:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Open this forward's records, with its padding mask."""
+        check_root_gathered(model)
         self._start(model, args, kwargs)
         if kwargs.get("output_router_logits") and not self._has_routers:
             kwargs = {**kwargs, "output_router_logits": False}  # the base has no routers; `after` fills in aux_loss

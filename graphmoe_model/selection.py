@@ -17,6 +17,7 @@ from graphmoe_model.linear import RoutedLoRALinear
 from graphmoe_model.module_names import joined
 from graphmoe_model.saved_modules import check_saved_modules
 from graphmoe_model.targets import decoder_layers, walk
+from graphmoe_model.weight_management import gathered_weights
 
 
 def check_selected(
@@ -98,11 +99,12 @@ def _check_gru(name: str, module: Any, config: GraphMoEConfig) -> None:
 
 
 def _check_dora(name: str, module: Any) -> None:
-    if is_gated_mlp(module):
-        for part, weight in dense_weights(module).items():
-            check_rows(weight, f"{name}.{part}", name)
-    else:
-        check_rows(dense_weight(module), name, name)
+    with gathered_weights(module):
+        if is_gated_mlp(module):
+            for part, weight in dense_weights(module).items():
+                check_rows(weight, f"{name}.{part}", name)
+        else:
+            check_rows(dense_weight(module), name, name)
 
 
 def experts_by_name(model: nn.Module, config: GraphMoEConfig) -> dict[str, int]:

@@ -33,35 +33,49 @@ class WeightManager(Enum):
 
     LAYER: nobody else, so that every write but the documented ones moves a version counter.
     FSDP: FSDP 1 or 2 around the layer or a module above it. It writes gathered weights without moving version counters.
-    ZERO3: DeepSpeed ZeRO-3. Each submodule's call and each weight that is read is a collective.
+    ZERO: DeepSpeed ZeRO-1 or ZeRO-2, in training. The weights are whole, and are written by steps that are seen, but
+        gradients are added up over ranks in the order in which each rank's backward pass comes to them.
+    ZERO3: DeepSpeed ZeRO-3. Gradients as there, and each submodule's call and each weight that is read is a collective.
     OFFLOAD: hooks of accelerate, which bring the base's weights from the CPU or from disk for each forward.
     """
 
     LAYER = "the layer"
     FSDP = "FSDP"
+    ZERO = "DeepSpeed ZeRO-1 or ZeRO-2"
     ZERO3 = "DeepSpeed ZeRO-3"
     OFFLOAD = "accelerate's offloading"
 
-    @property
-    def keeps_folds(self) -> bool:
-        """Whether a fold of these weights may be kept between forwards."""
-        return self is WeightManager.LAYER
 
-    def fold(self, mode: str) -> str:
-        """Turn a config's ``fold`` into what a forward may do.
-
-        Literal and folded rounds read a ZeRO-3 layer's weights in different orders, so ranks must not choose by how
-        many tokens each has: ``"auto"`` is ``"never"`` there.
-        """
-        return "never" if self is WeightManager.ZERO3 and mode == "auto" else mode
+# Functions, not methods of the enum: Dynamo of torch 2.11 compiles no call of an enum member's method.
 
 
-def weight_manager(layer: nn.Module, linear: nn.Module) -> WeightManager:
+def keeps_folds(manager: WeightManager) -> bool:
+    """Tell whether every write to the weights is seen, so that a fold of them may be kept between forwards."""
+    return manager in (WeightManager.LAYER, WeightManager.ZERO)
+
+
+def allowed_fold(manager: WeightManager, mode: str) -> str:
+    """Turn a config's ``fold`` into what a forward may do.
+
+    Literal and folded rounds read weights, and give gradients, in different orders. DeepSpeed pairs them up over
+    ranks by their order alone, so ranks must not choose by how many tokens each has: ``"auto"`` is ``"never"``
+    under ZeRO-3, where a fold's graph would hold gathered weights until the backward pass, and ``"always"`` in
+    training under ZeRO-1 and ZeRO-2.
+    """
+    if mode != "auto":
+        return mode
+    if manager is WeightManager.ZERO3:
+        return "never"
+    return "always" if manager is WeightManager.ZERO and torch.is_grad_enabled() else "auto"
+
+
+def weight_manager(layer: nn.Module, linear: nn.Module, trained: Tensor) -> WeightManager:
     """Find out who manages the weights of a layer, as it is now.
 
     Args:
         layer: the layer of experts.
         linear: one of its base's linears, or the base itself.
+        trained: one of the active adapter's parameters.
     """
     if is_under_fsdp(layer):
         return WeightManager.FSDP
@@ -69,7 +83,7 @@ def weight_manager(layer: nn.Module, linear: nn.Module) -> WeightManager:
         return WeightManager.ZERO3
     if is_offloaded(layer):
         return WeightManager.OFFLOAD
-    return WeightManager.LAYER
+    return WeightManager.ZERO if hasattr(trained, "_hp_mapping") else WeightManager.LAYER
 
 
 def is_under_fsdp(module: nn.Module) -> bool:
@@ -98,9 +112,9 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
         if not partitioned:
             yield
             return
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(partitioned):
+        with deepspeed.zero.GatheredParameters(partitioned):
             yield
 
 
@@ -153,6 +167,29 @@ def check_nothing_wrapped(layer: nn.Module) -> None:
         raise _split_below(layer)
 
 
+def check_root_gathered(model: nn.Module) -> None:
+    """`RuntimeError` for a model that runs past the FSDP root around it, as ``generate`` of a sharded PEFT model does.
+
+    The root gathers the embedding and the head when it is called itself; a method of a module inside of it does not
+    call it.
+    """
+    if not is_under_fsdp(model) or not hasattr(model, "get_input_embeddings"):
+        return
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if not is_dtensor(getattr(embedding, "weight", None)):
+        return
+    wrapper: Any = sys.modules["torch.distributed.fsdp"].FSDPModule
+    inner = (module for module in model.modules() if isinstance(module, wrapper))
+    if any(embedding is part for module in inner for part in module.modules()):
+        return  # gathered when that one is called
+    raise RuntimeError(
+        f"this {type(model).__name__} runs inside of a model that FSDP sharded, without that model being called: its "
+        "embedding was not gathered. For generate() under FSDP2 call "
+        "torch.distributed.fsdp.register_fsdp_forward_method(model, 'generate') once on the model that was passed to "
+        "fully_shard last (the PeftModel), and generate on all ranks at once"
+    )
+
+
 def _split_below(layer: nn.Module) -> RuntimeError:
     kind, parts = type(layer).__name__, _sharded_below(layer)
     if not parts:
@@ -164,7 +201,8 @@ def _split_below(layer: nn.Module) -> RuntimeError:
     return RuntimeError(
         f"this {kind} is sharded in parts: FSDP was applied to {shown} inside of it. FSDP gathers a module's weights "
         "when that module is called, and this layer reads those of its projections, routers and experts without "
-        "calling them. Apply fully_shard to whole decoder layers, or to this layer as a whole, and to nothing in it"
+        "calling them. Apply fully_shard to whole decoder layers, or to this layer as a whole, and to nothing in it "
+        "(under FSDP 1 Trainer wraps routers of PEFT models by itself: set fsdp_version: 2)"
     )
 
 
