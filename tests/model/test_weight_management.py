@@ -57,7 +57,7 @@ def test_managed_weights_keep_no_fold(expected):
     cache = layer._folds["default"]
     assert keeps_folds(expected) == (cache.fold is not None)
     if not keeps_folds(expected):
-        assert cache._held == [], "no weight is held"
+        assert cache._kept is None, "no weight is held"
 
 
 def test_deepspeed_ranks_choose_alike():
