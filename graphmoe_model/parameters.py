@@ -23,6 +23,7 @@ from graphmoe_model.model_shapes import MODEL_SHAPES, load_config
 from graphmoe_model.on_meta import adapted_on_meta
 from graphmoe_model.profiling.models import saved_adapter_config
 from graphmoe_model.targets import ATTENTION_OUTPUT, QUERY_KEY_VALUE
+from graphmoe_model.weight_management import true_shape
 
 # "experts" and "routers" are the MLPs'; "magnitudes" are DoRA's everywhere; "other" is what is trained beside the
 # method, such as modules_to_save.
@@ -60,7 +61,7 @@ def parameters_by_component(model: nn.Module) -> dict[str, int]:
     found = dict.fromkeys(COMPONENTS, 0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            found[_component(name.split("."), mlps)] += parameter.numel()
+            found[_component(name.split("."), mlps)] += true_shape(parameter).numel()
     return found
 
 

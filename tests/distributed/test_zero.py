@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from graphmoe_kernels.testing import relative_error
+from graphmoe_model.parameters import parameters_by_component
 from tests.distributed.launch import launch
 from tests.model.method_models import adapted, randomise, trained_parameters
 from tests.model.tiny_models import tiny_model, tokens
@@ -59,12 +60,16 @@ def train_alone(model: PeftModel) -> tuple[list[float], dict[str, Tensor]]:
 
 def test_attaching_under_zero_init(base):
     """Trainer's usual order: the base is partitioned before the adapter comes, whose DoRA reads the whole weights."""
-    forms = ["graphmoe-mixlora", "moda"]
+    forms: dict[str, dict[str, Any]] = {
+        "graphmoe-mixlora": {"modules_to_save": ["lm_head"]},
+        "moda": {},
+        "graphmoe-doramoe": {},
+    }
     for rank in launch(zero_worker.attach, forms, base, environment=CPU):
-        for form in forms:
+        for form, options in forms.items():
             whole, found = base_model(), rank[form]
             torch.manual_seed(0)
-            expected = trained_parameters(adapted(form, whole))
+            expected = trained_parameters(adapted(form, whole, **options))
             assert found["base"] == {(0,)}, "the base is partitioned, and is so again"
             assert found["adapter"].keys() == expected.keys()
             for name, tensor in found["adapter"].items():
@@ -92,6 +97,7 @@ def test_training_equals_one_process(stage, form, base, tmp_path):
         expected = alone.generate(input_ids=prompt, max_new_tokens=4 + rank, do_sample=False)
         assert torch.equal(found["generated"], expected)
         assert found["shapes"] == {name: tuple(p.shape) for name, p in parameters.items()}
+        assert found["counts"] == parameters_by_component(alone)
         if stage == 3:
             assert found["left"] == [], "nothing stays gathered, and no fold is kept"
             assert "run by a DeepSpeed ZeRO-3 engine already" in found["second adapter"]

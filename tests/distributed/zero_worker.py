@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from graphmoe_model.layer import RoutedLayer
+from graphmoe_model.parameters import parameters_by_component
 from graphmoe_model.weight_management import true_shape
 from tests.distributed.fsdp2_worker import raised
 from tests.model.method_models import config, trained_parameters
@@ -94,14 +95,14 @@ def still_gathered(model: nn.Module) -> list[str]:
     return whole + kept
 
 
-def attach(forms: list[str], base: str) -> dict[str, dict[str, Any]]:
+def attach(forms: dict[str, dict[str, Any]], base: str) -> dict[str, dict[str, Any]]:
     """Attach fresh adapters to models under zero.Init: their tensors, and the shapes that the base's then have."""
     results = {}
-    for form in forms:
+    for form, options in forms.items():
         with partitioned():
             model = AutoModelForCausalLM.from_pretrained(base)
             torch.manual_seed(0)
-            model = get_peft_model(model, config(form))
+            model = get_peft_model(model, config(form, **options))
         layer = model.get_base_model().model.layers[0]
         shapes = {tuple(p.shape) for p in layer.parameters() if hasattr(p, "ds_id")}
         adapter = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
@@ -133,6 +134,7 @@ def run(stage: int, base: str, adapter: str, saved: str) -> dict[str, Any]:
         "generated": generated,
         "left": left,
         "shapes": shapes,
+        "counts": parameters_by_component(model),
         "second adapter": second,
     }
 

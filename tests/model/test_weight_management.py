@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
+from peft import get_peft_model
 from torch import nn
 
 from graphmoe_model.weight_management import WeightManager, allowed_fold, keeps_folds, true_shape, weight_manager
 from tests.model.fold_changes import assert_fresh, make, run
+from tests.model.tiny_models import VOCABULARY, tiny_config, tiny_model
 
 
 def under_fsdp(layer: nn.Module) -> None:
@@ -79,3 +81,13 @@ def test_shapes_of_partitioned_parameters():
     assert true_shape(parameter) == (0,)
     parameter.ds_shape = torch.Size([7, 3])
     assert true_shape(parameter) == (7, 3)
+
+
+def test_tokens_are_counted_by_the_true_shape():
+    """A partitioned embedding has no rows to count; it is neither taken for no embedding nor for an empty one."""
+    model = tiny_model()
+    weight = model.get_input_embeddings().weight
+    weight.ds_shape = weight.shape
+    weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match=rf"embed_tokens has {VOCABULARY} tokens, so there is no token 999"):
+        get_peft_model(model, tiny_config(trainable_token_indices=[3, 999]))
