@@ -94,8 +94,8 @@ class _SameRun(torch.autograd.Function):
             raise
         if layer.repeats.backward == torch._C._current_graph_task_id():
             _check(ctx.run, layer.run(), None)
-            repeated = saved.data_ptr() != ctx.own.data_ptr()
-            if repeated and ctx.random is not None and ctx.random not in layer.repeats.random:
+            drew_otherwise = ctx.random is not None and ctx.random not in layer.repeats.random
+            if drew_otherwise and saved.data_ptr() != ctx.own.data_ptr():  # the second: a run that was not repeated
                 raise RuntimeError(_OTHER_MASKS)
         return gradients[0], None, None, None
 
