@@ -51,7 +51,7 @@ class WeightManager(Enum):
 
 def keeps_folds(manager: WeightManager) -> bool:
     """Tell whether every write to the weights is seen, so that a fold of them may be kept between forwards."""
-    return manager in (WeightManager.LAYER, WeightManager.ZERO)
+    return manager is WeightManager.LAYER or manager is WeightManager.ZERO
 
 
 def allowed_fold(manager: WeightManager, mode: str) -> str:
