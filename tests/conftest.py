@@ -56,3 +56,22 @@ def _threads():
 def _seed():
     """Every test starts from one seed, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _routing_by_tiles(request, monkeypatch):
+    """In the interpreter a program per token is what takes longest of a small layer; a tile of 16 gives the same.
+
+    The tests of routing itself, and calls of a few tokens, run the programs that a GPU runs.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or request.path.name.startswith("test_routing_triton"):
+        return
+    from graphmoe_kernels.routing import launch
+
+    chosen = launch.kernel_config
+
+    def by_tiles(operator, kernel, tokens, dtype, device):
+        config = chosen(operator, kernel, tokens, dtype, device)
+        return config | {"BLOCK_N": 16, "BLOCK_K": 128} if config["BLOCK_N"] == 1 and tokens > 2 else config
+
+    monkeypatch.setattr(launch, "kernel_config", by_tiles)

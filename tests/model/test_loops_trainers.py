@@ -211,7 +211,8 @@ def test_the_page_names_tests_that_exist():
     """docs/training.md says which test holds what."""
     root = Path(__file__).resolve().parents[2]
     named = set(re.findall(r"`(test_[a-z0-9_]+)`", (root / "docs" / "training.md").read_text()))
-    source = "".join(path.read_text() for path in (root / "tests" / "model").glob("test_*.py"))
+    folders = (root / "tests" / "model", root / "tests" / "distributed")
+    source = "".join(path.read_text() for folder in folders for path in folder.glob("test_*.py"))
     missing = {name for name in named if f"def {name}(" not in source}
     assert len(named) > 20
     assert not missing
