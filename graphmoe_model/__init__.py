@@ -1,13 +1,13 @@
 """The GraphMoE layer, its configuration, and the method as PEFT knows it, which importing this registers."""
 
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
-from graphmoe_model.expert_load import collect_routing
-from graphmoe_model.ffn import FusedGraphMoEFFN
-from graphmoe_model.peft_helpers import create_loraplus_optimizer
+from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.registration import register
-from graphmoe_model.router_loss import router_loss
-from graphmoe_model.router_loss_callback import RouterLossCallback
-from graphmoe_model.tuner import GraphMoEModel
+from graphmoe_model.routing.callback import RouterLossCallback
+from graphmoe_model.routing.expert_load import collect_routing
+from graphmoe_model.routing.loss import router_loss
+from graphmoe_model.tuner.model import GraphMoEModel
+from graphmoe_model.tuner.peft_helpers import create_loraplus_optimizer
 
 register()
 

@@ -19,13 +19,13 @@ from graphmoe_model.checkpoints import (
     whole_transformers_state,
 )
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
-from graphmoe_model.offloaded_loading import (
+from graphmoe_model.storage.offloaded_loading import (
     into_offloaded_model,
     into_offloaded_transformers_model,
     onto_offloaded_base,
 )
-from graphmoe_model.peft_helpers import extend_peft_helpers
-from graphmoe_model.tuner import GraphMoEModel
+from graphmoe_model.tuner.model import GraphMoEModel
+from graphmoe_model.tuner.peft_helpers import extend_peft_helpers
 
 
 def register() -> None:

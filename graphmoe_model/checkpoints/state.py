@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graphmoe_model.checkpoints.names import ROOT, places, saved_modules, tree_tensors
 from graphmoe_model.module_names import plain_name
-from graphmoe_model.weight_management import true_shape
+from graphmoe_model.storage.weight_management import true_shape
 
 _SHOWN = 8  # problems of a checkpoint in a message; one of another model has hundreds
 _INSIDE = re.compile(r"\.(original_module|token_adapter\.base_layer|base_layer)(?=\.)")

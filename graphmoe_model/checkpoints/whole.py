@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graphmoe_model.checkpoints.names import adapter_tensors, by_tree_names, tree_tensors
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.module_names import plain_name, some
-from graphmoe_model.weight_management import true_shape
+from graphmoe_model.storage.weight_management import true_shape
 
 _SAVE = "model.save_pretrained(folder, state_dict=state, is_main_process=rank == 0)"
 _FSDP2 = (

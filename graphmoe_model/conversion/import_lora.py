@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
-from graphmoe_model.config_checks import check_ranks, check_selection
+from graphmoe_model.config.checks import check_ranks, check_selection
 from graphmoe_model.conversion.adapter import ROOT, Adapter, is_other, pattern_of
 from graphmoe_model.conversion.layers import Layers, check_linears, not_adapted, read_layers, wanted, without_gaps
 from graphmoe_model.conversion.layout import LINEARS

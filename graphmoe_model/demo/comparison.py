@@ -14,17 +14,17 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from graphmoe_model import GraphMoEConfig, collect_routing
+from graphmoe_model.config.methods import METHODS
 from graphmoe_model.demo.base import TrainingQuestions
 from graphmoe_model.demo.task import Question
 from graphmoe_model.demo.train import TrainingRun, accuracy, answer_logits, train
-from graphmoe_model.methods import METHODS
-from graphmoe_model.parameters import parameters_by_component
+from graphmoe_model.sizes.parameters import parameters_by_component
 
 ROUNDS = 3  # of GraphMoE; its base methods have one
 SCORINGS = 3  # timed, each of every fourth held-out question: one batch with some of every skill
 
-# Experts and ranks are half the paper's (`graphmoe_model.methods.PRESETS`), as the demo's own adapter. LoRA's rank is
-# the one that comes closest to MixLoRA's parameters here; half the paper's 80 would have three quarters more.
+# Experts and ranks are half the paper's (`graphmoe_model.config.methods.PRESETS`), as the demo's own adapter. LoRA's
+# rank is the one that comes closest to MixLoRA's parameters here; half the paper's 80 would have three quarters more.
 SIZES: dict[str, dict[str, Any]] = {
     "lora": {"r": 23},
     "mixlora": {"r": 8, "num_experts": 4, "top_k": 2},

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.ffn import FusedGraphMoEFFN
+from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 
 AGREEMENT = 1e-4  # of the two forms in fp32, relative to the norm of the output
 

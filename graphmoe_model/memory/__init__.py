@@ -14,11 +14,11 @@ from peft import PeftModel
 
 from graphmoe_kernels.cost import Sizes, fold_bytes
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.ffn import FusedGraphMoEFFN
+from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.memory.activations import Activations, step_activations
 from graphmoe_model.memory.counts import Counts, counts
 from graphmoe_model.memory.strategies import STRATEGIES, Sharding, Strategy
-from graphmoe_model.on_meta import adapted_on_meta
+from graphmoe_model.sizes.on_meta import adapted_on_meta
 
 COMPONENTS = (
     *("base weights", "adapter weights", "gradients", "optimizer state", "buffers"),

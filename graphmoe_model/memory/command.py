@@ -15,7 +15,7 @@ from rich.text import Text
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.memory import COMPONENTS, Memory, memory_per_gpu
 from graphmoe_model.memory.strategies import STRATEGIES
-from graphmoe_model.model_shapes import load_config
+from graphmoe_model.sizes.model_shapes import load_config
 
 
 def run(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from graphmoe_model.ffn import FusedGraphMoEFFN
+from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 
 
 class Counts(NamedTuple):

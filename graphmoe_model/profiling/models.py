@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from graphmoe_kernels.validation import shown
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.conversion.files import read_config
-from graphmoe_model.model_shapes import check_is_model, first_line, model_config, model_shape
 from graphmoe_model.profiling.memory import check_fits, memory_error
+from graphmoe_model.sizes.model_shapes import check_is_model, first_line, model_config, model_shape
 
 
 def profiled_config(name: str, layers: int | None = None) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from graphmoe_kernels.ranges import named_range
-from graphmoe_model.base_mlp import is_gated_mlp
-from graphmoe_model.ffn import FusedGraphMoEFFN
-from graphmoe_model.targets import QUERY_KEY_VALUE, decoder_layers
+from graphmoe_model.layers.base_mlp import is_gated_mlp
+from graphmoe_model.layers.ffn import FusedGraphMoEFFN
+from graphmoe_model.tuner.targets import QUERY_KEY_VALUE, decoder_layers
 
 
 def categories(model: nn.Module) -> dict[nn.Module, str]:

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from graphmoe_kernels.testing import relative_error
-from graphmoe_model.experts import Router
-from graphmoe_model.ffn import FusedGraphMoEFFN
-from graphmoe_model.linear import RoutedLoRALinear
+from graphmoe_model.layers.experts import Router
+from graphmoe_model.layers.ffn import FusedGraphMoEFFN
+from graphmoe_model.layers.linear import RoutedLoRALinear
 from tests.model.method_models import adapted, config, decoder_layers, randomise, trained_parameters
 from tests.model.method_oracles import HIDDEN, form_config, small_mlp
 from tests.model.tiny_models import tiny_model, tokens

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from graphmoe_model.router_loss import balance_loss
-from graphmoe_model.routing_record import RoutingStatistics
+from graphmoe_model.routing.loss import balance_loss
+from graphmoe_model.routing.record import RoutingStatistics
 from tests.distributed import balance_worker
 from tests.distributed.launch import launch
 

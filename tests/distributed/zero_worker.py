@@ -14,9 +14,9 @@ from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from graphmoe_model.layer import RoutedLayer
-from graphmoe_model.parameters import parameters_by_component
-from graphmoe_model.weight_management import true_shape
+from graphmoe_model.layers.routed_layer import RoutedLayer
+from graphmoe_model.sizes.parameters import parameters_by_component
+from graphmoe_model.storage.weight_management import true_shape
 from tests.distributed.fsdp2_worker import raised
 from tests.model.method_models import config, trained_parameters
 from tests.model.tiny_models import tokens

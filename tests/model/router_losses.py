@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from graphmoe_model import FusedGraphMoEFFN
-from graphmoe_model.routing_record import RoutingRecord
+from graphmoe_model.routing.record import RoutingRecord
 from tests.model.tiny_models import tokens
 
 IDS = tokens(4, 12)

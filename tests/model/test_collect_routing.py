@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphmoe_model import collect_routing
-from graphmoe_model.expert_load import ExpertLoad
+from graphmoe_model.routing.expert_load import ExpertLoad
 from tests.model.test_router_loss import IDS, LEFT_PADDED, ffn_layers
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 

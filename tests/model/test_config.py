@@ -7,8 +7,8 @@ import pytest
 from peft import LoraConfig, PeftConfig, get_peft_model
 
 from graphmoe_model import GraphMoEConfig, GraphMoEPeftType
-from graphmoe_model.config import SUPPORTED_LORA_FIELDS
-from graphmoe_model.refused_options import REFUSED_OPTIONS
+from graphmoe_model.config.graphmoe_config import SUPPORTED_LORA_FIELDS
+from graphmoe_model.config.refused_options import REFUSED_OPTIONS
 from tests.model.tiny_models import tiny_config, tiny_model
 
 
@@ -30,7 +30,7 @@ def test_an_unsupported_option_is_refused_by_name(name):
 def test_an_option_that_peft_has_newly_is_refused(monkeypatch):
     """A newer PEFT may bring a field that nobody here has looked at: it must not be ignored."""
     known = {name: refusal for name, refusal in REFUSED_OPTIONS.items() if name != "use_bdlora"}
-    monkeypatch.setattr("graphmoe_model.refused_options.REFUSED_OPTIONS", known)
+    monkeypatch.setattr("graphmoe_model.config.refused_options.REFUSED_OPTIONS", known)
     with pytest.raises(ValueError, match="use_bdlora='set': this version of GraphMoE does not know it"):
         GraphMoEConfig(use_bdlora="set")
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from graphmoe_model import FusedGraphMoEFFN
-from graphmoe_model.dequantise import check_dense, dense_weight, run_linear
-from graphmoe_model.linear import RoutedLoRALinear
+from graphmoe_model.layers.linear import RoutedLoRALinear
+from graphmoe_model.storage.dequantise import check_dense, dense_weight, run_linear
 from tests.model.method_oracles import form_config
 from tests.model.small_mlps import D, F, config, llama_mlp
 

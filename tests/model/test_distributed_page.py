@@ -11,7 +11,7 @@ from graphmoe_model import GraphMoEConfig
 from graphmoe_model.memory import memory_per_gpu
 from graphmoe_model.memory.command import gigabytes
 from graphmoe_model.memory.strategies import STRATEGIES
-from graphmoe_model.model_shapes import model_config
+from graphmoe_model.sizes.model_shapes import model_config
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/distributed.md").read_text()

@@ -21,7 +21,7 @@ from graphmoe_kernels import rethinking
 from graphmoe_kernels.rethinking.cache import refresh_fold
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
-from graphmoe_model.linear import RoutedLoRALinear
+from graphmoe_model.layers.linear import RoutedLoRALinear
 from tests.model.fold_changes import COPIES
 from tests.model.method_models import adapted
 from tests.model.method_oracles import FORMS, HIDDEN, small_ffn

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN
-from graphmoe_model.mlp_checks import check_mlp
+from graphmoe_model.layers.mlp_checks import check_mlp
 from tests.model.gated_mlps import HIDDEN, REFUSED, SUPPORTED, build, classes
 from tests.model.small_mlps import config, llama_mlp
 

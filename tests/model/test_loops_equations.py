@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphmoe_model import GraphMoEConfig
-from graphmoe_model.layer import RoutedLayer
+from graphmoe_model.layers.routed_layer import RoutedLayer
 from tests.model import method_oracles
 from tests.model.loops import (
     FORMS,

@@ -20,8 +20,8 @@ from graphmoe_model.memory.activations import step_activations
 from graphmoe_model.memory.counts import counts
 from graphmoe_model.memory.live_bytes import LiveBytes
 from graphmoe_model.memory.strategies import STRATEGIES
-from graphmoe_model.model_shapes import model_config
-from graphmoe_model.on_meta import adapted_on_meta
+from graphmoe_model.sizes.model_shapes import model_config
+from graphmoe_model.sizes.on_meta import adapted_on_meta
 from tests.model.checkpointing import checkpoint_activations
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
-from graphmoe_model.linear import RoutedLoRALinear
+from graphmoe_model.layers.linear import RoutedLoRALinear
 
 pytestmark = pytest.mark.methods
 

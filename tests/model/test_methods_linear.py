@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from graphmoe_kernels.testing import relative_error
-from graphmoe_model.linear import RoutedLoRALinear
+from graphmoe_model.layers.linear import RoutedLoRALinear
 from tests.model.method_checks import (
     FORWARD,
     TOKENS,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN
-from graphmoe_model.offloading import is_offloaded, onloaded
+from graphmoe_model.storage.offloading import is_offloaded, onloaded
 from tests.model.checkpointing import checkpoint_activations
 from tests.model.method_models import adapted, config, randomise, trained_parameters
 from tests.model.method_oracles import FORMS

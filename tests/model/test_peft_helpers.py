@@ -24,8 +24,9 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from peft.utils.save_and_load import set_peft_model_state_dict
 from torch import nn
 
-from graphmoe_model import create_loraplus_optimizer, peft_helpers
-from graphmoe_model.layer import RoutedLayer
+from graphmoe_model import create_loraplus_optimizer
+from graphmoe_model.layers.routed_layer import RoutedLayer
+from graphmoe_model.tuner import peft_helpers
 from tests.model.attaching import snapshot
 from tests.model.method_models import adapted, as_lora, config, trained_parameters
 from tests.model.method_oracles import FORMS

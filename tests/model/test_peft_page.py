@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from graphmoe_model.refused_options import REFUSED_OPTIONS
+from graphmoe_model.config.refused_options import REFUSED_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/peft.md").read_text()

@@ -11,7 +11,7 @@ from torch import nn
 
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN
-from graphmoe_model.layer import RoutedLayer
+from graphmoe_model.layers.routed_layer import RoutedLayer
 from tests.model.checkpointing import checkpoint_activations
 from tests.model.method_models import LINEARS, PROJECTIONS, adapted, as_lora, config, randomise, trained_parameters
 from tests.model.method_oracles import FORMS

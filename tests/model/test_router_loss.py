@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from graphmoe_model import FusedGraphMoEFFN, collect_routing, router_loss
-from graphmoe_model.router_loss import balance_loss
+from graphmoe_model.routing.loss import balance_loss
 from tests.model.attaching import adapted, attach, refuse
 from tests.model.checkpointing import checkpoint_activations
 from tests.model.router_losses import IDS, LEFT_PADDED, ffn_layers, language_loss, records

@@ -14,7 +14,7 @@ import torch
 
 from graphmoe_kernels import FoldCache, build_fold
 from graphmoe_kernels.testing import relative_error
-from graphmoe_model import ffn
+from graphmoe_model.layers import ffn
 from tests.model.fold_changes import (
     CHANGES,
     COPIES,

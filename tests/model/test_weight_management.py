@@ -8,7 +8,13 @@ from accelerate.hooks import AlignDevicesHook
 from peft import get_peft_model
 from torch import nn
 
-from graphmoe_model.weight_management import WeightManager, allowed_fold, keeps_folds, true_shape, weight_manager
+from graphmoe_model.storage.weight_management import (
+    WeightManager,
+    allowed_fold,
+    keeps_folds,
+    true_shape,
+    weight_manager,
+)
 from tests.model.fold_changes import assert_fresh, make, run
 from tests.model.tiny_models import VOCABULARY, tiny_config, tiny_model
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN
-from graphmoe_model.dequantise import dense_weight
-from graphmoe_model.linear import RoutedLoRALinear
+from graphmoe_model.layers.linear import RoutedLoRALinear
+from graphmoe_model.storage.dequantise import dense_weight
 from tests.model.method_oracles import adapter_state, form_config, move_from_start
 from tests.quant.bases import (
     EXACT,
@@ -203,7 +203,7 @@ def test_no_dense_weight_outlives_the_forward(kind, form, monkeypatch):
         made.append(weakref.ref(weight.untyped_storage()))
         return weight
 
-    monkeypatch.setattr("graphmoe_model.base_mlp.dense_weight", recorded)
+    monkeypatch.setattr("graphmoe_model.layers.base_mlp.dense_weight", recorded)
     layer = layer_over(quantised_mlp(kind), form, fold="always")
     made.clear()
     y = layer(hidden_states())

@@ -12,7 +12,7 @@ from torch import Tensor
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import GraphMoEConfig
 from graphmoe_model.conversion import read_adapter, to_moe_peft
-from graphmoe_model.layer import RoutedLayer
+from graphmoe_model.layers.routed_layer import RoutedLayer
 from tests.model.method_models import trained_parameters
 from tests.model.tiny_models import logits, tiny_config, tokens, train_step
 from tests.quant.bases import MODELS, load_model, save_model

@@ -11,8 +11,8 @@ from torch import nn
 
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN
-from graphmoe_model.dequantise import check_dense, dense_weight, run_linear
-from graphmoe_model.linear import RoutedLoRALinear
+from graphmoe_model.layers.linear import RoutedLoRALinear
+from graphmoe_model.storage.dequantise import check_dense, dense_weight, run_linear
 from tests.model.method_oracles import form_config
 from tests.quant.bases import DYNAMIC, LINEARS, bnb, by_torchao, dense_twin, hidden_states, plain_linear, plain_mlp
 from tests.quant.bases import quantised_mlp as mlp_of

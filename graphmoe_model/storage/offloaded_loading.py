@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from graphmoe_model.config import GraphMoEPeftType
-from graphmoe_model.offloading import execution_device, is_offloaded, offloaded_parameters
+from graphmoe_model.storage.offloading import execution_device, is_offloaded, offloaded_parameters
 
 _HUB = ("subfolder", "revision", "cache_dir", "token", "use_auth_token", "repo_type")
 _PREFIX = "base_model.model."

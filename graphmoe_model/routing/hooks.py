@@ -13,10 +13,10 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.global_routing import sum_over_processes
-from graphmoe_model.router_loss import RouterLoss, loss_of
-from graphmoe_model.routing_record import ForwardRouting, RoutingContext, in_backward, routed_layers
-from graphmoe_model.weight_management import check_root_gathered
+from graphmoe_model.routing.global_routing import sum_over_processes
+from graphmoe_model.routing.loss import RouterLoss, loss_of
+from graphmoe_model.routing.record import ForwardRouting, RoutingContext, in_backward, routed_layers
+from graphmoe_model.storage.weight_management import check_root_gathered
 
 _UNUSED = (
     "GraphMoE: the last training forward got no labels, so its router loss became part of no loss: add "

@@ -21,9 +21,9 @@ from graphmoe_kernels import topk_softmax_routing
 from graphmoe_model.module_names import plain_name
 
 if TYPE_CHECKING:
-    from graphmoe_model.expert_load import ExpertLoad
-    from graphmoe_model.global_routing import GlobalRouting
-    from graphmoe_model.layer import RoutedLayer
+    from graphmoe_model.layers.routed_layer import RoutedLayer
+    from graphmoe_model.routing.expert_load import ExpertLoad
+    from graphmoe_model.routing.global_routing import GlobalRouting
 
 
 class RoutingStatistics(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphmoe_model.routing_record import RoutingRecord, contexts_of, routed_layers
+from graphmoe_model.routing.record import RoutingRecord, contexts_of, routed_layers
 
 
 class ExpertLoad:

@@ -10,12 +10,12 @@ from torch import Tensor, distributed, nn
 
 from graphmoe_kernels import FoldCache
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.dequantise import keep_unpacked
-from graphmoe_model.global_routing import sum_over_processes
-from graphmoe_model.recomputation import Repeats, Run, same_run
-from graphmoe_model.routing_record import RoutingContext, RoutingRecord
-from graphmoe_model.scaling import ScaledLayer
-from graphmoe_model.weight_management import (
+from graphmoe_model.layers.recomputation import Repeats, Run, same_run
+from graphmoe_model.layers.scaling import ScaledLayer
+from graphmoe_model.routing.global_routing import sum_over_processes
+from graphmoe_model.routing.record import RoutingContext, RoutingRecord
+from graphmoe_model.storage.dequantise import keep_unpacked
+from graphmoe_model.storage.weight_management import (
     WeightManager,
     check_nothing_wrapped,
     check_whole,
@@ -24,7 +24,7 @@ from graphmoe_model.weight_management import (
 )
 
 if TYPE_CHECKING:
-    from graphmoe_model.router_loss_hooks import RouterLossHooks
+    from graphmoe_model.routing.hooks import RouterLossHooks
 
 NOT_MERGEABLE = (
     "GraphMoE adapters cannot be merged into the base model: which experts run depends on the input, and later "

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from graphmoe_model.routing_record import in_backward
+from graphmoe_model.routing.record import in_backward
 
 if TYPE_CHECKING:
-    from graphmoe_model.layer import RoutedLayer
+    from graphmoe_model.layers.routed_layer import RoutedLayer
 
 _OTHER_MASKS = (
     "this layer has dropout, and activation checkpointing ran it again in the backward pass with other random numbers "

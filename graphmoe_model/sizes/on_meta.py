@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.model_shapes import first_line
-from graphmoe_model.targets import check_targets
+from graphmoe_model.sizes.model_shapes import first_line
+from graphmoe_model.tuner.targets import check_targets
 
 
 class AdaptedOnMeta(NamedTuple):

@@ -17,13 +17,13 @@ from rich.text import Text
 from torch import nn
 
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.ffn import FusedGraphMoEFFN
-from graphmoe_model.methods import PRESETS
-from graphmoe_model.model_shapes import MODEL_SHAPES, load_config
-from graphmoe_model.on_meta import adapted_on_meta
+from graphmoe_model.config.methods import PRESETS
+from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.profiling.models import saved_adapter_config
-from graphmoe_model.targets import ATTENTION_OUTPUT, QUERY_KEY_VALUE
-from graphmoe_model.weight_management import true_shape
+from graphmoe_model.sizes.model_shapes import MODEL_SHAPES, load_config
+from graphmoe_model.sizes.on_meta import adapted_on_meta
+from graphmoe_model.storage.weight_management import true_shape
+from graphmoe_model.tuner.targets import ATTENTION_OUTPUT, QUERY_KEY_VALUE
 
 # "experts" and "routers" are the MLPs'; "magnitudes" are DoRA's everywhere; "other" is what is trained beside the
 # method, such as modules_to_save.

@@ -13,12 +13,19 @@ from graphmoe_kernels import FoldCache, FoldSettings
 from graphmoe_kernels.mixed_linear import LinearExperts, PreparedLinear, mix_linear, prepare_linear
 from graphmoe_kernels.rethinking.round_routing import RoundSettings
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.dequantise import check_dense, dense_weight, input_dtype, is_linear, run_linear, stored_tensors
-from graphmoe_model.experts import LoRAPairs, check_rows
-from graphmoe_model.layer import RoutedLayer, experts_of_layer
-from graphmoe_model.offloading import with_onloaded_weights
-from graphmoe_model.scaling import scaled_magnitude
-from graphmoe_model.weight_management import WeightManager, check_unsharded, gathered_weights
+from graphmoe_model.layers.experts import LoRAPairs, check_rows
+from graphmoe_model.layers.routed_layer import RoutedLayer, experts_of_layer
+from graphmoe_model.layers.scaling import scaled_magnitude
+from graphmoe_model.storage.dequantise import (
+    check_dense,
+    dense_weight,
+    input_dtype,
+    is_linear,
+    run_linear,
+    stored_tensors,
+)
+from graphmoe_model.storage.offloading import with_onloaded_weights
+from graphmoe_model.storage.weight_management import WeightManager, check_unsharded, gathered_weights
 
 
 class LinearAdapter(LoRAPairs):

@@ -9,7 +9,7 @@ from transformers.activations import ACT2CLS
 
 from graphmoe_kernels import ACTIVATIONS, DenseMLP
 from graphmoe_kernels.activations import ALIASES
-from graphmoe_model.dequantise import dense_weight, is_quantised, run_linear, stored_tensors
+from graphmoe_model.storage.dequantise import dense_weight, is_quantised, run_linear, stored_tensors
 
 
 class MLPLayout(NamedTuple):
@@ -150,7 +150,7 @@ class FusedMLP(NamedTuple):
 
 
 def wrap_mlp(mlp: nn.Module) -> SeparateMLP | FusedMLP:
-    """The MLP as a `BaseMLP`; `graphmoe_model.mlp_checks.check_mlp` says beforehand whether it is one."""
+    """The MLP as a `BaseMLP`; `graphmoe_model.layers.mlp_checks.check_mlp` says beforehand whether it is one."""
     layout = find_layout(mlp)
     assert layout is not None
     return FusedMLP(mlp, layout) if layout.fused else SeparateMLP(mlp, layout)

@@ -10,9 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from graphmoe_kernels import ACTIVATIONS
-from graphmoe_model.base_mlp import LAYOUTS, MLPLayout, activation_name, down_projection, find_layout, wrap_mlp
-from graphmoe_model.dequantise import check_dense, dense_linear, dense_weight, input_dtype, is_linear, is_quantised
-from graphmoe_model.weight_management import check_unsharded, gathered_weights
+from graphmoe_model.layers.base_mlp import LAYOUTS, MLPLayout, activation_name, down_projection, find_layout, wrap_mlp
+from graphmoe_model.storage.dequantise import (
+    check_dense,
+    dense_linear,
+    dense_weight,
+    input_dtype,
+    is_linear,
+    is_quantised,
+)
+from graphmoe_model.storage.weight_management import check_unsharded, gathered_weights
 
 PROBED_RATE = 0.5  # of every dropout in its turn, while the MLP's behaviour is compared
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphmoe_model.linear_kinds import FLOATS, PLAIN, SUPPORTED, find_kind, is_4bit, known_kind, not_readable
+from graphmoe_model.storage.linear_kinds import FLOATS, PLAIN, SUPPORTED, find_kind, is_4bit, known_kind, not_readable
 
 # --- what is asked of a linear ---------------------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.module_names import joined, last_names
-from graphmoe_model.offloading import check_not_offloaded
-from graphmoe_model.weight_management import true_shape
+from graphmoe_model.storage.offloading import check_not_offloaded
+from graphmoe_model.storage.weight_management import true_shape
 
 # What PEFT adds by itself for tasks with a head, whether the model has it or not.
 _HEADS = {"classifier", "score", "qa_outputs"}

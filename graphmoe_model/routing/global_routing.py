@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from graphmoe_model.routing_record import ForwardRouting, RoutingRecord, RoutingStatistics
+from graphmoe_model.routing.record import ForwardRouting, RoutingRecord, RoutingStatistics
 
 _JOIN = (
     "router_aux_loss_scope='global' does not work inside of DistributedDataParallel.join() (accelerate's "

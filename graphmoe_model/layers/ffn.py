@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from graphmoe_kernels import FoldCache, LayerWeights, LinearRouters, rethink
 from graphmoe_kernels.rethinking.cache import fold_sources
-from graphmoe_model.base_mlp import dense_weights, down_projection, wrap_mlp
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.dequantise import input_dtype, stored_tensors
-from graphmoe_model.experts import MLPExperts, Router, check_rows
-from graphmoe_model.gru import RethinkingGRU
-from graphmoe_model.layer import RoutedLayer, experts_of_layer
-from graphmoe_model.mlp_checks import check_mlp, dropout_rate
-from graphmoe_model.offloading import with_onloaded_weights
-from graphmoe_model.recomputation import Run
-from graphmoe_model.scaling import scaled_experts, scaled_gru
-from graphmoe_model.weight_management import allowed_fold, gathered_weights
+from graphmoe_model.layers.base_mlp import dense_weights, down_projection, wrap_mlp
+from graphmoe_model.layers.experts import MLPExperts, Router, check_rows
+from graphmoe_model.layers.gru import RethinkingGRU
+from graphmoe_model.layers.mlp_checks import check_mlp, dropout_rate
+from graphmoe_model.layers.recomputation import Run
+from graphmoe_model.layers.routed_layer import RoutedLayer, experts_of_layer
+from graphmoe_model.layers.scaling import scaled_experts, scaled_gru
+from graphmoe_model.storage.dequantise import input_dtype, stored_tensors
+from graphmoe_model.storage.offloading import with_onloaded_weights
+from graphmoe_model.storage.weight_management import allowed_fold, gathered_weights
 
 # The routers' names relative to the layer, in the order of `RethinkingOutput.router_logits`.
 ROUTER_NAMES = {"layer": ("",), "linear": ("gate_proj", "up_proj", "down_proj"), None: ()}
@@ -80,13 +80,13 @@ class FusedGraphMoEFFN(RoutedLayer):
 
     Args:
         mlp: any MLP with gate_proj/up_proj/down_proj or gate_up_proj/down_proj, and act_fn or activation_fn, or with
-            the parts under another of the names in `graphmoe_model.base_mlp.LAYOUTS`.
+            the parts under another of the names in `graphmoe_model.layers.base_mlp.LAYOUTS`.
         config: a `GraphMoEConfig`.
         adapter_name: the name of the adapter made from ``config``.
         kwargs: further arguments of `update_layer`.
 
     Raises:
-        TypeError: the MLP is of a kind that cannot be adapted (see `graphmoe_model.mlp_checks.check_mlp`), or
+        TypeError: the MLP is of a kind that cannot be adapted (see `graphmoe_model.layers.mlp_checks.check_mlp`), or
             wrapped already, or ``config`` is no `GraphMoEConfig`.
         ValueError: its activation is unknown, the GRU's width would be 0, DoRA on a weight with a zero row, or
             ``config.num_experts`` differs by layer and no ``num_experts`` is given.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphmoe_model.offloading import is_offloaded, onloaded
+from graphmoe_model.storage.offloading import is_offloaded, onloaded
 
 ATTACH_FIRST = (
     "attach adapters first (get_peft_model, PeftModel.from_pretrained), then shard: Trainer, accelerator.prepare and "

@@ -18,8 +18,8 @@ from torch.func import functional_call
 
 from graphmoe_kernels import ExpertWeights, GRUWeights
 from graphmoe_kernels.dora import row_norms
-from graphmoe_model.dequantise import dense_linear, is_quantised
-from graphmoe_model.offloading import with_onloaded_weights
+from graphmoe_model.storage.dequantise import dense_linear, is_quantised
+from graphmoe_model.storage.offloading import with_onloaded_weights
 
 
 class ScaledLayer:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from graphmoe_model.config import GraphMoEPeftType
-from graphmoe_model.layer import RoutedLayer
+from graphmoe_model.layers.routed_layer import RoutedLayer
 
 _LORA_FA = (
     "LoRA-FA is not supported with GraphMoE: its optimizer takes parameters in pairs of LoRA's A and B, and experts "

@@ -9,15 +9,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from graphmoe_model.base_mlp import dense_weight, dense_weights, down_projection, is_gated_mlp
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.experts import check_rows
-from graphmoe_model.ffn import FusedGraphMoEFFN
-from graphmoe_model.linear import RoutedLoRALinear
+from graphmoe_model.layers.base_mlp import dense_weight, dense_weights, down_projection, is_gated_mlp
+from graphmoe_model.layers.experts import check_rows
+from graphmoe_model.layers.ffn import FusedGraphMoEFFN
+from graphmoe_model.layers.linear import RoutedLoRALinear
 from graphmoe_model.module_names import joined
-from graphmoe_model.saved_modules import check_saved_modules
-from graphmoe_model.targets import decoder_layers, walk
-from graphmoe_model.weight_management import gathered_weights
+from graphmoe_model.storage.weight_management import gathered_weights
+from graphmoe_model.tuner.saved_modules import check_saved_modules
+from graphmoe_model.tuner.targets import decoder_layers, walk
 
 
 def check_selected(

@@ -14,9 +14,9 @@ from peft.utils.other import get_pattern_key
 
 from graphmoe_kernels.rethinking import RethinkingSpec
 from graphmoe_kernels.validation import shown
-from graphmoe_model.config_checks import MAX_EXPERTS, check_names, check_numbers, check_selection
-from graphmoe_model.methods import METHODS, PRESETS, Method
-from graphmoe_model.refused_options import refused_options
+from graphmoe_model.config.checks import MAX_EXPERTS, check_names, check_numbers, check_selection
+from graphmoe_model.config.methods import METHODS, PRESETS, Method
+from graphmoe_model.config.refused_options import refused_options
 
 # The fields of LoraConfig that this method implements; any other one must keep its default.
 SUPPORTED_LORA_FIELDS = frozenset(
@@ -54,8 +54,8 @@ def _option(default: object, text: str):  # type: ignore[no-untyped-def]
 class GraphMoEConfig(LoraConfig):
     """Mixture of LoRA experts on the MLPs, with self-rethinking, and what the method puts on the attention projections.
 
-    ``method`` and ``use_dora`` name one of the eight base methods (`graphmoe_model.methods.METHODS`); what is left at
-    None has that method's default. ``rounds`` above 1 is GraphMoE on it.
+    ``method`` and ``use_dora`` name one of the eight base methods (`graphmoe_model.config.methods.METHODS`); what is
+    left at None has that method's default. ``rounds`` above 1 is GraphMoE on it.
 
     The fields of ``LoraConfig`` that are not listed here and that this method implements: ``use_rslora``, ``use_dora``,
     ``init_lora_weights`` (True or False), ``target_modules``, ``exclude_modules``, ``layers_to_transform``,

@@ -11,21 +11,21 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from graphmoe_model.adapter_names import check_adapter_name, check_first_name
-from graphmoe_model.base_mlp import is_gated_mlp
 from graphmoe_model.checkpoints import check_source, fitting_state, loaded_in_place, own_tensors, saved_key
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
-from graphmoe_model.dequantise import check_gradients, keep_unpacked, same_parameter
-from graphmoe_model.ffn import FusedGraphMoEFFN
-from graphmoe_model.layer import NOT_MERGEABLE, RoutedLayer
-from graphmoe_model.linear import RoutedLoRALinear
-from graphmoe_model.offloading import onloaded
-from graphmoe_model.router_loss_hooks import attach_router_loss, check_router_loss, detach_router_loss, find_hooks
-from graphmoe_model.scaling import scale_dora
-from graphmoe_model.selection import check_selected, experts_by_name
-from graphmoe_model.targets import check_targets, default_targets
-from graphmoe_model.trainer_view import routed_config
-from graphmoe_model.undo import undone_on_error
+from graphmoe_model.layers.base_mlp import is_gated_mlp
+from graphmoe_model.layers.ffn import FusedGraphMoEFFN
+from graphmoe_model.layers.linear import RoutedLoRALinear
+from graphmoe_model.layers.routed_layer import NOT_MERGEABLE, RoutedLayer
+from graphmoe_model.layers.scaling import scale_dora
+from graphmoe_model.routing.hooks import attach_router_loss, check_router_loss, detach_router_loss, find_hooks
+from graphmoe_model.routing.trainer_view import routed_config
+from graphmoe_model.storage.dequantise import check_gradients, keep_unpacked, same_parameter
+from graphmoe_model.storage.offloading import onloaded
+from graphmoe_model.tuner.adapter_names import check_adapter_name, check_first_name
+from graphmoe_model.tuner.selection import check_selected, experts_by_name
+from graphmoe_model.tuner.targets import check_targets, default_targets
+from graphmoe_model.tuner.undo import undone_on_error
 
 _GENERATING_TASKS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 

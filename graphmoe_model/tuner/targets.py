@@ -15,14 +15,14 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from graphmoe_model.base_mlp import is_gated_mlp
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.ffn import FusedGraphMoEFFN
-from graphmoe_model.layer import RoutedLayer
-from graphmoe_model.linear import check_linear
-from graphmoe_model.mlp_checks import check_mlp
+from graphmoe_model.layers.base_mlp import is_gated_mlp
+from graphmoe_model.layers.ffn import FusedGraphMoEFFN
+from graphmoe_model.layers.linear import check_linear
+from graphmoe_model.layers.mlp_checks import check_mlp
+from graphmoe_model.layers.routed_layer import RoutedLayer
 from graphmoe_model.module_names import as_written, joined, last_names
-from graphmoe_model.weight_management import check_unsharded
+from graphmoe_model.storage.weight_management import check_unsharded
 
 # A module with children of the first kind is an attention; it is adapted in all children of both kinds.
 QUERY_KEY_VALUE = frozenset(

@@ -1,0 +1,1 @@
+"""How many parameters an adapter has on a model, without the model's weights."""
