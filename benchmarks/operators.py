@@ -87,7 +87,7 @@ def run_route(operands: Operands, backend: str) -> Outputs:
     """`route_tokens` for two experts a token (one where there is one)."""
     experts = operands["router"].shape[0]
     found = route_tokens(**operands, top_k=min(2, experts), backend=backend)  # type: ignore[arg-type]
-    return {"weights": found.weights, "logits": found.logits, "experts": found.experts}
+    return {"weights": found.routing_weights, "logits": found.logits, "experts": found.expert_ids}
 
 
 def order_operands(sizes: Sizes, later: bool, dtype: torch.dtype, device: torch.device) -> Operands:

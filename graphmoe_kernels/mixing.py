@@ -17,8 +17,8 @@ from graphmoe_kernels.routing import Routing
 
 def mixing_weights(routing: Routing) -> Tensor:
     """[N, n]: the routing weights where a token's chosen experts stand, zero elsewhere."""
-    dense = torch.zeros_like(routing.logits, dtype=routing.weights.dtype)
-    return dense.scatter(1, routing.experts.long(), routing.weights)
+    dense = torch.zeros_like(routing.logits, dtype=routing.routing_weights.dtype)
+    return dense.scatter(1, routing.expert_ids.long(), routing.routing_weights)
 
 
 def side_by_side(B: Tensor) -> Tensor:

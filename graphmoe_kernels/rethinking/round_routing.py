@@ -28,13 +28,13 @@ class RoundRouting(NamedTuple):
     """How the tokens of a round are spread over the experts.
 
     Attributes:
-        weights, experts: [N, S], the slots that `expert_swiglu` takes.
+        routing_weights, expert_ids: [N, S], the slots that `expert_swiglu` takes.
         mixing: [N, 2, n], the weights with which gate and up mix their experts; None for chosen experts.
         routings: of the routers that read x, in their order.
     """
 
-    weights: Tensor
-    experts: Tensor
+    routing_weights: Tensor
+    expert_ids: Tensor
     mixing: Tensor | None
     routings: tuple[Routing, ...]
 
@@ -61,7 +61,7 @@ def route(
         before: the first round's routing, in a folded round: its logits are added.
     """
     if router is None or mixed:
-        slots = one_slot(x) if before is None else (before.weights, before.experts)
+        slots = one_slot(x) if before is None else (before.routing_weights, before.expert_ids)
         if router is None:
             return RoundRouting(*slots, None, ())
     with named_range("routing"):
@@ -69,7 +69,7 @@ def route(
         offsets = [None] * len(routers) if before is None else [routing.logits for routing in before.routings]
         routings = tuple(route_one(x, own, settings, offset) for own, offset in zip(routers, offsets, strict=True))
         if not mixed:
-            return RoundRouting(routings[0].weights, routings[0].experts, None, routings)
+            return RoundRouting(routings[0].routing_weights, routings[0].expert_ids, None, routings)
         return RoundRouting(*slots, torch.stack([mixing_weights(r) for r in routings], dim=1), routings)
 
 
@@ -109,15 +109,15 @@ def token_order(routing: RoundRouting, gate: Tensor, down_A: Tensor, backend: st
     if routing.mixing is not None or not routing.routings:
         return None
     n, r, width = down_A.shape
-    size = Sizes(gate.shape[0], width, n, r, routing.experts.shape[1])
+    size = Sizes(gate.shape[0], width, n, r, routing.expert_ids.shape[1])
     if not torch.is_grad_enabled() and stream.suits(size, gate.dtype):
         return None
     with named_range("routing"):
-        return expert_order(routing.experts)
+        return expert_order(routing.expert_ids)
 
 
 def mixed_weight(routing: RoundRouting, spec: RethinkingSpec, dtype: torch.dtype) -> Tensor | None:
     """sum_j w_j, [N, 1], or None when it is 1 by construction."""
     if spec.normalize or routing.mixing is not None or not routing.routings:
         return None
-    return routing.weights.sum(dim=-1, keepdim=True).to(dtype)
+    return routing.routing_weights.sum(dim=-1, keepdim=True).to(dtype)

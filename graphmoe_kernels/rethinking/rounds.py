@@ -114,12 +114,12 @@ def _round_by_slots(
     """Chosen experts with DoRA: each slot's c apart, for its expert has its own vector after the down projection."""
     assert experts.down_scale is not None
     parts, changes, z = [], [], None
-    for slot in range(routing.experts.shape[1]):
+    for slot in range(routing.expert_ids.shape[1]):
         own = slice(slot, slot + 1)
-        alone = routing._replace(weights=routing.weights[:, own], experts=routing.experts[:, own])
+        alone = routing._replace(routing_weights=routing.routing_weights[:, own], expert_ids=routing.expert_ids[:, own])
         c, own_z = _swiglu(inputs, experts, alone, settings)
         parts.append(c)
-        changes.append(F.embedding(alone.experts[:, 0].long(), experts.down_scale - 1).to(c.dtype))  # [N, D]
+        changes.append(F.embedding(alone.expert_ids[:, 0].long(), experts.down_scale - 1).to(c.dtype))  # [N, D]
         z = own_z if z is None else z + own_z
     assert z is not None
     return RoundOutput(tuple(parts), z, tuple(changes), routing.routings)
@@ -194,8 +194,8 @@ def _swiglu(
             experts.gate_B,
             experts.up_B,
             experts.down_A,
-            routing.weights,
-            routing.experts,
+            routing.routing_weights,
+            routing.expert_ids,
             scale=spec.scale,
             activation=spec.activation,
             state=state,

@@ -29,20 +29,20 @@ class Routing(NamedTuple):
     """What the router decided for N tokens over n experts.
 
     Attributes:
-        weights: [N, k] fp32 (fp64 for fp64 logits), differentiable.
-        experts: [N, k] integer (int32 from Triton, else int64), distinct within a row, by falling probability.
-        counts: [n], how many counted tokens chose each expert; None unless statistics were asked for.
-        mass: [n], differentiable; each expert's routing probability summed over the counted tokens, from the top-k
+        routing_weights: [N, k] fp32 (fp64 for fp64 logits), differentiable.
+        expert_ids: [N, k] integer (int32 from Triton, else int64), distinct within a row, by falling probability.
+        tokens_per_expert: [n], how many counted tokens chose each expert; None unless statistics were asked for.
+        probability_sums: [n], differentiable; each expert's routing probability summed over the counted tokens, from the top-k
             entries alone (``statistics="topk"``, the paper's Eq. 8) or from the whole softmax (``"full"``).
         logits: [N, n] fp32 (fp64 where routing ran in it), differentiable.
         tickets: int32 zeros [ceil(N / 16)] from Triton, else empty: counters for the kernels that follow, which leave
             them at zero. They are made here because that takes no launch of its own.
     """
 
-    weights: Tensor
-    experts: Tensor
-    counts: Tensor | None
-    mass: Tensor | None
+    routing_weights: Tensor
+    expert_ids: Tensor
+    tokens_per_expert: Tensor | None
+    probability_sums: Tensor | None
     logits: Tensor
     tickets: Tensor
 
@@ -65,7 +65,8 @@ def topk_softmax_routing(
         logits: [N, n], fp64, fp32, fp16 or bf16; the softmax runs in fp32 at least.
         top_k: experts a token, 1 <= top_k <= n.
         normalize: divide the chosen probabilities by their sum.
-        statistics: None, ``"topk"`` or ``"full"``: whether `Routing.counts` and `Routing.mass` are computed, and how.
+        statistics: None, ``"topk"`` or ``"full"``: whether `Routing.tokens_per_expert` and
+            `Routing.probability_sums` are computed, and how.
         token_mask: [N], bool or integers; tokens that the statistics leave out (padding) are False or 0, any other
             number counts once. Routing ignores it.
         backend: see `graphmoe_kernels.backend`.

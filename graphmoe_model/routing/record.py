@@ -74,8 +74,8 @@ class RoutingRecord(NamedTuple):
             )
             for logits in self.logits
         ]
-        counts = torch.stack([own.counts for own in rounds])  # type: ignore[misc]
-        mass = torch.stack([own.mass for own in rounds])  # type: ignore[misc]
+        counts = torch.stack([own.tokens_per_expert for own in rounds])  # type: ignore[misc]
+        mass = torch.stack([own.probability_sums for own in rounds])  # type: ignore[misc]
         if self.token_mask is None:  # filled on the device: no copy from the host
             tokens = torch.full((), self.logits[0].shape[0], device=counts.device)
         else:

@@ -203,22 +203,22 @@ def check_routing(given: dict[str, Any], found: Any) -> None:
     if given.get("offset") is not None:
         logits = logits + given["offset"].double()
     p, k = logits.softmax(-1), given["top_k"]
-    experts = found.experts.long()
+    experts = found.expert_ids.long()
     assert experts.shape == (len(logits), k)
     assert all(len(set(row)) == k for row in experts.tolist())
     chosen = p.gather(1, experts)
     assert (chosen.sort(descending=True).values - p.topk(k).values).abs().le(1e-4).all()
     weights = chosen / chosen.sum(-1, keepdim=True) if given["normalize"] else chosen
-    assert_near(found.weights, weights, torch.float32)
+    assert_near(found.routing_weights, weights, torch.float32)
     if given["statistics"] is None:
-        assert found.counts is found.mass is None
+        assert found.tokens_per_expert is found.probability_sums is None
         return
     counted = torch.ones(len(logits)) if given["token_mask"] is None else given["token_mask"].bool()
     counted = counted.double()[:, None]
     zeros = torch.zeros_like(p)
-    assert torch.equal(found.counts.double(), (zeros.scatter(1, experts, 1.0) * counted).sum(0))
+    assert torch.equal(found.tokens_per_expert.double(), (zeros.scatter(1, experts, 1.0) * counted).sum(0))
     mass = zeros.scatter(1, experts, chosen) if given["statistics"] == "topk" else p
-    assert_near(found.mass, (mass * counted).sum(0), torch.float32)
+    assert_near(found.probability_sums, (mass * counted).sum(0), torch.float32)
 
 
 def check_swiglu(given: dict[str, Any], found: tuple[Tensor, Tensor]) -> None:

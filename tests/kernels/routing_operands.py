@@ -22,7 +22,7 @@ def arguments(tokens, width, experts, dtype=torch.float32, router_dtype=torch.fl
     }
 
 
-def run(given, top_k, upstream=("logits", "weights", "mass"), dtype=None, seed=0, **settings):
+def run(given, top_k, upstream=("logits", "routing_weights", "probability_sums"), dtype=None, seed=0, **settings):
     """What `route_tokens` gives, by name, with the inputs' gradients for random gradients of the ``upstream`` outputs.
 
     The gradients are drawn alike whatever the dtype and the backend; in ``dtype`` if it is given.

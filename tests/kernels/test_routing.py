@@ -37,10 +37,10 @@ def test_equals_the_definition(experts, top_k, normalize):
     logits = logits_with_margin(11, experts)
     weights, chosen = by_definition(logits, top_k, normalize)
     found = topk_softmax_routing(logits, top_k, normalize=normalize)
-    assert torch.equal(found.experts, chosen)
-    torch.testing.assert_close(found.weights, weights, rtol=1e-13, atol=0)
-    assert found.counts is None
-    assert found.mass is None
+    assert torch.equal(found.expert_ids, chosen)
+    torch.testing.assert_close(found.routing_weights, weights, rtol=1e-13, atol=0)
+    assert found.tokens_per_expert is None
+    assert found.probability_sums is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -49,9 +49,9 @@ def test_softmax_runs_in_fp32(dtype):
     logits = logits_with_margin(50, 8).to(dtype)
     weights, chosen = by_definition(logits, 2, True)
     found = topk_softmax_routing(logits, 2)
-    assert found.weights.dtype == torch.float32
-    assert torch.equal(found.experts, chosen)
-    assert (found.weights.double() - weights).abs().max() <= SLACK[torch.float32]
+    assert found.routing_weights.dtype == torch.float32
+    assert torch.equal(found.expert_ids, chosen)
+    assert (found.routing_weights.double() - weights).abs().max() <= SLACK[torch.float32]
 
 
 def test_autocast_does_not_lower_the_routing():
@@ -59,9 +59,9 @@ def test_autocast_does_not_lower_the_routing():
     logits = logits_with_margin(9, 4, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = topk_softmax_routing(logits, 2, statistics="full")
-    assert found.weights.dtype == torch.float32
-    assert torch.equal(found.weights, topk_softmax_routing(logits, 2).weights)
-    assert found.mass.dtype == torch.float32
+    assert found.routing_weights.dtype == torch.float32
+    assert torch.equal(found.routing_weights, topk_softmax_routing(logits, 2).routing_weights)
+    assert found.probability_sums.dtype == torch.float32
 
 
 @pytest.mark.oracle
@@ -75,10 +75,10 @@ def test_statistics_count_what_they_say(statistics, normalize, masked):
     found = topk_softmax_routing(logits, 2, normalize=normalize, statistics=statistics, token_mask=mask)
     counted = torch.ones(13, dtype=torch.bool) if mask is None else mask
     probabilities = logits.softmax(-1)
-    entries = torch.zeros(13, 5, dtype=torch.float64).scatter(1, found.experts, 1.0)
+    entries = torch.zeros(13, 5, dtype=torch.float64).scatter(1, found.expert_ids, 1.0)
     mass = (probabilities * entries if statistics == "topk" else probabilities)[counted].sum(0)
-    torch.testing.assert_close(found.counts.double(), entries[counted].sum(0), rtol=0, atol=0)
-    torch.testing.assert_close(found.mass, mass, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(found.tokens_per_expert.double(), entries[counted].sum(0), rtol=0, atol=0)
+    torch.testing.assert_close(found.probability_sums, mass, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8])
@@ -87,8 +87,8 @@ def test_mask_may_be_bool_or_zero_and_one(dtype):
     logits, mask = logits_with_margin(6, 4), torch.tensor([1, 0, 1, 1, 0, 0])
     reference = topk_softmax_routing(logits, 2, statistics="topk", token_mask=mask.bool())
     found = topk_softmax_routing(logits, 2, statistics="topk", token_mask=mask.to(dtype))
-    assert torch.equal(found.counts, reference.counts)
-    assert torch.equal(found.mass, reference.mass)
+    assert torch.equal(found.tokens_per_expert, reference.tokens_per_expert)
+    assert torch.equal(found.probability_sums, reference.probability_sums)
 
 
 @pytest.mark.oracle
@@ -102,7 +102,7 @@ def test_gradcheck(experts, top_k, statistics, normalize):
 
     def run(logits):
         found = topk_softmax_routing(logits, top_k, normalize=normalize, statistics=statistics, token_mask=mask)
-        return found.weights, found.mass
+        return found.routing_weights, found.probability_sums
 
     assert torch.autograd.gradcheck(run, logits)
 
@@ -112,11 +112,11 @@ def test_no_tokens(statistics):
     """An empty batch routes to empty tensors and zero statistics, and backward runs."""
     logits = torch.zeros(0, 4, requires_grad=True)
     found = topk_softmax_routing(logits, 2, statistics=statistics)
-    assert found.weights.shape == found.experts.shape == (0, 2)
+    assert found.routing_weights.shape == found.expert_ids.shape == (0, 2)
     if statistics is not None:
-        assert torch.equal(found.counts, torch.zeros(4))
-        assert torch.equal(found.mass, torch.zeros(4))
-    found.weights.sum().backward()
+        assert torch.equal(found.tokens_per_expert, torch.zeros(4))
+        assert torch.equal(found.probability_sums, torch.zeros(4))
+    found.routing_weights.sum().backward()
     assert logits.grad.shape == (0, 4)
 
 
@@ -128,25 +128,26 @@ def test_non_finite_token_stays_its_own_problem(bad):
     broken[2] = bad
     found, clean = topk_softmax_routing(broken, 2), topk_softmax_routing(logits, 2)
     others = torch.tensor([0, 1, 3, 4])
-    assert torch.equal(found.weights[others], clean.weights[others])
-    assert torch.equal(found.experts[others], clean.experts[others])
-    assert not found.weights[2].isfinite().any()
-    assert len(set(found.experts[2].tolist())) == 2
-    assert ((found.experts >= 0) & (found.experts < 4)).all()
+    assert torch.equal(found.routing_weights[others], clean.routing_weights[others])
+    assert torch.equal(found.expert_ids[others], clean.expert_ids[others])
+    assert not found.routing_weights[2].isfinite().any()
+    assert len(set(found.expert_ids[2].tolist())) == 2
+    assert ((found.expert_ids >= 0) & (found.expert_ids < 4)).all()
 
 
 def test_ties_choose_distinct_experts():
     """Equal logits (a router of zeros) still give k distinct experts and equal weights."""
     found = topk_softmax_routing(torch.zeros(6, 5), 3)
-    assert all(len(set(row)) == 3 for row in found.experts.tolist())
-    torch.testing.assert_close(found.weights, torch.full((6, 3), 1 / 3))
+    assert all(len(set(row)) == 3 for row in found.expert_ids.tolist())
+    torch.testing.assert_close(found.routing_weights, torch.full((6, 3), 1 / 3))
 
 
 def test_non_contiguous_logits():
     """A transposed view is routed by its rows."""
     logits = logits_with_margin(6, 4)
     assert torch.equal(
-        topk_softmax_routing(logits.T.contiguous().T, 2).weights, topk_softmax_routing(logits, 2).weights
+        topk_softmax_routing(logits.T.contiguous().T, 2).routing_weights,
+        topk_softmax_routing(logits, 2).routing_weights,
     )
 
 
@@ -211,6 +212,6 @@ def test_an_integer_mask_says_whether_a_token_counts_not_how_often(dtype, statis
     mask = torch.tensor([7, 0, 1, 100, 0], dtype=dtype)
     found = topk_softmax_routing(logits, 2, statistics=statistics, token_mask=mask)
     expected = topk_softmax_routing(logits, 2, statistics=statistics, token_mask=mask.bool())
-    assert torch.equal(found.counts, expected.counts)
-    assert found.counts.sum() == 3 * 2
-    assert torch.equal(found.mass, expected.mass)
+    assert torch.equal(found.tokens_per_expert, expected.tokens_per_expert)
+    assert found.tokens_per_expert.sum() == 3 * 2
+    assert torch.equal(found.probability_sums, expected.probability_sums)

@@ -48,7 +48,7 @@ def test_values_and_gradients_are_within_budget(dtype, router_dtype):
                 results[name].append(tensor.flatten())
     for name in exact:
         value, reference, oracle = (torch.cat(results[name]) for results in (found, literal, exact))
-        if name in ("experts", "counts"):
+        if name in ("expert_ids", "tokens_per_expert"):
             assert torch.equal(value.double(), oracle.double()), name
             continue
         assert value.dtype == reference.dtype
@@ -56,7 +56,9 @@ def test_values_and_gradients_are_within_budget(dtype, router_dtype):
         assert within_budget(*errors, value.dtype), (name, *errors)
 
 
-@pytest.mark.parametrize("upstream", [("logits",), ("weights",), ("mass",), ("weights", "mass")])
+@pytest.mark.parametrize(
+    "upstream", [("logits",), ("routing_weights",), ("probability_sums",), ("routing_weights", "probability_sums")]
+)
 @pytest.mark.parametrize("statistics", ["topk", "full"])
 def test_gradients_that_arrive_alone(statistics, upstream):
     """An output without a gradient adds nothing, and nothing is read for it."""
@@ -77,12 +79,16 @@ def test_given_logits(dtype):
     assert found.logits.dtype == torch.float32
     assert (found.logits is logits) == (dtype == torch.float32)
     assert torch.equal(found.logits.to(dtype), logits)
-    assert relative_error(found.weights, exact.weights) <= SLACK[torch.float32]
+    assert relative_error(found.routing_weights, exact.routing_weights) <= SLACK[torch.float32]
     gradient = torch.randn(70, 2, device=DEVICE)
     (value,) = torch.autograd.grad(
-        (found.weights * gradient).sum() + found.mass[1] + found.logits[:, 0].sum(), logits, retain_graph=True
+        (found.routing_weights * gradient).sum() + found.probability_sums[1] + found.logits[:, 0].sum(),
+        logits,
+        retain_graph=True,
     )
-    (oracle,) = torch.autograd.grad((exact.weights * gradient).sum() + exact.mass[1] + exact.logits[:, 0].sum(), logits)
+    (oracle,) = torch.autograd.grad(
+        (exact.routing_weights * gradient).sum() + exact.probability_sums[1] + exact.logits[:, 0].sum(), logits
+    )
     assert value.dtype == dtype
     assert relative_error(value, oracle) <= 2 * SLACK[dtype]
 
@@ -90,11 +96,11 @@ def test_given_logits(dtype):
 def test_ties_choose_the_lower_index():
     """A router of zeros, and equal logits among others, choose the same experts on every machine and in every run."""
     found = topk_softmax_routing(torch.zeros(5, 7, device=DEVICE), 3, backend="triton")
-    assert torch.equal(found.experts.cpu(), torch.arange(3, dtype=torch.int32).expand(5, 3))
-    torch.testing.assert_close(found.weights.cpu(), torch.full((5, 3), 1 / 3))
+    assert torch.equal(found.expert_ids.cpu(), torch.arange(3, dtype=torch.int32).expand(5, 3))
+    torch.testing.assert_close(found.routing_weights.cpu(), torch.full((5, 3), 1 / 3))
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0, 2.0]], device=DEVICE)
     found = topk_softmax_routing(logits, 6, backend="triton")
-    assert found.experts.tolist() == [[1, 3, 5, 2, 4, 0]]
+    assert found.expert_ids.tolist() == [[1, 3, 5, 2, 4, 0]]
 
 
 @pytest.mark.parametrize("experts", [1, 8, 37])
@@ -104,8 +110,8 @@ def test_all_experts_are_the_softmax(experts):
     expected = logits.softmax(-1).sort(-1, descending=True).values
     for normalize in (True, False):
         found = topk_softmax_routing(logits, experts, normalize=normalize, backend="triton")
-        torch.testing.assert_close(found.weights, expected, rtol=2e-6, atol=1e-7)
-        assert all(sorted(row) == list(range(experts)) for row in found.experts.tolist())
+        torch.testing.assert_close(found.routing_weights, expected, rtol=2e-6, atol=1e-7)
+        assert all(sorted(row) == list(range(experts)) for row in found.expert_ids.tolist())
 
 
 @pytest.mark.parametrize("statistics", ["topk", "full"])
@@ -116,11 +122,11 @@ def test_padding_stays_out_of_the_statistics(statistics, mask_dtype):
     mask = torch.rand(37, device=DEVICE) < 0.6
     broken = given | {"x": given["x"].masked_fill(~mask[:, None], float("nan"))}
     kept = {name: t if name == "router" else t[mask] for name, t in given.items()}
-    settings = {"statistics": statistics, "upstream": ("mass",), "backend": "triton"}
+    settings = {"statistics": statistics, "upstream": ("probability_sums",), "backend": "triton"}
     found = run(broken, 2, token_mask=mask.to(mask_dtype), **settings)
     expected = run(kept, 2, **settings)
-    assert torch.equal(found["counts"], expected["counts"])
-    torch.testing.assert_close(found["mass"], expected["mass"])
+    assert torch.equal(found["tokens_per_expert"], expected["tokens_per_expert"])
+    torch.testing.assert_close(found["probability_sums"], expected["probability_sums"])
     torch.testing.assert_close(found["d_x"][mask], expected["d_x"])
 
 
@@ -135,11 +141,11 @@ def test_non_finite_token_stays_its_own_problem(bad):
     found = topk_softmax_routing(broken, 4, backend="triton")
     clean = topk_softmax_routing(logits, 4, backend="triton")
     others = [0, 1, *range(5, 20)]
-    assert torch.equal(found.weights[others], clean.weights[others])
-    assert torch.equal(found.experts[others], clean.experts[others])
-    assert found.weights[[2, 4]].isnan().all()
-    assert found.weights[3].isnan().all() == (bad != -float("inf"))  # -inf rules one expert out, and 4 are left
-    for row in found.experts.tolist():
+    assert torch.equal(found.routing_weights[others], clean.routing_weights[others])
+    assert torch.equal(found.expert_ids[others], clean.expert_ids[others])
+    assert found.routing_weights[[2, 4]].isnan().all()
+    assert found.routing_weights[3].isnan().all() == (bad != -float("inf"))  # -inf rules one expert out, and 4 are left
+    for row in found.expert_ids.tolist():
         assert len(set(row)) == 4
         assert set(row) <= set(range(5))
 
@@ -149,13 +155,13 @@ def test_no_tokens(statistics):
     """An empty batch has empty outputs, zero statistics and gradients of the right shapes."""
     given = arguments(0, 40, 5)
     found = run(given, 2, statistics=statistics, backend="triton")
-    assert found["weights"].shape == found["experts"].shape == (0, 2)
+    assert found["routing_weights"].shape == found["expert_ids"].shape == (0, 2)
     assert found["logits"].shape == found["d_offset"].shape == (0, 5)
     assert found["d_x"].shape == (0, 40)
     assert torch.equal(found["d_router"], torch.zeros_like(given["router"]))
     if statistics is not None:
-        assert torch.equal(found["counts"], torch.zeros(5, device=DEVICE))
-        assert torch.equal(found["mass"], torch.zeros(5, device=DEVICE))
+        assert torch.equal(found["tokens_per_expert"], torch.zeros(5, device=DEVICE))
+        assert torch.equal(found["probability_sums"], torch.zeros(5, device=DEVICE))
 
 
 def test_non_contiguous_inputs():

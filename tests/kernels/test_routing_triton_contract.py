@@ -56,10 +56,12 @@ def test_autocast_changes_nothing():
 def test_gradients_that_are_asked_for_alone():
     """A frozen input gets no gradient, and the others' do not change for it."""
     given = arguments(20, 40, 4)
-    found = run(given, 2, ("weights",), backend="triton")
+    found = run(given, 2, ("routing_weights",), backend="triton")
     for name in given:
         leaves = {key: t.clone().requires_grad_(key == name) for key, t in given.items()}
-        weights = route_tokens(leaves["x"], leaves["router"], 2, offset=leaves["offset"], backend="triton").weights
+        weights = route_tokens(
+            leaves["x"], leaves["router"], 2, offset=leaves["offset"], backend="triton"
+        ).routing_weights
         generator = torch.Generator().manual_seed(0)
         weights.backward(torch.randn(20, 2, generator=generator, dtype=torch.float64).to(weights))
         assert [key for key, t in leaves.items() if t.grad is not None] == [name]
@@ -89,7 +91,9 @@ def test_compiles_into_one_graph(dynamic):
 
     def step(x, router, offset, mask):
         found = route_tokens(x, router, 2, offset=offset, statistics="topk", token_mask=mask, backend="triton")
-        return (found.weights * found.weights).sum() + found.mass[0] + (found.logits * 0.1).sum(), found.tickets
+        return (found.routing_weights * found.routing_weights).sum() + found.probability_sums[0] + (
+            found.logits * 0.1
+        ).sum(), found.tickets
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=counter)
     for tokens in (20, 35) if dynamic else (20,):
@@ -112,7 +116,7 @@ def test_other_backends_compute_the_product_in_fp32(backend):
     given = arguments(12, 40, 4, torch.bfloat16)
     found = route_tokens(given["x"], given["router"], 2, offset=given["offset"], backend=backend)
     exact = given["x"].double() @ given["router"].double().T + given["offset"].double()
-    assert found.logits.dtype == found.weights.dtype == torch.float32
+    assert found.logits.dtype == found.routing_weights.dtype == torch.float32
     assert relative_error(found.logits, exact) <= 2 * SLACK[torch.float32]
     assert route_tokens(given["x"].double(), given["router"], 2, backend=backend).logits.dtype == torch.float64
 

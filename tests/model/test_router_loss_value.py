@@ -78,9 +78,11 @@ def test_balanced_routing_has_the_documented_value(form):
 
     def loss(logits: Tensor) -> float:
         routing = topk_softmax_routing(logits, 2, statistics=form)
-        assert routing.counts is not None
-        assert routing.mass is not None
-        return balance_loss(RoutingStatistics(routing.counts[None], routing.mass[None], torch.tensor(8))).item()
+        assert routing.tokens_per_expert is not None
+        assert routing.probability_sums is not None
+        return balance_loss(
+            RoutingStatistics(routing.tokens_per_expert[None], routing.probability_sums[None], torch.tensor(8))
+        ).item()
 
     row = torch.tensor([1.0, 1.0, 0, 0, 0, 0, 0, 0])
     balanced = loss(torch.stack([row.roll(i) for i in range(8)]))
