@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from graphmoe_kernels.cost import Sizes
-from graphmoe_model.sizes.model_shapes import MODEL_SHAPES
+from graphmoe_model.base_models import MODEL_SHAPES
 
 
 class Model(NamedTuple):

@@ -207,7 +207,7 @@ def params(
         }
         from rich.console import Console
 
-        from graphmoe_model.sizes.parameters import run
+        from graphmoe_model.parameters.command import run
 
         run(
             Console(),

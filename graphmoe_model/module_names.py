@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 # What activation checkpointing, torch.compile and FSDP1 put between a module's name and those of its parts.
 _WRAPPERS = {"_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module"}
@@ -39,13 +39,3 @@ def joined(names: Iterable[str]) -> str:
         f"{before}{found[0] if len(found) == 1 else '{' + ', '.join(found) + '}'}{after}" if found else before
         for (before, after), found in numbers.items()
     )
-
-
-def as_written(value: object) -> str:
-    """Show a field's value in a message; PEFT makes lists of names sets, which print in any order."""
-    return repr(sorted(value) if isinstance(value, set) else value)
-
-
-def some(items: Sequence[str], most: int = 5) -> str:
-    """List the first items for a message, and how many more there are."""
-    return ", ".join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")

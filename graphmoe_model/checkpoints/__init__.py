@@ -1,6 +1,8 @@
 """Adapter checkpoints are whole: replaced as a whole when they are saved, checked as a whole when they are loaded."""
 
+from graphmoe_model.checkpoints.configuration import read_config, saved_adapter_config
 from graphmoe_model.checkpoints.digest import check_digest, stamp
+from graphmoe_model.checkpoints.fitting import fitting_state
 from graphmoe_model.checkpoints.folder import check_target, fill_folder, in_use
 from graphmoe_model.checkpoints.loading import (
     check_source,
@@ -8,10 +10,9 @@ from graphmoe_model.checkpoints.loading import (
     checked_load,
     checked_transformers_load,
 )
-from graphmoe_model.checkpoints.names import own_tensors, saved_key
 from graphmoe_model.checkpoints.saving import save_whole
 from graphmoe_model.checkpoints.spread import load_into_spread, loaded_in_place
-from graphmoe_model.checkpoints.state import fitting_state
+from graphmoe_model.checkpoints.tensor_names import own_tensors, saved_key
 from graphmoe_model.checkpoints.weights import Weights, read_weights_file
 from graphmoe_model.checkpoints.whole import NotWhole, whole_adapter_state, whole_transformers_state
 
@@ -30,8 +31,10 @@ __all__ = [
     "load_into_spread",
     "loaded_in_place",
     "own_tensors",
+    "read_config",
     "read_weights_file",
     "save_whole",
+    "saved_adapter_config",
     "saved_key",
     "stamp",
     "whole_adapter_state",

@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 
 from graphmoe_model.checkpoints.digest import FIELD, check_digest
-from graphmoe_model.checkpoints.state import misfit, missing_modules
+from graphmoe_model.checkpoints.fitting import misfit, missing_modules
 from graphmoe_model.checkpoints.weights import inspect_weights, tensor_names, weights_path
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graphmoe_model.checkpoints.names import tree_tensors, with_wrapped_modules
+from graphmoe_model.checkpoints.tensor_names import tree_tensors, with_wrapped_modules
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.module_names import plain_name
 

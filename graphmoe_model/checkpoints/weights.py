@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graphmoe_model.checkpoints.digest import METADATA, digest_of_archive
-from graphmoe_model.module_names import some
+from graphmoe_model.messages import some
 
 # What a pickle says takes up to 220 times its size in memory, and a second for every two megabytes. A tensor takes
 # about 200 bytes of it, so this is an adapter of 20,000 tensors.

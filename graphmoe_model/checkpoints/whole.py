@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from graphmoe_model.checkpoints.names import adapter_tensors, by_tree_names, tree_tensors
+from graphmoe_model.checkpoints.tensor_names import adapter_tensors, by_tree_names, tree_tensors
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.module_names import plain_name, some
+from graphmoe_model.messages import some
+from graphmoe_model.module_names import plain_name
 from graphmoe_model.storage.weight_management import true_shape
 
 _SAVE = "model.save_pretrained(folder, state_dict=state, is_main_process=rank == 0)"

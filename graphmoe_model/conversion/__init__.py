@@ -2,7 +2,7 @@
 
 from graphmoe_model.conversion.adapter import Adapter, read_adapter, write_adapter
 from graphmoe_model.conversion.exports import attention_lora, to_moe_peft
-from graphmoe_model.conversion.imports import from_moe_peft
+from graphmoe_model.conversion.import_moe_peft import from_moe_peft
 from graphmoe_model.conversion.rounds import with_rounds
 
 __all__ = ["Adapter", "attention_lora", "from_moe_peft", "read_adapter", "to_moe_peft", "with_rounds", "write_adapter"]

@@ -14,9 +14,9 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors.torch import save_file
 from torch import Tensor
 
-from graphmoe_model.checkpoints import check_digest, stamp
+from graphmoe_model.checkpoints import check_digest, read_config, stamp
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType, rank_and_alpha
-from graphmoe_model.conversion.files import read_config, read_weights, write_folder
+from graphmoe_model.conversion.files import read_weights, write_folder
 from graphmoe_model.conversion.layout import (
     CONTAINER,
     Entry,

@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 
 from graphmoe_model.checkpoints import Weights, check_target, fill_folder, in_use, read_weights_file
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The folder's adapter_config.json.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no such file in it.
-        ValueError: the file holds no JSON object.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {folder}; name an adapter's folder on disk (one on the hub is fetched by "
-            "huggingface_hub.snapshot_download)"
-        )
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}; name the folder in which an adapter was saved")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); save or fetch the adapter again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object with the adapter's settings, got {type(config).__name__}")
-    return config
 
 
 def read_weights(folder: str | Path) -> Weights:

@@ -13,9 +13,9 @@ from torch import Tensor
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
 from graphmoe_model.config.checks import check_ranks, check_selection
 from graphmoe_model.conversion.adapter import ROOT, Adapter, is_other, pattern_of
-from graphmoe_model.conversion.layers import Layers, check_linears, not_adapted, read_layers, wanted, without_gaps
 from graphmoe_model.conversion.layout import LINEARS
 from graphmoe_model.conversion.peer_config import base_model_reasons, task_type, unread
+from graphmoe_model.conversion.peer_layers import Layers, check_linears, not_adapted, read_layers, wanted, without_gaps
 
 _NAME = re.compile(
     rf"(?P<stem>{re.escape(ROOT)}.+?)\.(?P<layer>\d+)\.(?P<place>.+)\.(lora_[AB]\.weight|lora_magnitude_vector)"

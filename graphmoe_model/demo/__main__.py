@@ -28,7 +28,7 @@ from graphmoe_model.demo.latency import measure_latency
 from graphmoe_model.demo.report import DemoResults, print_results, write_report
 from graphmoe_model.demo.task import LABELS, held_out_questions
 from graphmoe_model.demo.train import accuracy, answer_logits, train
-from graphmoe_model.sizes.parameters import parameters_by_component
+from graphmoe_model.parameters import parameters_by_component
 
 GOAL = 0.9
 BASE_BATCH, BATCH = 32, 16

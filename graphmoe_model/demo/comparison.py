@@ -18,7 +18,7 @@ from graphmoe_model.config.methods import METHODS
 from graphmoe_model.demo.base import TrainingQuestions
 from graphmoe_model.demo.task import Question
 from graphmoe_model.demo.train import TrainingRun, accuracy, answer_logits, train
-from graphmoe_model.sizes.parameters import parameters_by_component
+from graphmoe_model.parameters import parameters_by_component
 
 ROUNDS = 3  # of GraphMoE; its base methods have one
 SCORINGS = 3  # timed, each of every fourth held-out question: one batch with some of every skill

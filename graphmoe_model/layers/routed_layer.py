@@ -24,7 +24,7 @@ from graphmoe_model.storage.weight_management import (
 )
 
 if TYPE_CHECKING:
-    from graphmoe_model.routing.hooks import RouterLossHooks
+    from graphmoe_model.routing.router_loss_hooks import RouterLossHooks
 
 NOT_MERGEABLE = (
     "GraphMoE adapters cannot be merged into the base model: which experts run depends on the input, and later "

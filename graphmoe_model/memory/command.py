@@ -12,10 +12,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from graphmoe_model.base_models import load_config
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.memory import COMPONENTS, Memory, memory_per_gpu
+from graphmoe_model.memory.per_gpu import COMPONENTS, Memory, memory_per_gpu
 from graphmoe_model.memory.strategies import STRATEGIES
-from graphmoe_model.sizes.model_shapes import load_config
 
 
 def run(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from graphmoe_model.memory.counts import Counts
+from graphmoe_model.memory.parameter_counts import ParameterCounts
 
 BF16, FP32 = 2, 4
 ADAM = 2 * FP32  # both moments of an element
@@ -52,7 +52,7 @@ class Strategy:
         """Whether a process holds a part of each weight, and gathers a layer's while it runs."""
         return self.sharding in (Sharding.fsdp2, Sharding.zero3)
 
-    def held(self, counts: Counts, gpus: int) -> dict[str, int]:
+    def held(self, counts: ParameterCounts, gpus: int) -> dict[str, int]:
         """Bytes on each of the ``gpus`` that are there all the time, by what they are."""
         weights = gpus if self.shards_weights else 1
         optimizer = gpus if self.shards_weights or self.deepspeed else 1
@@ -67,7 +67,7 @@ class Strategy:
             "buffers": self._buffers(counts),
         }
 
-    def _base(self, counts: Counts, parts: int) -> int:
+    def _base(self, counts: ParameterCounts, parts: int) -> int:
         split = self._linears(counts.linears) + BF16 * counts.others
         # The constants are no parameters, so nobody splits them.
         return int(split / parts + CONSTANTS * counts.linears * self.quantised)
@@ -75,29 +75,29 @@ class Strategy:
     def _linears(self, elements: int) -> float:
         return (PACKED if self.quantised else BF16) * elements
 
-    def _buffers(self, counts: Counts) -> int:
+    def _buffers(self, counts: ParameterCounts) -> int:
         """What gradients are averaged in."""
         if self.sharding == Sharding.ddp:
             return FP32 * counts.adapter
         return BF16 * REDUCE_BUCKET if self.deepspeed else 0
 
-    def gathered_in_loss(self, counts: Counts) -> int:
+    def gathered_in_loss(self, counts: ParameterCounts) -> int:
         """Bytes of whole weights that a process has while the loss is computed."""
         if self.sharding == Sharding.fsdp2:  # the head, and the last layer's gathered for its backward: sent, unpacked
             return BF16 * counts.head + 2 * self._layer(counts)
         return self._live(counts)
 
-    def gathered_in_layer(self, counts: Counts) -> int:
+    def gathered_in_layer(self, counts: ParameterCounts) -> int:
         """Bytes of whole weights that a process has while one layer runs."""
         dequantised = BF16 * counts.layer_mlp if self.quantised else 0  # a fold reads all of an MLP's
         if self.sharding == Sharding.fsdp2:  # the layer that runs, and the next one's: sent, unpacked
             return 3 * self._layer(counts) + dequantised
         return self._live(counts) + dequantised
 
-    def _layer(self, counts: Counts) -> int:
+    def _layer(self, counts: ParameterCounts) -> int:
         return int(self._linears(counts.layer_linears)) + BF16 * (counts.layer_others + counts.layer_adapter)
 
-    def _live(self, counts: Counts) -> int:
+    def _live(self, counts: ParameterCounts) -> int:
         if self.sharding != Sharding.zero3:
             return 0
         layer = counts.layer_linears + counts.layer_others + counts.layer_adapter

@@ -15,11 +15,11 @@ import transformers
 from rich.console import Console
 from torch import nn
 
+from graphmoe_model.base_models import MODEL_SHAPES
 from graphmoe_model.profiling.measure import PHASES, check_lengths, profile_model
 from graphmoe_model.profiling.models import profiled_config, random_model, saved_model, with_adapter, with_rounds
 from graphmoe_model.profiling.report import describe, print_report, write_report
 from graphmoe_model.profiling.result import Profile
-from graphmoe_model.sizes.model_shapes import MODEL_SHAPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTH = 118  # of the tables, where the output goes to a file or a pipe

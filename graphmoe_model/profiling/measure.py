@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile, supported_activities
 
 from graphmoe_kernels.ranges import named_range, recorded_ranges
 from graphmoe_model.profiling.attribution import FORWARD, attribute, last_forward
-from graphmoe_model.profiling.memory import memory_error
 from graphmoe_model.profiling.modules import categories, module_ranges
+from graphmoe_model.profiling.out_of_memory import memory_error
 from graphmoe_model.profiling.result import Profile, summarise
 
 PHASES = ("prefill", "decode")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +11,11 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from graphmoe_kernels.validation import shown
+from graphmoe_model.base_models import check_is_model, model_config, model_shape
+from graphmoe_model.checkpoints import saved_adapter_config
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.conversion.files import read_config
-from graphmoe_model.profiling.memory import check_fits, memory_error
-from graphmoe_model.sizes.model_shapes import check_is_model, first_line, model_config, model_shape
+from graphmoe_model.messages import first_line
+from graphmoe_model.profiling.out_of_memory import check_fits, memory_error
 
 
 def profiled_config(name: str, layers: int | None = None) -> Any:
@@ -99,23 +98,6 @@ def with_adapter(model: nn.Module, path: str, **settings: Any) -> Iterator[tuple
     config.inference_mode = True
     with _attached(lambda: PeftModel.from_pretrained(model, path, config=config)) as adapted:
         yield adapted, adapter_title(config)
-
-
-def saved_adapter_config(path: str) -> PeftConfig:
-    """The configuration of an adapter in a folder or on the hub; ``ValueError`` if there is none that can be read."""
-    try:
-        if Path(path).is_dir():  # PEFT hands a file's values on as they are
-            peft_type = read_config(path).get("peft_type")
-            if not isinstance(peft_type, str):
-                raise ValueError(f"its adapter_config.json names no method: peft_type is {shown(peft_type)}")
-        return PeftConfig.from_pretrained(path)
-    except KeyError as error:
-        raise ValueError(
-            f"{path!r} is an adapter of the type {error}, which PEFT does not know; graphmoe convert makes MoE-PEFT's "
-            "types MIXLORA, LORAMOE and MOLA into GraphMoE adapters"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the adapter {path!r}: {first_line(error)}") from error
 
 
 def adapter_title(config: PeftConfig) -> str:

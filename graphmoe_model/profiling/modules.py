@@ -11,7 +11,7 @@ from torch import nn
 from graphmoe_kernels.ranges import named_range
 from graphmoe_model.layers.base_mlp import is_gated_mlp
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
-from graphmoe_model.tuner.targets import QUERY_KEY_VALUE, decoder_layers
+from graphmoe_model.tuner.decoder_layers import QUERY_KEY_VALUE, decoder_layers, is_attention
 
 
 def categories(model: nn.Module) -> dict[nn.Module, str]:
@@ -38,7 +38,7 @@ def categories(model: nn.Module) -> dict[nn.Module, str]:
         )
     found: dict[nn.Module, str] = {}
     for module in model.modules():
-        if any(name in QUERY_KEY_VALUE for name, _ in module.named_children()):
+        if is_attention(module):
             found[module] = "attention"
         elif isinstance(module, FusedGraphMoEFFN) and not module.disable_adapters:
             found[module] = "experts"

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from graphmoe_model.routing.hooks import find_hooks
+from graphmoe_model.routing.router_loss_hooks import find_hooks
 
 
 class RouterLossCallback(TrainerCallback):

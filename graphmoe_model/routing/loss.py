@@ -5,7 +5,7 @@ mean routing probability over the tokens, padding left out of both. Perfectly ba
 switch form, where p is the full softmax, and L = the mean probability mass of the k chosen experts (at most 1) in the
 paper's form, where p is zero outside the top k. L is averaged over rounds and routers (one per layer, or per linear).
 
-Eq. 8 is taken over one forward, of one process or of all (`graphmoe_model.global_routing`). Under gradient accumulation
+Eq. 8 is taken over one forward, of one process or of all (`graphmoe_model.routing.global_routing`). Under gradient accumulation
 the micro-batches' losses are averaged, which differs from Eq. 8 over the whole batch by the covariance of f and p among
 micro-batches: it falls as 1 / (tokens per micro-batch).
 """

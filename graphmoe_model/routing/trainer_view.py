@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from graphmoe_model.routing.hooks import RouterLossHooks
 from graphmoe_model.routing.loss import coefficient_of
+from graphmoe_model.routing.router_loss_hooks import RouterLossHooks
 
 _OWN = frozenset({"_config", "_hooks", "output_router_logits", "router_aux_loss_coef"})
 

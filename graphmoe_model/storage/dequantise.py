@@ -1,6 +1,6 @@
 """A base's linears as an adapter uses them: their dense weights, their inputs, their gradients.
 
-`graphmoe_model.linear_kinds` has the kinds of linears, plain and quantised.
+`graphmoe_model.storage.linear_kinds` has the kinds of linears, plain and quantised.
 """
 
 from __future__ import annotations

@@ -13,16 +13,21 @@ from transformers import PreTrainedConfig
 
 from graphmoe_model.checkpoints import check_source, fitting_state, loaded_in_place, own_tensors, saved_key
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
-from graphmoe_model.layers.base_mlp import is_gated_mlp
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.layers.linear import RoutedLoRALinear
 from graphmoe_model.layers.routed_layer import NOT_MERGEABLE, RoutedLayer
 from graphmoe_model.layers.scaling import scale_dora
-from graphmoe_model.routing.hooks import attach_router_loss, check_router_loss, detach_router_loss, find_hooks
+from graphmoe_model.routing.router_loss_hooks import (
+    attach_router_loss,
+    check_router_loss,
+    detach_router_loss,
+    find_hooks,
+)
 from graphmoe_model.routing.trainer_view import routed_config
 from graphmoe_model.storage.dequantise import check_gradients, keep_unpacked, same_parameter
 from graphmoe_model.storage.offloading import onloaded
 from graphmoe_model.tuner.adapter_names import check_adapter_name, check_first_name
+from graphmoe_model.tuner.decoder_layers import is_mlp
 from graphmoe_model.tuner.selection import check_selected, experts_by_name
 from graphmoe_model.tuner.targets import check_targets, default_targets
 from graphmoe_model.tuner.undo import undone_on_error
@@ -35,7 +40,7 @@ class GraphMoEModel(LoraModel):
 
     Attention projections get LoRA layers by ``LoraModel``'s own machinery, gated MLPs become
     `FusedGraphMoEFFN`. Without ``target_modules`` both are found from the model's modules
-    (`graphmoe_model.targets`).
+    (`graphmoe_model.tuner.decoder_layers`).
 
     What LoRA can and this method cannot do raises an error before anything has changed: merging, weighted
     sums of adapters, more than one active adapter, batches that mix adapters.
@@ -103,8 +108,7 @@ class GraphMoEModel(LoraModel):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(lora_config, GraphMoEConfig)
-        is_mlp = isinstance(target, FusedGraphMoEFFN) or is_gated_mlp(target)
-        if not is_mlp and lora_config.base_method.attention == "lora":
+        if not is_mlp(target) and lora_config.base_method.attention == "lora":
             with same_parameter(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target):
                 super()._create_and_replace(
                     lora_config,
@@ -124,7 +128,7 @@ class GraphMoEModel(LoraModel):
             return
         layer: RoutedLayer
         try:
-            if is_mlp:
+            if is_mlp(target):
                 layer = FusedGraphMoEFFN(target, lora_config, adapter_name, **settings)
             else:
                 layer = RoutedLoRALinear(target, lora_config, adapter_name, **settings)

@@ -16,8 +16,8 @@ from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.layers.linear import RoutedLoRALinear
 from graphmoe_model.module_names import joined
 from graphmoe_model.storage.weight_management import gathered_weights
+from graphmoe_model.tuner.decoder_layers import decoder_layers, is_mlp, walk
 from graphmoe_model.tuner.saved_modules import check_saved_modules
-from graphmoe_model.tuner.targets import decoder_layers, walk
 
 
 def check_selected(
@@ -35,7 +35,7 @@ def check_selected(
         ValueError: the list or pattern in ``num_experts`` has no number for a module outside of the decoder layers; a
             projection that has experts would get LoRA beside them, or the other way about; the GRU of an MLP would have
             no width; DoRA on a weight with a zero row; a key of ``rank_pattern`` or ``alpha_pattern`` without effect;
-            modules or tokens to train that there are not (see `graphmoe_model.saved_modules`).
+            modules or tokens to train that there are not (see `graphmoe_model.tuner.saved_modules`).
     """
     base = dict(walk(model))
     selected = [name for name in base if name and check_target_module_exists(config, name)]
@@ -50,7 +50,7 @@ def check_selected(
                 f"num_experts={config.num_experts!r} has no number for {name}, which is in no decoder layer; leave it "
                 "out of target_modules, or give one number for all"
             )
-        if isinstance(module, FusedGraphMoEFFN) or is_gated_mlp(module):
+        if is_mlp(module):
             _check_gru(name, module, config)
         if config.use_dora:
             _check_dora(name, module.base_layer if isinstance(module, BaseTunerLayer) else module)

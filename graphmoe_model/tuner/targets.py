@@ -1,14 +1,12 @@
 """Which modules of a model are adapted: attention projections and gated MLPs of the decoder layers.
 
-Everything is found from the modules' attributes; there is no table of model types. What a config selects is
-decided by PEFT's own matching, so that a saved adapter finds the same modules again.
+What a config selects is decided by PEFT's own matching, so that a saved adapter finds the same modules again.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
@@ -21,59 +19,10 @@ from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.layers.linear import check_linear
 from graphmoe_model.layers.mlp_checks import check_mlp
 from graphmoe_model.layers.routed_layer import RoutedLayer
-from graphmoe_model.module_names import as_written, joined, last_names
+from graphmoe_model.messages import as_written
+from graphmoe_model.module_names import joined, last_names
 from graphmoe_model.storage.weight_management import check_unsharded
-
-# A module with children of the first kind is an attention; it is adapted in all children of both kinds.
-QUERY_KEY_VALUE = frozenset(
-    [
-        *("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"),
-        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
-    ]
-)
-ATTENTION_OUTPUT = frozenset({"o_proj", "out_proj", "dense", "Wo"})
-
-
-class DecoderLayer(NamedTuple):
-    """What one decoder layer holds, by full module names.
-
-    Attributes:
-        name: its own.
-        projections: linears of its attention.
-        mlps: its gated MLPs.
-        others: further modules with submodules: ungated MLPs, sparse expert blocks, state-space mixers.
-    """
-
-    name: str
-    projections: list[str]
-    mlps: list[str]
-    others: list[str]
-
-
-def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """As ``named_modules``, without the inside of layers that an adapter wraps already."""
-    yield name, module
-    if isinstance(module, BaseTunerLayer):
-        return
-    for child_name, child in module.named_children():
-        yield from walk(child, f"{name}.{child_name}" if name else child_name)
-
-
-def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
-    """The layers of the model's language model (not of its vision or audio tower).
-
-    They are the elements of every ``nn.ModuleList`` in which some element has an attention.
-    """
-    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
-    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
-        decoder = model  # ModernBERT's ``decoder``, which get_decoder finds, is its output embedding
-    prefix = next((name for name, module in walk(model) if module is decoder), "")
-    return [
-        _decoder_layer(f"{name}.{index}", layer)
-        for name, layers in walk(decoder, prefix)
-        if isinstance(layers, nn.ModuleList) and any(map(_has_attention, layers))
-        for index, layer in enumerate(layers)
-    ]
+from graphmoe_model.tuner.decoder_layers import QUERY_KEY_VALUE, DecoderLayer, decoder_layers, is_mlp, walk
 
 
 def default_targets(model: nn.Module, config: GraphMoEConfig) -> set[str]:
@@ -147,7 +96,7 @@ def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
             _check_linear(module, config) if single else check_mlp(module)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
-    if not any(map(_is_mlp, selected.values())):
+    if not any(map(is_mlp, selected.values())):
         kind = ValueError if selected else NoMatchingPeftModuleError
         raise kind(_no_mlp_selected(modules, selected, config))
     _check_layer_indices(list(selected), config)
@@ -172,32 +121,6 @@ def _check_linear(module: nn.Module, config: GraphMoEConfig) -> None:
             "method='mola', which has experts on attention projections, or 'mixlora', which has LoRA there"
         )
     check_linear(module)
-
-
-def _has_attention(layer: nn.Module) -> bool:
-    return any(map(_is_attention, layer.children()))
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return any(name in QUERY_KEY_VALUE for name, _ in module.named_children())
-
-
-def _is_mlp(module: nn.Module) -> bool:
-    return is_gated_mlp(module) or isinstance(module, FusedGraphMoEFFN)
-
-
-def _decoder_layer(name: str, layer: nn.Module) -> DecoderLayer:
-    found = DecoderLayer(name, [], [], [])
-    for child_name, child in layer.named_children():
-        full = f"{name}.{child_name}"
-        if _is_attention(child):
-            names = (n for n, _ in child.named_children() if n in QUERY_KEY_VALUE | ATTENTION_OUTPUT)
-            found.projections.extend(f"{full}.{n}" for n in names)
-        elif _is_mlp(child):
-            found.mlps.append(full)
-        elif any(child.children()):
-            found.others.append(full)
-    return found
 
 
 def _reason_against(mlp: nn.Module) -> str | None:
@@ -266,7 +189,7 @@ def _seen(model: nn.Module) -> str:
 
 
 def _no_mlp_selected(modules: dict[str, nn.Module], selected: dict[str, Any], config: GraphMoEConfig) -> str:
-    mlps = [name for name, module in modules.items() if _is_mlp(module)]
+    mlps = [name for name, module in modules.items() if is_mlp(module)]
     text = f"target_modules={as_written(config.target_modules)} selects no gated MLP"
     left_out = _left_out(mlps, config)
     if left_out:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from graphmoe_kernels.testing import relative_error
-from graphmoe_model.sizes.parameters import parameters_by_component
+from graphmoe_model.parameters import parameters_by_component
 from tests.distributed.launch import launch
 from tests.model.method_models import adapted, randomise, trained_parameters
 from tests.model.tiny_models import tiny_model, tokens

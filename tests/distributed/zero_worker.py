@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from graphmoe_model.layers.routed_layer import RoutedLayer
-from graphmoe_model.sizes.parameters import parameters_by_component
+from graphmoe_model.parameters import parameters_by_component
 from graphmoe_model.storage.weight_management import true_shape
 from tests.distributed.fsdp2_worker import raised
 from tests.model.method_models import config, trained_parameters

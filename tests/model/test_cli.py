@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import graphmoe_model.cli
 from graphmoe_model.cli import app
-from graphmoe_model.profiling import CATEGORIES, command, memory
+from graphmoe_model.profiling import CATEGORIES, command, out_of_memory
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -173,7 +173,7 @@ def test_cuda_where_there_is_none(monkeypatch, tmp_path):
 
 def test_a_model_larger_than_the_machine(monkeypatch, tmp_path):
     """Refused before its weights are drawn: they would be the end of the process, without a word."""
-    monkeypatch.setattr(memory.os, "sysconf", lambda name: 4096)  # pages, and bytes a page: 16 MiB
+    monkeypatch.setattr(out_of_memory.os, "sysconf", lambda name: 4096)  # pages, and bytes a page: 16 MiB
     result = graphmoe("profile", "--preset", "tiny", "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 2
     assert "the model takes 0.0 GiB in float32, cpu has 0.0 GiB; ask for fewer layers" in result.stderr

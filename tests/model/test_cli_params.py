@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from graphmoe_model import GraphMoEConfig
+from graphmoe_model.base_models import MODEL_SHAPES, model_config
 from graphmoe_model.cli import app
 from graphmoe_model.config.methods import METHODS, PRESETS
-from graphmoe_model.sizes.model_shapes import MODEL_SHAPES, model_config
-from graphmoe_model.sizes.parameters import adapter_parameters
+from graphmoe_model.parameters import adapter_parameters
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 
 

@@ -19,7 +19,7 @@ from graphmoe_model.demo.comparison_report import comparison_section, comparison
 from graphmoe_model.demo.task import held_out_questions
 from graphmoe_model.demo.train import answer_logits, train
 from graphmoe_model.layers.routed_layer import RoutedLayer
-from graphmoe_model.sizes.parameters import parameters_by_component
+from graphmoe_model.parameters import parameters_by_component
 
 STEPS, BATCH = 2, 4
 BASES = ["LoRA", "DoRA", "MixLoRA", "MixDoRA", "LoRAMoE", "DoRAMoE", "MoLA", "MoDA"]

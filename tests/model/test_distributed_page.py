@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from graphmoe_model import GraphMoEConfig
+from graphmoe_model.base_models import model_config
 from graphmoe_model.memory import memory_per_gpu
 from graphmoe_model.memory.command import gigabytes
 from graphmoe_model.memory.strategies import STRATEGIES
-from graphmoe_model.sizes.model_shapes import model_config
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/distributed.md").read_text()

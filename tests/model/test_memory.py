@@ -14,14 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 from typer.testing import CliRunner
 
 from graphmoe_model import GraphMoEConfig
+from graphmoe_model.base_models import adapted_on_meta, model_config
 from graphmoe_model.cli import app
 from graphmoe_model.memory import COMPONENTS, Memory, command, memory_per_gpu
 from graphmoe_model.memory.activations import step_activations
-from graphmoe_model.memory.counts import counts
 from graphmoe_model.memory.live_bytes import LiveBytes
+from graphmoe_model.memory.parameter_counts import count_parameters
 from graphmoe_model.memory.strategies import STRATEGIES
-from graphmoe_model.sizes.model_shapes import model_config
-from graphmoe_model.sizes.on_meta import adapted_on_meta
 from tests.model.checkpointing import checkpoint_activations
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 
@@ -117,14 +116,14 @@ def test_what_one_process_holds_is_what_torch_holds():
     gradients = sum(p.grad.nbytes for p in trained)
     optimizer.step()
     moments = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if v.dim())
-    held = STRATEGIES["single"].held(counts(model), gpus=1)
+    held = STRATEGIES["single"].held(count_parameters(model), gpus=1)
     assert held["adapter weights"] == sum(p.nbytes for p in trained)
     assert (held["gradients"], held["optimizer state"], held["buffers"]) == (gradients, moments, 0)
     assert held["base weights"] == sum(p.numel() for p in tiny_model().parameters()) * 2  # in bf16
 
 
 def test_more_gpus_share_what_is_sharded_and_nothing_else():
-    found = counts(tiny_peft_model())
+    found = count_parameters(tiny_peft_model())
     for name, strategy in STRATEGIES.items():
         two, four = (strategy.held(found, gpus=gpus) for gpus in (2, 4))
         for part in ("base weights", "adapter weights", "gradients", "optimizer state"):

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
+from graphmoe_model.base_models import MODEL_SHAPES, load_config, model_config
 from graphmoe_model.config.methods import PRESETS
-from graphmoe_model.sizes.model_shapes import MODEL_SHAPES, load_config, model_config
-from graphmoe_model.sizes.parameters import COMPONENTS, adapter_parameters, parameters_by_component
+from graphmoe_model.parameters import COMPONENTS, adapter_parameters, parameters_by_component
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 
 # Llama-3-8B by hand: (in, out) of each linear of a layer, and how many layers there are.
@@ -252,6 +252,6 @@ def test_nothing_is_allocated(monkeypatch):
         seen.append(model)
         return parameters_by_component(model)
 
-    monkeypatch.setattr("graphmoe_model.sizes.parameters.parameters_by_component", note)
+    monkeypatch.setattr("graphmoe_model.parameters.counting.parameters_by_component", note)
     adapter_parameters(GraphMoEConfig.from_preset("graphmoe-mixdora"), model_config("tiny"))
     assert {p.device.type for p in seen[0].parameters()} == {"meta"}

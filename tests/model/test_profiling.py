@@ -13,12 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM
 
 from graphmoe_kernels import ranges
+from graphmoe_model.base_models import MODEL_SHAPES
 from graphmoe_model.profiling import CATEGORIES, Profile, profile_model
 from graphmoe_model.profiling.attribution import attribute
-from graphmoe_model.profiling.memory import check_fits, memory_error
 from graphmoe_model.profiling.models import adapter_title, profiled_config, saved_model, with_rounds
 from graphmoe_model.profiling.modules import module_ranges
-from graphmoe_model.sizes.model_shapes import MODEL_SHAPES
+from graphmoe_model.profiling.out_of_memory import check_fits, memory_error
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model, tokens
 
 ADAPTERS = {

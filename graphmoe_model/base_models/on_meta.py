@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.sizes.model_shapes import first_line
+from graphmoe_model.messages import first_line
 from graphmoe_model.tuner.targets import check_targets
 
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig
 
+from graphmoe_model.messages import first_line
+
 
 class ModelShape(NamedTuple):
     """A decoder-only model's sizes by their names in Transformers.
@@ -97,8 +99,3 @@ def check_is_model(name: str) -> None:
         raise ValueError(f"there is no folder {name} to load a model from")
     if (Path(name) / "adapter_config.json").exists():
         raise ValueError(f"{name} is an adapter: pass its base model with --model and the adapter with --adapter")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first; Transformers and PEFT go on for paragraphs."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,7 +9,7 @@ from torch import nn
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 
 
-class Counts(NamedTuple):
+class ParameterCounts(NamedTuple):
     """Parameters of an adapted model. A layer's are those of the largest.
 
     Attributes:
@@ -38,7 +38,7 @@ class Counts(NamedTuple):
         return self.linears + self.others
 
 
-def counts(model: Any) -> Counts:
+def count_parameters(model: Any) -> ParameterCounts:
     """Count a causal language model with an adapter; it may be on the meta device."""
     layers = list(model.get_decoder().layers)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -46,7 +46,7 @@ def counts(model: Any) -> Counts:
     found = [_layer(layer) for layer in layers]
     linears = sum(layer[0] for layer in found)
     largest = [max(values) for values in zip(*found, strict=True)]
-    return Counts(
+    return ParameterCounts(
         layers=len(layers),
         linears=linears,
         others=frozen - linears,

@@ -40,7 +40,7 @@ class RouterLossHooks:
     forward with gradients takes part in one collective, with labels or without.
 
     TRL ignores ``loss``. It asks for ``outputs.aux_loss`` (Eq. 8 here; 0 in evaluation), weights, averages and logs it
-    if the model's configuration declares routers, as `graphmoe_model.trainer_view` has it do.
+    if the model's configuration declares routers, as `graphmoe_model.routing.trainer_view` has it do.
 
     The decoder inside the model has hooks too, for callers that run it without its head.
 

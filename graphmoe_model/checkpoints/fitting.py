@@ -9,7 +9,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
-from graphmoe_model.checkpoints.names import ROOT, places, saved_modules, tree_tensors
+from graphmoe_model.checkpoints.tensor_names import ROOT, places, saved_modules, tree_tensors
 from graphmoe_model.module_names import plain_name
 from graphmoe_model.storage.weight_management import true_shape
 

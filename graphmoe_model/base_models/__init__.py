@@ -1,0 +1,22 @@
+"""Base models by name, and models with an adapter that take no memory for weights."""
+
+from graphmoe_model.base_models.on_meta import AdaptedOnMeta, adapted_on_meta
+from graphmoe_model.base_models.shapes import (
+    MODEL_SHAPES,
+    ModelShape,
+    check_is_model,
+    load_config,
+    model_config,
+    model_shape,
+)
+
+__all__ = [
+    "MODEL_SHAPES",
+    "AdaptedOnMeta",
+    "ModelShape",
+    "adapted_on_meta",
+    "check_is_model",
+    "load_config",
+    "model_config",
+    "model_shape",
+]

@@ -1,0 +1,20 @@
+"""Values and errors as messages show them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def as_written(value: object) -> str:
+    """Show a field's value in a message; PEFT makes lists of names sets, which print in any order."""
+    return repr(sorted(value) if isinstance(value, set) else value)
+
+
+def some(items: Sequence[str], most: int = 5) -> str:
+    """List the first items for a message, and how many more there are."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says first; Transformers and PEFT go on for paragraphs."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
