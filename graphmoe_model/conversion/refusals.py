@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from graphmoe_model.config import rank_and_alpha
-from graphmoe_model.conversion.adapter import Adapter, Module, is_other
+from graphmoe_model.conversion.adapter import Adapter, is_other
 from graphmoe_model.conversion.layers import without_gaps
+from graphmoe_model.conversion.modules import Module
 
 # The attention projections that MoE-PEFT knows by name.
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "dense")

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graphmoe_model.routing.record import ForwardRouting, RoutingStatistics, contexts_of, in_backward, routed_layers
+from graphmoe_model.routing.record import ForwardRouting, contexts_of, in_backward, routed_layers
+from graphmoe_model.routing.statistics import RoutingStatistics
 
 _NO_GRADIENT = (
     "the router loss has no gradient: reentrant activation checkpointing runs the layers without one. Set "
