@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from graphmoe_kernels.backend import check_backend
 from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS
 from graphmoe_kernels.rethinking import CANDIDATE_INPUTS, FOLD_MODES
 from graphmoe_kernels.validation import shown
 from graphmoe_model.config.methods import METHODS
-
-if TYPE_CHECKING:
-    from graphmoe_model.config import GraphMoEConfig
 
 ROUTER_AUX_LOSSES = ("paper", "switch")
 ROUTER_AUX_LOSS_SCOPES = ("local", "global")
@@ -24,6 +21,39 @@ MAX_ROUNDS = 100
 # No projection of a model is that wide; a typing error would ask for the machine's memory and more.
 MAX_RANK = MAX_EXPERTS = 2**16
 MAX_GRU_SCALE = 16
+
+
+class RankSettings(Protocol):
+    """The fields of a `LoraConfig` that give ranks and scales."""
+
+    r: Any
+    lora_alpha: Any
+    rank_pattern: Any
+    alpha_pattern: Any
+
+
+class Selection(Protocol):
+    """The fields of a `LoraConfig` that select modules, layers and tokens."""
+
+    target_modules: Any
+    exclude_modules: Any
+    layers_to_transform: Any
+    layers_pattern: Any
+    modules_to_save: Any
+    trainable_token_indices: Any
+    rank_pattern: Any
+    alpha_pattern: Any
+
+
+class Settings(RankSettings, Protocol):
+    """The fields of a `GraphMoEConfig` that its checks read; `check_names` asks for further ones by name."""
+
+    top_k: Any
+    rounds: Any
+    gru_hidden_scale: Any
+    lora_dropout: Any
+    router_aux_loss_coef: Any
+    backend: Any
 
 
 def check_count(name: str, value: object, largest: int, why: str) -> None:
@@ -48,7 +78,7 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def check_ranks(config: Any) -> None:
+def check_ranks(config: RankSettings) -> None:
     """Raise ``ValueError`` for a rank or alpha out of its range, also in ``rank_pattern`` and ``alpha_pattern``."""
     ranks = {f"rank_pattern[{key!r}]": value for key, value in (config.rank_pattern or {}).items()}
     for name, value in {"r": config.r, **ranks}.items():
@@ -58,7 +88,7 @@ def check_ranks(config: Any) -> None:
         check_real(name, value, "positive", lambda v: v > 0)
 
 
-def check_numbers(config: GraphMoEConfig) -> None:
+def check_numbers(config: Settings) -> None:
     """Raise ``ValueError`` for a number out of its range, also in ``rank_pattern`` and ``alpha_pattern``."""
     check_ranks(config)
     check_count("top_k", config.top_k, MAX_EXPERTS, "as num_experts")
@@ -69,7 +99,7 @@ def check_numbers(config: GraphMoEConfig) -> None:
     check_real("router_aux_loss_coef", config.router_aux_loss_coef, "0 or positive", lambda v: v >= 0)
 
 
-def check_names(config: GraphMoEConfig) -> None:
+def check_names(config: Settings) -> None:
     """Raise ``ValueError`` for a name that is not one of those known, and for a switch that is no bool."""
     choices: dict[str, Iterable[str]] = {
         "method": METHODS,
@@ -93,7 +123,7 @@ def check_names(config: GraphMoEConfig) -> None:
     check_backend(config.backend)
 
 
-def check_selection(config: Any) -> None:
+def check_selection(config: Selection) -> None:
     """Raise ``ValueError`` for a field that selects modules or tokens in a form that PEFT would misread.
 
     PEFT reads a string in ``modules_to_save`` letter by letter, an empty ``layers_to_transform`` as all layers, and

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import EMBEDDING_LAYER_NAMES
@@ -19,21 +19,17 @@ from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType, rank_and_alp
 from graphmoe_model.conversion.files import read_weights, write_folder
 from graphmoe_model.conversion.layout import (
     CONTAINER,
-    Entry,
     Shape,
     check_tensors,
-    linear_entries,
-    mlp_entries,
     raise_problems,
     resolved,
 )
 from graphmoe_model.conversion.loadable import check_values, count_problems, selection_problems
+from graphmoe_model.conversion.modules import ROOT, Module
 
-ROOT = "base_model.model."  # what PEFT puts before a module's name
 _TENSOR = re.compile(
     rf"{re.escape(ROOT)}(?P<module>.+?)\.(?:{CONTAINER}\.(?P<part>.+)|(?:lora_[AB]|lora_magnitude_vector)\.weight)"
 )
-_PATH = re.compile(r"(?P<stem>.+)\.(?P<layer>\d+)\.(?P<place>\D.*)")
 
 
 @dataclass(frozen=True)
@@ -59,30 +55,6 @@ class Adapter:
                 of_mlp = (match["part"] or "").startswith(("experts.", "gru."))
                 gated[match["module"]] = gated.get(match["module"], False) or of_mlp
         return [Module.at(path, is_mlp) for path, is_mlp in gated.items()]
-
-
-class Module(NamedTuple):
-    """An adapted module: ``model.layers.3.self_attn.q_proj`` has the stem ``model.layers``, the layer 3 and the place
-    ``self_attn.q_proj``; a module outside of numbered layers has the layer None and its whole path as its place."""
-
-    path: str
-    is_mlp: bool
-    stem: str
-    layer: int | None
-    place: str
-
-    @classmethod
-    def at(cls, path: str, is_mlp: bool) -> Module:
-        """The module of this path."""
-        match = _PATH.fullmatch(path)
-        if match is None:
-            return cls(path, is_mlp, "", None, path)
-        return cls(path, is_mlp, match["stem"], int(match["layer"]), match["place"])
-
-    def entries(self, config: GraphMoEConfig) -> Iterator[tuple[str, Entry]]:
-        """Its tensors, by their full names."""
-        for entry in mlp_entries(config) if self.is_mlp else linear_entries(config):
-            yield f"{ROOT}{self.path}.{entry.name}", entry
 
 
 def read_adapter(folder: str | Path) -> Adapter:

@@ -11,9 +11,10 @@ from rich.text import Text
 
 from graphmoe_model.checkpoints import read_config
 from graphmoe_model.config import GraphMoEPeftType
-from graphmoe_model.conversion.adapter import ROOT, Adapter, read_adapter, write_adapter
+from graphmoe_model.conversion.adapter import Adapter, read_adapter, write_adapter
 from graphmoe_model.conversion.exports import attention_lora, to_moe_peft
 from graphmoe_model.conversion.import_moe_peft import from_moe_peft
+from graphmoe_model.conversion.modules import ROOT
 from graphmoe_model.conversion.peer_config import PEER_TYPES
 from graphmoe_model.conversion.rounds import with_rounds
 

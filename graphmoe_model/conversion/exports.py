@@ -12,16 +12,10 @@ from peft.utils import CONFIG_NAME, WEIGHTS_NAME
 from torch import Tensor
 
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
-from graphmoe_model.conversion.adapter import (
-    ROOT,
-    Adapter,
-    Module,
-    is_other,
-    pattern_of,
-    save_safetensors,
-)
+from graphmoe_model.conversion.adapter import Adapter, is_other, pattern_of, save_safetensors
 from graphmoe_model.conversion.files import write_folder
 from graphmoe_model.conversion.layout import LINEARS
+from graphmoe_model.conversion.modules import ROOT, Module
 from graphmoe_model.conversion.peer_config import aux_loss_coef_there
 from graphmoe_model.conversion.refusals import moe_peft_reasons, peft_lora_reasons, raise_for
 

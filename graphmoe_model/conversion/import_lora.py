@@ -12,8 +12,9 @@ from torch import Tensor
 
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
 from graphmoe_model.config.checks import check_ranks, check_selection
-from graphmoe_model.conversion.adapter import ROOT, Adapter, is_other, pattern_of
+from graphmoe_model.conversion.adapter import Adapter, is_other, pattern_of
 from graphmoe_model.conversion.layout import LINEARS
+from graphmoe_model.conversion.modules import ROOT
 from graphmoe_model.conversion.peer_config import base_model_reasons, task_type, unread
 from graphmoe_model.conversion.peer_layers import Layers, check_linears, not_adapted, read_layers, wanted, without_gaps
 

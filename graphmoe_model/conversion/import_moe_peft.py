@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from graphmoe_model.checkpoints import read_config
-from graphmoe_model.conversion.adapter import ROOT, Adapter, check_adapter
+from graphmoe_model.conversion.adapter import Adapter, check_adapter
 from graphmoe_model.conversion.files import read_weights
 from graphmoe_model.conversion.import_lora import from_lora
 from graphmoe_model.conversion.layout import LINEARS
 from graphmoe_model.conversion.loadable import check_values
+from graphmoe_model.conversion.modules import ROOT
 from graphmoe_model.conversion.peer_config import MOE_TYPES, PEER_TYPES, moe_config
 from graphmoe_model.conversion.peer_layers import Layers, check_linears, not_adapted, read_layers, wanted, without_gaps
 

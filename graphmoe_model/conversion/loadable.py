@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -12,9 +12,7 @@ from torch import Tensor
 
 from graphmoe_kernels.validation import FLOAT_DTYPES
 from graphmoe_model.config import GraphMoEConfig
-
-if TYPE_CHECKING:
-    from graphmoe_model.conversion.adapter import Module
+from graphmoe_model.conversion.modules import Module
 
 MOST = 8  # names in a message
 _LAYER = re.compile(r"0|[1-9][0-9]{0,4}")  # as PyTorch names the entries of a list; more than any decoder has

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
-from graphmoe_model.conversion.adapter import ROOT, Module
 from graphmoe_model.conversion.layout import LINEARS, Shape, check_tensors, resolved
+from graphmoe_model.conversion.modules import ROOT, Module
 
 # Names of one and the same linear in different models: a target that a model does not have is passed over, by the peers
 # as here, which must not hide one that is missing.

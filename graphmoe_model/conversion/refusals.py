@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from graphmoe_model.config import rank_and_alpha
-from graphmoe_model.conversion.adapter import Adapter, Module, is_other
+from graphmoe_model.conversion.adapter import Adapter, is_other
+from graphmoe_model.conversion.modules import Module
 from graphmoe_model.conversion.peer_layers import without_gaps
 
 # The attention projections that MoE-PEFT knows by name.

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from graphmoe_model.conversion.adapter import ROOT, Adapter
+from graphmoe_model.conversion.adapter import Adapter
 from graphmoe_model.conversion.layout import CONTAINER
+from graphmoe_model.conversion.modules import ROOT
 from graphmoe_model.layers.gru import RethinkingGRU
 
 GRU_SETTINGS = ("gru_hidden_scale", "candidate_input", "candidate_activation", "fold")

@@ -25,7 +25,8 @@ from graphmoe_model import GraphMoEConfig, collect_routing
 from graphmoe_model.demo.base import BaseTexts, TrainingQuestions, make_base, make_tokenizer
 from graphmoe_model.demo.comparison import compare, failures
 from graphmoe_model.demo.latency import measure_latency
-from graphmoe_model.demo.report import DemoResults, print_results, write_report
+from graphmoe_model.demo.report import print_results, write_report
+from graphmoe_model.demo.results import DemoResults
 from graphmoe_model.demo.task import LABELS, held_out_questions
 from graphmoe_model.demo.train import accuracy, answer_logits, train
 from graphmoe_model.parameters import parameters_by_component

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -13,9 +13,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-if TYPE_CHECKING:
-    from graphmoe_model.demo.comparison import Comparison
-    from graphmoe_model.demo.report import DemoResults
+from graphmoe_model.demo.comparison import Comparison
+from graphmoe_model.demo.results import DemoResults
 
 CHANCE = 0.25  # four options a question
 

@@ -10,16 +10,13 @@ run then draws other masks. The generator's state tells, which the host knows wi
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from graphmoe_model.routing.record import in_backward
-
-if TYPE_CHECKING:
-    from graphmoe_model.layers.routed_layer import RoutedLayer
 
 _OTHER_MASKS = (
     "this layer has dropout, and activation checkpointing ran it again in the backward pass with other random numbers "
@@ -76,9 +73,18 @@ def random_state(device: torch.device) -> int | None:
     return None
 
 
+class RepeatedLayer(Protocol):
+    """A layer whose forwards checkpointing may run again."""
+
+    repeats: Repeats
+
+    def run(self) -> Run:
+        """Return what a forward depends on now besides tensors."""
+
+
 class _SameRun(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, layer: RoutedLayer, run: Run, random: int | None) -> Tensor:
+    def forward(ctx: Any, y: Tensor, layer: RepeatedLayer, run: Run, random: int | None) -> Tensor:
         ctx.layer, ctx.run, ctx.random = layer, run, random
         ctx.own = y.new_empty(1)
         ctx.save_for_backward(ctx.own)  # to ask for it has a checkpointed layer run again, and gives another one
@@ -86,7 +92,7 @@ class _SameRun(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        layer: RoutedLayer = ctx.layer
+        layer: RepeatedLayer = ctx.layer
         try:
             (saved,) = ctx.saved_tensors
         except CheckpointError as error:
@@ -100,7 +106,7 @@ class _SameRun(torch.autograd.Function):
         return gradients[0], None, None, None
 
 
-def same_run(y: Tensor, layer: RoutedLayer) -> Tensor:
+def same_run(y: Tensor, layer: RepeatedLayer) -> Tensor:
     """A layer's output y, just computed; its backward pass raises if checkpointing ran the layer again otherwise.
 
     Raises:

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from graphmoe_model.routing.record import ForwardRouting, RoutingRecord, RoutingStatistics
+from graphmoe_model.routing.record import ForwardRouting, RoutingRecord
+from graphmoe_model.routing.statistics import GlobalRouting, RoutingStatistics
 
 _JOIN = (
     "router_aux_loss_scope='global' does not work inside of DistributedDataParallel.join() (accelerate's "
@@ -35,26 +36,6 @@ _JOIN = (
     "would wait for its routing. Give every process the same number of batches, pass throw_on_early_termination=True, "
     "or set router_aux_loss_scope='local'"
 )
-
-
-class GlobalRouting(NamedTuple):
-    """One forward's routing on all processes; R routers, one for each time that a router runs in a forward.
-
-    Attributes:
-        statistics: [R], as of one process with all tokens; the mass has the gradient that the module describes.
-        coefficients: [R], weight of each router's loss in the model's.
-        ran: [R] tensor, on how many processes the router ran.
-        share: scalar tensor, the mean weight of the router loss in ``outputs.loss``.
-    """
-
-    statistics: list[RoutingStatistics]
-    coefficients: list[float]
-    ran: Tensor
-    share: Tensor
-
-    def detach(self) -> GlobalRouting:
-        """The same numbers without the graph behind them."""
-        return self._replace(statistics=[own._replace(mass=own.mass.detach()) for own in self.statistics])
 
 
 class _Place(NamedTuple):

@@ -5,9 +5,9 @@ mean routing probability over the tokens, padding left out of both. Perfectly ba
 switch form, where p is the full softmax, and L = the mean probability mass of the k chosen experts (at most 1) in the
 paper's form, where p is zero outside the top k. L is averaged over rounds and routers (one per layer, or per linear).
 
-Eq. 8 is taken over one forward, of one process or of all (`graphmoe_model.routing.global_routing`). Under gradient accumulation
-the micro-batches' losses are averaged, which differs from Eq. 8 over the whole batch by the covariance of f and p among
-micro-batches: it falls as 1 / (tokens per micro-batch).
+Eq. 8 is taken over one forward, of one process or of all (`graphmoe_model.routing.global_routing`). Under gradient
+accumulation the micro-batches' losses are averaged, which differs from Eq. 8 over the whole batch by the covariance of f
+and p among micro-batches: it falls as 1 / (tokens per micro-batch).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graphmoe_model.routing.record import ForwardRouting, RoutingStatistics, contexts_of, in_backward, routed_layers
+from graphmoe_model.routing.record import ForwardRouting, contexts_of, in_backward, routed_layers
+from graphmoe_model.routing.statistics import RoutingStatistics
 
 _NO_GRADIENT = (
     "the router loss has no gradient: reentrant activation checkpointing runs the layers without one. Set "

@@ -12,33 +12,39 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from graphmoe_kernels import topk_softmax_routing
+from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.module_names import plain_name
-
-if TYPE_CHECKING:
-    from graphmoe_model.layers.routed_layer import RoutedLayer
-    from graphmoe_model.routing.expert_load import ExpertLoad
-    from graphmoe_model.routing.global_routing import GlobalRouting
+from graphmoe_model.routing.statistics import GlobalRouting, RoutingStatistics
 
 
-class RoutingStatistics(NamedTuple):
-    """What Eq. 8 reads of one router's rounds.
+class RecordedLayer(Protocol):
+    """What is read of a layer that hands over its routers' logits."""
 
-    Attributes:
-        counts: [T, n], tokens that chose each expert; where routing is dense, all of them.
-        mass: [T, n], differentiable; the routing probability each expert got, summed over tokens (top-k entries for
-            the paper's loss, full softmax for the switch form).
-        tokens: scalar tensor, how many tokens were counted (padding is not).
-    """
+    routing_context: RoutingContext
+    lora_graphmoe: nn.ModuleDict
+    training: bool
 
-    counts: Tensor
-    mass: Tensor
-    tokens: Tensor
+    def active_name(self) -> str | None:
+        """Return the name of the adapter that runs, or None."""
+
+    def active_config(self) -> GraphMoEConfig | None:
+        """Return that adapter's configuration, or None."""
+
+    def router_shapes(self) -> dict[str, tuple[int, int]]:
+        """Return [T, n] of each of that adapter's routers, by name relative to the layer."""
+
+
+class RoutingCollector(Protocol):
+    """What counts the routing of forwards, such as `graphmoe_model.routing.expert_load.ExpertLoad`."""
+
+    def add(self, layer: Any, record: RoutingRecord) -> None:
+        """Count one forward of a router of the layer."""
 
 
 class RoutingRecord(NamedTuple):
@@ -63,7 +69,7 @@ class RoutingRecord(NamedTuple):
     backend: str
     coefficient: float
     trains: bool
-    layer: RoutedLayer
+    layer: RecordedLayer
     router: str
 
     def statistics(self) -> RoutingStatistics:
@@ -158,7 +164,7 @@ class RoutingContext:
     """
 
     def __init__(self) -> None:
-        self.loads: list[ExpertLoad] = []
+        self.loads: list[RoutingCollector] = []
         self.trained: ForwardRouting | None = None
         self.seen: ForwardRouting | None = None
         self._thread = _Thread()
@@ -226,7 +232,7 @@ class RoutingContext:
         # A copy: whoever made the mask may write into it before the statistics are taken.
         return mask[:, -x.shape[1] :].reshape(-1).to(x.device, torch.bool, copy=True)
 
-    def record(self, layer: RoutedLayer, records: list[RoutingRecord], *, trains: bool) -> ForwardRouting | None:
+    def record(self, layer: RecordedLayer, records: list[RoutingRecord], *, trains: bool) -> ForwardRouting | None:
         """Take what a layer's routers did; the forward that this was, for a layer that runs on its own.
 
         A layer that checkpointing runs again in the backward pass belongs to no running forward, and is not recorded:
@@ -253,7 +259,7 @@ class RoutingContext:
         return alone
 
 
-def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
+def routed_layers(model: nn.Module) -> dict[str, RecordedLayer]:
     """The layers that leave routing records, by their names in the base model (PEFT's prefix and wrappers' removed)."""
     named = model.named_modules()  # parents first: a wrapper that answers for its layer is replaced by the layer
     return {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from graphmoe_model.routing.loss import balance_loss
-from graphmoe_model.routing.record import RoutingStatistics
+from graphmoe_model.routing.statistics import RoutingStatistics
 from tests.distributed import balance_worker
 from tests.distributed.launch import launch
 

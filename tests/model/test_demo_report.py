@@ -14,7 +14,8 @@ from rich.console import Console
 from graphmoe_model.demo import __main__ as demo_main
 from graphmoe_model.demo.comparison import Comparison, MethodResult
 from graphmoe_model.demo.latency import RoundLatency, measure_latency
-from graphmoe_model.demo.report import DemoResults, print_results, write_report
+from graphmoe_model.demo.report import print_results, write_report
+from graphmoe_model.demo.results import DemoResults
 
 FILES = {"report.md", "loss.png", "accuracy.png", "expert_load.png", "latency.png", "comparison.png"}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from graphmoe_kernels import topk_softmax_routing
 from graphmoe_model import router_loss
 from graphmoe_model.routing.loss import balance_loss
-from graphmoe_model.routing.record import RoutingStatistics
+from graphmoe_model.routing.statistics import RoutingStatistics
 from tests.model.router_losses import IDS, LEFT_PADDED, RIGHT_PADDED, ffn_layers, language_loss, records
 from tests.model.tiny_models import tiny_peft_model, tokens
 
