@@ -6,8 +6,8 @@ switch form, where p is the full softmax, and L = the mean probability mass of t
 paper's form, where p is zero outside the top k. L is averaged over rounds and routers (one per layer, or per linear).
 
 Eq. 8 is taken over one forward, of one process or of all (`graphmoe_model.routing.global_routing`). Under gradient
-accumulation the micro-batches' losses are averaged, which differs from Eq. 8 over the whole batch by the covariance of f
-and p among micro-batches: it falls as 1 / (tokens per micro-batch).
+accumulation the micro-batches' losses are averaged, which differs from Eq. 8 over the whole batch by the covariance of
+f and p among micro-batches: it falls as 1 / (tokens per micro-batch).
 """
 
 from __future__ import annotations
