@@ -1,14 +1,8 @@
 """Base models by name, and models with an adapter that take no memory for weights."""
 
 from graphmoe_model.base_models.on_meta import AdaptedOnMeta, adapted_on_meta
-from graphmoe_model.base_models.shapes import (
-    MODEL_SHAPES,
-    ModelShape,
-    check_is_model,
-    load_config,
-    model_config,
-    model_shape,
-)
+from graphmoe_model.base_models.shapes import check_is_model, is_local_model, load_config, model_config
+from graphmoe_tables.models import MODEL_SHAPES, ModelShape, model_shape
 
 __all__ = [
     "MODEL_SHAPES",
@@ -16,6 +10,7 @@ __all__ = [
     "ModelShape",
     "adapted_on_meta",
     "check_is_model",
+    "is_local_model",
     "load_config",
     "model_config",
     "model_shape",

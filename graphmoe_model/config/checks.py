@@ -11,7 +11,7 @@ from graphmoe_kernels.backend import check_backend
 from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS
 from graphmoe_kernels.rethinking import CANDIDATE_INPUTS, FOLD_MODES
 from graphmoe_kernels.validation import shown
-from graphmoe_model.config.methods import METHODS
+from graphmoe_tables.methods import METHODS
 
 ROUTER_AUX_LOSSES = ("paper", "switch")
 ROUTER_AUX_LOSS_SCOPES = ("local", "global")

@@ -15,8 +15,8 @@ from peft.utils.other import get_pattern_key
 from graphmoe_kernels.rethinking import RethinkingSpec
 from graphmoe_kernels.validation import shown
 from graphmoe_model.config.checks import MAX_EXPERTS, check_names, check_numbers, check_selection
-from graphmoe_model.config.methods import METHODS, PRESETS, Method
 from graphmoe_model.config.refused_options import refused_options
+from graphmoe_tables.methods import METHODS, Method, preset_settings
 
 # The fields of LoraConfig that this method implements; any other one must keep its default.
 SUPPORTED_LORA_FIELDS = frozenset(
@@ -54,7 +54,7 @@ def _option(default: object, text: str):  # type: ignore[no-untyped-def]
 class GraphMoEConfig(LoraConfig):
     """Mixture of LoRA experts on the MLPs, with self-rethinking, and what the method puts on the attention projections.
 
-    ``method`` and ``use_dora`` name one of the eight base methods (`graphmoe_model.config.methods.METHODS`); what is
+    ``method`` and ``use_dora`` name one of the eight base methods (`graphmoe_tables.methods.METHODS`); what is
     left at None has that method's default. ``rounds`` above 1 is GraphMoE on it.
 
     The fields of ``LoraConfig`` that are not listed here and that this method implements: ``use_rslora``, ``use_dora``,
@@ -121,21 +121,21 @@ class GraphMoEConfig(LoraConfig):
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> GraphMoEConfig:
-        """The papers' settings of a method: ``lora``, ``dora``, ``mixlora``, ``mixdora``, ``loramoe``, ``doramoe``,
-        ``mola``, ``moda``, and ``graphmoe-<name>`` for GraphMoE on each of the last six; ``changes`` overrule them.
+        """Return the papers' settings of a method, by a name of `graphmoe_tables.methods.PRESETS`: ``lora``, ``dora``,
+        ``mixlora``, ``mixdora``, ``loramoe``, ``doramoe``, ``mola``, ``moda``, and ``graphmoe-<name>`` for GraphMoE on
+        each of the last six; ``changes`` overrule them.
 
         Source: GraphMoE, Table 2; ranks as give the parameters in its Table 1.
 
         Raises:
             ValueError: there is no such preset, or what the constructor refuses.
         """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-        if changes.get("method", PRESETS[name]["method"]) != PRESETS[name]["method"]:
+        settings = preset_settings(name)
+        if changes.get("method", settings["method"]) != settings["method"]:
             raise ValueError(
                 f"preset {name!r} is of another method than {changes['method']!r}; choose one of that method"
             )
-        return cls(**{**PRESETS[name], **changes})
+        return cls(**{**settings, **changes})
 
     @property
     def base_method(self) -> Method:

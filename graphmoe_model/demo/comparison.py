@@ -14,23 +14,30 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from graphmoe_model import GraphMoEConfig, collect_routing
-from graphmoe_model.config.methods import METHODS
 from graphmoe_model.demo.base import TrainingQuestions
 from graphmoe_model.demo.task import Question
 from graphmoe_model.demo.train import TrainingRun, accuracy, answer_logits, train
 from graphmoe_model.parameters import parameters_by_component
+from graphmoe_tables.methods import METHODS, Method
 
 ROUNDS = 3  # of GraphMoE; its base methods have one
 SCORINGS = 3  # timed, each of every fourth held-out question: one batch with some of every skill
 
-# Experts and ranks are half the paper's (`graphmoe_model.config.methods.PRESETS`), as the demo's own adapter. LoRA's
-# rank is the one that comes closest to MixLoRA's parameters here; half the paper's 80 would have three quarters more.
-SIZES: dict[str, dict[str, Any]] = {
-    "lora": {"r": 23},
-    "mixlora": {"r": 8, "num_experts": 4, "top_k": 2},
-    "loramoe": {"r": 12, "num_experts": 3},
-    "mola": {"r": 5, "num_experts": 4, "top_k": 2},
-}
+# LoRA's rank is the one that comes closest to MixLoRA's parameters here; half the paper's 80 would have three quarters
+# more.
+LORA_RANK = 23
+
+
+def _half(name: str, method: Method) -> dict[str, Any]:
+    """Experts and rank that are half the paper's, as the demo's own adapter has them."""
+    if method.routers is None:
+        return {"r": LORA_RANK}
+    settings = method.published(name)
+    sizes = {"r": settings["r"] // 2, "num_experts": settings["num_experts"] // 2}
+    return sizes if method.dense else {**sizes, "top_k": settings["top_k"]}
+
+
+SIZES: dict[str, dict[str, Any]] = {name: _half(name, method) for name, method in METHODS.items()}
 
 
 class MethodResult(NamedTuple):

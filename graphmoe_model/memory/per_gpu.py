@@ -15,7 +15,8 @@ from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.memory.activations import Activations, step_activations
 from graphmoe_model.memory.parameter_counts import ParameterCounts, count_parameters
-from graphmoe_model.memory.strategies import STRATEGIES, Sharding, Strategy
+from graphmoe_model.memory.strategies import gathered_in_layer, gathered_in_loss, held
+from graphmoe_tables.strategies import STRATEGIES, Sharding, Strategy, check_run, check_strategies
 
 COMPONENTS = (
     *("base weights", "adapter weights", "gradients", "optimizer state", "buffers"),
@@ -66,13 +67,8 @@ def memory_per_gpu(
     Raises:
         ValueError: an unknown strategy, fewer than one GPU or two tokens, or what `adapted_on_meta` refuses.
     """
-    for name in strategies:
-        if name not in STRATEGIES:
-            raise ValueError(f"unknown strategy {name!r}; there are {', '.join(STRATEGIES)}")
-    if gpus < 1:
-        raise ValueError(f"gpus must be at least 1, got {gpus}")
-    if tokens < 2:  # one token has no next one to predict
-        raise ValueError(f"tokens must be at least 2, got {tokens}")
+    check_strategies(strategies)
+    check_run(gpus, tokens)
     model = adapted_on_meta(config, model_config).model
     found, folds = count_parameters(model), _kept_folds(model)
     activations = step_activations(lambda layers: _of_layers(config, model_config, layers), tokens, checkpointing)
@@ -81,11 +77,11 @@ def memory_per_gpu(
 
 def _memory(strategy: Strategy, found: ParameterCounts, activations: Activations, folds: int, gpus: int) -> Memory:
     moments = (
-        (strategy.gathered_in_loss(found), activations.in_loss),
-        (strategy.gathered_in_layer(found), activations.in_layer),
+        (gathered_in_loss(strategy, found), activations.in_loss),
+        (gathered_in_layer(strategy, found), activations.in_layer),
     )
     gathered, own = max(moments, key=sum)
-    components = strategy.held(found, 1 if strategy.sharding == Sharding.none else gpus)
+    components = held(strategy, found, 1 if strategy.sharding == Sharding.none else gpus)
     components |= {"gathered weights": gathered, "activations": found.layers * activations.layer + own}
     return Memory(components, 0 if strategy.shards_weights else folds)
 

@@ -23,8 +23,8 @@ from graphmoe_model.profiling.attribution import FORWARD, attribute, last_forwar
 from graphmoe_model.profiling.modules import categories, module_ranges
 from graphmoe_model.profiling.out_of_memory import memory_error
 from graphmoe_model.profiling.result import Profile, summarise
+from graphmoe_tables.models import PHASES, check_lengths
 
-PHASES = ("prefill", "decode")
 WARM_UPS = 2  # the first builds the folds and, on a GPU, compiles kernels
 SHORT = 0.05  # seconds; a machine's hiccup is as long as several calls that are shorter
 
@@ -88,20 +88,6 @@ def profile_model(
                 walls = median(alone), median(profiled)
                 profiles.append(Profile(title, adapter, phase, tokens, seconds, spread, *walls, len(forwards)))
     return profiles
-
-
-def check_lengths(lengths: Sequence[int], phases: Sequence[str], positions: int | None) -> None:
-    """``ValueError`` for lengths below 1 or, with the token that a decode step adds, beyond a model's positions."""
-    low = [tokens for tokens in lengths if tokens < 1]
-    if low or not lengths:
-        raise ValueError(f"a sequence must have at least 1 token, got {', '.join(map(str, low)) or 'no length at all'}")
-    longest = max(lengths) + ("decode" in phases)
-    if positions is not None and longest > positions:
-        added = " and one to decode" if "decode" in phases else ""
-        raise ValueError(
-            f"a sequence of {max(lengths)} tokens{added} is longer than the model's {positions} positions "
-            "(max_position_embeddings); profile shorter ones"
-        )
 
 
 def _check(model: nn.Module, phases: Sequence[str], lengths: Sequence[int], **counts: int) -> Any:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 pytest.importorskip("trl")
 
 from graphmoe_model.memory.parameter_counts import count_parameters
-from graphmoe_model.memory.strategies import MAX_LIVE, PREFETCH_BUCKET, REDUCE_BUCKET, STRATEGIES
+from graphmoe_model.memory.strategies import MAX_LIVE, PREFETCH_BUCKET, REDUCE_BUCKET
+from graphmoe_tables.strategies import STRATEGIES
 from tests.distributed import trainer_worker
 from tests.distributed.launch import ROOT, launch
 from tests.distributed.trainer_worker import with_adapter

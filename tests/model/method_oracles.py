@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
-from graphmoe_model.config.methods import PRESETS
+from graphmoe_tables.methods import PRESETS
 
 HIDDEN, INTERMEDIATE, RANK, EXPERTS = 48, 80, 5, 4
 

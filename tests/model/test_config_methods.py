@@ -8,7 +8,7 @@ import pytest
 from peft import PeftConfig
 
 from graphmoe_model import GraphMoEConfig
-from graphmoe_model.config.methods import METHODS, PRESETS
+from graphmoe_tables.methods import METHODS, PRESETS
 
 pytestmark = pytest.mark.methods
 

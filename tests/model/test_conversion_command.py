@@ -9,8 +9,8 @@ import pytest
 from peft import PeftModel
 from rich.console import Console
 
+from graphmoe_cli.runs.convert import run
 from graphmoe_model.conversion import from_moe_peft, write_adapter
-from graphmoe_model.conversion.command import run
 from tests.model.peer_format import peer_settings, write_peer
 from tests.model.tiny_models import logits, tiny_model
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from graphmoe_cli.runs.memory import gigabytes
 from graphmoe_model import GraphMoEConfig
 from graphmoe_model.base_models import model_config
 from graphmoe_model.memory import memory_per_gpu
-from graphmoe_model.memory.command import gigabytes
-from graphmoe_model.memory.strategies import STRATEGIES
+from graphmoe_tables.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/distributed.md").read_text()

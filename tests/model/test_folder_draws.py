@@ -14,8 +14,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from rich.console import Console
 from torch import Tensor, nn
 
+from graphmoe_cli.runs.convert import run
 from graphmoe_model.conversion import read_adapter
-from graphmoe_model.conversion.command import run
 from tests.drawing import assert_clear, make_draws
 from tests.model.folder_draws import Saved, our_folders, their_folders
 from tests.model.tiny_models import logits, tiny_model

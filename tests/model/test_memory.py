@@ -13,14 +13,16 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 from typer.testing import CliRunner
 
+from graphmoe_cli.app import app
+from graphmoe_cli.runs import memory as runs
 from graphmoe_model import GraphMoEConfig
 from graphmoe_model.base_models import adapted_on_meta, model_config
-from graphmoe_model.cli import app
-from graphmoe_model.memory import COMPONENTS, Memory, command, memory_per_gpu
+from graphmoe_model.memory import COMPONENTS, Memory, memory_per_gpu
 from graphmoe_model.memory.activations import step_activations
 from graphmoe_model.memory.live_bytes import LiveBytes
 from graphmoe_model.memory.parameter_counts import count_parameters
-from graphmoe_model.memory.strategies import STRATEGIES
+from graphmoe_model.memory.strategies import held
+from graphmoe_tables.strategies import STRATEGIES
 from tests.model.checkpointing import checkpoint_activations
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 
@@ -116,16 +118,16 @@ def test_what_one_process_holds_is_what_torch_holds():
     gradients = sum(p.grad.nbytes for p in trained)
     optimizer.step()
     moments = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if v.dim())
-    held = STRATEGIES["single"].held(count_parameters(model), gpus=1)
-    assert held["adapter weights"] == sum(p.nbytes for p in trained)
-    assert (held["gradients"], held["optimizer state"], held["buffers"]) == (gradients, moments, 0)
-    assert held["base weights"] == sum(p.numel() for p in tiny_model().parameters()) * 2  # in bf16
+    single = held(STRATEGIES["single"], count_parameters(model), gpus=1)
+    assert single["adapter weights"] == sum(p.nbytes for p in trained)
+    assert (single["gradients"], single["optimizer state"], single["buffers"]) == (gradients, moments, 0)
+    assert single["base weights"] == sum(p.numel() for p in tiny_model().parameters()) * 2  # in bf16
 
 
 def test_more_gpus_share_what_is_sharded_and_nothing_else():
     found = count_parameters(tiny_peft_model())
     for name, strategy in STRATEGIES.items():
-        two, four = (strategy.held(found, gpus=gpus) for gpus in (2, 4))
+        two, four = (held(strategy, found, gpus=gpus) for gpus in (2, 4))
         for part in ("base weights", "adapter weights", "gradients", "optimizer state"):
             shared = strategy.shards_weights or (name == "zero2" and part in ("gradients", "optimizer state"))
             ratio = 2 if shared else 1
@@ -177,7 +179,7 @@ def asked(monkeypatch) -> list[Any]:
         components = {name: 10**9 * (i + 1) for i, name in enumerate(COMPONENTS)}
         return {name: Memory(components, kept_folds=5 * 10**8) for name in strategies}
 
-    monkeypatch.setattr(command, "memory_per_gpu", made_up)
+    monkeypatch.setattr(runs, "memory_per_gpu", made_up)
     return calls
 
 

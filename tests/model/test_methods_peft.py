@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig, collect_routing
-from graphmoe_model.config.methods import PRESETS
 from graphmoe_model.layers.linear import RoutedLoRALinear
+from graphmoe_tables.methods import PRESETS
 from tests.model.loaders import LOADERS
 from tests.model.method_models import (
     LAYERS,

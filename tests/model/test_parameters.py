@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
 from graphmoe_model.base_models import MODEL_SHAPES, load_config, model_config
-from graphmoe_model.config.methods import PRESETS
 from graphmoe_model.parameters import COMPONENTS, adapter_parameters, parameters_by_component
+from graphmoe_tables.methods import PRESETS
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 
 # Llama-3-8B by hand: (in, out) of each linear of a layer, and how many layers there are.

@@ -17,8 +17,7 @@ from graphmoe_model.conversion.import_moe_peft import from_moe_peft
 from graphmoe_model.conversion.modules import ROOT
 from graphmoe_model.conversion.peer_config import PEER_TYPES
 from graphmoe_model.conversion.rounds import with_rounds
-
-FORMATS = ("graphmoe", "moe-peft", "attention-lora")
+from graphmoe_tables.formats import check_format
 
 
 def run(
@@ -35,7 +34,7 @@ def run(
     Args:
         source: the adapter's folder: GraphMoE's, MoE-PEFT's or PEFT's LoRA.
         target: the folder to write.
-        to: ``"graphmoe"``, ``"moe-peft"`` or ``"attention-lora"``.
+        to: a name of `graphmoe_tables.formats.FORMATS`.
         rounds: T of the GraphMoE adapter to write, with fresh GRUs; None: the source's.
         overwrite: whether an adapter in ``target`` is replaced.
         console: where the summary goes.
@@ -47,10 +46,7 @@ def run(
         ValueError: the source cannot be read or converted, or an option is unknown or does not go with another.
         OSError: the source is not there, or the target is, or cannot be written to.
     """
-    if to not in FORMATS:
-        raise ValueError(f"unknown format {to!r}; there are {', '.join(FORMATS)}")
-    if rounds is not None and to != "graphmoe":
-        raise ValueError(f"rounds={rounds} goes with the format 'graphmoe' alone: {to!r} has no GRU to add")
+    check_format(to, rounds)
     adapter = _read(source)
     other_format = to != "graphmoe" or read_config(source).get("peft_type") != GraphMoEPeftType.GRAPHMOE.value
     if other_format and Path(source).resolve() == Path(target).resolve():

@@ -10,11 +10,11 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
+from graphmoe_cli.app import app
 from graphmoe_model import GraphMoEConfig
 from graphmoe_model.base_models import MODEL_SHAPES, model_config
-from graphmoe_model.cli import app
-from graphmoe_model.config.methods import METHODS, PRESETS
 from graphmoe_model.parameters import adapter_parameters
+from graphmoe_tables.methods import METHODS, PRESETS
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 
 
@@ -120,6 +120,25 @@ def test_params_of_a_saved_adapter(saved, tmp_path):
     ]
 
 
+def test_a_local_base_may_be_called_as_a_known_model_is(tmp_path, monkeypatch):
+    """The folder that the adapter's configuration names is its base; the built-in model used to be counted instead."""
+    monkeypatch.chdir(tmp_path)
+    GraphMoEConfig.from_preset("mixlora", base_model_name_or_path="tiny").save_pretrained("adapter")
+    known = graphmoe("params", "--adapter", "adapter")
+    assert "counted on the known model" in known.stderr
+    tiny_model().save_pretrained("tiny")
+    local = graphmoe("params", "--adapter", "adapter", "--json")
+    expected = adapter_parameters(GraphMoEConfig.from_preset("mixlora"), tiny_model().config)
+    assert json.loads(local.stdout)["adapters"][0]["total"] == expected.total
+    assert local.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["Tiny", "TINY"])
+def test_known_models_are_found_however_they_are_written(name):
+    """As their names on the hub are: Llama-3.2-1B."""
+    assert counted("--preset", "mixlora", "--model", name) == counted("--preset", "mixlora", "--model", "tiny")
+
+
 WRONG_PARAMS = {
     "nothing to count": ("--model tiny", "name what to count: --preset (all, lora, dora, mixlora"),
     "no model": ("--preset mixlora", "name the base model by --model: tiny, llama-3.2-1b"),
@@ -192,7 +211,7 @@ def test_an_adapter_config_that_is_none_ends_in_one_line_and_status_2(case, tmp_
 
 
 def test_the_help_of_params_names_what_there_is():
-    """The names stand in the help as text, as the command line must not import them for it."""
+    """Each name of the tables that the options take names from."""
     help_text = " ".join(graphmoe("params", "--help").stdout.replace("│", " ").split())
     for name in (*MODEL_SHAPES, *METHODS, *(preset for preset in PRESETS if "graphmoe" not in preset)):
         assert name in help_text

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,60 +13,14 @@ import transformers
 from rich.console import Console
 from torch import nn
 
-from graphmoe_model.base_models import MODEL_SHAPES
-from graphmoe_model.profiling.measure import PHASES, check_lengths, profile_model
+from graphmoe_cli.profile_options import ProfileOptions
+from graphmoe_model.profiling.measure import profile_model
 from graphmoe_model.profiling.models import profiled_config, random_model, saved_model, with_adapter, with_rounds
 from graphmoe_model.profiling.report import describe, print_report, write_report
 from graphmoe_model.profiling.result import Profile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTH = 118  # of the tables, where the output goes to a file or a pipe
-
-
-@dataclass(frozen=True)
-class ProfileOptions:
-    """The command's options; `graphmoe_model.cli` says what each means.
-
-    Raises:
-        ValueError: options that exclude each other, or that need one another.
-    """
-
-    model: str | None = None
-    preset: str | None = None
-    layers: int | None = None
-    adapter: str | None = None
-    rounds: tuple[int, ...] = ()
-    seq: tuple[int, ...] = (64, 256, 1024)
-    phase: tuple[str, ...] = PHASES
-    batch: int = 1
-    repetitions: int = 5
-    dtype: str = "auto"
-    device: str = "auto"
-    backend: str | None = None
-    fold: str | None = None
-    threads: int | None = None
-    out: Path = Path("profile_report")
-    plot: bool = True
-
-    def __post_init__(self) -> None:
-        if (self.model is None) == (self.preset is None):
-            given = "both were given" if self.model else "neither was given"
-            raise ValueError(f"name the model by --model or by --preset ({', '.join(MODEL_SHAPES)}); {given}")
-        if self.layers is not None and self.preset is None:
-            raise ValueError("--layers sets the layers of a --preset; a --model has its own")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {self.threads}")
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out {self.out} is a file; it must be a folder")
-        if self.plot and importlib.util.find_spec("matplotlib") is None:  # said now, not after the measuring
-            raise ValueError("the plot needs matplotlib: pip install 'graphmoe[bench]', or leave it out by --no-plot")
-
-    @property
-    def variants(self) -> list[int | str]:
-        """Rounds of fresh adapters, 0 for none, and the saved adapter."""
-        saved = [] if self.adapter is None else [self.adapter]
-        rounds = self.rounds or (() if saved else (0, 1, 3))
-        return [*dict.fromkeys(rounds), *saved]
 
 
 def run(options: ProfileOptions, console: Console) -> list[Profile]:
@@ -136,7 +88,6 @@ def _load(options: ProfileOptions, device: torch.device) -> nn.Module:
         return saved_model(options.model, dtype, device)
     assert options.preset is not None
     config = profiled_config(options.preset, options.layers)
-    check_lengths(options.seq, options.phase, config.max_position_embeddings)  # before gigabytes are drawn
     return random_model(config, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), device)
 
 

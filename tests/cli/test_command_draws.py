@@ -12,12 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from graphmoe_model import memory
-from graphmoe_model.cli import app
+from graphmoe_cli.app import app
+from graphmoe_cli.runs import profile
+from graphmoe_model.memory import per_gpu
 from graphmoe_model.memory.activations import Activations
-from graphmoe_model.profiling import command
+from tests.cli.command_draws import lines
 from tests.drawing import make_draws
-from tests.model.command_draws import lines
 from tests.model.peer_format import peer_settings, write_peer
 from tests.model.tiny_models import tiny_model, tiny_peft_model
 
@@ -49,8 +49,8 @@ def places(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_profiles(monkeypatch, tmp_path):
     """Only the command line is drawn here; what follows takes seconds. What is written goes to a folder of its own."""
-    monkeypatch.setattr(command, "run", lambda options, console: [])
-    monkeypatch.setattr(memory, "step_activations", lambda build, tokens, checkpointing: Activations(1, 2, 3))
+    monkeypatch.setattr(profile, "run", lambda options, console: [])
+    monkeypatch.setattr(per_gpu, "step_activations", lambda build, tokens, checkpointing: Activations(1, 2, 3))
     monkeypatch.chdir(tmp_path)
 
 

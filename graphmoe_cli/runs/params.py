@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,11 +13,13 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from graphmoe_model.base_models import MODEL_SHAPES, load_config
+from graphmoe_cli.arguments import NO_MODEL
+from graphmoe_model.base_models import is_local_model, load_config
 from graphmoe_model.checkpoints import saved_adapter_config
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.config.methods import PRESETS
-from graphmoe_model.parameters.counting import COMPONENTS, AdapterParameters, adapter_parameters
+from graphmoe_model.parameters import COMPONENTS, AdapterParameters, adapter_parameters
+from graphmoe_tables.methods import PRESETS
+from graphmoe_tables.models import known_model
 
 
 class _Row(NamedTuple):
@@ -34,18 +37,18 @@ def run(
     settings: dict[str, Any] | None = None,
     as_json: bool = False,
 ) -> None:
-    """What ``graphmoe params`` does; `graphmoe_model.cli` says what each option means.
+    """What ``graphmoe params`` does; `graphmoe_cli.params` says what each option means.
 
     Args:
         settings: fields of `GraphMoEConfig` to overrule the presets', or to make a config of.
 
     Raises:
-        ValueError: options that exclude each other or need one another, or whatever is wrong with one of them.
+        ValueError: whatever is wrong with one of the options, beside what `graphmoe_cli.params.check_params` refuses.
     """
-    configs, base_model = _configs(presets, adapter, settings or {})
-    model = model or base_model
+    configs, own = _configs(presets, adapter, settings or {})
+    model = model or own
     if not model:
-        raise ValueError(f"name the base model by --model: {', '.join(MODEL_SHAPES)}, a folder or a name on the hub")
+        raise ValueError(NO_MODEL)
     model_config = load_config(model)
     rows = []
     for name, config in configs:
@@ -53,6 +56,12 @@ def run(
             rows.append(_Row(name, config.title, adapter_parameters(config, model_config)))
         except ValueError as error:
             raise ValueError(f"{name} on {model}: {error}") from error
+    if model == own and known_model(own) is not None and not is_local_model(own):
+        print(
+            f"Note: the adapter's base is {own}, and no folder here is called so: counted on the known model; "
+            "name another one by --model",
+            file=sys.stderr,
+        )
     if as_json:
         print(json.dumps(_document(model, rows), indent=2))
         return
@@ -67,22 +76,15 @@ def _configs(
 ) -> tuple[list[tuple[str, GraphMoEConfig]], str | None]:
     """The configs to count, each by its name, and the base model that they bring with them."""
     if adapter is not None:
-        if presets or settings:
-            given = ["--preset"] * bool(presets) + [_flag(name, value) for name, value in settings.items()]
-            raise ValueError(f"--adapter has settings of its own; leave out {', '.join(given)}")
         config = saved_adapter_config(adapter)
         if not isinstance(config, GraphMoEConfig):
             raise ValueError(f"{adapter} is an adapter of {type(config).__name__}; GraphMoE adapters are counted here")
         return [(adapter, config)], config.base_model_name_or_path
     if presets:
-        if "method" in settings:
-            raise ValueError("--method starts from the method's defaults, a --preset has its own method; choose one")
         names = list(PRESETS) if "all" in presets else list(dict.fromkeys(presets))
         return [(name, _preset(name, settings)) for name in names], None
-    if settings:
-        config = GraphMoEConfig(**settings)
-        return [(config.method, config)], None
-    raise ValueError(f"name what to count: --preset (all, {', '.join(PRESETS)}), --adapter or --method")
+    config = GraphMoEConfig(**settings)
+    return [(config.method, config)], None
 
 
 def _preset(name: str, settings: dict[str, Any]) -> GraphMoEConfig:
@@ -90,12 +92,6 @@ def _preset(name: str, settings: dict[str, Any]) -> GraphMoEConfig:
         return GraphMoEConfig.from_preset(name, **settings)
     except ValueError as error:
         raise ValueError(f"--preset {name}: {error}" if name in PRESETS else str(error)) from error
-
-
-def _flag(name: str, value: object) -> str:
-    if name == "use_dora":
-        return "--dora" if value else "--no-dora"
-    return f"--{name.replace('_', '-')}"
 
 
 def _table(model: str, rows: list[_Row]) -> Table:

@@ -14,8 +14,7 @@ from rich.text import Text
 
 from graphmoe_model.base_models import load_config
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.memory.per_gpu import COMPONENTS, Memory, memory_per_gpu
-from graphmoe_model.memory.strategies import STRATEGIES
+from graphmoe_model.memory import COMPONENTS, STRATEGIES, Memory, memory_per_gpu
 
 
 def run(
@@ -30,7 +29,7 @@ def run(
     checkpointing: bool = True,
     as_json: bool = False,
 ) -> None:
-    """What ``graphmoe memory`` does; `graphmoe_model.cli` says what each option means.
+    """What ``graphmoe memory`` does; `graphmoe_cli.memory` says what each option means.
 
     Args:
         settings: fields of `GraphMoEConfig` to overrule the preset's, or the defaults.

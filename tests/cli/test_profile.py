@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,11 @@ import pytest
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from typer.testing import CliRunner
 
-import graphmoe_model.cli
-from graphmoe_model.cli import app
-from graphmoe_model.profiling import CATEGORIES, command, out_of_memory
+from graphmoe_cli import profile_options
+from graphmoe_cli.app import app
+from graphmoe_cli.profile_options import ProfileOptions
+from graphmoe_cli.runs import profile as runs
+from graphmoe_model.profiling import CATEGORIES, out_of_memory
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -95,7 +94,7 @@ def test_fold_and_backend_reach_the_layers(saved, tmp_path, monkeypatch):
         seen.append((config.rounds, config.fold, config.backend))
         raise ValueError("enough")
 
-    monkeypatch.setattr(command, "profile_model", note)
+    monkeypatch.setattr(runs, "profile_model", note)
     base = ("profile", "--model", saved["base"], "--out", tmp_path, "--fold", "never", "--backend", "torch")
     graphmoe(*base, "--rounds", 2)
     graphmoe(*base, "--adapter", saved["graphmoe"])
@@ -180,7 +179,7 @@ def test_a_model_larger_than_the_machine(monkeypatch, tmp_path):
 
 
 def test_a_missing_matplotlib_is_said_before_measuring(monkeypatch, tmp_path):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(profile_options.importlib.util, "find_spec", lambda name: None)
     result = graphmoe("profile", "--preset", "tiny", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "pip install 'graphmoe[bench]'" in result.stderr
@@ -194,7 +193,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
     def fault(*_):
         raise TypeError("a fault")
 
-    monkeypatch.setattr(command, "run", fault)
+    monkeypatch.setattr(runs, "run", fault)
     result = graphmoe("profile", "--preset", "tiny", "--out", tmp_path)
     assert isinstance(result.exception, TypeError)
 
@@ -203,8 +202,8 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
     "arguments", ["--seq 4 8 16", "--seq 4 --seq 8 16", "--seq=4 8 --seq=16", "--batch 1 --seq 4 8 16"]
 )
 def test_lists_are_taken_as_argparse_takes_them(arguments, monkeypatch, tmp_path):
-    seen: list[command.ProfileOptions] = []
-    monkeypatch.setattr(command, "run", lambda options, console: seen.append(options))
+    seen: list[ProfileOptions] = []
+    monkeypatch.setattr(runs, "run", lambda options, console: seen.append(options))
     result = graphmoe("profile", "--preset", "tiny", *arguments.split(), "--phase", "decode", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert (seen[0].seq, seen[0].phase) == ((4, 8, 16), ("decode",))
@@ -213,28 +212,16 @@ def test_lists_are_taken_as_argparse_takes_them(arguments, monkeypatch, tmp_path
 def test_help_explains_every_option():
     result = graphmoe("profile", "--help")
     assert result.exit_code == 0
-    options = [f"--{name}" for name in command.ProfileOptions.__dataclass_fields__]
+    options = [f"--{name}" for name in ProfileOptions.__dataclass_fields__]
     assert [option for option in options if option not in result.stdout] == []
     assert "profile" in graphmoe("--help").stdout
 
 
-def test_the_command_line_itself_loads_nothing_heavy():
-    """Help and wrong options should not wait for more than what importing the package costs."""
-    code = f"""
-        import runpy, sys
-        runpy.run_path({str(graphmoe_model.cli.__file__)!r}, run_name="loaded")
-        heavy = {{"torch", "transformers", "peft", "matplotlib"}} & set(sys.modules)
-        assert not heavy, heavy
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_defaults_of_the_command_are_those_of_its_options(monkeypatch):
-    """They stand twice, as the command line must not import the options' module for its help."""
-    seen: list[command.ProfileOptions] = []
-    monkeypatch.setattr(command, "run", lambda options, console: seen.append(options))
+    """Typer takes lists where the options have tuples: a default of the one must be that of the other."""
+    seen: list[ProfileOptions] = []
+    monkeypatch.setattr(runs, "run", lambda options, console: seen.append(options))
     graphmoe("profile", "--preset", "tiny")
-    assert seen == [command.ProfileOptions(preset="tiny")]
+    assert seen == [ProfileOptions(preset="tiny")]
     assert seen[0].variants == [0, 1, 3]
-    assert command.ProfileOptions(preset="tiny", adapter="a").variants == ["a"]
+    assert ProfileOptions(preset="tiny", adapter="a").variants == ["a"]

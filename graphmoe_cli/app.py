@@ -1,0 +1,33 @@
+"""The commands under their one name."""
+
+from __future__ import annotations
+
+import typer
+
+from graphmoe_cli.arguments import ListCommand
+from graphmoe_cli.convert import convert
+from graphmoe_cli.memory import memory
+from graphmoe_cli.params import params
+from graphmoe_cli.profile import profile
+
+app = typer.Typer(
+    name="graphmoe",
+    help="GraphMoE: mixture-of-LoRA-experts layers with self-rethinking.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command(cls=ListCommand)(profile)
+app.command(cls=ListCommand)(params)
+app.command(cls=ListCommand)(memory)
+app.command()(convert)
+
+
+@app.callback()
+def graphmoe() -> None:
+    """GraphMoE: mixture-of-LoRA-experts layers with self-rethinking."""
+
+
+def main() -> None:
+    """Run the command that the process was called with."""
+    app(prog_name="graphmoe")

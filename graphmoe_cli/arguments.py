@@ -1,0 +1,88 @@
+"""How arguments are taken, and what a wrong one ends in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from graphmoe_tables.methods import PRESETS
+from graphmoe_tables.models import MODEL_SHAPES
+
+_WITHOUT_GRAPH = [name for name in PRESETS if f"graphmoe-{name}" not in PRESETS and not name.startswith("graphmoe-")]
+PRESET_NAMES = (
+    f"{', '.join(name for name in PRESETS if not name.startswith('graphmoe-'))}, graphmoe-<name> of each but "
+    f"{' and '.join(_WITHOUT_GRAPH)}"
+)
+MODEL_NAMES = f"{', '.join(MODEL_SHAPES)}, a folder (before any of these) or a name on the hub; its config.json is read"
+NO_MODEL = f"name the base model by --model: {', '.join(MODEL_SHAPES)}, a folder or a name on the hub"
+
+
+def one_of(names: Iterable[str]) -> dict[str, Any]:
+    """Return what makes an option a choice of these names, for `typer.Option` (which takes choices from types only)."""
+    known = list(names)
+
+    def parse(given: str) -> str:
+        if given not in known:
+            raise typer.BadParameter(f"{given!r} is not one of {', '.join(map(repr, known))}")
+        return given
+
+    parser: Callable[[str], str] = parse
+    return {"parser": parser, "metavar": f"[{'|'.join(known)}]"}
+
+
+def folder(given: str | Path) -> Path:
+    """Return the path of a folder.
+
+    Raises:
+        typer.BadParameter: it is empty, as an unset variable of the shell gives it: it would be the current folder.
+    """
+    text = str(given)
+    if not text or "\0" in text:
+        raise typer.BadParameter("it is empty; name a folder (. is the current one)" if not text else "it has a NUL")
+    return Path(text)
+
+
+def expert_counts(text: str) -> int | list[int] | str:
+    """Return a number or a list of them; anything else is a pattern, or for the configuration to refuse."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
+        return text
+    return int(text) if len(parts) == 1 else [int(part) for part in parts]
+
+
+class ListCommand(TyperCommand):
+    """Takes ``--seq 64 256`` for ``--seq 64 --seq 256``; for commands without positional arguments."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As Typer's, with a list option's name repeated before each of its values."""
+        lists = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
+        spread: list[str] = []
+        current: str | None = None
+        waiting: str | None = None  # a list option that no value has followed yet
+        for arg in [*args, "--"]:
+            if not arg.startswith("--"):
+                spread += [arg] if current is None else [current, arg]
+                waiting = None
+                continue
+            if waiting is not None:
+                raise typer.BadParameter("it needs at least one value", ctx=ctx, param_hint=f"'{waiting}'")
+            name, _, value = arg.partition("=")
+            current = name if name in lists else None
+            waiting = None if value else current
+            spread += [arg] if value or current is None else []
+        return super().parse_args(ctx, spread[:-1])
+
+
+@contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """End what the user can mend in one line and status 2; anything else is a fault here and keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError) as error:
+        typer.echo(f"graphmoe {command}: error: {error}", err=True)
+        raise typer.Exit(2) from error

@@ -1,0 +1,107 @@
+"""``graphmoe profile``: its options."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from graphmoe_cli.arguments import folder, one_line_errors
+from graphmoe_cli.profile_options import ProfileOptions
+from graphmoe_tables.models import MODEL_SHAPES
+
+
+class Phase(StrEnum):
+    """What of a generation is profiled (Typer takes lists of enumerations, not of Literals)."""
+
+    prefill = "prefill"
+    decode = "decode"
+
+
+PHASES = list(Phase)
+LENGTHS = list(ProfileOptions.seq)
+PUBLISHED = [name for name in MODEL_SHAPES if name != "tiny"]
+
+
+def profile(
+    model: Annotated[str | None, typer.Option(help="A Transformers model: its name on the hub, or a folder.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Random weights in place of a model, so nothing is downloaded: tiny, or a few layers of the real "
+            f"sizes of {', '.join(PUBLISHED)} (fewer layers than the model's make "
+            "'other' larger)."
+        ),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="How many layers the preset has.", show_default="2 or 4")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A saved adapter of the model: a folder, or a name.")] = None,
+    rounds: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Fresh adapters by their rounds T: 0 is no adapter, 1 MixLoRA, more GraphMoE.",
+            show_default="0 1 3; with --adapter none",
+        ),
+    ] = None,
+    seq: Annotated[list[int], typer.Option(help="Sequence lengths in tokens.")] = LENGTHS,
+    phase: Annotated[
+        list[Phase], typer.Option(help="prefill: all tokens at once. decode: one token with a cache of that many.")
+    ] = PHASES,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    repetitions: Annotated[int, typer.Option(help="Calls of which medians are taken; thrice for short ones.")] = 5,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="auto: the model's own; of a preset bfloat16 on CUDA, else float32."),
+    ] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")] = "auto",
+    backend: Annotated[
+        Literal["auto", "torch", "triton"] | None,
+        typer.Option(help="Which implementation runs the layer.", show_default="the adapter's, auto"),
+    ] = None,
+    fold: Annotated[
+        Literal["auto", "always", "never"] | None,
+        typer.Option(help="Whether later rounds run folded.", show_default="the adapter's, auto"),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="PyTorch's")] = None,
+    out: Annotated[Path, typer.Option(help="The report's folder: JSON, Markdown, PNG, traces.", parser=folder)] = Path(
+        "profile_report"
+    ),
+    plot: Annotated[bool, typer.Option(help="Whether to draw profile.png (needs matplotlib).")] = True,
+) -> None:
+    """Where a model's time goes: attention, MLP, experts, routing and GRU.
+
+    Runs torch.profiler on a model with and without adapters, in prefill and
+    decode, and writes tables, a plot and Chrome traces of single forwards
+    (for chrome://tracing or ui.perfetto.dev).
+
+    Example: graphmoe profile --preset tiny --seq 64 256 1024
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # PyTorch 2.13's profiler logs every start and stop to stderr
+    with one_line_errors("profile"):
+        options = ProfileOptions(
+            model=model,
+            preset=preset,
+            layers=layers,
+            adapter=adapter,
+            rounds=tuple(rounds or ()),
+            seq=tuple(seq),
+            phase=tuple(p.value for p in phase),
+            batch=batch,
+            repetitions=repetitions,
+            dtype=dtype,
+            device=device,
+            backend=backend,
+            fold=fold,
+            threads=threads,
+            out=out,
+            plot=plot,
+        )
+        from rich.console import Console
+
+        from graphmoe_cli.runs import profile as runs
+
+        console = Console()
+        runs.run(options, console)
+        console.print(f"Report: {out}")

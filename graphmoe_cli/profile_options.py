@@ -1,0 +1,64 @@
+"""What ``graphmoe profile`` was asked for, and whether that can be done."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from graphmoe_tables.models import MODEL_SHAPES, PHASES, check_layers, check_lengths, model_shape
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """The command's options; `graphmoe_cli.profile` says what each means.
+
+    Raises:
+        ValueError: options that exclude each other, that need one another, or out of range.
+    """
+
+    model: str | None = None
+    preset: str | None = None
+    layers: int | None = None
+    adapter: str | None = None
+    rounds: tuple[int, ...] = ()
+    seq: tuple[int, ...] = (64, 256, 1024)
+    phase: tuple[str, ...] = PHASES
+    batch: int = 1
+    repetitions: int = 5
+    dtype: str = "auto"
+    device: str = "auto"
+    backend: str | None = None
+    fold: str | None = None
+    threads: int | None = None
+    out: Path = Path("profile_report")
+    plot: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.preset is None):
+            given = "both were given" if self.model else "neither was given"
+            raise ValueError(f"name the model by --model or by --preset ({', '.join(MODEL_SHAPES)}); {given}")
+        if self.layers is not None and self.preset is None:
+            raise ValueError("--layers sets the layers of a --preset; a --model has its own")
+        check_layers(self.layers)
+        positions = None if self.preset is None else model_shape(self.preset).max_position_embeddings
+        check_lengths(self.seq, self.phase, positions)
+        for name, value in (("batch", self.batch), ("repetitions", self.repetitions)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for value in self.rounds:
+            if value < 0:
+                raise ValueError(f"rounds must be 0 (no adapter) or more, got {value}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {self.threads}")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out} is a file; it must be a folder")
+        if self.plot and importlib.util.find_spec("matplotlib") is None:  # said now, not after the measuring
+            raise ValueError("the plot needs matplotlib: pip install 'graphmoe[bench]', or leave it out by --no-plot")
+
+    @property
+    def variants(self) -> list[int | str]:
+        """Rounds of fresh adapters, 0 for none, and the saved adapter."""
+        saved = [] if self.adapter is None else [self.adapter]
+        rounds = self.rounds or (() if saved else (0, 1, 3))
+        return [*dict.fromkeys(rounds), *saved]
