@@ -2,6 +2,7 @@
 
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
+from graphmoe_model.layers.mlp_layouts import MLPLayout, register_mlp_layout
 from graphmoe_model.registration import register
 from graphmoe_model.routing.callback import RouterLossCallback
 from graphmoe_model.routing.expert_load import collect_routing
@@ -16,8 +17,10 @@ __all__ = [
     "GraphMoEConfig",
     "GraphMoEModel",
     "GraphMoEPeftType",
+    "MLPLayout",
     "RouterLossCallback",
     "collect_routing",
     "create_loraplus_optimizer",
+    "register_mlp_layout",
     "router_loss",
 ]

@@ -7,67 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
-from graphmoe_kernels import ACTIVATIONS, DenseMLP
-from graphmoe_kernels.activations import ALIASES
+from graphmoe_kernels import ACTIVATIONS, ALIASES, DenseMLP
+from graphmoe_model.layers.mlp_layouts import MLPLayout, find_layout
 from graphmoe_model.storage.dequantise import dense_weight, is_quantised, run_linear, stored_tensors
-
-
-class MLPLayout(NamedTuple):
-    """The attributes by which a kind of gated MLP holds its parts.
-
-    Attributes:
-        gate, up, down: names of the linears; gate and up are one name where one linear holds both, the gate first.
-        activations: names that the activation may have.
-        implied: the activation of an MLP that has none of these names, as its forward calls a function.
-    """
-
-    gate: str
-    up: str
-    down: str
-    activations: tuple[str, ...]
-    implied: str | None = None
-
-    @property
-    def fused(self) -> bool:
-        """Whether one linear holds gate and up."""
-        return self.gate == self.up
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """The linears' names, each once."""
-        return (self.gate, self.down) if self.fused else (self.gate, self.up, self.down)
-
-    def fits(self, module: nn.Module) -> bool:
-        """Tell whether a module has all of these attributes, whatever its class."""
-        if not all(hasattr(module, name) for name in self.linears):
-            return False
-        return self.implied is not None or self.activation(module) is not None
-
-    def activation(self, mlp: nn.Module) -> object | None:
-        """The activation's module or function, or None."""
-        found = (getattr(mlp, name, None) for name in self.activations)
-        return next((own for own in found if own is not None), None)
-
-
-LAYOUTS = (
-    MLPLayout("gate_up_proj", "gate_up_proj", "down_proj", ("act_fn", "activation_fn")),  # Phi-3, GLM
-    MLPLayout("gate_proj", "up_proj", "down_proj", ("act_fn", "activation_fn")),  # Llama, Mistral, Qwen, Gemma, ...
-    MLPLayout("w1", "w3", "w2", ("act_fn",), implied="silu"),  # LFM2
-    MLPLayout("input_linear", "input_linear", "output_linear", ("activation",)),  # Granite 4's shared MLP
-    MLPLayout("Wi", "Wi", "Wo", ("act",)),  # ModernBERT
-    MLPLayout("wi_0", "wi_1", "wo", ("act",)),  # T5 v1.1, UMT5
-    MLPLayout("weights_in", "weights_in", "weights_out", (), implied="silu"),  # DINOv2
-)
-
-
-def find_layout(module: nn.Module) -> MLPLayout | None:
-    """The layout whose attributes a module has, or None if it is no gated MLP."""
-    return next((layout for layout in LAYOUTS if layout.fits(module)), None)
-
-
-def is_gated_mlp(module: nn.Module) -> bool:
-    """Tell whether a module has the attributes of a gated MLP, whatever its class."""
-    return find_layout(module) is not None
 
 
 class SeparateMLP(NamedTuple):
@@ -149,8 +91,16 @@ class FusedMLP(NamedTuple):
         return not any(map(is_quantised, self.linears()))
 
 
-def wrap_mlp(mlp: nn.Module) -> SeparateMLP | FusedMLP:
-    """The MLP as a `BaseMLP`; `graphmoe_model.layers.mlp_checks.check_mlp` says beforehand whether it is one."""
+def wrap_mlp(mlp: nn.Module, kept: SeparateMLP | FusedMLP | None = None) -> SeparateMLP | FusedMLP:
+    """Return the MLP as a `BaseMLP`; `graphmoe_model.layers.mlp_checks.check_mlp` says beforehand whether it is one.
+
+    Args:
+        mlp: a gated MLP.
+        kept: what an earlier call returned, which is returned again if it is of this MLP. It looks the linears and
+            their weights up at every use, so replaced ones are seen; only the search for the layout is spared.
+    """
+    if kept is not None and kept.mlp is mlp:
+        return kept
     layout = find_layout(mlp)
     assert layout is not None
     return FusedMLP(mlp, layout) if layout.fused else SeparateMLP(mlp, layout)
@@ -168,25 +118,40 @@ def dense_weights(mlp: nn.Module) -> dict[str, Tensor]:
 
 
 def activation_name(mlp: nn.Module) -> str:
-    """The kernels' name for the MLP's activation; ``ValueError`` if there is none."""
+    """Return the name in `graphmoe_kernels.ACTIVATIONS` of a gated MLP's activation.
+
+    Raises:
+        ValueError: the kernels do not know it.
+    """
     layout = find_layout(mlp)
     assert layout is not None
     module = layout.activation(mlp)
     if module is None and layout.implied is not None:
-        return layout.implied
+        return ALIASES.get(layout.implied, layout.implied)
+    for name, activation in ACTIVATIONS.items():  # plain functions, and whatever a user registered
+        if _is_function(module, activation.function):
+            return name
     if isinstance(module, nn.GELU):
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     if isinstance(module, nn.LeakyReLU) and module.negative_slope != 0.01:
-        raise ValueError(f"LeakyReLU with slope {module.negative_slope} is not registered; 0.01 is")
+        raise ValueError(
+            f"LeakyReLU with slope {module.negative_slope} is not registered, 0.01 is; "
+            "graphmoe_kernels.register_activation adds another"
+        )
     for name, known in ACT2CLS.items():
         known_class = known[0] if isinstance(known, tuple) else known
         if type(module) is known_class and (name in ACTIVATIONS or name in ALIASES):
             return ALIASES.get(name, name)
-    for name, activation in ACTIVATIONS.items():  # plain functions, and whatever a user registered
-        if module is activation.function:
-            return name
     raise ValueError(
         f"the MLP's activation {type(module).__name__} is unknown to the kernels, which know "
         f"{', '.join(ACTIVATIONS)}; graphmoe_kernels.register_activation adds a pointwise function with its "
         "derivative"
     )
+
+
+def _is_function(activation: object, function: object) -> bool:
+    """Whether an MLP's activation is a registered one: the same function, or a module made alike of the same class."""
+    if activation is function:
+        return True
+    same_class = isinstance(activation, nn.Module) and type(activation) is type(function)
+    return same_class and repr(activation) == repr(function)

@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graphmoe_kernels import ExpertWeights, LinearRouters
-from graphmoe_kernels.dora import row_norms
+from graphmoe_kernels import ExpertWeights, LinearRouters, row_norms
 
 
 class Router(nn.Module):

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from graphmoe_kernels import FoldCache, LayerWeights, LinearRouters, rethink
-from graphmoe_kernels.rethinking.cache import fold_sources
+from graphmoe_kernels import FoldCache, LayerWeights, LinearRouters, fold_sources, rethink
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.layers.base_mlp import dense_weights, down_projection, wrap_mlp
 from graphmoe_model.layers.experts import MLPExperts, Router, check_rows
@@ -80,7 +79,7 @@ class FusedGraphMoEFFN(RoutedLayer):
 
     Args:
         mlp: any MLP with gate_proj/up_proj/down_proj or gate_up_proj/down_proj, and act_fn or activation_fn, or with
-            the parts under another of the names in `graphmoe_model.layers.base_mlp.LAYOUTS`.
+            the parts under the names of another of `graphmoe_model.layers.mlp_layouts.LAYOUTS`.
         config: a `GraphMoEConfig`.
         adapter_name: the name of the adapter made from ``config``.
         kwargs: further arguments of `update_layer`.

@@ -9,9 +9,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from graphmoe_kernels import FoldCache, FoldSettings
-from graphmoe_kernels.mixed_linear import LinearExperts, PreparedLinear, mix_linear, prepare_linear
-from graphmoe_kernels.rethinking.round_routing import RoundSettings
+from graphmoe_kernels import (
+    FoldCache,
+    FoldSettings,
+    LinearExperts,
+    PreparedLinear,
+    RoundSettings,
+    mix_linear,
+    prepare_linear,
+)
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.layers.experts import LoRAPairs, check_rows
 from graphmoe_model.layers.routed_layer import RoutedLayer, experts_of_layer

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from graphmoe_kernels import ACTIVATIONS
-from graphmoe_model.layers.base_mlp import LAYOUTS, MLPLayout, activation_name, down_projection, find_layout, wrap_mlp
+from graphmoe_model.layers.base_mlp import activation_name, down_projection, wrap_mlp
+from graphmoe_model.layers.mlp_layouts import LAYOUTS, MLPLayout, find_layout
 from graphmoe_model.storage.dequantise import (
     check_dense,
     dense_linear,
@@ -63,11 +64,11 @@ def _traits(mlp: nn.Module) -> MLPTraits:
     kind, layout = type(mlp).__name__, find_layout(mlp)
     if layout is None:
         children = ", ".join(name for name, _ in mlp.named_children()) or "none"
-        known = "; ".join(", ".join(own.linears) for own in LAYOUTS)
+        known = "; ".join(map(str, LAYOUTS))
         raise TypeError(
-            f"{kind} is not a gated MLP: expected gate_proj, up_proj and down_proj (or gate_up_proj and "
-            f"down_proj) and act_fn or activation_fn; it has the submodules {children}. Ungated MLPs and sparse "
-            f"expert blocks are not supported. (All names that are known: {known}.)"
+            f"{kind} is not a gated MLP: expected linears for gate, up and down, and an activation, by names that are "
+            f"known ({known}); it has the submodules {children}. Ungated MLPs and sparse expert blocks are not "
+            "supported; a gated MLP under other names is, after graphmoe_model.register_mlp_layout."
         )
     if getattr(mlp, "activation_sparsity", 0.0):
         raise TypeError(f"{kind} makes its activations sparse (activation_sparsity > 0): not supported")

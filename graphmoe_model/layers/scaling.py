@@ -16,8 +16,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from graphmoe_kernels import ExpertWeights, GRUWeights
-from graphmoe_kernels.dora import row_norms
+from graphmoe_kernels import ExpertWeights, GRUWeights, row_norms
 from graphmoe_model.storage.dequantise import dense_linear, is_quantised
 from graphmoe_model.storage.offloading import with_onloaded_weights
 

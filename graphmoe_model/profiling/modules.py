@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from graphmoe_kernels.ranges import named_range
-from graphmoe_model.layers.base_mlp import is_gated_mlp
+from graphmoe_kernels import named_range
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
+from graphmoe_model.layers.mlp_layouts import is_gated_mlp
 from graphmoe_model.tuner.decoder_layers import QUERY_KEY_VALUE, decoder_layers, is_attention
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from graphmoe_model.layers.base_mlp import is_gated_mlp
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
+from graphmoe_model.layers.mlp_layouts import is_gated_mlp
 
 # A module with children of the first kind is an attention; it is adapted in all children of both kinds.
 QUERY_KEY_VALUE = frozenset(

@@ -10,11 +10,13 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.layers.base_mlp import dense_weight, dense_weights, down_projection, is_gated_mlp
+from graphmoe_model.layers.base_mlp import dense_weights, down_projection
 from graphmoe_model.layers.experts import check_rows
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.layers.linear import RoutedLoRALinear
+from graphmoe_model.layers.mlp_layouts import is_gated_mlp
 from graphmoe_model.module_names import joined
+from graphmoe_model.storage.dequantise import dense_weight
 from graphmoe_model.storage.weight_management import gathered_weights
 from graphmoe_model.tuner.decoder_layers import decoder_layers, is_mlp, walk
 from graphmoe_model.tuner.saved_modules import check_saved_modules

@@ -14,10 +14,10 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.layers.base_mlp import is_gated_mlp
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.layers.linear import check_linear
 from graphmoe_model.layers.mlp_checks import check_mlp
+from graphmoe_model.layers.mlp_layouts import is_gated_mlp
 from graphmoe_model.layers.routed_layer import RoutedLayer
 from graphmoe_model.messages import as_written
 from graphmoe_model.module_names import joined, last_names
