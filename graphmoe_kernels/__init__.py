@@ -3,10 +3,16 @@
 Importing this package needs neither a GPU nor Triton and looks for no device.
 """
 
-from graphmoe_kernels.activations import ACTIVATIONS, get_activation, register_activation
+from graphmoe_kernels.activations import ACTIVATIONS, ALIASES, get_activation, register_activation
+from graphmoe_kernels.backend import check_backend
+from graphmoe_kernels.dora import row_norms
 from graphmoe_kernels.experts import expert_swiglu
-from graphmoe_kernels.gru import gru_step
+from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS, gru_step
+from graphmoe_kernels.mixed_linear import LinearExperts, PreparedLinear, mix_linear, prepare_linear
+from graphmoe_kernels.ranges import RANGE_PREFIX, named_range, recorded_ranges
 from graphmoe_kernels.rethinking import (
+    CANDIDATE_INPUTS,
+    FOLD_MODES,
     BaseMLP,
     DenseMLP,
     ExpertWeights,
@@ -20,15 +26,24 @@ from graphmoe_kernels.rethinking import (
     RethinkingSpec,
     build_fold,
     fold_break_even,
+    fold_sources,
     rethink,
     rethink_folded,
     rethink_literal,
     rethink_reference,
 )
+from graphmoe_kernels.rethinking.round_routing import RoundSettings
 from graphmoe_kernels.routing import Routing, expert_order, route_tokens, topk_softmax_routing
+from graphmoe_kernels.validation import FLOAT_DTYPES, shown
 
 __all__ = [
     "ACTIVATIONS",
+    "ALIASES",
+    "CANDIDATE_ACTIVATIONS",
+    "CANDIDATE_INPUTS",
+    "FLOAT_DTYPES",
+    "FOLD_MODES",
+    "RANGE_PREFIX",
     "BaseMLP",
     "DenseMLP",
     "ExpertWeights",
@@ -37,21 +52,32 @@ __all__ = [
     "FoldSettings",
     "GRUWeights",
     "LayerWeights",
+    "LinearExperts",
     "LinearRouters",
+    "PreparedLinear",
     "RethinkingOutput",
     "RethinkingSpec",
+    "RoundSettings",
     "Routing",
     "build_fold",
+    "check_backend",
     "expert_order",
     "expert_swiglu",
     "fold_break_even",
+    "fold_sources",
     "get_activation",
     "gru_step",
+    "mix_linear",
+    "named_range",
+    "prepare_linear",
+    "recorded_ranges",
     "register_activation",
     "rethink",
     "rethink_folded",
     "rethink_literal",
     "rethink_reference",
     "route_tokens",
+    "row_norms",
+    "shown",
     "topk_softmax_routing",
 ]

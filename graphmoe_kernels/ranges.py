@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.profiler import record_function
 
-PREFIX = "graphmoe::"
+RANGE_PREFIX = "graphmoe::"
 
 _recording = False
 _OFF: AbstractContextManager[Any] = nullcontext()  # one for all: it holds no state
@@ -20,7 +20,7 @@ _OFF: AbstractContextManager[Any] = nullcontext()  # one for all: it holds no st
 
 def named_range(part: str) -> AbstractContextManager[Any]:
     """A range called ``graphmoe::<part>`` in a profiler's trace, while `recorded_ranges` is open; else nothing."""
-    return record_function(PREFIX + part) if _recording else _OFF
+    return record_function(RANGE_PREFIX + part) if _recording else _OFF
 
 
 @contextmanager

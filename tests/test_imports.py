@@ -6,12 +6,14 @@ Every case runs in a fresh interpreter, since this one has imported everything a
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["graphmoe_kernels", "graphmoe_model"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def run_python(code: str) -> None:
@@ -20,6 +22,31 @@ def run_python(code: str) -> None:
         [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_every_package_is_installed_and_checked():
+    """What pyproject.toml leaves out is missing from the wheel, or from what `make check` looks at."""
+    ours = {path.name for path in ROOT.glob("graphmoe_*") if path.is_dir()}
+    tools = SETTINGS["tool"]
+    places = {
+        "wheel": {name.removesuffix("*") for name in tools["setuptools"]["packages"]["find"]["include"]},
+        "types": set(tools["setuptools"]["package-data"]),
+        "mypy": set(tools["mypy"]["files"]),
+        "import contracts": set(tools["importlinter"]["root_packages"]),
+        "isort": set(tools["ruff"]["lint"]["isort"]["known-first-party"]),
+        "warnings": {line.rpartition(":")[2] for line in tools["pytest"]["ini_options"]["filterwarnings"]},
+    }
+    assert {name: ours - found for name, found in places.items() if ours - found} == {}
+    assert [name for name in ours if not (ROOT / name / "py.typed").exists()] == []
+
+
+def test_the_command_is_there():
+    """As pip makes it from pyproject.toml."""
+    module, _, function = SETTINGS["project"]["scripts"]["graphmoe"].partition(":")
+    run_python(f"""
+        import importlib
+        assert callable(getattr(importlib.import_module("{module}"), "{function}"))
+    """)
 
 
 def test_kernels_load_no_model_library_and_no_triton():

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from graphmoe_kernels.validation import shown
+from graphmoe_kernels import shown
 from graphmoe_model.messages import first_line
 
 

@@ -7,10 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from graphmoe_kernels.backend import check_backend
-from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS
-from graphmoe_kernels.rethinking import CANDIDATE_INPUTS, FOLD_MODES
-from graphmoe_kernels.validation import shown
+from graphmoe_kernels import CANDIDATE_ACTIVATIONS, CANDIDATE_INPUTS, FOLD_MODES, check_backend, shown
 from graphmoe_tables.methods import METHODS
 
 ROUTER_AUX_LOSSES = ("paper", "switch")

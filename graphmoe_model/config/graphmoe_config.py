@@ -12,8 +12,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from graphmoe_kernels.rethinking import RethinkingSpec
-from graphmoe_kernels.validation import shown
+from graphmoe_kernels import RethinkingSpec, shown
 from graphmoe_model.config.checks import MAX_EXPERTS, check_names, check_numbers, check_selection
 from graphmoe_model.config.refused_options import refused_options
 from graphmoe_tables.methods import METHODS, Method, preset_settings

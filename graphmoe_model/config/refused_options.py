@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from peft import LoraConfig
 
-from graphmoe_kernels.validation import shown
+from graphmoe_kernels import shown
 
 
 class Refusal(NamedTuple):

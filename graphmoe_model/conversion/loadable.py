@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
-from graphmoe_kernels.validation import FLOAT_DTYPES
+from graphmoe_kernels import FLOAT_DTYPES
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.conversion.modules import Module
 

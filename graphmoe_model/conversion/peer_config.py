@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import TaskType
 
-from graphmoe_kernels.validation import shown
+from graphmoe_kernels import shown
 from graphmoe_model.config import GraphMoEConfig
 
 MOE_TYPES = ("MIXLORA", "LORAMOE", "MOLA")

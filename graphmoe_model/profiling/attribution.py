@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from graphmoe_kernels.ranges import PREFIX
+from graphmoe_kernels import RANGE_PREFIX
 from graphmoe_model.profiling.result import CATEGORIES
 
 FORWARD = "forward"  # the range around a whole forward; what no other range claims of it is "other"
@@ -63,14 +63,14 @@ def attribute(events: Iterable[dict[str, Any]], on_device: bool) -> list[dict[st
             threads[thread] += launches
     found = [forward for points in threads.values() for forward in _walk(sorted(points, key=_Point.order), on_device)]
     if not found:
-        raise ValueError(f"the trace has no range {PREFIX}{FORWARD}: it is not one of a profile")
+        raise ValueError(f"the trace has no range {RANGE_PREFIX}{FORWARD}: it is not one of a profile")
     found.sort(key=lambda pair: pair[0])
     return [{name: spent / 1e9 for name, spent in seconds.items()} for _, seconds in found]
 
 
 def last_forward(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The events from the last forward's start on, and the trace's names of processes and threads."""
-    start = max(event["ts"] for event in events if event.get("name") == PREFIX + FORWARD)
+    start = max(event["ts"] for event in events if event.get("name") == RANGE_PREFIX + FORWARD)
     return [event for event in events if event.get("ph") == "M" or event.get("ts", start) >= start]
 
 
@@ -82,9 +82,9 @@ def _ranges(events: list[dict[str, Any]]) -> dict[Any, list[_Point]]:
     """Our ranges by host thread. Their mirror images on the device's timeline have another category and stay out."""
     threads: dict[Any, list[_Point]] = defaultdict(list)
     for event in events:
-        if event.get("cat") != "user_annotation" or not event["name"].startswith(PREFIX):
+        if event.get("cat") != "user_annotation" or not event["name"].startswith(RANGE_PREFIX):
             continue
-        name = event["name"].removeprefix(PREFIX)
+        name = event["name"].removeprefix(RANGE_PREFIX)
         if name != FORWARD and name not in CATEGORIES:
             raise ValueError(f"the trace has a range {event['name']!r}; expected one of {', '.join(CATEGORIES)}")
         start, duration = _nanoseconds(event["ts"]), _nanoseconds(event["dur"])

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
-from graphmoe_kernels.ranges import named_range, recorded_ranges
+from graphmoe_kernels import named_range, recorded_ranges
 from graphmoe_model.profiling.attribution import FORWARD, attribute, last_forward
 from graphmoe_model.profiling.modules import categories, module_ranges
 from graphmoe_model.profiling.out_of_memory import memory_error
