@@ -74,22 +74,23 @@ class GraphMoEConfig(LoraConfig):
     lora_dropout: float = _option(0.05, "dropout on the input of every A, in training")
     method: str = _option(
         "mixlora",
-        "'mixlora': whole MLPs as experts, chosen by one router; 'loramoe' and 'mola': experts in every linear, mixed "
-        "by its own router, all of them or the top k; 'lora': one expert",
+        f"the base method: {', '.join(map(repr, METHODS))}; `graphmoe_tables.methods.METHODS` says what each is",
     )
     num_experts: int | list[int] | str = _option(  # noqa: RUF009 - a dataclass field, as the others
         None,
-        "n, experts a layer: a number, a list with one for every decoder layer, or a pattern such as '2-4-6-8' for as "
-        "many equal groups of layers; 8, in loramoe 6",
+        "n, experts per layer: a number, a list with one for every decoder layer, or a pattern such as '2-4-6-8' for "
+        "as many equal groups of layers; None: the method's own",
     )
-    top_k: int = _option(None, "k, experts a token and round; 2 (loramoe mixes all, lora has one)")
-    rounds: int = _option(None, "T, rounds of self-rethinking; 1 is the base method without a GRU; 3, in lora 1")
+    top_k: int = _option(None, "k, experts per token and round; None: the method's own")
+    rounds: int = _option(
+        None, "T, rounds of self-rethinking; 1 is the base method without a GRU; None: the method's own"
+    )
     gru_hidden_scale: float = _option(0.1, "GRU width as a share of the hidden size: G = int(scale * D)")
     candidate_input: str = _option("expert_output", "of the GRU candidate: 'expert_output' or 'hidden_state'")
     candidate_activation: str = _option("sigmoid", "of the GRU candidate: 'sigmoid' or 'tanh'")
     norm_topk_prob: bool = _option(True, "divide the chosen routing weights by their sum")
     router_aux_loss_coef: float = _option(
-        None, "weight of the load-balance loss, 0 turns it off; 0.01 (loramoe and lora have none)"
+        None, "weight of the load-balance loss, 0 turns it off; None: the method's own"
     )
     router_aux_loss: str = _option("paper", "'paper' (Eq. 8, top-k entries) or 'switch' (full softmax)")
     router_aux_loss_scope: str = _option(
@@ -120,9 +121,10 @@ class GraphMoEConfig(LoraConfig):
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> GraphMoEConfig:
-        """Return the papers' settings of a method, by a name of `graphmoe_tables.methods.PRESETS`: ``lora``, ``dora``,
-        ``mixlora``, ``mixdora``, ``loramoe``, ``doramoe``, ``mola``, ``moda``, and ``graphmoe-<name>`` for GraphMoE on
-        each of the last six; ``changes`` overrule them.
+        """Return the papers' settings of a method; ``changes`` overrule them.
+
+        ``name`` is one of `graphmoe_tables.methods.PRESETS`: a method's name in the literature in small letters, such
+        as ``"mixlora"`` or ``"moda"``, or ``"graphmoe-mixlora"`` for GraphMoE on one with experts.
 
         Source: GraphMoE, Table 2; ranks as give the parameters in its Table 1.
 
