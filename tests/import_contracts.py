@@ -6,6 +6,7 @@ Its `acyclic_siblings` compares packages with their neighbours. A module that im
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from graphlib import CycleError, TopologicalSorter
 
 from grimp import ImportGraph
@@ -16,14 +17,26 @@ class NoCircles(Contract):
     """No module imports itself by way of others, also inside functions and for type checkers alone."""
 
     def check(self, graph: ImportGraph, verbose: bool) -> ContractCheck:
-        """Look for one circle in the graph of all modules."""
-        imported = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
-        try:
-            TopologicalSorter(imported).prepare()
-        except CycleError as error:
-            return ContractCheck(kept=False, metadata={"circle": error.args[1][::-1]})
-        return ContractCheck(kept=True)
+        """Look for circles in the graph of all modules, cutting each where it closes to find the next."""
+        imported = {module: set(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
+        circles = []
+        while (circle := find_circle(imported)) is not None:
+            circles.append(circle)
+            imported[circle[-2]].remove(circle[-1])
+        return ContractCheck(kept=not circles, metadata={"circles": circles})
 
     def render_broken_contract(self, check: ContractCheck) -> None:
-        """Print the circle, each module importing the next."""
-        output.print_error(" imports\n".join(check.metadata["circle"]))
+        """Print the circles, each module importing the next."""
+        for circle in check.metadata["circles"]:
+            output.print_error(" imports\n".join(circle))
+            output.new_line()
+
+
+def find_circle(imported: Mapping[str, Set[str]]) -> list[str] | None:
+    """Return a circle of imports, whose first module stands at its end again, or None."""
+    try:
+        TopologicalSorter(imported).prepare()
+    except CycleError as error:
+        circle: list[str] = error.args[1][::-1]
+        return circle
+    return None
