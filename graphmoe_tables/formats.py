@@ -4,6 +4,7 @@ from __future__ import annotations
 
 FORMATS = {
     "graphmoe": "an adapter of this package",
+    "peft": "PEFT's own LoRA (of the method lora with one round), which PEFT merges",
     "moe-peft": "one that MoE-PEFT reads",
     "attention-lora": "PEFT's LoRA adapter of the attention projections alone",
 }

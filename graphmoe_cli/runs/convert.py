@@ -12,12 +12,14 @@ from rich.text import Text
 from graphmoe_model.checkpoints import read_config
 from graphmoe_model.config import GraphMoEPeftType
 from graphmoe_model.conversion.adapter import Adapter, read_adapter, write_adapter
-from graphmoe_model.conversion.exports import attention_lora, to_moe_peft
+from graphmoe_model.conversion.exports import attention_lora, to_moe_peft, to_peft
 from graphmoe_model.conversion.import_moe_peft import from_moe_peft
 from graphmoe_model.conversion.modules import ROOT
 from graphmoe_model.conversion.peer_config import PEER_TYPES
 from graphmoe_model.conversion.rounds import with_rounds
 from graphmoe_tables.formats import check_format
+
+WRITERS = {"peft": to_peft, "moe-peft": to_moe_peft, "attention-lora": attention_lora}
 
 
 def run(
@@ -54,10 +56,12 @@ def run(
     if rounds is not None and rounds != adapter.config.rounds:
         adapter = with_rounds(adapter, rounds)
     notes = list(adapter.notes)
+    if not other_format and rounds is None:
+        notes.append("it was GraphMoE's already, and still is: --to peft or --to moe-peft writes another format")
     if to == "graphmoe":
         write_adapter(adapter, target, overwrite)
     else:
-        notes += (to_moe_peft if to == "moe-peft" else attention_lora)(adapter, target, overwrite)
+        notes += WRITERS[to](adapter, target, overwrite)
     written = adapter
     if to == "attention-lora":
         of_attention = tuple(f"{ROOT}{module.path}." for module in adapter.modules if not module.is_mlp)

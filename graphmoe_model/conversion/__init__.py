@@ -1,8 +1,17 @@
 """Adapters from one format to another: as GraphMoE, MoE-PEFT and PEFT save them. No base model is needed."""
 
 from graphmoe_model.conversion.adapter import Adapter, read_adapter, write_adapter
-from graphmoe_model.conversion.exports import attention_lora, to_moe_peft
+from graphmoe_model.conversion.exports import attention_lora, to_moe_peft, to_peft
 from graphmoe_model.conversion.import_moe_peft import from_moe_peft
 from graphmoe_model.conversion.rounds import with_rounds
 
-__all__ = ["Adapter", "attention_lora", "from_moe_peft", "read_adapter", "to_moe_peft", "with_rounds", "write_adapter"]
+__all__ = [
+    "Adapter",
+    "attention_lora",
+    "from_moe_peft",
+    "read_adapter",
+    "to_moe_peft",
+    "to_peft",
+    "with_rounds",
+    "write_adapter",
+]

@@ -36,8 +36,7 @@ def to_moe_peft(adapter: Adapter, folder: str | Path, overwrite: bool = False) -
     config = adapter.config
     if config.method == "lora":
         raise_for(peft_lora_reasons(adapter), "PEFT's LoRA format")
-        settings, tensors = _lora(adapter, adapter.modules)
-        tensors |= {name: tensor for name, tensor in adapter.tensors.items() if is_other(config, name)}
+        settings, tensors = _whole_lora(adapter)
         write_folder(folder, lambda place: _save_bin(_file_of(settings, place), tensors, place), overwrite)
         return []
     raise_for(moe_peft_reasons(adapter), "MoE-PEFT's format")
@@ -50,6 +49,25 @@ def to_moe_peft(adapter: Adapter, folder: str | Path, overwrite: bool = False) -
     moe_settings, notes = _moe_settings(adapter, [*projections, *linears])
     write_folder(folder, lambda place: _save_bin(moe_settings, tensors, place), overwrite)
     return notes
+
+
+def to_peft(adapter: Adapter, folder: str | Path, overwrite: bool = False) -> list[str]:
+    """Save an adapter of the method ``lora`` and one round as PEFT's own LoRA or DoRA, in safetensors.
+
+    PEFT loads it without this package, and `peft.PeftModel.merge_and_unload` merges it into the base. A linear of the
+    MLPs whose A and B are zeros in every layer is left out: it is not adapted.
+
+    Returns:
+        No notes: the format holds all of the adapter.
+
+    Raises:
+        ValueError: there is no LoRA that computes what the adapter computes; every reason is named.
+        FileExistsError: the folder is a file, or is not empty and ``overwrite`` is off.
+    """
+    raise_for(peft_lora_reasons(adapter), "PEFT's LoRA format")
+    settings, tensors = _whole_lora(adapter)
+    write_folder(folder, lambda place: save_safetensors(settings, tensors, place), overwrite)
+    return []
 
 
 def attention_lora(adapter: Adapter, folder: str | Path, overwrite: bool = False) -> list[str]:
@@ -74,6 +92,12 @@ def attention_lora(adapter: Adapter, folder: str | Path, overwrite: bool = False
     settings, tensors = _lora(adapter, modules)
     write_folder(folder, lambda place: save_safetensors(settings, tensors, place), overwrite)
     return ["only the attention's LoRA was written: without its part on the MLPs the model computes something else"]
+
+
+def _whole_lora(adapter: Adapter) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A ``lora`` adapter as PEFT holds it, with what was trained beside it."""
+    settings, tensors = _lora(adapter, adapter.modules)
+    return settings, tensors | {name: own for name, own in adapter.tensors.items() if is_other(adapter.config, name)}
 
 
 def _lora(adapter: Adapter, modules: list[Module]) -> tuple[LoraConfig, dict[str, Tensor]]:

@@ -18,8 +18,14 @@ def raise_for(reasons: list[str], what: str) -> None:
 
 
 def peft_lora_reasons(adapter: Adapter) -> list[str]:
-    """Against PEFT's LoRA format, for the method ``lora``."""
-    return _rounds(adapter)
+    """Against PEFT's LoRA format, which holds the method ``lora`` alone."""
+    config = adapter.config
+    if config.method == "lora":
+        return _rounds(adapter)
+    reason = f"method={config.method!r}: a router weighs its experts for each token, and a LoRA is the same for all"
+    if config.base_method.attention == "lora" and any(not module.is_mlp for module in adapter.modules):
+        reason += " (attention_lora, --to attention-lora, writes the attention's LoRA alone)"
+    return [reason, *_rounds(adapter)]
 
 
 def moe_peft_reasons(adapter: Adapter) -> list[str]:

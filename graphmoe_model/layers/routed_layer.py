@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 NOT_MERGEABLE = (
     "GraphMoE adapters cannot be merged into the base model: which experts run depends on the input, and later "
     "rounds are nonlinear in it. Keep the adapter (its folds are cached for inference), or unload() it. An adapter of "
-    "method='lora' with one round can be merged as PEFT's own LoRA: graphmoe convert ADAPTER TARGET --to moe-peft."
+    "method='lora' with one round can be merged as PEFT's own LoRA: graphmoe convert ADAPTER TARGET --to peft."
 )
 
 

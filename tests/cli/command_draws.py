@@ -17,7 +17,7 @@ PARAMS: dict[str, list[str]] = {
     "--rounds": ["1", "3", "0", "101", str(10**30)],
 }
 CONVERT: dict[str, list[str]] = {
-    "--to": ["graphmoe", "moe-peft", "attention-lora", "gguf"],
+    "--to": ["graphmoe", "peft", "moe-peft", "attention-lora", "gguf"],
     "--rounds": ["1", "2", "3", "0", "-1", "1000", str(10**30)],
 }
 PROFILE: dict[str, list[str]] = {

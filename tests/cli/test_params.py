@@ -223,5 +223,15 @@ def test_the_help_of_params_names_what_there_is():
 
 def test_the_help_of_convert_names_its_options():
     help_text = graphmoe("convert", "--help").stdout.lower()
-    for word in ("source", "target", "--to", "graphmoe", "moe-peft", "attention-lora", "--rounds", "--overwrite"):
+    for word in (
+        "source",
+        "target",
+        "--to",
+        "graphmoe",
+        "peft",
+        "moe-peft",
+        "attention-lora",
+        "--rounds",
+        "--overwrite",
+    ):
         assert word in help_text

@@ -14,9 +14,11 @@ from graphmoe_model.conversion import (
     from_moe_peft,
     read_adapter,
     to_moe_peft,
+    to_peft,
     with_rounds,
     write_adapter,
 )
+from tests.model.method_models import trained_parameters
 from tests.model.peer_format import (
     ATTENTION,
     HIDDEN,
@@ -138,13 +140,27 @@ def test_pefts_own_lora_comes_back_as_it_was(form, tmp_path):
     """PEFT's adapter, as GraphMoE's, and as PEFT's again: bit for bit the first file, and PEFT loads it."""
     model = lora_model(**LORA_FORMS[form])
     model.save_pretrained(tmp_path / "peft")
-    to_moe_peft(from_moe_peft(tmp_path / "peft"), tmp_path / "again")
-    equal(
-        torch.load(tmp_path / "again/adapter_model.bin", weights_only=True),
-        load_file(tmp_path / "peft/adapter_model.safetensors"),
-    )
-    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "again")
-    assert torch.equal(logits(again), logits(model))
+    first = load_file(tmp_path / "peft/adapter_model.safetensors")
+    to_moe_peft(from_moe_peft(tmp_path / "peft"), tmp_path / "pickle")
+    equal(torch.load(tmp_path / "pickle/adapter_model.bin", weights_only=True), first)
+    to_peft(from_moe_peft(tmp_path / "peft"), tmp_path / "again")
+    equal(load_file(tmp_path / "again/adapter_model.safetensors"), first)
+    for folder in ("pickle", "again"):
+        again = PeftModel.from_pretrained(tiny_model(), tmp_path / folder)
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_a_lora_that_was_trained_here_is_merged_as_pefts(tmp_path):
+    """What the README and the refusal of `merge_and_unload` name as the way to a merged model."""
+    config = tiny_config(method="lora", rounds=1, num_experts=None)
+    model = get_peft_model(tiny_model(), config)
+    for parameter in trained_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "ours")
+    to_peft(read_adapter(tmp_path / "ours"), tmp_path / "peft")
+    merged = PeftModel.from_pretrained(tiny_model(), tmp_path / "peft").merge_and_unload()
+    assert (logits(merged) - logits(tiny_model())).abs().max() > 0.1
+    torch.testing.assert_close(logits(merged), logits(model.eval()), rtol=1e-4, atol=1e-4)
 
 
 def test_the_attentions_lora_alone_is_what_the_model_has_without_its_experts(tmp_path):

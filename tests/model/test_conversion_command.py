@@ -16,6 +16,8 @@ from tests.model.tiny_models import logits, tiny_model
 
 pytestmark = pytest.mark.methods
 
+FILES = ["adapter_config.json", "adapter_model.safetensors"]
+
 
 def converted(source, target, **options) -> str:
     """What is printed."""
@@ -63,6 +65,36 @@ def test_every_source_and_every_target(tmp_path):
     assert logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "again")).equal(expected)
 
 
+def test_a_lora_becomes_pefts_own(tmp_path):
+    """In safetensors, in the format that PEFT writes, without a word of GraphMoE."""
+    converted(write_peer(tmp_path / "theirs", peer_settings("LORA")), tmp_path / "ours")
+    text = converted(tmp_path / "ours", tmp_path / "peft", to="peft")
+    assert "Note:" not in text
+    assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == FILES
+    settings = (tmp_path / "peft/adapter_config.json").read_text()
+    assert json.loads(settings)["peft_type"] == "LORA"
+    assert "graphmoe" not in settings.lower()
+
+
+def test_a_copy_is_called_one(tmp_path):
+    """Without --to and --rounds nothing is converted, which a user who wants PEFT's format must be told."""
+    converted(write_peer(tmp_path / "theirs", peer_settings("LORA")), tmp_path / "ours")
+    assert "Note: it was GraphMoE's already, and still is: --to peft" in converted(tmp_path / "ours", tmp_path / "copy")
+
+
+@pytest.mark.parametrize("kind", ["MIXLORA", "LORAMOE", "MOLA"])
+def test_experts_are_no_lora_of_pefts(kind, tmp_path):
+    """Refused with every reason, and with what can be written in its place."""
+    theirs = write_peer(tmp_path / "theirs", peer_settings(kind))
+    with pytest.raises(ValueError, match=f"method='{kind.lower()}': a router weighs its experts") as refusal:
+        converted(theirs, tmp_path / "peft", to="peft")
+    assert ("--to attention-lora" in str(refusal.value)) == (kind == "MIXLORA")
+    converted(theirs, tmp_path / "rounds", rounds=2)
+    with pytest.raises(ValueError, match=r"rounds=2: it has no GRU"):
+        converted(tmp_path / "rounds", tmp_path / "peft", to="peft")
+    assert not (tmp_path / "peft").exists()
+
+
 def test_an_adapter_is_upgraded_in_its_own_folder(tmp_path):
     """Read as a whole before anything is written."""
     folder = tmp_path / "ours"
@@ -70,7 +102,7 @@ def test_an_adapter_is_upgraded_in_its_own_folder(tmp_path):
     with pytest.raises(FileExistsError, match="is not empty"):
         converted(folder, folder, rounds=2)
     converted(folder, folder, rounds=2, overwrite=True)
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == FILES
     PeftModel.from_pretrained(tiny_model(), folder)
 
 
@@ -78,7 +110,7 @@ def test_what_the_user_can_mend(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         converted(tmp_path / "nowhere", tmp_path / "out")
     theirs = write_peer(tmp_path / "theirs", peer_settings("MIXLORA"))
-    with pytest.raises(ValueError, match="unknown format 'gguf'; there are graphmoe, moe-peft, attention-lora"):
+    with pytest.raises(ValueError, match="unknown format 'gguf'; there are graphmoe, peft, moe-peft, attention-lora"):
         converted(theirs, tmp_path / "out", to="gguf")
     with pytest.raises(ValueError, match="rounds=2 goes with the format 'graphmoe' alone"):
         converted(theirs, tmp_path / "out", to="moe-peft", rounds=2)
@@ -92,7 +124,7 @@ def test_what_the_user_can_mend(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("to", ["graphmoe", "moe-peft", "attention-lora"])
+@pytest.mark.parametrize("to", ["graphmoe", "peft", "moe-peft", "attention-lora"])
 def test_another_format_is_not_written_over_its_source(to, tmp_path):
     """Overwriting would delete what the adapter was converted from."""
     folder = write_peer(tmp_path / "theirs", peer_settings("MIXLORA"))

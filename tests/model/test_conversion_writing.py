@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graphmoe_model.conversion import attention_lora, from_moe_peft, to_moe_peft, with_rounds, write_adapter
+from graphmoe_model.conversion import attention_lora, from_moe_peft, to_moe_peft, to_peft, with_rounds, write_adapter
 from tests.model.peer_format import MLP, peer_settings, write_peer
 
 pytestmark = pytest.mark.methods
@@ -133,12 +133,12 @@ def test_a_gru_is_not_replaced_and_settings_are_its_own(tmp_path):
 
 # --- the target folder -----------------------------------------------------------------------------------------------
 
-WRITERS = {"graphmoe": write_adapter, "moe-peft": to_moe_peft, "attention-lora": attention_lora}
+WRITERS = {"graphmoe": write_adapter, "peft": to_peft, "moe-peft": to_moe_peft, "attention-lora": attention_lora}
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_folder_in_use_is_left_alone_unless_asked(writer, tmp_path):
-    adapter = imported(tmp_path)
+    adapter = imported(tmp_path, "LORA" if writer == "peft" else "MIXLORA")
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file; name a folder"):
         WRITERS[writer](adapter, tmp_path / "file")
@@ -179,7 +179,7 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_is_an_error_of_the_system(writer, tmp_path):
     """Not of safetensors' or of torch's writers, which nobody expects: the command line ends in one line."""
-    adapter = imported(tmp_path)
+    adapter = imported(tmp_path, "LORA" if writer == "peft" else "MIXLORA")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))  # Python ignores the signal, so writes fail with EFBIG
     try:

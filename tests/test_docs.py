@@ -1,0 +1,141 @@
+"""README, CHANGELOG, CONTRIBUTING and docs: what they link to is there, what they say to type works, lines fit a screen."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import typer
+
+from graphmoe_model.cli import app
+from graphmoe_model.demo.base import make_base, make_tokenizer
+
+ROOT = Path(__file__).parents[1]
+# What people write. benchmarks/PREDICTIONS.md and benchmarks/results are written by commands, whose tables are wide.
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+ALL_PAGES = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The contents of a page's fenced blocks of one language."""
+    return [code for found, code in BLOCK.findall(page.read_text()) if found == language]
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return BLOCK.sub("", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, made from their words as Git hosts make them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def typed(page: Path, command: str) -> set[str]:
+    """What a page says to type that begins with these words: lines of its blocks, and spans of code, without remarks."""
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
+    lines = [line.split("#")[0].strip() for code in blocks(page, "") for line in code.splitlines()]
+    pieces = [piece for line in lines for piece in re.split(r"\s{3,}", line)]
+    return {text for text in [*spans, *pieces] if text.startswith(command)}
+
+
+def test_there_are_pages():
+    """A glob that finds nothing would make every test below pass."""
+    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"} <= {page.name for page in PAGES}
+    assert len(PAGES) > 12
+
+
+@ALL_PAGES
+def test_lines_fit_a_screen(page):
+    """120 characters, as in the code; ruff does not read Markdown. Tables too: a wider one is better read as a list."""
+    lines = page.read_text().splitlines()
+    long = [f"{page.name}:{number}: {len(line)}" for number, line in enumerate(lines, 1) if len(line) > 120]
+    assert not long
+
+
+@ALL_PAGES
+def test_links_lead_somewhere(page):
+    """Files and headings of this repository; no other address is asked."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    lost = []
+    for target in (target for target in targets if "://" not in target):
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            lost.append(target)
+    assert not lost
+
+
+@ALL_PAGES
+def test_files_that_are_named_are_there(page):
+    """A file that moves takes its name in the docs with it."""
+    named = re.findall(r"`((?:graphmoe_kernels|graphmoe_model|benchmarks|tests|docs)/[\w./-]+)`", prose(page))
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+@ALL_PAGES
+def test_modules_that_are_named_are_there(page):
+    """``python -m graphmoe_kernels.cost`` and the like."""
+    named = re.findall(r"python -m ((?:graphmoe_\w+|benchmarks)[\w.]*)", page.read_text())
+    paths = [ROOT / name.replace(".", "/") for name in named]
+    assert not [path for path in paths if not (path / "__main__.py").exists() and not path.with_suffix(".py").exists()]
+
+
+@ALL_PAGES
+def test_targets_of_make_are_there(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {text.split()[1].rstrip(",") for text in typed(page, "make ") if len(text.split()) > 1}
+    assert named <= targets
+
+
+@ALL_PAGES
+def test_options_of_graphmoe_are_there(page):
+    """Each command with each option that it is written with."""
+    commands = typer.main.get_command(app).commands
+    for text in typed(page, "graphmoe "):
+        words = text.split()
+        assert words[1] in commands, text
+        options = {name for option in commands[words[1]].params for name in (*option.opts, *option.secondary_opts)}
+        assert {word for word in words if word.startswith("--")} <= options, text
+
+
+@ALL_PAGES
+def test_python_is_python(page):
+    for code in blocks(page, "python"):
+        compile(code, page.name, "exec")
+
+
+@ALL_PAGES
+def test_names_that_are_imported_are_there(page):
+    """A name that is renamed is renamed in the examples."""
+    for code in blocks(page, "python"):
+        lines = re.findall(r"^from graphmoe_\w+[\w.]* import [\w, ]+", code, re.MULTILINE)
+        exec("\n".join(lines), {})
+
+
+def test_the_readme_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
+    """One block after the other, in an empty folder; of the text only the base model's name is another, as the one that
+    stands there is downloaded."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer(seed=0)
+    make_base(tokenizer).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    first, *others = blocks(ROOT / "README.md", "python")
+    assert len(first.splitlines()) <= 22, "the README promises a whole fine-tuning in some twenty lines"
+    assert first.count('base = "HuggingFaceTB/SmolLM2-135M"') == 1
+    names: dict[str, object] = {"__name__": "__main__"}
+    for code in (first.replace("HuggingFaceTB/SmolLM2-135M", "base"), *others):
+        exec(compile(code, "README.md", "exec"), names)
+    assert (tmp_path / "my-adapter/adapter_model.safetensors").exists()
+    logs = names["trainer"].state.log_history
+    assert len(logs) > 4
+    assert all("aux_loss" in log for log in logs if "loss" in log)
+    assert names["routing"].load()["model.layers.0.mlp"].sum(dim=1).allclose(names["torch"].ones(3).double())
+    printed = capsys.readouterr().out
+    assert "trainable params" in printed
+    assert "The capital of France is" in printed
+    shutil.rmtree(tmp_path / "my-adapter")
