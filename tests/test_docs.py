@@ -1,4 +1,4 @@
-"""README, CHANGELOG, CONTRIBUTING and docs: what they link to is there, what they say to type works, lines fit a screen."""
+"""README, CHANGELOG, CONTRIBUTING and docs: links lead somewhere, what is to be typed works, lines fit a screen."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def typed(page: Path, command: str) -> set[str]:
-    """What a page says to type that begins with these words: lines of its blocks, and spans of code, without remarks."""
+    """What a page says to type that begins with these words: lines of blocks and spans of code, without remarks."""
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
     lines = [line.split("#")[0].strip() for code in blocks(page, "") for line in code.splitlines()]
     pieces = [piece for line in lines for piece in re.split(r"\s{3,}", line)]
