@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -34,6 +35,7 @@ def run(options: ProfileOptions, console: Console) -> list[Profile]:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {options.out} cannot be written to: {error.strerror}; name another folder") from error
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # of others: nothing has run here yet
     with _threads(options.threads):
         device = _device(options.device)
         model = _load(options, device)
@@ -53,7 +55,7 @@ def run(options: ProfileOptions, console: Console) -> list[Profile]:
                         traces=options.out,
                         progress=status.update,
                     )
-        conditions = _conditions(options, model, device)
+        conditions = _conditions(options, model, device, load)
     write_report(profiles, conditions, options.out)
     if options.plot:
         from graphmoe_model.profiling.plot import draw_shares  # needs matplotlib, which is an extra
@@ -62,6 +64,11 @@ def run(options: ProfileOptions, console: Console) -> list[Profile]:
     console.width = max(console.width, WIDTH)
     print_report(profiles, conditions, console)
     return profiles
+
+
+def _cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -98,12 +105,14 @@ def _variant(
     return attach(model, variant, **settings)  # type: ignore[arg-type]
 
 
-def _conditions(options: ProfileOptions, model: nn.Module, device: torch.device) -> dict[str, Any]:
+def _conditions(options: ProfileOptions, model: nn.Module, device: torch.device, load: float | None) -> dict[str, Any]:
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     parameter = next(model.parameters())
     return {
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
+        "cores": _cores(),
+        "load average": load,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,

@@ -21,6 +21,8 @@ LEGEND = (
     "of any share over the repetitions, in percentage points."
 )
 
+UNSTEADY = 0.1  # the range of a share, over the repetitions, from which the medians say little
+
 
 def write_report(profiles: list[Profile], conditions: dict[str, Any], folder: Path) -> None:
     """``profile.json`` and ``profile.md`` in the folder."""
@@ -47,6 +49,7 @@ def markdown(profiles: list[Profile], conditions: dict[str, Any]) -> str:
         lines += ["|---|" + "---:|" * (len(HEADINGS) - 1)]
         lines += ["| " + " | ".join(_cells(profile)) + " |" for profile in rows]
         lines += [""]
+    lines += [f"**{warning}**\n" for warning in warnings(profiles, conditions)]
     lines += [_legend(conditions), "", "Conditions: " + describe(conditions) + "."]
     return "\n".join(lines) + "\n"
 
@@ -63,6 +66,30 @@ def print_report(profiles: list[Profile], conditions: dict[str, Any], console: C
         console.print()
     console.print(_legend(conditions), highlight=False)
     console.print(describe(conditions), highlight=False)
+    for warning in warnings(profiles, conditions):
+        console.print(warning, style="yellow", markup=False, highlight=False)
+
+
+def warnings(profiles: list[Profile], conditions: dict[str, Any]) -> list[str]:
+    """Say why the figures are not to be trusted: a machine that was busy when they were begun, shares that jump."""
+    found = []
+    load, cores, threads = conditions["load average"], conditions["cores"], conditions["threads"]
+    if load is not None and load + threads > cores + 0.5:  # half a core: the command's own start
+        found.append(
+            f"Warning: the machine was busy (a load of {load:.1f} on {cores} cores, of which this took {threads}): "
+            "times and shares may be far off. Measure when it is quiet, or with fewer --threads."
+        )
+    jumping = [
+        f"{profile.adapter}, {profile.phase} of {profile.tokens} tokens"
+        for profile in profiles
+        if max(high - low for low, high in profile.spread.values()) > UNSTEADY
+    ]
+    if jumping:
+        found.append(
+            f"Warning: shares ranged over more than {UNSTEADY:.0%} of the forward in {'; '.join(jumping)}. Repeat it, "
+            "with more --repetitions."
+        )
+    return found
 
 
 def describe(conditions: dict[str, Any]) -> str:

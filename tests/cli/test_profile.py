@@ -39,7 +39,9 @@ def test_a_profile_writes_table_plot_data_and_traces(tmp_path):
         assert set(entry["seconds"]) == set(CATEGORIES)
         assert (entry["seconds"]["gru"] > 0) == (entry["adapter"] != "none")
     assert document["conditions"]["layers"] == 1
-    assert {"device", "threads", "dtype", "torch", "transformers"} <= set(document["conditions"])
+    assert {"device", "threads", "cores", "load average", "dtype", "torch", "transformers"} <= set(
+        document["conditions"]
+    )
 
     assert (out / "profile.png").read_bytes().startswith(PNG)
     table = (out / "profile.md").read_text()

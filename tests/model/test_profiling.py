@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM
@@ -19,6 +20,7 @@ from graphmoe_model.profiling.attribution import attribute
 from graphmoe_model.profiling.models import adapter_title, profiled_config, saved_model, with_rounds
 from graphmoe_model.profiling.modules import module_ranges
 from graphmoe_model.profiling.out_of_memory import check_fits, memory_error
+from graphmoe_model.profiling.report import markdown, print_report, warnings
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model, tokens
 
 ADAPTERS = {
@@ -40,6 +42,32 @@ def test_categories_have_time_exactly_where_they_have_work(adapter, fold):
         assert {name for name, spent in found.seconds.items() if spent > 0} == ADAPTERS[adapter]
         assert set(found.seconds) == set(CATEGORIES)
         assert found.wall_seconds > 0
+
+
+BUSY = {"device": "cpu", "cores": 2, "threads": 2, "load average": 1.7}
+QUIET = {**BUSY, "load average": 0.2}
+
+
+def profile_of(ranges: float) -> Profile:
+    """A profile whose attention's share ranged over this much."""
+    seconds = dict.fromkeys(CATEGORIES, 0.1)
+    spread = {name: (0.1, 0.1 + ranges * (name == "attention")) for name in CATEGORIES}
+    return Profile("tiny", "none", "prefill", 64, seconds, spread, 0.6, 0.7, 5)
+
+
+def test_figures_of_a_busy_machine_carry_a_warning():
+    """On two cores that somebody else uses the shares are nonsense, which nothing said."""
+    (warning,) = warnings([profile_of(0.01)], BUSY)
+    assert "a load of 1.7 on 2 cores, of which this took 2" in warning
+    (warning,) = warnings([profile_of(0.01), profile_of(0.3)], QUIET)
+    assert "shares ranged over more than 10% of the forward in none, prefill of 64 tokens" in warning
+    assert warnings([profile_of(0.01)], QUIET) == []
+    assert warnings([profile_of(0.01)], {**BUSY, "threads": 1, "cores": 4}) == []
+    assert warnings([profile_of(0.01)], {**BUSY, "load average": None}) == []  # Windows has none
+    assert "busy" in markdown([profile_of(0.01)], BUSY)
+    shown = Console(record=True, width=400)
+    print_report([profile_of(0.01)], BUSY, shown)
+    assert "the machine was busy" in shown.export_text()
 
 
 def test_lora_on_the_linears_of_an_mlp_counts_as_mlp_and_attention():
