@@ -58,6 +58,16 @@ def test_lines_fit_a_screen(page):
 
 
 @ALL_PAGES
+def test_rates_say_per(page):
+    """ "240 M multiply-adds per token": "a token" makes a reader stop and read again."""
+    things = (
+        "multiply-adds|bytes|elements|tokens|experts|routers?|kernels?|vectors?|rows?|launches|[mun]s|once|twice|GB"
+    )
+    units = "token|layer|second|slot|round|step|call|expert|GPU|program|process|turn|linear|batch"
+    assert not re.findall(rf"\b(?:{things}) an? (?:{units})\b", prose(page))
+
+
+@ALL_PAGES
 def test_links_lead_somewhere(page):
     """Files and headings of this repository; no other address is asked."""
     targets = re.findall(r"\]\(([^)\s]+)\)", prose(page))
