@@ -1,6 +1,7 @@
 """Operators for mixture-of-LoRA-experts layers with self-rethinking (GraphMoE): exact, folded, differentiable.
 
-Importing this package needs neither a GPU nor Triton and looks for no device.
+What other packages use is exported here, and the cost model by `graphmoe_kernels.cost`. Importing this package needs
+neither a GPU nor Triton and looks for no device.
 """
 
 from graphmoe_kernels.activations import ACTIVATIONS, ALIASES, get_activation, register_activation
