@@ -12,7 +12,7 @@ from graphmoe_model.routing.router_loss_hooks import find_hooks
 class RouterLossCallback(TrainerCallback):
     """Puts ``aux_loss`` (Eq. 8 without its coefficient, a mean over forwards) into Trainer's logs.
 
-    It is this process's own; with ``router_aux_loss_scope="global"`` that of all, the same in each.
+    It is of this process's tokens; with ``router_aux_loss_scope="global"`` of all processes', the same in each.
     ``loss`` in the logs contains the router loss with or without this callback. TRL's trainers log ``aux_loss``
     themselves. Reporting callbacks (TensorBoard, Weights & Biases) see it if they come after this one:
     ``Trainer(..., args with report_to="none", callbacks=[RouterLossCallback(), TensorBoardCallback()])``.

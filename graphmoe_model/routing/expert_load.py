@@ -31,9 +31,9 @@ class ExpertLoad:
         self._dense: set[str] = set()  # routers by which every token has all experts
 
     def load(self) -> dict[str, Tensor]:
-        """Router name -> [T, n]: each expert's share of a round; rows sum to 1, or to 0 without tokens.
+        """Compute each expert's share of a round, router name -> [T, n]; rows sum to 1, or to 0 without tokens.
 
-        Of the choices or, where routing is dense and all are chosen, of the routing probability.
+        It is the share of the choices or, where routing is dense and all are chosen, of the routing probability.
         """
         return {
             name: _shares(self.weights[name] if name in self._dense else counts.double())
@@ -45,7 +45,7 @@ class ExpertLoad:
         """Count one forward of a router; ``ValueError`` if it ran with other rounds or experts than before."""
         name = ".".join(part for part in (self._names[layer], record.router) if part)
         statistics = record.detach().statistics()
-        counts, weights = statistics.counts.to(torch.int64), statistics.mass.double()
+        counts, weights = statistics.tokens_per_expert.to(torch.int64), statistics.probability_sums.double()
         if layer.active_config().base_method.dense:
             self._dense.add(name)
         if name not in self.counts:

@@ -1,13 +1,14 @@
 """One load-balance loss for all processes: Eq. 8 over the tokens of all of them, with one collective per forward.
 
-``router_aux_loss_scope="global"``. Every process r has counts C_r, mass M_r and tokens N_r of each router and round;
-with C, M and N their sums over W processes, Eq. 8 of the global batch is L = n sum_i (C_i / sum_j C_j) (M_i / N).
-The sums have no gradient of their own, so that the backward pass needs no collective:
+This is ``router_aux_loss_scope="global"``. Of each router and round, process r has the tokens per expert C_r, the
+probability sums M_r and the number of tokens N_r; with C, M and N their sums over W processes, Eq. 8 of the global
+batch is L = n sum_i (C_i / sum_j C_j) (M_i / N). These sums have no gradient of their own, so that the backward pass
+needs no collective:
 
 - Data parallelism (DDP, FSDP, DeepSpeed) differentiates the mean over processes of their losses, J = 1/W sum_r loss_r,
   where process r differentiates its own loss_r with respect to what it computed itself, M_r.
 - L is linear in M: dL/dM_r = n C / (sum_j C_j N) is the same constant on all processes, whatever N_r is.
-- So process r takes loss_r = s L with M = [sum of all masses] + W (M_r - [M_r]), brackets without gradient. Its value
+- So process r takes loss_r = s L with M = [sum of all M_r] + W (M_r - [M_r]), brackets without gradient. Its value
   is s L, its derivative W s dL/dM_r, and J's gradient is 1/W sum_r W s dL/dM_r dM_r/dw = s dL/dw: that of one process
   with the same global batch.
 - s is the mean over processes of the router loss's weight (1; under Trainer the share of ``num_items_in_batch``, which
@@ -39,11 +40,17 @@ _JOIN = (
 
 
 class _Place(NamedTuple):
-    """A router's place in the collective: 2 T n + 2 numbers."""
+    """A router's place in the collective: 2 T n + 2 numbers.
 
-    shape: tuple[int, int]  # [T, n]
+    Attributes:
+        shape: [T, n].
+        coefficient: the weight of its loss in the model's.
+        own: what it did on this process; None where it did not run.
+    """
+
+    shape: tuple[int, int]
     coefficient: float
-    record: RoutingRecord | None  # what it did here
+    own: RoutingStatistics | None
 
 
 def sum_over_processes(forward: ForwardRouting, layers: Sequence[Any], share: Tensor | float = 1.0) -> None:
@@ -69,21 +76,20 @@ def sum_over_processes(forward: ForwardRouting, layers: Sequence[Any], share: Te
         return
     if not torch.compiler.is_compiling():
         _check_join()
-    places = _places(layers, forward.records)
     weight = next(layers[0].lora_graphmoe[layers[0].active_name()].parameters())
     device = forward.records[0].logits[0].device if forward.records else weight.device
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32  # as the operators' mass
-    own = [None if place.record is None else _moved(place.record.statistics(), device, dtype) for place in places]
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32  # as the operators' sums
+    places = _places(layers, forward.records, device, dtype)
     if isinstance(share, float):
         share = torch.full((), share, device=device)
     with torch.no_grad():
-        sums = _packed(places, own, share.to(device, dtype))
+        sums = _packed(places, share.to(device, dtype))
         distributed.all_reduce(sums)
-    forward.all_processes = _unpacked(sums, places, own, processes)
+    forward.all_processes = _unpacked(sums, places, processes)
 
 
 def _global_layers(layers: Sequence[Any]) -> list[Any]:
-    """The layers whose routers enter a loss of all processes, whether or not they ran here."""
+    """Select the layers whose routers enter a loss of all processes, whether or not they ran here."""
     found, scopes = [], {}
     for layer in layers:
         config = layer.active_config() if layer.training else None
@@ -106,8 +112,10 @@ def _check_join() -> None:
         raise RuntimeError(_JOIN)
 
 
-def _places(layers: Sequence[Any], records: list[RoutingRecord]) -> list[_Place]:
-    """A place for every router, and further ones where a layer runs more than once in a forward."""
+def _places(
+    layers: Sequence[Any], records: list[RoutingRecord], device: torch.device, dtype: torch.dtype
+) -> list[_Place]:
+    """Make a place for every router, and further ones where a layer runs more than once in a forward."""
     ran: dict[tuple[int, str], list[RoutingRecord | None]] = {}
     for record in records:
         ran.setdefault((id(record.layer), record.router), []).append(record)
@@ -116,35 +124,36 @@ def _places(layers: Sequence[Any], records: list[RoutingRecord]) -> list[_Place]
         coefficient = layer.active_config().router_aux_loss_coef
         for router, shape in layer.router_shapes().items():
             here = ran.get((id(layer), router)) or [None]
-            places += [_Place(shape, coefficient, record) for record in here]
+            places += [_Place(shape, coefficient, _statistics(record, device, dtype)) for record in here]
     return places
 
 
-def _moved(own: RoutingStatistics, device: torch.device, dtype: torch.dtype) -> RoutingStatistics:
-    return RoutingStatistics(*(tensor.to(device, dtype) for tensor in own))
+def _statistics(record: RoutingRecord | None, device: torch.device, dtype: torch.dtype) -> RoutingStatistics | None:
+    return None if record is None else RoutingStatistics(*(own.to(device, dtype) for own in record.statistics()))
 
 
-def _packed(places: list[_Place], own: list[RoutingStatistics | None], share: Tensor) -> Tensor:
-    """A vector of the share and, for every place, counts, mass, tokens and 1, or zeros where nothing ran here."""
+def _packed(places: list[_Place], share: Tensor) -> Tensor:
+    """Make a vector of the share and, for every place, its statistics and 1, or zeros where nothing ran here."""
     parts = [share.reshape(1)]
-    for (shape, _, _), here in zip(places, own, strict=True):
-        if here is None:
-            parts.append(share.new_zeros(2 * shape[0] * shape[1] + 2))
+    for (T, n), _, own in places:
+        if own is None:
+            parts.append(share.new_zeros(2 * T * n + 2))
         else:
-            parts += [here.counts.flatten(), here.mass.flatten(), here.tokens.reshape(1), share.new_ones(1)]
+            parts += [*(each.flatten() for each in own), share.new_ones(1)]
     return torch.cat(parts)
 
 
-def _unpacked(sums: Tensor, places: list[_Place], own: list[RoutingStatistics | None], processes: int) -> GlobalRouting:
-    """What `_packed` put together, with the way of the gradient to what this process did."""
+def _unpacked(sums: Tensor, places: list[_Place], processes: int) -> GlobalRouting:
+    """Take apart what `_packed` put together, with the way of the gradient to what this process did."""
     sizes = [size for (T, n), _, _ in places for size in (T * n, T * n, 1, 1)]
     share, *parts = sums.split([1, *sizes])
     statistics = []
-    for i, ((shape, _, _), here) in enumerate(zip(places, own, strict=True)):
-        counts, mass, tokens, _ = parts[4 * i : 4 * i + 4]
-        mass = mass.view(shape)
-        if here is not None:
-            mass = mass + processes * (here.mass - here.mass.detach())
-        statistics.append(RoutingStatistics(counts.view(shape), mass, tokens.squeeze(0)))
+    for i, (shape, _, own) in enumerate(places):
+        tokens_per_expert, probability_sums, num_tokens, _ = parts[4 * i : 4 * i + 4]
+        probability_sums = probability_sums.view(shape)
+        if own is not None:
+            here = own.probability_sums
+            probability_sums = probability_sums + processes * (here - here.detach())
+        statistics.append(RoutingStatistics(tokens_per_expert.view(shape), probability_sums, num_tokens.squeeze(0)))
     coefficients = [place.coefficient for place in places]
     return GlobalRouting(statistics, coefficients, torch.cat(parts[3::4]), share.squeeze(0) / processes)

@@ -40,7 +40,7 @@ class RouterLoss(NamedTuple):
     Attributes:
         balance: scalar, Eq. 8 averaged over routers and rounds.
         weighted: scalar, the same with every layer's ``router_aux_loss_coef``.
-        coefficients: the values that this has.
+        coefficients: the values that ``router_aux_loss_coef`` has among the layers.
     """
 
     balance: Tensor
@@ -49,15 +49,18 @@ class RouterLoss(NamedTuple):
 
 
 def balance_loss(statistics: RoutingStatistics) -> Tensor:
-    """Eq. 8 of one router, averaged over its rounds: a scalar in the dtype of ``mass``, 0 without tokens."""
-    counts, mass, tokens = statistics
-    share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)  # f, [T, n]
-    probability = mass / tokens.clamp(min=1)  # p, [T, n]
-    return counts.shape[-1] * (share * probability).sum(dim=-1).mean()
+    """Compute Eq. 8 of one router, averaged over its rounds: a scalar in the dtype of the sums, 0 without tokens."""
+    chosen, probability_sums, num_tokens = statistics
+    share = chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=1)  # f, [T, n]
+    probability = probability_sums / num_tokens.clamp(min=1)  # p, [T, n]
+    return chosen.shape[-1] * (share * probability).sum(dim=-1).mean()
 
 
 def loss_of(forwards: list[ForwardRouting]) -> RouterLoss | None:
-    """The loss of the routers of one forward (of one model, or of several with a context each); None without routers.
+    """Compute the loss of all routers of one forward; None without routers.
+
+    Args:
+        forwards: one for each context: one of a model, several where a model was put together of several.
 
     Raises:
         RuntimeError: gradients are enabled and a router that trains would get none.
@@ -79,11 +82,18 @@ def loss_of(forwards: list[ForwardRouting]) -> RouterLoss | None:
 
 
 class _Losses(NamedTuple):
-    """One forward's, by router [R]."""
+    """The losses of one forward's R routers.
+
+    Attributes:
+        balance: [R], Eq. 8.
+        weighted: [R], the same times the coefficients.
+        counted: [R], 0 for a router that ran on no process, else 1.
+        coefficients: R weights.
+    """
 
     balance: Tensor
     weighted: Tensor
-    counted: Tensor  # 0 for a router that ran on no process, else 1
+    counted: Tensor
     coefficients: list[float]
 
 
@@ -102,7 +112,7 @@ def _losses(forward: ForwardRouting) -> _Losses:
 
 
 def router_loss(model: nn.Module) -> Tensor:
-    """The last training forward's router loss, ready to be added: ``router_aux_loss_coef`` * Eq. 8, a scalar.
+    """Return the last training forward's router loss, ready to be added: ``router_aux_loss_coef`` * Eq. 8, a scalar.
 
     For training loops that compute their loss from the logits. Where labels are given to a model with the adapter,
     ``outputs.loss`` contains this loss already. With gradients enabled, forwards without them (a reference model's,
@@ -138,6 +148,6 @@ def router_loss(model: nn.Module) -> Tensor:
 
 
 def coefficient_of(layers: list[Any]) -> float:
-    """The largest ``router_aux_loss_coef`` among the layers' active adapters; 0 without any."""
+    """Return the largest ``router_aux_loss_coef`` among the layers' active adapters; 0 without any."""
     configs = [layer.active_config() for layer in layers]
     return max((config.router_aux_loss_coef for config in configs if config is not None), default=0.0)

@@ -73,27 +73,27 @@ class RoutingRecord(NamedTuple):
     router: str
 
     def statistics(self) -> RoutingStatistics:
-        """Counts, mass and tokens, differentiable in the logits."""
+        """Compute what Eq. 8 reads of this router, differentiable in the logits."""
         rounds = [
             topk_softmax_routing(
                 logits, self.top_k, statistics=self.form, token_mask=self.token_mask, backend=self.backend
             )
             for logits in self.logits
         ]
-        counts = torch.stack([own.tokens_per_expert for own in rounds])  # type: ignore[misc]
-        mass = torch.stack([own.probability_sums for own in rounds])  # type: ignore[misc]
+        tokens_per_expert = torch.stack([own.tokens_per_expert for own in rounds])  # type: ignore[misc]  # [T, n]
+        probability_sums = torch.stack([own.probability_sums for own in rounds])  # type: ignore[misc]  # [T, n]
         if self.token_mask is None:  # filled on the device: no copy from the host
-            tokens = torch.full((), self.logits[0].shape[0], device=counts.device)
+            num_tokens = torch.full((), self.logits[0].shape[0], device=tokens_per_expert.device)
         else:
-            tokens = self.token_mask.sum()
-        return RoutingStatistics(counts, mass, tokens)
+            num_tokens = self.token_mask.sum()
+        return RoutingStatistics(tokens_per_expert, probability_sums, num_tokens)
 
     def detach(self) -> RoutingRecord:
-        """The same numbers without the graph behind them."""
+        """Return the same numbers without the graph behind them."""
         return self._replace(logits=tuple(own.detach() for own in self.logits))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingRecord:
-        """Detached: a model can be copied after a forward, the forward's graph cannot."""
+        """Copy it detached: a model can be copied after a forward, the forward's graph cannot."""
         mask = None if self.token_mask is None else self.token_mask.clone()
         return self._replace(logits=tuple(own.detach().clone() for own in self.logits), token_mask=mask)
 
@@ -127,7 +127,7 @@ class ForwardRouting:
     all_processes: GlobalRouting | None = None
 
     def runs(self) -> bool:
-        """Whether its frame is on this thread's stack: an interrupt (Ctrl-C) ends a forward without any hook."""
+        """Tell whether its frame is on this thread's stack: an interrupt (Ctrl-C) ends a forward without any hook."""
         if self.frame == 0 or torch.compiler.is_compiling():
             return True
         frame: FrameType | None = sys._getframe()
@@ -142,7 +142,7 @@ class ForwardRouting:
             self.all_processes = self.all_processes.detach()
 
     def has_routers(self) -> bool:
-        """Whether there is a router loss of it."""
+        """Tell whether it has a router loss, here or on another process."""
         return bool(self.records) or self.all_processes is not None
 
 
@@ -171,14 +171,14 @@ class RoutingContext:
         self._traced: ForwardRouting | None = None  # Dynamo does not see what it writes to a thread's own attributes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingContext:
-        """A copied model starts without forwards and without collectors."""
+        """Give a copied model a context of its own, without forwards and without collectors."""
         return RoutingContext()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RoutingContext, ()
 
     def running(self) -> ForwardRouting | None:
-        """The forward that this thread is in, or None between forwards."""
+        """Return the forward that this thread is in, or None between forwards."""
         if torch.compiler.is_compiling():  # a layer compiled alone runs inside a forward that is not
             return self._traced or self._thread.running
         forward = self._thread.running
@@ -196,7 +196,7 @@ class RoutingContext:
         self._thread.running = forward
 
     def finish(self) -> ForwardRouting | None:
-        """Leave this thread's forward for the one around it, if any, and say which it was."""
+        """Leave this thread's forward for the one around it, if any, and return it."""
         forward = None if torch.compiler.is_compiling() else self._thread.running
         if forward is None:
             forward, self._traced = self._traced, None
@@ -214,15 +214,17 @@ class RoutingContext:
             self.trained = forward
 
     def last(self) -> ForwardRouting | None:
-        """The forward whose loss is asked for: with gradients enabled the last that had them; in a backward pass, where
-        a checkpointed function is repeated that asks for it, the one repeated."""
+        """Return the forward whose loss is asked for: with gradients enabled the last that had them.
+
+        In a backward pass, where a checkpointed function is repeated that asks for it, it is the one repeated.
+        """
         if in_backward():
             forward, self._thread.repeated = self._thread.repeated, None
             return forward
         return self.trained if torch.is_grad_enabled() else self.seen
 
     def token_mask(self, x: Tensor) -> Tensor | None:
-        """The running forward's padding mask for the tokens of x [B, P, D], as [N] bool; None if all count."""
+        """Return the running forward's padding mask for the tokens of x [B, P, D], as [N] bool; None if all count."""
         forward = self.running()
         mask = None if forward is None else forward.token_mask
         if mask is None or x.dim() != 3:
@@ -233,7 +235,7 @@ class RoutingContext:
         return mask[:, -x.shape[1] :].reshape(-1).to(x.device, torch.bool, copy=True)
 
     def record(self, layer: RecordedLayer, records: list[RoutingRecord], *, trains: bool) -> ForwardRouting | None:
-        """Take what a layer's routers did; the forward that this was, for a layer that runs on its own.
+        """Take what a layer's routers did into the running forward.
 
         A layer that checkpointing runs again in the backward pass belongs to no running forward, and is not recorded:
         its first run was.
@@ -242,6 +244,9 @@ class RoutingContext:
             layer: a layer of the model.
             records: of its routers.
             trains: whether a loss will read them; `collect_routing` reads them in any case.
+
+        Returns:
+            For a layer that runs on its own, the forward that this was; None inside a model's forward.
         """
         forward, repeated = self.running(), in_backward()
         if forward is None and repeated:
@@ -260,7 +265,10 @@ class RoutingContext:
 
 
 def routed_layers(model: nn.Module) -> dict[str, RecordedLayer]:
-    """The layers that leave routing records, by their names in the base model (PEFT's prefix and wrappers' removed)."""
+    """Find the layers that leave routing records, by their names in the base model.
+
+    What PEFT and wrappers put into the names is removed.
+    """
     named = model.named_modules()  # parents first: a wrapper that answers for its layer is replaced by the layer
     return {
         plain_name(name).rpartition("base_model.model.")[2]: m for name, m in named if hasattr(m, "routing_context")
@@ -268,12 +276,12 @@ def routed_layers(model: nn.Module) -> dict[str, RecordedLayer]:
 
 
 def contexts_of(layers: Iterable[Any]) -> list[RoutingContext]:
-    """The layers' contexts, each once."""
+    """List the layers' contexts, each once."""
     return list({id(layer.routing_context): layer.routing_context for layer in layers}.values())
 
 
 def in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread, outside of a compiled graph.
+    """Tell whether autograd is running a backward pass in this thread, outside of a compiled graph.
 
     It is the check that ``torch.utils.checkpoint`` itself uses; a compiled graph keeps its own account of what it
     computes again.

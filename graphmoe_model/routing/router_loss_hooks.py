@@ -173,7 +173,7 @@ class RouterLossHooks:
         return any(layer.active_name() is not None for layer in self.layers)
 
     def _as_told(self, loss: RouterLoss) -> Tensor:
-        """Eq. 8 for a trainer that weights it by what it was told: the active adapter's coefficient decides."""
+        """Compute Eq. 8 for a trainer that weights it by what it was told: the active adapter's coefficient decides."""
         told = self.told
         if not told or loss.coefficients == {told}:
             return loss.balance
@@ -187,7 +187,7 @@ class RouterLossHooks:
 
 
 def _holds_loss(outputs: Any) -> bool:
-    """Whether outputs of a forward with labels are of a form whose loss can be found."""
+    """Tell whether outputs of a forward with labels are of a form whose loss can be found."""
     if isinstance(outputs, ModelOutput):  # by attribute: Dynamo does not see its items
         return getattr(outputs, "loss", None) is not None
     return isinstance(outputs, tuple) or (isinstance(outputs, dict) and outputs.get("loss") is not None)
@@ -205,7 +205,7 @@ def _add_to_loss(outputs: Any, loss: Tensor) -> Any:
 
 
 def _batch_share(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | float:
-    """This forward's part of ``num_items_in_batch``, counted as Trainer counts it; 1 without that argument."""
+    """Compute this forward's part of ``num_items_in_batch``, counted as Trainer does; 1 without that argument."""
     total = kwargs.get("num_items_in_batch")
     if total is None:
         return 1.0
@@ -218,7 +218,7 @@ def _batch_share(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _argument(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """A forward's argument, by keyword or position; None if it was not given."""
+    """Return a forward's argument, by keyword or position; None if it was not given."""
     if name in kwargs or not args:
         return kwargs.get(name)
     names = list(inspect.signature(type(model).forward).parameters)[1 : len(args) + 1]
@@ -229,7 +229,7 @@ def _argument(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n
 
 
 def declares(model: nn.Module, field: str) -> bool:
-    """Whether a model's own configuration has a field.
+    """Tell whether a model's own configuration has a field.
 
     Transformers' mixtures of experts have ``output_router_logits``; those that add a router loss to theirs have
     ``router_aux_loss_coef`` too. DeepSeek-V3 has routers and no such loss.
@@ -240,7 +240,11 @@ def declares(model: nn.Module, field: str) -> bool:
 
 
 def check_router_loss(model: nn.Module, config: GraphMoEConfig) -> None:
-    """``ValueError`` for a router loss on a base model that has routers and a router loss of its own."""
+    """Refuse a router loss on a base model that has routers and a router loss of its own.
+
+    Raises:
+        ValueError: both have one.
+    """
     if config.router_aux_loss_coef > 0 and declares(model, "router_aux_loss_coef"):
         raise ValueError(
             f"{type(model).__name__} has routers and a router loss of its own, which would be mixed up with this "
@@ -265,7 +269,7 @@ def detach_router_loss(model: nn.Module) -> None:
 
 
 def find_hooks(model: nn.Module) -> RouterLossHooks | None:
-    """The router-loss hooks on a model or, for a wrapped one, on the base model inside it."""
+    """Find the router-loss hooks on a model or, for a wrapped one, on the base model inside it."""
     for module in model.modules():
         for hook in module._forward_hooks.values():
             owner = getattr(hook, "__self__", None)

@@ -11,23 +11,24 @@ class RoutingStatistics(NamedTuple):
     """What Eq. 8 reads of one router's rounds.
 
     Attributes:
-        counts: [T, n], tokens that chose each expert; where routing is dense, all of them.
-        mass: [T, n], differentiable; the routing probability each expert got, summed over tokens (top-k entries for
-            the paper's loss, full softmax for the switch form).
-        tokens: scalar tensor, how many tokens were counted (padding is not).
+        tokens_per_expert: [T, n], how many tokens chose each expert; where routing is dense, all of them.
+        probability_sums: [T, n], differentiable; each expert's routing probability summed over tokens (the top-k
+            entries alone for the paper's loss, the full softmax for the switch form).
+        num_tokens: scalar tensor, how many tokens were counted (padding is not).
     """
 
-    counts: Tensor
-    mass: Tensor
-    tokens: Tensor
+    tokens_per_expert: Tensor
+    probability_sums: Tensor
+    num_tokens: Tensor
 
 
 class GlobalRouting(NamedTuple):
     """One forward's routing on all processes; R routers, one for each time that a router runs in a forward.
 
     Attributes:
-        statistics: [R], as of one process with all tokens; the mass has the gradient that the module describes.
-        coefficients: [R], weight of each router's loss in the model's.
+        statistics: of each of the R routers, as of one process with all tokens; the probability sums have the gradient
+            that `graphmoe_model.routing.global_routing` describes.
+        coefficients: of each of the R routers, the weight of its loss in the model's.
         ran: [R] tensor, on how many processes the router ran.
         share: scalar tensor, the mean weight of the router loss in ``outputs.loss``.
     """
@@ -38,5 +39,6 @@ class GlobalRouting(NamedTuple):
     share: Tensor
 
     def detach(self) -> GlobalRouting:
-        """The same numbers without the graph behind them."""
-        return self._replace(statistics=[own._replace(mass=own.mass.detach()) for own in self.statistics])
+        """Return the same numbers without the graph behind them."""
+        own = [each._replace(probability_sums=each.probability_sums.detach()) for each in self.statistics]
+        return self._replace(statistics=own)

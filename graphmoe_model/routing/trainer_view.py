@@ -32,13 +32,13 @@ class RoutedConfig:
 
     @property
     def output_router_logits(self) -> bool:
-        """True; ``AttributeError`` while there is no router loss."""
+        """Say that routers are there; ``AttributeError`` while there is no router loss."""
         self._coefficient("output_router_logits")
         return True
 
     @property
     def router_aux_loss_coef(self) -> float:
-        """The active adapter's; ``AttributeError`` if that is 0. Who reads it will weight ``aux_loss`` by it."""
+        """Give the active adapter's, by which the reader will weight ``aux_loss``; ``AttributeError`` if it is 0."""
         self._hooks.told = self._coefficient("router_aux_loss_coef")
         return self._hooks.told
 
@@ -49,7 +49,7 @@ class RoutedConfig:
         return coefficient
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
-        """As the configuration's, in the same view."""
+        """Return the configuration's own text configuration, in the same view."""
         text = self._config.get_text_config(*args, **kwargs)
         return self if text is self._config else routed_config(text, self._hooks)
 
@@ -93,8 +93,10 @@ _VIEWS: dict[type, type[RoutedConfig]] = {}  # by the class of configuration; a 
 
 
 def _view_of(kind: type) -> type[RoutedConfig]:
-    """A class of view for a class of configuration: ``isinstance`` and the Auto classes, which look at the name of
-    ``type(config)``, take it for that."""
+    """Make the class of view for a class of configuration.
+
+    ``isinstance`` and the Auto classes, which look at the name of ``type(config)``, take it for that class.
+    """
     if kind not in _VIEWS:
         _VIEWS[kind] = type(
             kind.__name__, (RoutedConfig,), {"__class__": property(lambda self: kind), "__module__": __name__}
@@ -103,5 +105,5 @@ def _view_of(kind: type) -> type[RoutedConfig]:
 
 
 def routed_config(config: Any, hooks: RouterLossHooks) -> Any:
-    """The view of a base model's configuration."""
+    """Make the view of a base model's configuration."""
     return _view_of(type(config))(config, hooks)

@@ -129,8 +129,8 @@ def test_places_are_where_the_records_are():
         model(input_ids=IDS)
         for record in records(model):
             statistics = record.statistics()
-            assert record.layer.router_shapes()[record.router] == tuple(statistics.counts.shape)
-            assert tuple(statistics.mass.shape) == tuple(statistics.counts.shape)
+            assert record.layer.router_shapes()[record.router] == tuple(statistics.tokens_per_expert.shape)
+            assert tuple(statistics.probability_sums.shape) == tuple(statistics.tokens_per_expert.shape)
         routers = sum(len(layer.router_shapes()) for layer in model.modules() if hasattr(layer, "routing_context"))
         assert routers == len(records(model))
 
@@ -142,7 +142,7 @@ def test_the_sums_let_go_of_the_graph():
     def run() -> None:
         model(input_ids=IDS, labels=IDS)
         forward = ffn_layers(model)[0].routing_context.trained
-        assert not any(own.mass.requires_grad for own in forward.all_processes.statistics)
+        assert not any(own.probability_sums.requires_grad for own in forward.all_processes.statistics)
 
     over_processes([run, run])
 

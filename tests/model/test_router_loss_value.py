@@ -98,7 +98,7 @@ def test_padded_tokens_do_not_count():
     with torch.no_grad():
         model(input_ids=IDS, attention_mask=LEFT_PADDED)
         loss = router_loss(model)
-        assert records(model)[0].statistics().tokens == LEFT_PADDED.sum()
+        assert records(model)[0].statistics().num_tokens == LEFT_PADDED.sum()
         model(input_ids=other, attention_mask=LEFT_PADDED)
         torch.testing.assert_close(router_loss(model), loss)
 
@@ -116,5 +116,5 @@ def test_without_a_2d_mask_every_token_counts(mask):
     model = tiny_peft_model().train()
     causal = torch.ones(4, 1, 12, 12, dtype=torch.bool).tril()
     model(input_ids=IDS, attention_mask=causal if mask else None, position_ids=torch.arange(12).expand(4, -1) % 5)
-    assert records(model)[0].statistics().tokens == IDS.numel()
+    assert records(model)[0].statistics().num_tokens == IDS.numel()
     router_loss(model)
