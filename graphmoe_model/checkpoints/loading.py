@@ -20,6 +20,7 @@ from graphmoe_model.checkpoints.digest import FIELD, check_digest
 from graphmoe_model.checkpoints.fitting import misfit, missing_modules
 from graphmoe_model.checkpoints.weights import inspect_weights, tensor_names, weights_path
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
+from graphmoe_model.undo import ModelState
 
 Loader = Callable[..., Any]
 
@@ -64,7 +65,6 @@ class Source:
 
 
 _source: ContextVar[Source | None] = ContextVar("the adapter that is being loaded", default=None)
-_new_model: ContextVar[bool] = ContextVar("whether from_pretrained is making the PeftModel", default=False)
 
 
 def check_source() -> None:
@@ -85,17 +85,14 @@ def checked_from_pretrained(from_pretrained: Any) -> Any:
         if config is not None and not isinstance(config, GraphMoEConfig):
             return function(cls, model, model_id, *args, **kwargs)
         source = _source.set(Source.opened(_local(model_id, kwargs), config))
-        new_model = _new_model.set(True)
-        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        before = ModelState(model)
         try:
             return function(cls, model, model_id, *args, **kwargs)
         except BaseException:
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad = requires_grad
+            before.restore()
             raise
         finally:
             _source.reset(source)
-            _new_model.reset(new_model)
 
     return classmethod(checked)
 
@@ -107,7 +104,7 @@ def checked_load(load: Loader) -> Loader:
     def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         if self.peft_type != GraphMoEPeftType.GRAPHMOE:
             return load(self, model_id, adapter_name, *args, **kwargs)
-        known = adapter_name in self.peft_config
+        before = None if adapter_name in self.peft_config else ModelState(self)
         folder = _local(model_id, kwargs)
         source = _source.get()
         if source is None or source.folder != folder:
@@ -119,12 +116,8 @@ def checked_load(load: Loader) -> Loader:
             problems = []
             if isinstance(error, KeyError) and adapter_name in self.peft_config and folder is not None:
                 problems = missing_modules(self, adapter_name, _names(folder))
-            last = list(self.peft_config) == [adapter_name]
-            if adapter_name in self.peft_config and (_new_model.get() or not known):
-                self.delete_adapter(adapter_name)
-            if _new_model.get() and last:
-                tuner: Any = self.base_model
-                tuner.unload()
+            if before is not None:
+                before.restore()
             if problems:
                 raise misfit(adapter_name, problems) from error
             raise
@@ -146,7 +139,7 @@ def checked_transformers_load(load: Loader) -> Loader:
         name = "default" if adapter_name is None else adapter_name
         load_config = kwargs.get("load_config")
         model_id = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
-        known = name in getattr(self, "peft_config", {})
+        before = None if name in getattr(self, "peft_config", {}) else ModelState(self)
         source = Source.opened(_local(model_id, kwargs.get("adapter_kwargs") or {}))
         if source is not None:
             _check_transformers(_settings(source.folder) or {}, str(source.folder))
@@ -160,8 +153,8 @@ def checked_transformers_load(load: Loader) -> Loader:
                 source.check_unchanged()
         except BaseException:
             added = getattr(self, "peft_config", {}).get(name)
-            if not known and isinstance(added, GraphMoEConfig):
-                self.delete_adapter(name)
+            if before is not None and isinstance(added, GraphMoEConfig):
+                before.restore()
             raise
         return info
 

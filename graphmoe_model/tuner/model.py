@@ -30,7 +30,7 @@ from graphmoe_model.tuner.adapter_names import check_adapter_name, check_first_n
 from graphmoe_model.tuner.decoder_layers import is_mlp
 from graphmoe_model.tuner.selection import check_selected, experts_by_name
 from graphmoe_model.tuner.targets import check_targets, default_targets
-from graphmoe_model.tuner.undo import undone_on_error
+from graphmoe_model.undo import ModelState
 
 _GENERATING_TASKS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 
@@ -188,11 +188,18 @@ class GraphMoEModel(LoraModel):
 
         Whatever is refused, by this package or by PEFT, leaves the model and the configuration as they were.
         """
-        with undone_on_error(self, adapter_name):
+        state = ModelState(self.model, self, self.peft_config[adapter_name])
+        try:
             check_adapter_name(self.model, adapter_name, self.peft_config)
             keep_unpacked(self.model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             attach_router_loss(self.model)
+        except BaseException:
+            state.restore()
+            self.peft_config.pop(adapter_name, None)  # PEFT enters the config first; a refused one must not stay
+            if not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+                vars(self.model).pop("_hf_peft_config_loaded", None)  # set by Transformers before it calls PEFT
+            raise
 
     @property
     def config(self) -> Any:
