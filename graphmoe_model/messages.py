@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 def as_written(value: object) -> str:
-    """Show a field's value in a message; PEFT makes lists of names sets, which print in any order."""
+    """Write a field's value for a message; PEFT makes lists of names sets, which print in any order."""
     return repr(sorted(value) if isinstance(value, set) else value)
 
 
-def some(items: Sequence[str], most: int = 5) -> str:
+def some(items: Sequence[str], most: int = 8) -> str:
     """List the first items for a message, and how many more there are."""
     return ", ".join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+ROOT = "base_model.model."  # what PEFT puts before the base model's names, in a PeftModel and in every checkpoint
+
 # What activation checkpointing, torch.compile and FSDP1 put between a module's name and those of its parts.
 _WRAPPERS = {"_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module"}
 

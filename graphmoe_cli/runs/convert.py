@@ -14,9 +14,9 @@ from graphmoe_model.config import GraphMoEPeftType
 from graphmoe_model.conversion.adapter import Adapter, read_adapter, write_adapter
 from graphmoe_model.conversion.exports import attention_lora, to_moe_peft, to_peft
 from graphmoe_model.conversion.import_moe_peft import from_moe_peft
-from graphmoe_model.conversion.modules import ROOT
 from graphmoe_model.conversion.peer_config import PEER_TYPES
 from graphmoe_model.conversion.rounds import with_rounds
+from graphmoe_model.module_names import ROOT
 from graphmoe_tables.formats import check_format
 
 WRITERS = {"peft": to_peft, "moe-peft": to_moe_peft, "attention-lora": attention_lora}
@@ -31,7 +31,7 @@ def run(
     *,
     console: Console,
 ) -> Adapter:
-    """Converts the adapter in ``source``, whose format its adapter_config.json tells, and prints what it is.
+    """Convert the adapter in ``source``, whose format its adapter_config.json tells, and print what it is.
 
     Args:
         source: the adapter's folder: GraphMoE's, MoE-PEFT's or PEFT's LoRA.
@@ -92,9 +92,9 @@ def _print(adapter: Adapter, notes: list[str], target: Path, to: str, console: C
         "rank, alpha": f"{config.r}, {config.lora_alpha}",
         "other ranks": ", ".join(f"{value} in {key}" for key, value in (config.rank_pattern or {}).items()),
         "other alphas": ", ".join(f"{value} in {key}" for key, value in (config.alpha_pattern or {}).items()),
-        "experts": f"{config.num_experts}, of which {config.top_k} run for a token",
+        "experts": f"{config.num_experts}, of which {config.top_k} run per token",
         "layers": str(len({module.layer for module in modules})),
-        "adapted in a layer": ", ".join(dict.fromkeys(module.place for module in modules)),
+        "adapted per layer": ", ".join(dict.fromkeys(module.place for module in modules)),
         "tensors": f"{len(adapter.tensors):,}",
         "parameters": f"{sum(tensor.numel() for tensor in adapter.tensors.values()):,}",
     }

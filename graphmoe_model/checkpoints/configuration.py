@@ -14,7 +14,7 @@ from graphmoe_model.messages import first_line
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The folder's adapter_config.json.
+    """Read a folder's adapter_config.json.
 
     Raises:
         FileNotFoundError: there is no such folder, or no such file in it.
@@ -39,7 +39,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def saved_adapter_config(path: str) -> PeftConfig:
-    """The configuration of an adapter in a folder or on the hub; ``ValueError`` if there is none that can be read."""
+    """Read the configuration of an adapter in a folder or on the hub.
+
+    Raises:
+        ValueError: there is none that can be read, or it is of a method that PEFT does not know.
+    """
     try:
         if Path(path).is_dir():  # PEFT hands a file's values on as they are
             peft_type = read_config(path).get("peft_type")

@@ -42,7 +42,7 @@ def stamp(folder: Path) -> None:
 
 
 def _stamp_safetensors(path: Path, digest: str) -> None:
-    """The file with a longer header: eight bytes of length, JSON padded to a multiple of eight, then the data."""
+    """Give the file a longer header: eight bytes of length, JSON padded to a multiple of eight, then the data."""
     stamped = path.with_suffix(".stamped")
     with path.open("rb") as old, stamped.open("wb") as new:
         header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
@@ -55,7 +55,7 @@ def _stamp_safetensors(path: Path, digest: str) -> None:
 
 
 def digest_of_archive(path: Path) -> str | None:
-    """The digest in a file of ``torch.save``; None if it has none."""
+    """Return the digest in a file of ``torch.save``; None if it has none."""
     with zipfile.ZipFile(path) as archive:
         name, _, digest = archive.comment.decode("utf-8", "replace").partition("=")
     return digest if name == METADATA else None

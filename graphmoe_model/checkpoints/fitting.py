@@ -9,8 +9,8 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
-from graphmoe_model.checkpoints.tensor_names import ROOT, places, saved_modules, tree_tensors
-from graphmoe_model.module_names import plain_name
+from graphmoe_model.checkpoints.tensor_names import places, saved_modules, tree_tensors
+from graphmoe_model.module_names import ROOT, plain_name
 from graphmoe_model.storage.weight_management import true_shape
 
 _SHOWN = 8  # problems of a checkpoint in a message; one of another model has hundreds
@@ -87,7 +87,7 @@ def missing_modules(model: nn.Module, adapter_name: str, names: Iterable[str]) -
 
 
 def misfit(adapter_name: str, problems: list[str]) -> ValueError:
-    """The error for a checkpoint with these problems."""
+    """Make the error for a checkpoint with these problems."""
     lines = "\n".join(f"- {problem}" for problem in problems[:_SHOWN])
     if len(problems) > _SHOWN:
         lines += f"\n- and {len(problems) - _SHOWN:,} more of {len(problems):,}"
@@ -99,7 +99,7 @@ def misfit(adapter_name: str, problems: list[str]) -> ValueError:
 
 
 def _vocabulary(model: nn.Module) -> set[str]:
-    """The plain names of the tensors in the model's embeddings of tokens and its head, which have a row per token."""
+    """List the tensors that have a row per token, those of the embeddings and of the head, by their plain names."""
     getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
     modules = [getter() for getter in getters if getter is not None]
     known = {id(p) for module in modules if module is not None for p in module.parameters()}
@@ -107,7 +107,7 @@ def _vocabulary(model: nn.Module) -> set[str]:
 
 
 def _copies(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Name of a copy in a checkpoint -> plain name in the model of what it is a copy of."""
+    """Map the name of a copy in a checkpoint to the plain name in the model of what it is a copy of."""
     modules = {plain_name(name): module for name, module in model.named_modules()}
     names = {id(module): name for name, module in modules.items()}
     copies = {}

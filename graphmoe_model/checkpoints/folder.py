@@ -71,7 +71,7 @@ def stale_folders(folder: Path) -> list[Path]:
 
 @contextmanager
 def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """A new folder inside ``folder``, locked for as long as its process needs it and lives."""
+    """Make a folder inside ``folder``, locked for as long as its process needs it and lives."""
     for attempt in range(5):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -141,8 +141,11 @@ def _set_aside(place: Path, old: Path) -> Callable[[], object]:
 
 
 def _remove_stale(folder: Path, written: Iterable[Path] = ()) -> None:
-    """Remove what killed saves left, but not a configuration whose weights are in place already, as it belongs to them,
-    unless this save has ``written`` both anew or it is in place too."""
+    """Remove what killed saves left, but no configuration that is still needed.
+
+    One whose weights are in place already belongs to them, unless this save has ``written`` both anew or the same
+    configuration is in place too.
+    """
     for path in stale_folders(folder):
         configs = [config for config in path.rglob(CONFIG_NAME) if config.relative_to(path) not in written]
         if not any(_is_rest(config, folder / config.relative_to(path)) for config in configs):
@@ -150,7 +153,7 @@ def _remove_stale(folder: Path, written: Iterable[Path] = ()) -> None:
 
 
 def _is_rest(config: Path, place: Path) -> bool:
-    """Whether a configuration was left without its weights and differs from what is in its place."""
+    """Tell whether a configuration was left without its weights and differs from what is in its place."""
     if any((config.parent / name).exists() for name in _WEIGHTS):
         return False
     return not place.is_file() or config.read_bytes() != place.read_bytes()
@@ -192,7 +195,7 @@ def _unlock(lock: int | None) -> None:
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether nobody holds a folder's lock; False also where nobody can know."""
+    """Tell whether nobody holds a folder's lock; False also where nobody can know."""
     try:
         lock = _lock(folder, wait=False)
     except (BlockingIOError, FileNotFoundError):

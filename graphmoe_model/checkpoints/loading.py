@@ -1,5 +1,8 @@
-"""PEFT's and Transformers' loaders, with a look at an adapter's folder before the model changes and another after the
-weights were read: what is loaded is of one save."""
+"""PEFT's and Transformers' loaders, by which an adapter is loaded whole and of one save, or not at all.
+
+They look at its folder before the model changes and again after the weights were read, and put the model back as it was
+if anything is refused.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +78,10 @@ def check_source() -> None:
 
 
 def checked_from_pretrained(from_pretrained: Any) -> Any:
-    """Wrap ``PeftModel.from_pretrained``: an adapter of two saves is refused before the model changes, and one that
-    does not fit leaves the model as it was."""
+    """Wrap ``PeftModel.from_pretrained``: whatever it refuses leaves the model as it was.
+
+    An adapter of two saves is refused before the model changes.
+    """
     function = from_pretrained.__func__
 
     @wraps(function)
@@ -98,7 +103,7 @@ def checked_from_pretrained(from_pretrained: Any) -> Any:
 
 
 def checked_load(load: Loader) -> Loader:
-    """Wrap ``PeftModel.load_adapter``: a GraphMoE adapter is loaded whole, or no trace of it stays."""
+    """Wrap ``PeftModel.load_adapter``: a GraphMoE adapter is loaded whole, or the model stays as it was."""
 
     @wraps(load)
     def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -130,8 +135,8 @@ def checked_load(load: Loader) -> Loader:
 def checked_transformers_load(load: Loader) -> Loader:
     """Wrap ``load_adapter`` of Transformers' models, which ``from_pretrained`` of an adapter's folder calls.
 
-    It loads the adapter's own tensors and logs what else is there or is not; a GraphMoE adapter of which something
-    would be missing is refused.
+    It loads the adapter's own tensors and logs what else is there or is not. A GraphMoE adapter of which something
+    would be missing is refused, and the model is as it was.
     """
 
     @wraps(load)
@@ -185,7 +190,7 @@ def _check_loaded(model: nn.Module, adapter_name: str, info: Any) -> None:
 
 
 def _local(model_id: Any, kwargs: dict[str, Any]) -> Path | None:
-    """The adapter's folder, if it is one on disk; what is fetched from a hub is a commit, which is whole."""
+    """Return the adapter's folder, if it is one on disk; what is fetched from a hub is a commit, which is whole."""
     if model_id is None:
         return None
     folder = Path(model_id) / (kwargs.get("subfolder") or "")
@@ -193,7 +198,7 @@ def _local(model_id: Any, kwargs: dict[str, Any]) -> Path | None:
 
 
 def _settings(folder: Path) -> dict[str, Any] | None:
-    """The content of adapter_config.json; None if there is none, or none that can be read."""
+    """Read the content of adapter_config.json; None if there is none, or none that can be read."""
     try:
         settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -213,7 +218,7 @@ def _check_config(folder: Path, weights: Path) -> None:
 
 
 def _identities(folder: Path, weights: Path) -> tuple[object, ...]:
-    """What tells a file from one that was moved into its place."""
+    """Collect what tells each file from one that was moved into its place."""
     found: list[object] = [weights_path(folder)]
     for path in (folder / CONFIG_NAME, weights):
         try:

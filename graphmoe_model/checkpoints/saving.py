@@ -66,7 +66,7 @@ def save_whole(save: Callable[..., None]) -> Callable[..., None]:
 
 
 def _in_state(model: PeftModel, state: dict[str, Tensor]) -> list[str] | None:
-    """The adapters to save from a given state dict: those that it has; None if these are all.
+    """Choose the adapters to save from a given state dict: those that it has; None if these are all.
 
     Trainer gathers trained tensors alone under ZeRO-3, so a frozen adapter beside the trained one, such as the
     reference of a preference loss, is not in its state dicts.

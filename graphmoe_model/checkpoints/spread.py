@@ -52,8 +52,11 @@ _loading: ContextVar[_Loading | None] = ContextVar("the load that is going on", 
 
 
 def load_into_spread(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``set_peft_model_state_dict``: under ZeRO-3 what it writes to is whole meanwhile, and modules that another
-    wrapper (activation checkpointing, torch.compile) is around are found by their plain names."""
+    """Wrap ``set_peft_model_state_dict`` for parameters that are spread, and for modules inside of other wrappers.
+
+    Under ZeRO-3 what it writes to is whole meanwhile. Modules that activation checkpointing or torch.compile is around
+    are found by their plain names.
+    """
 
     @wraps(load)
     def set_peft_model_state_dict(
@@ -103,7 +106,7 @@ def loaded_in_place(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Ten
 
 
 def _sharded(value: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor as FSDP2 keeps the target; every rank has read it, so it takes its part by itself."""
+    """Shard a whole tensor as FSDP2 keeps the target; every rank has read it, so it takes its part by itself."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(target, DTensor) or isinstance(value, DTensor):

@@ -10,9 +10,8 @@ from peft.tuners.tuners_utils import BaseTuner, _get_tuner_state_dict_key_prefix
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from graphmoe_model.module_names import plain_name
+from graphmoe_model.module_names import ROOT, plain_name
 
-ROOT = "base_model.model."  # in front of the base model's names in a PeftModel, and in every checkpoint
 Value = TypeVar("Value")
 
 

@@ -82,7 +82,7 @@ def tensor_names(path: Path) -> list[str]:
 
 
 def _header(path: Path) -> tuple[dict[str, str], str | None]:
-    """Dtypes by name as the file calls them, and the digest."""
+    """Read the dtypes by name, as the file calls them, and the digest."""
     with _opened(path) as file:
         dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         return dtypes, (file.metadata() or {}).get(METADATA)
@@ -129,7 +129,7 @@ def _pickle(path: Path, mmap: bool) -> Any:
 
 
 def _check_size(path: Path) -> bool:
-    """Refuse a pickle that would take far more memory or time than its tensors; whether it is an archive."""
+    """Refuse a pickle that would take far more memory or time than its tensors, and tell whether it is an archive."""
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path} is empty; save or fetch the adapter again")

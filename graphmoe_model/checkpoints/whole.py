@@ -50,6 +50,8 @@ class NotWhole(RuntimeError):
 
 
 class _Problem(NamedTuple):
+    """Why tensors are not whole: what they are instead, and what to do."""
+
     what: str
     todo: str
 
@@ -113,7 +115,7 @@ def whole_transformers_state(get: Callable[..., dict[str, Tensor]]) -> Callable[
 
 
 def has_nothing_of(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> bool:
-    """Whether a state dict holds nothing of an adapter that is frozen: one of trained tensors alone was given."""
+    """Tell whether a state dict lacks a frozen adapter altogether, as one of trained tensors alone does."""
     owned = adapter_tensors(model, adapter_name)
     names = {plain_name(name) for name in by_tree_names(model, state)}
     return not any(o.name in names or o.tensor.requires_grad for o in owned)
@@ -129,7 +131,7 @@ def _check_present(model: nn.Module, adapter_name: str, state: dict[str, Tensor]
 
 
 def _check_found(model: nn.Module, adapter_name: str, found: dict[str, Tensor]) -> None:
-    """Whether what PEFT takes out of the state dict is all of the adapter; embeddings may come with it."""
+    """Refuse what PEFT takes out of the state dict unless it is all of the adapter; embeddings may come with it."""
     owned = {o.key: o for o in adapter_tensors(model, adapter_name)}
     absent = [owned[key].name for key in owned if key not in found]
     if absent:
@@ -146,7 +148,7 @@ def _check_found(model: nn.Module, adapter_name: str, found: dict[str, Tensor]) 
 
 
 def _problem(value: Any, parameter: Tensor | None, sharded: bool) -> _Problem | None:
-    """What keeps a value from being the whole of the model's tensor; FSDP1 (``sharded``) does not tell its shape."""
+    """Say what keeps a value from being the whole tensor of the model; FSDP1 (``sharded``) does not tell its shape."""
     if not isinstance(value, Tensor):
         return None  # what quantised embeddings keep beside their weight
     if hasattr(value, "device_mesh"):

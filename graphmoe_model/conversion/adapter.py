@@ -25,7 +25,8 @@ from graphmoe_model.conversion.layout import (
     resolved,
 )
 from graphmoe_model.conversion.loadable import check_values, count_problems, selection_problems
-from graphmoe_model.conversion.modules import ROOT, Module
+from graphmoe_model.conversion.modules import Module
+from graphmoe_model.module_names import ROOT
 
 _TENSOR = re.compile(
     rf"{re.escape(ROOT)}(?P<module>.+?)\.(?:{CONTAINER}\.(?P<part>.+)|(?:lora_[AB]|lora_magnitude_vector)\.weight)"
@@ -48,7 +49,7 @@ class Adapter:
 
     @property
     def modules(self) -> list[Module]:
-        """Its adapted modules, MLPs and attention projections, in the order of their tensors."""
+        """List its adapted modules, MLPs and attention projections, in the order of their tensors."""
         gated: dict[str, bool] = {}
         for match in map(_TENSOR.fullmatch, self.tensors):
             if match:
@@ -58,7 +59,7 @@ class Adapter:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """A saved GraphMoE adapter.
+    """Read a saved GraphMoE adapter.
 
     Raises:
         FileNotFoundError: the folder or one of its two files is not there.
@@ -91,7 +92,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, overwrite: bool = False)
 
 
 def save_safetensors(config: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """The two files of an adapter, as ``PeftModel.save_pretrained`` writes them."""
+    """Write the two files of an adapter as ``PeftModel.save_pretrained`` does."""
     dataclasses.replace(config, inference_mode=True).save_pretrained(str(folder))
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -100,8 +101,10 @@ def save_safetensors(config: Any, tensors: Mapping[str, Tensor], folder: Path) -
 
 
 def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """``rank_pattern`` or ``alpha_pattern`` that gives each module its value: by last name where all of a name agree,
-    else by path; nothing for the default."""
+    """Make the ``rank_pattern`` or ``alpha_pattern`` that gives each module its value.
+
+    Keys are last names where all modules of a name agree, else paths; the default needs no key.
+    """
     by_name: dict[str, dict[str, Any]] = {}
     for path, value in values.items():
         by_name.setdefault(path.rpartition(".")[2], {})[path] = value
@@ -145,8 +148,11 @@ def check_adapter(adapter: Adapter, what: str) -> None:
 
 
 def is_other(config: Any, name: str) -> bool:
-    """Whether a tensor is of a base module (``modules_to_save``) or of embeddings (``trainable_token_indices``,
-    ``save_embedding_layers``, a resized vocabulary)."""
+    """Tell whether a tensor is none of the method's own.
+
+    It is of a base module (``modules_to_save``) or of embeddings (``trainable_token_indices``,
+    ``save_embedding_layers``, a resized vocabulary).
+    """
     if ".lora_" in name:
         return False
     saved = any(f".{module}." in name for module in (*EMBEDDING_LAYER_NAMES, *(config.modules_to_save or ())))

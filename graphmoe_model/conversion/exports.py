@@ -15,9 +15,10 @@ from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
 from graphmoe_model.conversion.adapter import Adapter, is_other, pattern_of, save_safetensors
 from graphmoe_model.conversion.files import write_folder
 from graphmoe_model.conversion.layout import LINEARS
-from graphmoe_model.conversion.modules import ROOT, Module
+from graphmoe_model.conversion.modules import Module
 from graphmoe_model.conversion.peer_config import aux_loss_coef_there
 from graphmoe_model.conversion.refusals import moe_peft_reasons, peft_lora_reasons, raise_for
+from graphmoe_model.module_names import ROOT
 
 
 def to_moe_peft(adapter: Adapter, folder: str | Path, overwrite: bool = False) -> list[str]:
@@ -101,7 +102,7 @@ def _whole_lora(adapter: Adapter) -> tuple[LoraConfig, dict[str, Tensor]]:
 
 
 def _lora(adapter: Adapter, modules: list[Module]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """LoRA of these modules as PEFT holds it."""
+    """Make the configuration and the tensors of these modules' LoRA as PEFT has them."""
     config = adapter.config
     linears = _adapted_linears(adapter)
     tensors: dict[str, Tensor] = {}
@@ -136,7 +137,7 @@ def _lora(adapter: Adapter, modules: list[Module]) -> tuple[LoraConfig, dict[str
 
 
 def _adapted_linears(adapter: Adapter) -> list[str]:
-    """The linears of the MLPs that are adapted in some layer; all if none is (a fresh A is never zero)."""
+    """List the linears of the MLPs that are adapted in some layer; all if none is (a fresh A is never zero)."""
     found = []
     for linear in LINEARS:
         of_linear = [
@@ -152,7 +153,7 @@ def _adapted_linears(adapter: Adapter) -> list[str]:
 
 
 def _apart(adapter: Adapter, module: Module, there: str, linears: list[str]) -> dict[str, Tensor]:
-    """A module's tensors by their names there, every expert's by itself."""
+    """Take a module's tensors apart: by their names there, every expert's by itself."""
     tensors: dict[str, Tensor] = {}
     for name, entry in module.entries(adapter.config):
         tensor = adapter.tensors[name]
@@ -165,7 +166,7 @@ def _apart(adapter: Adapter, module: Module, there: str, linears: list[str]) -> 
 
 
 def _moe_settings(adapter: Adapter, targets: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The adapter_config.json of a mixture, and notes."""
+    """Make the adapter_config.json of a mixture, and notes on what it cannot say."""
     config, notes = adapter.config, []
     mlp = rank_and_alpha(config, next(module.path for module in adapter.modules if module.is_mlp))
     others = {rank_and_alpha(config, module.path) for module in adapter.modules if not module.is_mlp}
@@ -210,14 +211,14 @@ def _num_experts(config: GraphMoEConfig) -> int:
 
 
 def _file_of(config: LoraConfig, folder: Path) -> dict[str, Any]:
-    """The adapter_config.json that PEFT writes."""
+    """Return the adapter_config.json that PEFT writes."""
     config.inference_mode = True
     config.save_pretrained(str(folder))
     return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
 
 
 def _save_bin(settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
-    """Both files of MoE-PEFT's format. Every tensor is copied: torch.save keeps the whole storage behind a view."""
+    """Write both files of MoE-PEFT's format, with copies of the tensors: torch.save keeps all storage behind a view."""
     (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     whole = {name: t.to(torch.float32, copy=True).contiguous() for name, t in tensors.items()}
     try:

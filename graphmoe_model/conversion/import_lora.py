@@ -14,9 +14,9 @@ from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
 from graphmoe_model.config.checks import check_ranks, check_selection
 from graphmoe_model.conversion.adapter import Adapter, is_other, pattern_of
 from graphmoe_model.conversion.layout import LINEARS
-from graphmoe_model.conversion.modules import ROOT
 from graphmoe_model.conversion.peer_config import base_model_reasons, task_type, unread
 from graphmoe_model.conversion.peer_layers import Layers, check_linears, not_adapted, read_layers, wanted, without_gaps
+from graphmoe_model.module_names import ROOT
 
 _NAME = re.compile(
     rf"(?P<stem>{re.escape(ROOT)}.+?)\.(?P<layer>\d+)\.(?P<place>.+)\.(lora_[AB]\.weight|lora_magnitude_vector)"
@@ -39,7 +39,7 @@ _MADE_HERE = {
 
 
 def from_lora(settings: dict[str, Any], weights: dict[str, Tensor], what: str) -> Adapter:
-    """A LoRA or DoRA adapter of a model's attention projections and gated MLPs.
+    """Convert a LoRA or DoRA adapter of a model's attention projections and gated MLPs.
 
     Raises:
         ValueError: the MLPs are not adapted, their linears have different ranks, modules outside of the decoder layers
@@ -85,7 +85,7 @@ def from_lora(settings: dict[str, Any], weights: dict[str, Tensor], what: str) -
 
 
 def _peft_config(settings: dict[str, Any], what: str) -> tuple[LoraConfig, list[str]]:
-    """The file as PEFT's configuration, and notes."""
+    """Read the file's settings as PEFT's configuration, with notes."""
     task, notes = task_type(settings)
     own = {name: value for name, value in settings.items() if name in _FIELDS - {"runtime_config"}} | {
         "task_type": task
@@ -110,7 +110,7 @@ def _peft_config(settings: dict[str, Any], what: str) -> tuple[LoraConfig, list[
 
 
 def _layers(config: LoraConfig, found: set[int]) -> tuple[list[int], list[str]]:
-    """The layers that must be there, and what is wrong with those that are."""
+    """List the layers that must be there, and what is wrong with those that are."""
     named = config.layers_to_transform
     if named is None:
         return without_gaps(found)

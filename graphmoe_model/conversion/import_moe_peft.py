@@ -14,13 +14,14 @@ from graphmoe_model.conversion.files import read_weights
 from graphmoe_model.conversion.import_lora import from_lora
 from graphmoe_model.conversion.layout import LINEARS
 from graphmoe_model.conversion.loadable import check_values
-from graphmoe_model.conversion.modules import ROOT
 from graphmoe_model.conversion.peer_config import MOE_TYPES, PEER_TYPES, moe_config
 from graphmoe_model.conversion.peer_layers import Layers, check_linears, not_adapted, read_layers, wanted, without_gaps
+from graphmoe_model.messages import some
+from graphmoe_model.module_names import ROOT
 
 
 def from_moe_peft(folder: str | Path) -> Adapter:
-    """A MoE-PEFT or MixLoRA adapter (MIXLORA, LORAMOE, MOLA, LORA), or PEFT's LoRA, as a GraphMoE adapter of one round.
+    """Read a MoE-PEFT or MixLoRA adapter (MIXLORA, LORAMOE, MOLA, LORA), or PEFT's LoRA, as one of one round here.
 
     Every tensor keeps its values and its dtype. A linear of the MLP that the checkpoint leaves out gets zeros for A, B
     and its router: it is not adapted, in training neither, as then both gradients are zero. The returned notes say so,
@@ -50,7 +51,8 @@ def _from_moe(settings: dict[str, Any], weights: dict[str, Tensor], what: str) -
     pattern = re.compile(rf"{stem}\.(\d+)\.(self_attn|mlp)\.(.+?)\.(?:experts\.\d+\.|lora_|moe_gate\.)")
     found = [match.groups() for match in map(pattern.match, weights) if match]
     if not found:
-        raise ValueError(f"{what}: no tensor's name begins with {stem}.<number>; they are called {_some(weights)}")
+        called = some(list(weights), 3) or "nothing: there are none"
+        raise ValueError(f"{what}: no tensor's name begins with {stem}.<number>; they are called {called}")
     attention = {linear for _, place, linear in found if place == "self_attn"}
     mlp = {linear for _, place, linear in found if place == "mlp"}
     targets, notes = wanted(settings.get("target_modules"), attention | mlp)
@@ -64,7 +66,3 @@ def _from_moe(settings: dict[str, Any], weights: dict[str, Tensor], what: str) -
     layers = Layers(stem, f"{ROOT}model.layers", numbers, "mlp", linears, [f"self_attn.{p}" for p in projections], True)
     tensors = read_layers(weights, config, layers, what, problems)
     return Adapter(config, tensors, (*notes, *more, *not_adapted(linears, config)))
-
-
-def _some(names: dict[str, Tensor]) -> str:
-    return ", ".join(list(names)[:3]) + (" and so on" if len(names) > 3 else "") if names else "nothing: there are none"

@@ -37,18 +37,18 @@ class Entry(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        """Whether the first dimension here counts tensors there."""
+        """Tell whether the first dimension here counts tensors there."""
         return len(self.shape) == 3 or self.name.endswith(".magnitude")
 
     def peers(self, num_experts: int) -> list[str]:
-        """Names there: one for every expert where they are kept apart, else one."""
+        """List the names there: one for every expert where they are kept apart, else one."""
         if self.peer is None:
             return []
         return [self.peer.format(e=e) for e in range(num_experts)] if "{e}" in self.peer else [self.peer]
 
 
 def mlp_entries(config: GraphMoEConfig) -> list[Entry]:
-    """The tensors of an adapted MLP."""
+    """List the tensors of an adapted MLP."""
     method, entries = config.base_method, []
     expert = "" if method.routers is None else "experts.{e}."
     for linear in LINEARS:
@@ -73,7 +73,7 @@ def mlp_entries(config: GraphMoEConfig) -> list[Entry]:
 
 
 def linear_entries(config: GraphMoEConfig) -> list[Entry]:
-    """The tensors of an adapted attention projection; none if the method has nothing there."""
+    """List the tensors of an adapted attention projection; none if the method has nothing there."""
     attention = config.base_method.attention
     if attention is None:
         return []
@@ -93,14 +93,14 @@ def linear_entries(config: GraphMoEConfig) -> list[Entry]:
 
 
 def resolved(shape: Shape, sizes: Mapping[str, int | str]) -> Shape:
-    """``shape`` with other sizes or other letters in place of its letters."""
+    """Put sizes, or other letters, in place of a shape's letters."""
     return tuple(sizes.get(size, size) if isinstance(size, str) else size for size in shape)
 
 
 def check_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Shape], what: str, problems: list[str]
 ) -> dict[str, int]:
-    """Whether the tensors are just the expected ones; a size given by letter is what most tensors say.
+    """Check that the tensors are just the expected ones; a size given by letter is what most tensors say.
 
     Args:
         tensors: by name.
@@ -138,7 +138,7 @@ def check_tensors(
 
 
 def raise_problems(problems: Sequence[str], what: str) -> None:
-    """``ValueError`` with all the problems of a checkpoint, if there are any."""
+    """Raise ``ValueError`` with all the problems of a checkpoint, if there are any."""
     if problems:
         lines = "\n".join(f"- {problem}" for problem in problems)
         raise ValueError(f"{what} is not whole, or its tensors do not fit its adapter_config.json:\n{lines}")

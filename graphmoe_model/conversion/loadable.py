@@ -13,34 +13,32 @@ from torch import Tensor
 from graphmoe_kernels import FLOAT_DTYPES
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.conversion.modules import Module
+from graphmoe_model.messages import some
 
-MOST = 8  # names in a message
 _LAYER = re.compile(r"0|[1-9][0-9]{0,4}")  # as PyTorch names the entries of a list; more than any decoder has
 
 
 def check_values(tensors: Mapping[str, Tensor], what: str) -> None:
-    """``ValueError`` naming the tensors of a dtype that is not computed in, or with NaN or infinite values."""
+    """Refuse tensors of a dtype that is not computed in, or with NaN or infinite values.
+
+    Raises:
+        ValueError: names the first of them.
+    """
     narrow = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in FLOAT_DTYPES]
     if narrow:
         raise ValueError(
-            f"{what} must hold tensors of float64, float32, float16 or bfloat16, got {listed(narrow)}; cast them before"
+            f"{what} must hold tensors of float64, float32, float16 or bfloat16, got {some(narrow)}; cast them before"
         )
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:  # whatever they are converted to computes NaN
         raise ValueError(
-            f"{what} has NaN or infinite values in {listed(broken)}: training has diverged, or the file is damaged; "
+            f"{what} has NaN or infinite values in {some(broken)}: training has diverged, or the file is damaged; "
             "take an earlier checkpoint"
         )
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
-    return ", ".join(names[:MOST]) + more
-
-
 def selection_problems(config: GraphMoEConfig, modules: Sequence[Module]) -> list[str]:
-    """Why no loader finds these modules, and no others, by the configuration; nothing if one can.
+    """Say why no loader finds these modules, and no others, by the configuration; nothing if one can.
 
     Without ``target_modules`` a loader finds the modules from the model, which is not at hand.
     """
@@ -52,7 +50,7 @@ def selection_problems(config: GraphMoEConfig, modules: Sequence[Module]) -> lis
         if unselected:
             problems.append(
                 f"the configuration (target_modules={_shown(config.target_modules)}, layers_to_transform, "
-                f"exclude_modules) does not select {listed(unselected)}, which has tensors"
+                f"exclude_modules) does not select {some(unselected)}, which has tensors"
             )
         problems += [f"{entry}: in target_modules, but it has no tensors" for entry in _idle_targets(config, modules)]
     problems += [f"layer {number}: in layers_to_transform, but it has no tensors" for number in _idle(config, modules)]
@@ -60,7 +58,7 @@ def selection_problems(config: GraphMoEConfig, modules: Sequence[Module]) -> lis
 
 
 def count_problems(config: GraphMoEConfig, modules: Sequence[Module], found: Mapping[str, int]) -> list[str]:
-    """Why no model's layers have, by ``num_experts``, the numbers of experts that were ``found`` by module path.
+    """Say why no model's layers have, by ``num_experts``, the numbers of experts ``found`` by module path.
 
     A list says how many layers the model has; a pattern's groups may be those of any number that they divide.
     """
@@ -69,7 +67,7 @@ def count_problems(config: GraphMoEConfig, modules: Sequence[Module], found: Map
     with_experts = [module for module in modules if module.path in found]
     outside = [module.path for module in with_experts if module.layer is None]
     if outside:
-        return [f"num_experts={config.num_experts!r} has no number for {listed(outside)}, in no numbered layer"]
+        return [f"num_experts={config.num_experts!r} has no number for {some(outside)}, in no numbered layer"]
     if len({module.stem for module in with_experts}) != 1:
         return []  # of several lists of layers it cannot be told here how a model counts them
     groups = len(config.expert_counts())
@@ -78,11 +76,11 @@ def count_problems(config: GraphMoEConfig, modules: Sequence[Module], found: Map
     if any(_fits(config.expert_counts(), length, with_experts, found) for length in range(groups, longest + 1, groups)):
         return []
     numbers = [f"{found[module.path]} in {module.path}" for module in with_experts]
-    return [f"num_experts={config.num_experts!r} gives other numbers than the tensors have: {listed(numbers)}"]
+    return [f"num_experts={config.num_experts!r} gives other numbers than the tensors have: {some(numbers)}"]
 
 
 def _fits(counts: Sequence[int], length: int, modules: Sequence[Module], found: Mapping[str, int]) -> bool:
-    """Whether a decoder of so many layers, in equal groups of ``counts`` experts, has the numbers that were found."""
+    """Tell whether a decoder of so many layers, in equal groups of ``counts`` experts, has the numbers ``found``."""
     groups = len(counts)
     return all(
         module.layer is not None
@@ -101,7 +99,7 @@ def _shown(targets: Any) -> str:
 
 
 def _idle_targets(config: GraphMoEConfig, modules: Sequence[Module]) -> list[str]:
-    """Entries of ``target_modules`` that name none of the modules; where layers are left out it may name theirs."""
+    """List the entries of ``target_modules`` that name no module; none where left-out layers may have them."""
     targets: Any = config.target_modules
     if isinstance(targets, str) or config.exclude_modules or config.layers_to_transform is not None:
         return []

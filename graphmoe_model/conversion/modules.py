@@ -8,14 +8,17 @@ from typing import NamedTuple
 
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.conversion.layout import Entry, linear_entries, mlp_entries
+from graphmoe_model.module_names import ROOT
 
-ROOT = "base_model.model."  # what PEFT puts before a module's name
 _PATH = re.compile(r"(?P<stem>.+)\.(?P<layer>\d+)\.(?P<place>\D.*)")
 
 
 class Module(NamedTuple):
-    """An adapted module: ``model.layers.3.self_attn.q_proj`` has the stem ``model.layers``, the layer 3 and the place
-    ``self_attn.q_proj``; a module outside of numbered layers has the layer None and its whole path as its place."""
+    """An adapted module, by its path.
+
+    ``model.layers.3.self_attn.q_proj`` has the stem ``model.layers``, the layer 3 and the place ``self_attn.q_proj``. A
+    module outside of numbered layers has the layer None and its whole path as its place.
+    """
 
     path: str
     is_mlp: bool
@@ -25,13 +28,13 @@ class Module(NamedTuple):
 
     @classmethod
     def at(cls, path: str, is_mlp: bool) -> Module:
-        """The module of this path."""
+        """Take a module's path apart."""
         match = _PATH.fullmatch(path)
         if match is None:
             return cls(path, is_mlp, "", None, path)
         return cls(path, is_mlp, match["stem"], int(match["layer"]), match["place"])
 
     def entries(self, config: GraphMoEConfig) -> Iterator[tuple[str, Entry]]:
-        """Its tensors, by their full names."""
+        """List its tensors, by their full names."""
         for entry in mlp_entries(config) if self.is_mlp else linear_entries(config):
             yield f"{ROOT}{self.path}.{entry.name}", entry

@@ -37,7 +37,7 @@ _DORA_REST = {
 
 
 def moe_config(settings: dict[str, Any], projections: list[str], what: str) -> tuple[GraphMoEConfig, list[str]]:
-    """The configuration here of a MIXLORA, LORAMOE or MOLA adapter, and notes on what it does not say.
+    """Convert the settings of a MIXLORA, LORAMOE or MOLA adapter, with notes on what they do not say.
 
     Args:
         settings: the adapter_config.json.
@@ -90,7 +90,7 @@ def moe_config(settings: dict[str, Any], projections: list[str], what: str) -> t
 
 
 def task_type(settings: dict[str, Any]) -> tuple[Any, list[str]]:
-    """PEFT's task type, if the file names one of them; else a note."""
+    """Return PEFT's task type, if the file names one of them; else a note."""
     task = settings.get("task_type")
     if task is None or task in list(TaskType):
         return task, []
@@ -98,7 +98,7 @@ def task_type(settings: dict[str, Any]) -> tuple[Any, list[str]]:
 
 
 def base_model_reasons(settings: dict[str, Any]) -> list[str]:
-    """Against a base model that is no name."""
+    """List the reasons against a base model that is no name."""
     name = settings.get("base_model_name_or_path")
     if name is None or isinstance(name, str):
         return []
@@ -106,7 +106,7 @@ def base_model_reasons(settings: dict[str, Any]) -> list[str]:
 
 
 def unread(settings: dict[str, Any], known: set[str]) -> list[str]:
-    """Fields that are set and not known, as reasons against the file."""
+    """List the fields that are set and not known, as reasons against the file."""
     return [
         f"{name}={value!r}: not known here; take it out of adapter_config.json if what the adapter computes does not "
         "depend on it"
@@ -149,7 +149,7 @@ def _reasons(settings: dict[str, Any], projections: list[str]) -> list[str]:
 
 
 def _expert_lora(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """MixLoRA's settings for the experts alone, and reasons against them."""
+    """Return MixLoRA's settings for the experts alone, and reasons against them."""
     expert = settings.get("expert_lora") or {}
     if not isinstance(expert, dict):
         return {}, [f"expert_lora must be an object of settings, got {expert!r}"]
@@ -165,7 +165,7 @@ def _expert_lora(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def aux_loss_coef(there: float, top_k: int) -> float:
-    """The load-balance loss's weight here: the shares of the experts add up to 1 here and to the top k there.
+    """Convert the load-balance loss's weight: the shares of the experts add up to 1 here and to the top k there.
 
     There the tokens of all layers count as one batch; here the loss is the mean over the layers.
     """
@@ -173,12 +173,12 @@ def aux_loss_coef(there: float, top_k: int) -> float:
 
 
 def aux_loss_coef_there(here: float, top_k: int) -> float:
-    """The inverse of `aux_loss_coef`."""
+    """Invert `aux_loss_coef`."""
     return float(f"{here / top_k:.12g}")
 
 
 def _aux_loss(settings: dict[str, Any]) -> tuple[float, list[str]]:
-    """The load-balance loss's weight there: it is on by default for MixLoRA and off for MoLA; LoRAMoE has none."""
+    """Return the load-balance loss's weight there: on by default for MixLoRA and off for MoLA; LoRAMoE has none."""
     kind = settings["peft_type"]
     if kind == "LORAMOE" or not settings.get("router_loss", kind == "MIXLORA"):
         return 0.0, []

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
 from graphmoe_model.conversion.layout import LINEARS, Shape, check_tensors, resolved
-from graphmoe_model.conversion.modules import ROOT, Module
+from graphmoe_model.conversion.modules import Module
+from graphmoe_model.module_names import ROOT
 
 # Names of one and the same linear in different models: a target that a model does not have is passed over, by the peers
 # as here, which must not hide one that is missing.
@@ -48,7 +49,7 @@ class Layers(NamedTuple):
 
 
 def wanted(targets: Any, found: set[str]) -> tuple[set[str], list[str]]:
-    """The linears that must be there, of those a config lists; and a note on those the model seems not to have."""
+    """Choose from a config's list the linears that must be there, with a note on those the model seems not to have."""
     if isinstance(targets, dict):
         targets = [name for name, chosen in targets.items() if chosen]
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
@@ -59,7 +60,7 @@ def wanted(targets: Any, found: set[str]) -> tuple[set[str], list[str]]:
 
 
 def check_linears(linears: set[str], what: str) -> None:
-    """``ValueError`` if an MLP is not one of gate_proj, up_proj and down_proj."""
+    """Refuse MLPs that are not of gate_proj, up_proj and down_proj."""
     others = sorted(linears - set(LINEARS))
     if others:
         raise ValueError(
@@ -68,7 +69,7 @@ def check_linears(linears: set[str], what: str) -> None:
 
 
 def not_adapted(linears: Sequence[str], config: GraphMoEConfig) -> list[str]:
-    """A note on the linears that the checkpoint leaves out."""
+    """Make a note on the linears that the checkpoint leaves out."""
     absent = [linear for linear in LINEARS if linear not in linears]
     if not absent:
         return []
@@ -79,7 +80,11 @@ def not_adapted(linears: Sequence[str], config: GraphMoEConfig) -> list[str]:
 def read_layers(
     weights: Mapping[str, Tensor], config: GraphMoEConfig, layers: Layers, what: str, problems: list[str]
 ) -> dict[str, Tensor]:
-    """The tensors of all layers by their names here, experts stacked; ``ValueError`` as `check_tensors` raises it."""
+    """Read the tensors of all layers, by their names here and experts stacked.
+
+    Raises:
+        ValueError: as `check_tensors`.
+    """
     expected: dict[str, Shape] = {}
     here: list[tuple[str, Shape, list[str], bool]] = []
     for number in layers.numbers:
@@ -104,13 +109,13 @@ def read_layers(
 
 
 def letters_at(config: GraphMoEConfig, path: str, scope: str) -> dict[str, int | str]:
-    """What the letters of a module's shapes stand for: known sizes, or letters of its own."""
+    """Say what the letters of a module's shapes stand for: known sizes, or letters of its own."""
     known: dict[str, int | str] = {"r": rank_and_alpha(config, path)[0], "n": config.num_experts}  # type: ignore[dict-item]
     return known | {letter: f"{scope}.{letter}" for letter in ("F", "in", "out")}
 
 
 def without_gaps(found: set[int]) -> tuple[list[int], list[str]]:
-    """The layers, and the gaps between them."""
+    """Sort the layers' numbers, and name the gaps between them as problems."""
     numbers = sorted(found)
     gaps = [(a + 1, b - 1) for a, b in pairwise([-1, *numbers]) if b - a > 1]
     text = [f"layer {a}" if a == b else f"layers {a} to {b}" for a, b in gaps]

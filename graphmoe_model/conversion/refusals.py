@@ -12,13 +12,13 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "dense")
 
 
 def raise_for(reasons: list[str], what: str) -> None:
-    """``ValueError`` with all reasons, if there are any."""
+    """Raise ``ValueError`` with all reasons, if there are any."""
     if reasons:
         raise ValueError("\n- ".join([f"{what} cannot hold this adapter:", *reasons]))
 
 
 def peft_lora_reasons(adapter: Adapter) -> list[str]:
-    """Against PEFT's LoRA format, which holds the method ``lora`` alone."""
+    """List the reasons against PEFT's LoRA format, which holds the method ``lora`` alone."""
     config = adapter.config
     if config.method == "lora":
         return _rounds(adapter)
@@ -29,7 +29,7 @@ def peft_lora_reasons(adapter: Adapter) -> list[str]:
 
 
 def moe_peft_reasons(adapter: Adapter) -> list[str]:
-    """Against MoE-PEFT's format, for the methods with experts."""
+    """List the reasons against MoE-PEFT's format, for the methods with experts."""
     config, modules = adapter.config, adapter.modules
     reasons = _rounds(adapter)
     if config.use_dora:
@@ -58,7 +58,7 @@ def _rounds(adapter: Adapter) -> list[str]:
 
 
 def _ranks(adapter: Adapter) -> list[str]:
-    """One rank and alpha for the MLPs, and one for the attention, which differ in MixLoRA alone."""
+    """List the reasons against the ranks: the MLPs have one, and so has the attention; they differ in MixLoRA alone."""
     kinds: dict[str, set[tuple[int, float]]] = {}
     for module in adapter.modules:
         kind = "MLPs" if module.is_mlp else "attention projections"
@@ -77,7 +77,7 @@ def _ranks(adapter: Adapter) -> list[str]:
 
 
 def _places(modules: list[Module]) -> list[str]:
-    """Every layer of the decoder, with an ``mlp`` and the same projections of ``self_attn`` in each."""
+    """List the reasons against the places: every layer has an ``mlp`` and the same projections of ``self_attn``."""
     known = {"mlp", *(f"self_attn.{name}" for name in _PROJECTIONS)}
     others = sorted(
         {m.place for m in modules if m.layer is None or m.place not in known or m.is_mlp != (m.place == "mlp")}

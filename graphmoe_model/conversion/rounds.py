@@ -9,14 +9,14 @@ import torch
 
 from graphmoe_model.conversion.adapter import Adapter
 from graphmoe_model.conversion.layout import CONTAINER
-from graphmoe_model.conversion.modules import ROOT
 from graphmoe_model.layers.gru import RethinkingGRU
+from graphmoe_model.module_names import ROOT
 
 GRU_SETTINGS = ("gru_hidden_scale", "candidate_input", "candidate_activation", "fold")
 
 
 def with_rounds(adapter: Adapter, rounds: int, seed: int = 0, **gru: Any) -> Adapter:
-    """The adapter with self-rethinking in ``rounds`` rounds: the same tensors, and GRUs drawn as for a new adapter.
+    """Add self-rethinking in ``rounds`` rounds to an adapter: the same tensors, and GRUs drawn as for a new one.
 
     W_g is zero, so the model's output is as before until the GRUs are trained.
 

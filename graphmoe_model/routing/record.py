@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graphmoe_kernels import topk_softmax_routing
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.module_names import plain_name
+from graphmoe_model.module_names import ROOT, plain_name
 from graphmoe_model.routing.statistics import GlobalRouting, RoutingStatistics
 
 
@@ -270,9 +270,7 @@ def routed_layers(model: nn.Module) -> dict[str, RecordedLayer]:
     What PEFT and wrappers put into the names is removed.
     """
     named = model.named_modules()  # parents first: a wrapper that answers for its layer is replaced by the layer
-    return {
-        plain_name(name).rpartition("base_model.model.")[2]: m for name, m in named if hasattr(m, "routing_context")
-    }
+    return {plain_name(name).rpartition(ROOT)[2]: m for name, m in named if hasattr(m, "routing_context")}
 
 
 def contexts_of(layers: Iterable[Any]) -> list[RoutingContext]:

@@ -17,10 +17,10 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from graphmoe_model.config import GraphMoEPeftType
+from graphmoe_model.module_names import ROOT
 from graphmoe_model.storage.offloading import execution_device, is_offloaded, offloaded_parameters
 
 _HUB = ("subfolder", "revision", "cache_dir", "token", "use_auth_token", "repo_type")
-_PREFIX = "base_model.model."
 
 Loader = Callable[..., Any]
 
@@ -118,7 +118,7 @@ def _check_device_map(model: Any, given: Any) -> None:
     present = getattr(model, "hf_device_map", None)
     if not isinstance(given, dict) or present is None:
         return
-    here, there = ({n.removeprefix(_PREFIX): str(d) for n, d in own.items()} for own in (present, given))
+    here, there = ({n.removeprefix(ROOT): str(d) for n, d in own.items()} for own in (present, given))
     if here != there:
         raise ValueError(
             f"device_map={given!r} is not the one that the base model was loaded with, {dict(present)!r}: the base "

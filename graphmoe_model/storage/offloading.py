@@ -17,6 +17,8 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
 
+from graphmoe_model.messages import some
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 TRAINED_WHILE_OFFLOADED = (
@@ -93,8 +95,7 @@ def execution_device(module: nn.Module) -> torch.device | str | int:
 def _check_trainable(layer: nn.Module) -> None:
     lost = [name for name, parameter in offloaded_parameters(layer).items() if parameter.requires_grad]
     if lost:
-        shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-        raise RuntimeError(TRAINED_WHILE_OFFLOADED.format(names=shown))
+        raise RuntimeError(TRAINED_WHILE_OFFLOADED.format(names=some(lost, 3)))
 
 
 def check_not_offloaded(module: nn.Module, name: str, field: str) -> None:

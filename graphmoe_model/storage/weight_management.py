@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphmoe_model.messages import some
 from graphmoe_model.storage.offloading import is_offloaded, onloaded
 
 ATTACH_FIRST = (
@@ -197,10 +198,9 @@ def _split_below(layer: nn.Module) -> RuntimeError:
             f"this {kind} reads weights that tensor parallelism has split over devices since its adapters were "
             f"attached; {TENSOR_PARALLEL}"
         )
-    shown = ", ".join(parts[:3]) + (f" and {len(parts) - 3} more" if len(parts) > 3 else "")
     return RuntimeError(
-        f"this {kind} is sharded in parts: FSDP was applied to {shown} inside of it. FSDP gathers a module's weights "
-        "when that module is called, and this layer reads those of its projections, routers and experts without "
+        f"this {kind} is sharded in parts: FSDP was applied to {some(parts, 3)} inside of it. FSDP gathers a "
+        "module's weights when that module is called, and this layer reads those of its projections, routers and experts without "
         "calling them. Apply fully_shard to whole decoder layers, or to this layer as a whole, and to nothing in it "
         "(under FSDP 1 Trainer wraps routers of PEFT models by itself: set fsdp_version: 2)"
     )

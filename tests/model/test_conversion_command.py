@@ -34,9 +34,9 @@ def test_the_summary(tmp_path):
         "rounds": "1",
         "rank, alpha": "4, 6",
         "other ranks": "3 in mlp",
-        "experts": "3, of which 2 run for a token",
+        "experts": "3, of which 2 run per token",
         "layers": "2",
-        "adapted in a layer": "mlp, self_attn.k_proj, self_attn.o_proj, self_attn.q_proj, self_attn.v_proj",
+        "adapted per layer": "mlp, self_attn.k_proj, self_attn.o_proj, self_attn.q_proj, self_attn.v_proj",
         "tensors": "30",
         "parameters": f"{sum(t.numel() for t in from_moe_peft(theirs).tensors.values()):,}",
     }
