@@ -12,7 +12,7 @@ from graphmoe_kernels.cost.sizes import DTYPES, ROUTERS, Sizes
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line."""
     p = argparse.ArgumentParser(
         prog="python -m graphmoe_kernels.cost",
         description="Multiply-adds and bytes of a GraphMoE layer in its forms (dense, peers, literal, folded), by "
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, default=8192, help="tokens of one prefill call (%(default)s)")
     p.add_argument("--rounds", type=int, default=3, help="rounds T (%(default)s)")
     p.add_argument("--experts", type=int, default=8, help="(%(default)s)")
-    p.add_argument("--top-k", type=int, default=2, help="experts a token (%(default)s)")
+    p.add_argument("--top-k", type=int, default=2, help="experts per token (%(default)s)")
     p.add_argument("--rank", type=int, default=16, help="LoRA rank r (%(default)s)")
     p.add_argument("--gru-scale", type=float, default=0.1, help="GRU width over hidden size (%(default)s)")
     p.add_argument(
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def gru_width(scale: float, hidden: int) -> int:
-    """G, as a layer of this hidden size has it; ``ValueError`` if that is no GRU."""
+    """Compute G, as a layer of this hidden size has it; ``ValueError`` if that is no GRU."""
     if not 0 < scale <= 1:
         raise ValueError(f"gru-scale must lie in (0, 1], got {scale}")
     width = int(scale * hidden)
@@ -50,7 +50,7 @@ def gru_width(scale: float, hidden: int) -> int:
 
 
 def smaller(sizes: Sizes) -> Sizes:
-    """Sizes of like proportions at which the code runs in a moment."""
+    """Choose sizes of like proportions at which the code runs in a moment."""
     hidden = min(sizes.hidden, 256)
     return replace(
         sizes,
@@ -62,7 +62,7 @@ def smaller(sizes: Sizes) -> Sizes:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the cost model of the sizes on the command line."""
+    """Print the cost model of the sizes on the command line."""
     p = parser()
     a = p.parse_args(arguments)
     try:

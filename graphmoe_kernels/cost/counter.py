@@ -22,7 +22,7 @@ from graphmoe_kernels.testing import make_layer
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """The floating-point operations of the matrix products (two per multiply-add) that ``run`` executes.
+    """Count the floating-point operations of the matrix products (two per multiply-add) that ``run`` executes.
 
     `graphmoe_kernels.expert_swiglu` is one opaque operator to the counter, so it is executed once more under a counter
     of its own: what counts are the products that its implementation runs, not a formula.
@@ -36,19 +36,19 @@ def count_flops(run: Callable[[], object]) -> int:
 
 
 def _raw(formula: Callable[..., int]) -> Callable[..., int]:
-    """Marks a formula that wants the operator's tensors, not their shapes."""
+    """Mark a formula that wants the operator's tensors, not their shapes."""
     formula._get_raw = True  # type: ignore[attr-defined]
     return formula
 
 
 def _reading(implementation: Callable[..., object]) -> Callable[..., int]:
-    """A formula that runs ``implementation`` on the operator's own arguments and counts that."""
+    """Make a formula that runs ``implementation`` on the operator's own arguments and counts that."""
     return _raw(lambda *args, out_val: count_flops(lambda: implementation(*args)))
 
 
 @_raw
 def _product_in_place(target: Tensor, a: Tensor, b: Tensor, **_: object) -> int:
-    """target += a b: the counter knows ``addmm`` and not its in-place form."""
+    """Count target += a b: the counter knows ``addmm`` and not its in-place form."""
     return 2 * a.shape[0] * a.shape[1] * b.shape[1]
 
 
@@ -92,12 +92,12 @@ class Reading(NamedTuple):
 
     @property
     def deviation(self) -> float:
-        """Of the model from the count, relative to the count."""
+        """Compute the model's deviation from the count, relative to the count."""
         return abs(self.modelled - self.counted) / self.counted
 
 
 def count_layer(sizes: Sizes) -> list[Reading]:
-    """Runs both recurrences, and the building of the fold, at ``sizes`` on the CPU in fp32, and counts.
+    """Run both recurrences, and build the fold, at ``sizes`` on the CPU in fp32, and count.
 
     A layer of these sizes is made of random weights, so take small ones.
     """

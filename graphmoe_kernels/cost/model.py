@@ -11,7 +11,7 @@ from graphmoe_kernels.rethinking.folding import padded
 
 
 def layer_terms(form: str, sizes: Sizes, count: str = "needed") -> list[Term]:
-    """The terms of all rounds, equal names added up, in order of first appearance."""
+    """List the terms of all rounds, equal names added up, in order of first appearance."""
     found: dict[str, Term] = {}
     for t in range(1, sizes.rounds + 1):
         for term in round_terms(form, sizes, t, count):
@@ -22,12 +22,12 @@ def layer_terms(form: str, sizes: Sizes, count: str = "needed") -> list[Term]:
 
 
 def multiply_adds(form: str, sizes: Sizes, count: str = "needed") -> int:
-    """A token's multiply-adds through all rounds."""
+    """Count the multiply-adds per token through all rounds."""
     return sum(term.multiply_adds for term in layer_terms(form, sizes, count))
 
 
 def further_round(form: str, sizes: Sizes, count: str = "needed") -> int:
-    """A token's multiply-adds for each round after the second."""
+    """Count the multiply-adds per token for each round after the second."""
     two, three = replace(sizes, rounds=2), replace(sizes, rounds=3)
     return multiply_adds(form, three, count) - multiply_adds(form, two, count)
 
@@ -40,7 +40,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(form: str, sizes: Sizes, count: str = "needed") -> Traffic:
-    """The bytes of one call; see `round_terms` for what they assume.
+    """Count the bytes of one call; see `round_terms` for what they assume.
 
     Weights are read again in every round that uses them: a layer's do not fit into a cache. At least as many tokens as
     experts are assumed to use all experts.
@@ -51,7 +51,7 @@ def traffic(form: str, sizes: Sizes, count: str = "needed") -> Traffic:
 
 
 def fold_build(sizes: Sizes, count: str = "needed") -> dict[str, int]:
-    """Multiply-adds of building the fold once, by product. M and Q need them all; the rest is a hundredth.
+    """Count the multiply-adds of building the fold once, by product. M and Q need almost all; the rest is a hundredth.
 
     With DoRA there is no Q, and the experts' norms come with it (`prepare_build`).
     """
@@ -69,7 +69,7 @@ def fold_build(sizes: Sizes, count: str = "needed") -> dict[str, int]:
 
 
 def prepare_build(sizes: Sizes) -> int:
-    """Multiply-adds of preparing the experts once: with DoRA the norms of W + s B A, by W A^T and A A^T."""
+    """Count the multiply-adds of preparing the experts once: with DoRA the norms of W + s B A, by W A^T and A A^T."""
     if not sizes.dora:
         return 0
     D, F, n, r = sizes.hidden, sizes.intermediate, sizes.experts, sizes.rank
@@ -78,12 +78,12 @@ def prepare_build(sizes: Sizes) -> int:
 
 
 def _input_routers(sizes: Sizes) -> int:
-    """Rows of the routers that read x."""
+    """Count the rows of the routers that read x."""
     return {"layer": 1, "linear": 2, "none": 0}[sizes.routers] * sizes.experts
 
 
 def fold_bytes(sizes: Sizes, count: str = "needed") -> dict[str, int]:
-    """Bytes that a kept fold holds, by tensor. M and Q are most of it.
+    """Count the bytes that a kept fold holds, by tensor. M and Q are most of it.
 
     ``executed`` also has what the code keeps at hand with it: the GRU's own matrices at their padded width, the zeros
     in the matrix that h and H are multiplied with, and the experts in the compute dtype, of mixed experts B of gate and

@@ -14,7 +14,7 @@ from graphmoe_kernels.rethinking.policy import fold_break_even
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; the first to the left, numbers to the right."""
+    """Align columns, each as wide as its widest cell; the first to the left, numbers to the right."""
     lines = [list(header), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
@@ -29,7 +29,7 @@ def _mega(value: float) -> str:
 
 
 def report(sizes: Sizes) -> str:
-    """All of it but the readings of the counter."""
+    """Write all of the cost model but the readings of the counter."""
     parts = [_heading(sizes), _arithmetic(sizes), _totals(sizes), _traffic(sizes)]
     parts.append(_fold(sizes) if sizes.rounds > 1 else _experts(sizes))
     return "\n\n".join(parts)
@@ -60,7 +60,7 @@ def _arithmetic(s: Sizes) -> str:
             )
         rows.append(row)
     header = ["form", "T=1", f"T={s.rounds}", "further round"]
-    return "Million multiply-adds a token (needed, then executed)\n" + table(header + header[1:], rows)
+    return "Million multiply-adds per token (needed, then executed)\n" + table(header + header[1:], rows)
 
 
 def _totals(s: Sizes) -> str:
@@ -83,7 +83,7 @@ def _traffic(s: Sizes) -> str:
         decode, prefill = traffic(form, replace(s, tokens=1)), traffic(form, s)
         rows.append([form, *map(_mega, (*decode, *prefill))])
     header = ["form", "1 token, read", "written", f"{s.tokens} tokens, read", "written"]
-    return f"MB that an ideal execution moves, T={s.rounds} (needed; weights once a round)\n" + table(header, rows)
+    return f"MB that an ideal execution moves, T={s.rounds} (needed; weights once per round)\n" + table(header, rows)
 
 
 def _fold(s: Sizes) -> str:
@@ -109,7 +109,7 @@ def _experts(s: Sizes) -> str:
 
 
 def terms(sizes: Sizes) -> str:
-    """One table a form: every term's multiply-adds a token and bytes, over all rounds."""
+    """Write one table per form: every term's multiply-adds per token and bytes, over all rounds."""
     parts = []
     for form in FORMS:
         rows = []
@@ -118,12 +118,12 @@ def terms(sizes: Sizes) -> str:
             rows.append([needed.name, *map(_mega, (needed.multiply_adds, executed.multiply_adds, *moved))])
         header = [form, "needed M", "executed M", "MB weights", "MB read", "MB written"]
         parts.append(table(header, rows))
-    title = f"Terms over T={sizes.rounds} rounds: million multiply-adds a token, MB of {sizes.tokens} tokens"
+    title = f"Terms over T={sizes.rounds} rounds: million multiply-adds per token, MB of {sizes.tokens} tokens"
     return title + "\n" + "\n\n".join(parts)
 
 
 def readings(sizes: Sizes, found: list[Reading]) -> str:
-    """The model beside PyTorch's FLOP counter."""
+    """Write the model's figures beside PyTorch's FLOP counter's."""
     rows = [[r.code, f"{r.modelled / 1e6:,.3f}", f"{r.counted / 1e6:,.3f}", f"{100 * r.deviation:.2f}%"] for r in found]
     title = (
         f"MFLOP executed by the code at D={sizes.hidden} F={sizes.intermediate} GRU={sizes.gru_width} "

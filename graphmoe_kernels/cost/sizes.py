@@ -27,7 +27,7 @@ class Sizes:
 
     Raises:
         TypeError: a size that is no int.
-        ValueError: a size below 1, more experts a token than there are, several experts without a router, an unknown
+        ValueError: a size below 1, more experts per token than there are, several experts without a router, an unknown
             dtype or kind of routers.
     """
 
@@ -61,25 +61,25 @@ class Sizes:
 
     @property
     def element(self) -> int:
-        """Bytes of an element."""
+        """Return the bytes of an element."""
         return DTYPES[self.dtype]
 
     @property
     def router_element(self) -> int:
-        """Bytes of an element of the router's weights and logits."""
+        """Return the bytes of an element of the router's weights and logits."""
         return max(4, self.element)
 
     @property
     def mixed(self) -> bool:
-        """Whether every linear mixes its own experts."""
+        """Tell whether every linear mixes its own experts."""
         return self.routers == "linear"
 
     @property
     def down_products(self) -> int:
-        """Base down projections a round: one, but with DoRA on chosen experts one a slot."""
+        """Count the base down projections per round: one, but with DoRA on chosen experts one per slot."""
         return self.top_k if self.dora and not self.mixed else 1
 
     @property
     def used_experts(self) -> int:
-        """How many experts' weights a round reads: the most that the tokens can choose."""
+        """Count the experts whose weights a round reads: the most that the tokens can choose."""
         return min(self.experts, self.tokens * self.top_k)

@@ -1,6 +1,6 @@
 """The terms of one round, in each form: where the multiply-adds and the bytes are.
 
-Letters as everywhere: N tokens, D hidden, F intermediate, n experts, k of them a token, r rank, G GRU width, T rounds.
+Letters: N tokens, D hidden, F intermediate, n experts, k experts per token, r rank, G GRU width, T rounds.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Term(NamedTuple):
 
     Attributes:
         name: what it computes.
-        multiply_adds: a token.
+        multiply_adds: per token.
         weights: bytes of weights read, once for all tokens of a call.
-        read, written: bytes of activations a token, each tensor once per term.
+        read, written: bytes of activations per token, each tensor once per term.
     """
 
     name: str
@@ -75,11 +75,11 @@ def _widths(form: str, sizes: Sizes, count: str) -> _Widths:
 
 
 def round_terms(form: str, sizes: Sizes, t: int, count: str = "needed") -> list[Term]:
-    """The terms of round ``t`` of 1..T in ``form``; for ``"dense"`` its only round.
+    """List the terms of round ``t`` of 1..T in ``form``; for ``"dense"`` its only round.
 
     Counted: products, and the bytes of an ideal execution in which each term reads its inputs once and writes its
     output once, nothing stays in a cache from one term to the next, and pointwise work rides on the product beside it.
-    Not counted: pointwise arithmetic, softmax and top-k (n values a token).
+    Not counted: pointwise arithmetic, softmax and top-k (n values per token).
 
     The GRU's first step has a zero state, so no recurrent products. The folded form never forms x_t (it would only with
     LoRA dropout active). The candidate reads the experts' output (``candidate_input="expert_output"``).
@@ -110,7 +110,7 @@ def _base_down(w: _Widths, times: int = 1) -> Term:
 
 
 def _routers(sizes: Sizes, w: _Widths, inner: int, name: str) -> list[Term]:
-    """The routers that read x or, from its ``inner`` columns on, H; and the down projection's own, which reads c."""
+    """List the routers that read x or H, of ``inner`` columns, and the down projection's own, which reads hidden."""
     n, wide = sizes.experts, sizes.router_element
     if sizes.routers == "none":
         return []
@@ -124,7 +124,7 @@ def _routers(sizes: Sizes, w: _Widths, inner: int, name: str) -> list[Term]:
 
 
 def _down(sizes: Sizes, w: _Widths) -> list[Term]:
-    """From c and z to y: the base down projection, with DoRA once a slot, and B."""
+    """List the terms from hidden and low_down to y: the base down projection, with DoRA once per slot, and B."""
     terms = [_base_down(w, w.downs), _down_B(w)]
     if sizes.dora and sizes.mixed:
         terms.append(Term("mixture of DoRA's vectors", sizes.experts * w.D, 4 * sizes.experts * w.D))
@@ -132,7 +132,7 @@ def _down(sizes: Sizes, w: _Widths) -> list[Term]:
 
 
 def _mixed_dora(sizes: Sizes, w: _Widths) -> list[Term]:
-    """(1 + sum_i p_i (m_i - 1)) times the pre-activations, and their update, before the operator reads them."""
+    """List DoRA's scaling of mixed experts: (1 + sum_i p_i (m_i - 1)) times the pre-activations and their update."""
     if not (sizes.dora and sizes.mixed):
         return []
     n, both = sizes.experts, 2 * w.F
@@ -144,7 +144,7 @@ def _low_rank_A(w: _Widths) -> Term:
 
 
 def _experts(w: _Widths, updated: bool = False) -> list[Term]:
-    """One `graphmoe_kernels.expert_swiglu` but for the product with M: grouped by expert, chosen experts only.
+    """List the terms of one `graphmoe_kernels.expert_swiglu` but for the product with M, for chosen experts only.
 
     ``updated``: the low-rank activations are the sum of two tensors, the first round's and their update.
     """
@@ -161,14 +161,14 @@ def _down_B(w: _Widths) -> Term:
 
 
 def _gru_recurrent(w: _Widths, t: int) -> Term:
-    """The GRU's step: its products with the state (none while the state is zero) and the gates."""
+    """Count the GRU's step: its products with the state (none while the state is zero) and the gates."""
     products = 0 if t == 1 else 3 * w.G * w.G
     state = 0 if t == 1 else w.G * w.e
     return Term("GRU recurrent", products, products * w.e, 3 * w.G * w.e + state, w.G * w.e)
 
 
 def _join(w: _Widths, t: int) -> list[Term]:
-    """From y_t to x_{t+1}: the GRU reads y, and x_{t+1} = x_t + W_g h is formed."""
+    """List the terms from y_t to x_{t+1}: the GRU reads y, and x_{t+1} = x_t + W_g h is formed."""
     return [
         Term("GRU input", 3 * w.G * w.D, 3 * w.G * w.D * w.e, w.D * w.e, 3 * w.G * w.e),
         _gru_recurrent(w, t),
@@ -182,7 +182,7 @@ def _literal_round(sizes: Sizes, w: _Widths, t: int) -> list[Term]:
 
 
 def _peers_round(sizes: Sizes, w: _Widths, t: int) -> list[Term]:
-    """Every expert gathers its tokens, runs its own down projection over the shared W_D, and is added to the output."""
+    """List a peer's round: every expert gathers its tokens, projects them down over the shared W_D, and is added."""
     k_r, used = w.k * w.r, w.used * w.r
     if sizes.mixed:  # an expert is a LoRA pair on each linear, not an MLP: nothing is projected down twice
         return _literal_round(sizes, w, t)
@@ -205,7 +205,7 @@ def _folded_round(sizes: Sizes, w: _Widths, t: int) -> list[Term]:
         terms = [*_routers(sizes, w, w.D, "router"), _base_in(w), _low_rank_A(w)]
     else:
         update = Term("fold update H M^T", 2 * w.F * w.G, 2 * w.F * w.G * w.e, w.G * w.e)
-        # Every call of the operator computes it, and with DoRA on chosen experts there is one a slot.
+        # Every call of the operator computes it, and with DoRA on chosen experts there is one per slot.
         update = Term(update.name, *(w.downs * part for part in update[1:]))
         terms = [*_routers(sizes, w, w.G, "router update"), update]
     terms += [*_mixed_dora(sizes, w), *_experts(w, updated=t > 1)]
@@ -228,7 +228,7 @@ def _folded_round(sizes: Sizes, w: _Widths, t: int) -> list[Term]:
 
 
 def _folded_gru_step(w: _Widths, first: bool) -> Term:
-    """`graphmoe_kernels.gru_step`: the candidate's product with the state, the gates, and the sum of states H.
+    """Count `graphmoe_kernels.gru_step`: the candidate's product with the state, the gates, and the sum of states H.
 
     It reads its input and, from the second step on, the recurrent gates, h and H; it writes h and H.
     """
@@ -238,7 +238,7 @@ def _folded_gru_step(w: _Widths, first: bool) -> Term:
 
 
 def _reread(w: _Widths, last: bool) -> Term:
-    """What h and H go through after a GRU step: W_z and W_r read h, the A W_g of the experts read H.
+    """Count the product after a GRU step: W_z and W_r read h, the A W_g of the experts read H.
 
     Needed are those two products, and after the ``last`` step the second alone. Executed is always one product of both
     side by side, with a matrix that is half zeros.

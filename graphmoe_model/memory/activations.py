@@ -31,7 +31,7 @@ class Activations(NamedTuple):
 def _fused_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention as fused kernels compute it: with neither a mask [tokens, tokens] nor keys repeated for their queries.
+    """Compute attention as fused kernels do: with neither a mask [tokens, tokens] nor keys repeated for their queries.
 
     On tensors without data Transformers' own would make both, as it does for a graph that is to be kept.
     """
@@ -45,7 +45,7 @@ AttentionMaskInterface.register(FUSED_ATTENTION, lambda *_, **__: None)
 
 
 def step_activations(build: Callable[[int], nn.Module], tokens: int, checkpointing: bool) -> Activations:
-    """Bytes of the activations of one sequence of this many ``tokens`` through ``build(number of layers)``.
+    """Measure the activations of one sequence of this many ``tokens`` through ``build(number of layers)``, in bytes.
 
     The model's forward, loss and backward run twice, with two layers and with three, on tensors that have shapes and no
     memory; more layers add what the third did. A parameter's gradient counts until it is complete: where it goes then
@@ -62,7 +62,7 @@ def step_activations(build: Callable[[int], nn.Module], tokens: int, checkpointi
 
 
 def _peaks(model: Any, tokens: int, checkpointing: bool) -> tuple[int, int]:
-    """The most bytes of activations before and from the last layer's backward on, of a model on the meta device."""
+    """Measure the most bytes of activations before, and from, the last layer's backward; the model is on meta."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # where attention is not computed as one large matrix; still no memory
         _prepare(model, checkpointing)
@@ -83,7 +83,7 @@ def _peaks(model: Any, tokens: int, checkpointing: bool) -> tuple[int, int]:
 
 
 def _prepare(model: Any, checkpointing: bool) -> None:
-    """As Trainer has a model that it trains."""
+    """Put a model into the state in which Trainer trains it."""
     model.train()
     model.get_base_model().set_attn_implementation(FUSED_ATTENTION)
     if checkpointing:  # Transformers 5.24 calls it by another name

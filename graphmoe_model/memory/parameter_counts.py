@@ -60,7 +60,7 @@ def count_parameters(model: Any) -> ParameterCounts:
 
 
 def _layer(layer: nn.Module) -> tuple[int, int, int, int]:
-    """The base's parameters in linears and in others, the adapter's, and those of the base MLP with experts."""
+    """Count one layer's parameters: the base's in linears and in others, the adapter's, the adapted base MLP's."""
     linears = {id(m.weight): m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear) and _frozen(m)}
     frozen = sum(p.numel() for p in layer.parameters() if not p.requires_grad)
     mlps = [m.base_layer for m in layer.modules() if isinstance(m, FusedGraphMoEFFN)]

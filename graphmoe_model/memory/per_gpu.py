@@ -50,7 +50,7 @@ def memory_per_gpu(
     tokens: int = 4096,
     checkpointing: bool = True,
 ) -> dict[str, Memory]:
-    """The bytes that training an adapter takes on each GPU, by strategy.
+    """Compute the bytes that training an adapter takes on each GPU, by strategy.
 
     Counted are AdamW and bf16 mixed precision (a frozen base in bf16 or 4 bits, adapters and moments in fp32). Not
     counted: CUDA's context, NCCL's buffers, what the allocator holds in reserve, and what a kernel takes for itself
@@ -71,7 +71,7 @@ def memory_per_gpu(
     check_run(gpus, tokens)
     model = adapted_on_meta(config, model_config).model
     found, folds = count_parameters(model), _kept_folds(model)
-    activations = step_activations(lambda layers: _of_layers(config, model_config, layers), tokens, checkpointing)
+    activations = step_activations(lambda layers: _model_of(config, model_config, layers), tokens, checkpointing)
     return {name: _memory(STRATEGIES[name], found, activations, folds, gpus) for name in strategies}
 
 
@@ -86,8 +86,8 @@ def _memory(strategy: Strategy, found: ParameterCounts, activations: Activations
     return Memory(components, 0 if strategy.shards_weights else folds)
 
 
-def _of_layers(config: GraphMoEConfig, model_config: Any, layers: int) -> PeftModel:
-    """A model of so many layers, each with as many experts as the largest has, in the dtype that it computes in."""
+def _model_of(config: GraphMoEConfig, model_config: Any, layers: int) -> PeftModel:
+    """Build a model of so many layers, each with as many experts as the largest has, in the dtype it computes in."""
     config, model_config = copy.deepcopy(config), copy.deepcopy(model_config)
     config.num_experts = max(config.expert_counts())
     model_config.num_hidden_layers = layers
@@ -95,11 +95,11 @@ def _of_layers(config: GraphMoEConfig, model_config: Any, layers: int) -> PeftMo
 
 
 def _kept_folds(model: PeftModel) -> int:
-    """Bytes of all layers' folds in evaluation, in bf16."""
-    return sum(_fold(layer) for layer in model.modules() if isinstance(layer, FusedGraphMoEFFN))
+    """Add up the bytes of all layers' folds in evaluation, in bf16."""
+    return sum(_fold_bytes(layer) for layer in model.modules() if isinstance(layer, FusedGraphMoEFFN))
 
 
-def _fold(layer: FusedGraphMoEFFN) -> int:
+def _fold_bytes(layer: FusedGraphMoEFFN) -> int:
     adapter: Any
     (adapter,) = layer.lora_graphmoe.values()
     config: GraphMoEConfig = adapter.config

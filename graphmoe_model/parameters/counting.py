@@ -33,17 +33,17 @@ class AdapterParameters(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All trainable parameters."""
+        """Add up all trainable parameters."""
         return sum(self.components.values())
 
     @property
     def share(self) -> float:
-        """Trainable parameters over the model's own, as the papers give it."""
+        """Divide the trainable parameters by the model's own, as the papers give it."""
         return self.total / self.base
 
 
 def parameters_by_component(model: nn.Module) -> dict[str, int]:
-    """A model's trainable parameters by component, all of `COMPONENTS`; each parameter is in exactly one."""
+    """Count a model's trainable parameters by component, all of `COMPONENTS`; each is in exactly one."""
     mlps = {name for name, module in model.named_modules() if isinstance(module, FusedGraphMoEFFN)}
     found = dict.fromkeys(COMPONENTS, 0)
     for name, parameter in model.named_parameters():
@@ -53,7 +53,7 @@ def parameters_by_component(model: nn.Module) -> dict[str, int]:
 
 
 def _component(path: list[str], mlps: set[str]) -> str:
-    """Of the parameter with this name in a model whose adapted MLPs have those."""
+    """Name the component of the parameter at this path, in a model whose adapted MLPs are ``mlps``."""
     if "modules_to_save" in path:  # may hold copies of anything
         return "other"
     if "lora_graphmoe" in path:
@@ -73,12 +73,12 @@ def _component(path: list[str], mlps: set[str]) -> str:
 
 
 def adapter_parameters(config: GraphMoEConfig, model_config: Any) -> AdapterParameters:
-    """What an adapter of this config would train on a model of that (Transformers) configuration.
+    """Count what an adapter of this config would train on a model of that (Transformers) configuration.
 
     Both are built on the meta device: nothing is downloaded, and no memory is taken for weights.
 
     Raises:
-        ValueError: as `adapted_on_meta` does.
+        ValueError: as `graphmoe_model.base_models.adapted_on_meta`.
     """
     adapted = adapted_on_meta(config, model_config)
     return AdapterParameters(parameters_by_component(adapted.model), adapted.base)

@@ -19,7 +19,7 @@ from graphmoe_model.profiling.out_of_memory import check_fits, memory_error
 
 
 def profiled_config(name: str, layers: int | None = None) -> Any:
-    """A known model's configuration, with as many layers as a profile builds unless asked otherwise.
+    """Make a known model's configuration, with as many layers as a profile builds unless asked otherwise.
 
     Raises:
         ValueError: no model of that name is known, or fewer than one layer is asked for.
@@ -28,7 +28,7 @@ def profiled_config(name: str, layers: int | None = None) -> Any:
 
 
 def random_model(config: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A causal language model with random weights; ``MemoryError`` if it does not fit."""
+    """Build a causal language model with random weights; ``MemoryError`` if it does not fit."""
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     check_fits(parameters, dtype, device)
@@ -39,7 +39,7 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device) -> PreTr
 
 
 def saved_model(name: str, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """A model of the hub or of a folder, in its own dtype unless one is given.
+    """Load a model of the hub or of a folder, in its own dtype unless one is given.
 
     Raises:
         ValueError: there is none by that name, or it is an adapter.
@@ -61,7 +61,7 @@ def saved_model(name: str, dtype: torch.dtype | None, device: torch.device) -> P
 
 @contextmanager
 def with_rounds(model: nn.Module, rounds: int, **settings: Any) -> Iterator[tuple[nn.Module, str]]:
-    """The model with a fresh adapter of this many rounds, and what to call it; 0 is the plain model.
+    """Give the model a fresh adapter of this many rounds, and a title; 0 is the plain model.
 
     No weight of the adapter is zero, so that no product is trivial. Afterwards the model is as before.
 
@@ -80,7 +80,7 @@ def with_rounds(model: nn.Module, rounds: int, **settings: Any) -> Iterator[tupl
 
 @contextmanager
 def with_adapter(model: nn.Module, path: str, **settings: Any) -> Iterator[tuple[nn.Module, str]]:
-    """The model with a saved adapter, and what to call it; ``settings`` overrule a GraphMoE adapter's own.
+    """Give the model a saved adapter, and a title; ``settings`` overrule a GraphMoE adapter's own.
 
     Raises:
         ValueError: there is no adapter, it does not fit the model, or it knows no such settings.
@@ -101,7 +101,7 @@ def with_adapter(model: nn.Module, path: str, **settings: Any) -> Iterator[tuple
 
 
 def adapter_title(config: PeftConfig) -> str:
-    """What a profile calls an adapter."""
+    """Return what a profile calls an adapter."""
     if not isinstance(config, GraphMoEConfig):
         return {"LORA": "LoRA"}.get(str(getattr(config.peft_type, "value", config.peft_type)), str(config.peft_type))
     title = "GraphMoE" if config.title == "GraphMoE(MixLoRA)" else config.title  # the method unless another is named

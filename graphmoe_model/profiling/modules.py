@@ -15,7 +15,7 @@ from graphmoe_model.tuner.decoder_layers import QUERY_KEY_VALUE, decoder_layers,
 
 
 def categories(model: nn.Module) -> dict[nn.Module, str]:
-    """The category of every module that has one.
+    """Find the category of every module that has one.
 
     A GraphMoE layer's own ranges (`graphmoe_kernels.ranges`) split it further; what lies between them is its experts'.
 
@@ -49,7 +49,7 @@ def categories(model: nn.Module) -> dict[nn.Module, str]:
 
 @contextmanager
 def module_ranges(model: nn.Module) -> Iterator[None]:
-    """A named range around every call of the modules in `categories`; see it for the errors."""
+    """Put a named range around every call of the modules in `categories`; see it for the errors."""
     found = categories(model)
     opened: list[AbstractContextManager[Any]] = []
 

@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def memory_error(what: str, advice: str) -> Iterator[None]:
-    """Turns PyTorch's out-of-memory errors of either device into a ``MemoryError`` that says how much was missing."""
+    """Turn PyTorch's out-of-memory errors of either device into a ``MemoryError`` that says how much was missing."""
     try:
         yield
     except RuntimeError as error:
@@ -24,9 +24,12 @@ def memory_error(what: str, advice: str) -> Iterator[None]:
 
 
 def check_fits(parameters: int, dtype: torch.dtype, device: torch.device) -> None:
-    """``MemoryError`` if this many parameters cannot fit; systems kill a process that finds out by itself.
+    """Refuse a model whose parameters cannot fit; systems kill a process that finds out by itself.
 
     On a CPU the bound is the whole machine's memory, where the system tells it.
+
+    Raises:
+        MemoryError: says how much they take and how much there is.
     """
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[0]

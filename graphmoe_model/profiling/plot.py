@@ -32,7 +32,7 @@ STYLE: Any = {
 
 
 def draw_shares(profiles: list[Profile], conditions: str, path: Path) -> None:
-    """Writes the PNG: stacked shares of `CATEGORIES`, phases in rows, adapters in columns."""
+    """Write the PNG: stacked shares of `CATEGORIES`, phases in rows, adapters in columns."""
     phases = list(dict.fromkeys(p.phase for p in profiles))
     adapters = list(dict.fromkeys(p.adapter for p in profiles))
     with matplotlib.rc_context(STYLE):

@@ -25,7 +25,7 @@ UNSTEADY = 0.1  # the range of a share, over the repetitions, from which the med
 
 
 def write_report(profiles: list[Profile], conditions: dict[str, Any], folder: Path) -> None:
-    """``profile.json`` and ``profile.md`` in the folder."""
+    """Write ``profile.json`` and ``profile.md`` into the folder."""
     entries = [
         {
             **profile.as_dict(),
@@ -42,7 +42,7 @@ def write_report(profiles: list[Profile], conditions: dict[str, Any], folder: Pa
 
 
 def markdown(profiles: list[Profile], conditions: dict[str, Any]) -> str:
-    """The tables with the conditions under them."""
+    """Write the tables as Markdown, with the conditions under them."""
     lines = [f"# Where the time of {profiles[0].model} goes", ""]
     for phase, rows in _phases(profiles).items():
         lines += [f"## {phase.capitalize()}", "", "| " + " | ".join(HEADINGS) + " |"]
@@ -55,7 +55,7 @@ def markdown(profiles: list[Profile], conditions: dict[str, Any]) -> str:
 
 
 def print_report(profiles: list[Profile], conditions: dict[str, Any], console: Console) -> None:
-    """A table for every phase."""
+    """Print a table for every phase."""
     for phase, rows in _phases(profiles).items():
         table = Table(title=f"{profiles[0].model}, {phase}", title_justify="left", box=None, padding=(0, 1, 0, 0))
         for heading in HEADINGS:
@@ -93,7 +93,7 @@ def warnings(profiles: list[Profile], conditions: dict[str, Any]) -> list[str]:
 
 
 def describe(conditions: dict[str, Any]) -> str:
-    """The conditions on one line."""
+    """Write the conditions on one line."""
     return ", ".join(f"{name} {value}" for name, value in conditions.items())
 
 

@@ -38,15 +38,15 @@ class Profile(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Seconds of all categories."""
+        """Add up the seconds of all categories."""
         return sum(self.seconds.values())
 
     def share(self, *categories: str) -> float:
-        """The categories' part of the total, 0 to 1."""
+        """Compute the categories' part of the total, 0 to 1."""
         return sum(self.seconds[category] for category in categories) / self.total
 
     def as_dict(self) -> dict[str, Any]:
-        """What was profiled and its seconds, without what is said about the measurement."""
+        """Return what was profiled and its seconds, without what is said about the measurement."""
         return {
             "model": self.model,
             "adapter": self.adapter,
@@ -57,7 +57,7 @@ class Profile(NamedTuple):
 
 
 def summarise(forwards: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Median seconds, and lowest and highest share, of every category over repeated forwards."""
+    """Compute median seconds, and lowest and highest share, of every category over repeated forwards."""
     shares = [{name: spent / sum(forward.values()) for name, spent in forward.items()} for forward in forwards]
     seconds = {name: median(forward[name] for forward in forwards) for name in CATEGORIES}
     spread = {name: (min(s[name] for s in shares), max(s[name] for s in shares)) for name in CATEGORIES}

@@ -45,12 +45,12 @@ def dense_linear(linear: Any, dtype: torch.dtype | None = None) -> nn.Linear:
 
 
 def stored_tensors(linear: nn.Module) -> list[Tensor]:
-    """Every tensor that `dense_weight` reads, as it is stored and on the linear's device; the weight's own first."""
+    """List every tensor that `dense_weight` reads, as stored and on the linear's device; the weight's own first."""
     return [linear.weight] if _is_usual(linear) else known_kind(linear).stored(linear)  # type: ignore[list-item]
 
 
 def input_dtype(linear: nn.Module) -> torch.dtype | None:
-    """The dtype that a linear's input has to have, or None where the linear takes any floating-point dtype."""
+    """Return the dtype that a linear's input must have, or None where it takes any floating-point dtype."""
     return linear.weight.dtype if _is_usual(linear) else known_kind(linear).input_dtype(linear)  # type: ignore
 
 
@@ -66,7 +66,7 @@ def is_quantised(linear: nn.Module) -> bool:
 
 
 def run_linear(linear: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A linear's output for x, refusing to train through a linear that passes no gradient to its input.
+    """Run a linear on x, refusing to train through one that passes no gradient to its input.
 
     Such linears round their input or read weights packed for inference. In evaluation they work; the gradient of what
     they gave raises.
@@ -98,11 +98,14 @@ class _RefusesGradient(torch.autograd.Function):
 
 
 def check_dense(linear: nn.Module, name: str) -> None:
-    """`TypeError` for a linear whose dense weight cannot be got, or that does not multiply by it.
+    """Refuse a linear whose dense weight cannot be got, or that does not multiply by it.
 
     Args:
         linear: a module with ``in_features`` and ``out_features``.
         name: what to call it in the message.
+
+    Raises:
+        TypeError: says why, and which linears are supported.
     """
     kind = find_kind(linear)
     if kind is None:
@@ -119,9 +122,12 @@ def check_dense(linear: nn.Module, name: str) -> None:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """`TypeError` if a linear of a model, adapted or not, passes no gradient to its input.
+    """Refuse a model in which a linear, adapted or not, passes no gradient to its input.
 
     What is in front of it would train by a wrong gradient. Where the kind does not say, one token tries the linear out.
+
+    Raises:
+        TypeError: names the linear, and says what to load in its place.
     """
     for name, module in model.named_modules():
         if not hasattr(module, "in_features") or hasattr(module, "base_layer"):
@@ -135,7 +141,7 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def no_gradient(name: str, linear: nn.Module) -> str:
-    """Why a linear cannot be trained through, and what to do."""
+    """Say why a linear cannot be trained through, and what to do."""
     weight = getattr(linear, "weight", None)
     return (
         f"{name} (a {type(linear).__name__} with a weight of type {type(weight).__name__}) passes no gradient to its "
@@ -171,7 +177,7 @@ def keep_unpacked(model: nn.Module) -> None:
 
 
 def _is_usual(linear: nn.Module) -> bool:
-    """The usual case, which a compiled forward asks too."""
+    """Tell whether it is a plain ``nn.Linear``, the usual case, which a compiled forward asks too."""
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.weight.dtype in FLOATS
 
 

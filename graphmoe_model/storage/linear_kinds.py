@@ -42,12 +42,12 @@ class LinearKind(NamedTuple):
 
 
 def find_kind(linear: nn.Module) -> LinearKind | None:
-    """The kind of a linear, or None."""
+    """Find the kind of a linear, or None."""
     return next((kind for kind in KINDS if kind.fits(linear)), None)
 
 
 def known_kind(linear: nn.Module) -> LinearKind:
-    """The kind of a linear; ``TypeError`` if it is none that is known."""
+    """Find the kind of a linear; ``TypeError`` if it is none that is known."""
     kind = find_kind(linear)
     if kind is None:
         raise TypeError(not_readable(linear))
@@ -55,7 +55,7 @@ def known_kind(linear: nn.Module) -> LinearKind:
 
 
 def not_readable(linear: nn.Module) -> str:
-    """What to say of a linear of no kind."""
+    """Say of a linear of no kind what it is, and what is supported."""
     weight = getattr(linear, "weight", None)
     found = f"weight is {type(weight).__name__}"
     if isinstance(weight, Tensor):
@@ -68,7 +68,7 @@ def not_readable(linear: nn.Module) -> str:
 
 
 def _inherits(module: nn.Module, package: str, name: str) -> bool:
-    """By name, so that no package is imported that the base does not use; FSDP makes subclasses."""
+    """Tell a class by name, so that no package is imported that the base does not use; FSDP makes subclasses."""
     return any(c.__name__ == name and c.__module__.partition(".")[0] == package for c in type(module).__mro__)
 
 
@@ -96,7 +96,7 @@ def _is_plain(linear: Any) -> bool:
 
 
 def _passes_gradient(linear: Any) -> bool:
-    """By one token."""
+    """Try with one token whether a gradient reaches a linear's input."""
     kind = known_kind(linear)
     weight = kind.stored(linear)[0]
     if weight.device.type == "meta":
@@ -117,7 +117,7 @@ def is_4bit(module: Any) -> bool:
 
 
 def _quant_state(linear: Any) -> Any:
-    """The parameter's, or the module's where the parameter is one that FSDP made."""
+    """Return the parameter's state, or the module's where the parameter is one that FSDP made."""
     return getattr(linear.weight, "quant_state", None) or linear.quant_state
 
 
@@ -157,7 +157,7 @@ def _obstacle_4bit(linear: Any) -> str | None:
 
 
 def _scales_8bit(linear: Any) -> Tensor | None:
-    """Of the rows: the parameter's until the first forward, which takes them into the module's state."""
+    """Return the rows' scales: the parameter's until the first forward, which takes them into the module's state."""
     scales = getattr(linear.weight, "SCB", None)
     return linear.state.SCB if scales is None else scales
 
@@ -198,7 +198,7 @@ def _dense_torchao(linear: Any) -> Tensor:
 
 
 def _inner(tensor: Any) -> list[Tensor]:
-    """The plain tensors in one that is made of several, which has no address and counts no versions itself."""
+    """List the plain tensors in one that is made of several, which has no address and counts no versions itself."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     return [inner for name in tensor.__tensor_flatten__()[0] for inner in _inner(getattr(tensor, name))]

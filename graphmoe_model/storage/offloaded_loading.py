@@ -46,7 +46,7 @@ def onto_offloaded_base(from_pretrained: Any) -> Any:
 
 
 def into_offloaded_model(load: Loader) -> Loader:
-    """Wrap ``PeftModel.load_adapter``: as `onto_offloaded_base`.
+    """Wrap ``PeftModel.load_adapter``: an offloaded base model stays where it is.
 
     Raises:
         ValueError: the adapter is there and is offloaded itself, so that nothing can be loaded into it.
@@ -137,7 +137,7 @@ def _check_adapter_is_here(model: nn.Module, adapter_name: str) -> None:
 
 
 def _peft_type(model_id: Any, config: Any, hub: dict[str, Any]) -> Any:
-    """The method of the adapter that is loaded; None if it cannot be told, of which the loader says more."""
+    """Return the method of the adapter that is loaded; None if it cannot be told, of which the loader says more."""
     if isinstance(config, PeftConfig):
         return config.peft_type
     if isinstance(config, dict):

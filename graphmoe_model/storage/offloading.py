@@ -83,7 +83,7 @@ def offloaded_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def execution_device(module: nn.Module) -> torch.device | str | int:
-    """Where a module computes: as a hook of accelerate's on it or inside it says, else where its first parameter is."""
+    """Find where a module computes: as accelerate's hook on or inside it says, else where its first parameter is."""
     for own in module.modules():
         for hook in _hooks(own):
             if hook.execution_device is not None:
@@ -99,7 +99,11 @@ def _check_trainable(layer: nn.Module) -> None:
 
 
 def check_not_offloaded(module: nn.Module, name: str, field: str) -> None:
-    """`ValueError` for a module that ``field`` of a config would train and that accelerate offloads."""
+    """Refuse a module that ``field`` of a config would train and that accelerate offloads.
+
+    Raises:
+        ValueError: names the field and the module.
+    """
     if is_offloaded(module):
         raise ValueError(
             f"{field}: {name} is offloaded by accelerate, which brings a copy for each forward and throws it away, "
@@ -108,7 +112,7 @@ def check_not_offloaded(module: nn.Module, name: str, field: str) -> None:
 
 
 def _offloading(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules from this one on whose hooks offload. Without `nn.Module.modules`: every forward asks."""
+    """Iterate over the modules from this one on whose hooks offload; fast, as every forward asks."""
     rest: list[nn.Module | None] = [module]
     while rest:
         own = rest.pop()
@@ -120,7 +124,7 @@ def _offloading(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _hooks(module: nn.Module) -> list[AlignDevicesHook]:
-    """What moves a module's tensors and inputs to a device, and back."""
+    """List the hooks that move a module's tensors and inputs to a device, and back."""
     hook = module.__dict__.get("_hf_hook")
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     return [own for own in hooks if isinstance(own, AlignDevicesHook)]

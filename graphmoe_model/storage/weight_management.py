@@ -88,17 +88,17 @@ def weight_manager(layer: nn.Module, linear: nn.Module, trained: Tensor) -> Weig
 
 
 def is_under_fsdp(module: nn.Module) -> bool:
-    """Whether FSDP 1 or 2 manages a module's parameters: both mark every module inside of what they shard."""
+    """Tell whether FSDP 1 or 2 manages a module's parameters: both mark every module inside of what they shard."""
     return getattr(module, "_is_fsdp_managed_module", False) is True
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether a tensor is a part of one, on this process; asked by name, as the class is slow to import."""
+    """Tell whether a tensor is a part of a larger one; asked by name, as the class is slow to import."""
     return type(tensor).__name__ == "DTensor"
 
 
 def true_shape(tensor: Tensor) -> torch.Size:
-    """A tensor's shape, also where ZeRO-3 has taken its elements away and left it with none."""
+    """Return a tensor's shape, also where ZeRO-3 has taken its elements away and left it with none."""
     return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
 
 
@@ -127,11 +127,14 @@ def _is_partitioned(parameter: Any) -> bool:
 
 
 def check_unsharded(module: nn.Module, name: str) -> None:
-    """`TypeError` for a module that no adapter can be attached to any more, as its weights are shards.
+    """Refuse a module that no adapter can be attached to any more, as its weights are shards.
 
     Args:
         module: an MLP, a linear, or a layer that has adapters already.
         name: what to call it in the message.
+
+    Raises:
+        TypeError: says who sharded it, and that adapters are attached first.
     """
     if is_under_fsdp(module):
         raise TypeError(
@@ -152,27 +155,33 @@ def check_unsharded(module: nn.Module, name: str) -> None:
 
 
 def check_whole(layer: nn.Module, tensors: Iterable[object]) -> None:
-    """`RuntimeError` for a layer whose forward would compute with shards: something below it was split by itself.
+    """Refuse a layer whose forward would compute with shards: something below it was split by itself.
 
     Args:
         layer: the layer of experts.
         tensors: what its forward reads.
+
+    Raises:
+        RuntimeError: says what was split, and by whom.
     """
     if any(is_dtensor(tensor) for tensor in tensors):
         raise _split_below(layer)
 
 
 def check_nothing_wrapped(layer: nn.Module) -> None:
-    """`RuntimeError` for a layer with FSDP-wrapped modules inside, where FSDP 1 leaves tensors without elements."""
+    """Refuse (``RuntimeError``) a layer with FSDP-wrapped modules inside: FSDP 1 leaves tensors without elements."""
     if _sharded_below(layer):
         raise _split_below(layer)
 
 
 def check_root_gathered(model: nn.Module) -> None:
-    """`RuntimeError` for a model that runs past the FSDP root around it, as ``generate`` of a sharded PEFT model does.
+    """Refuse a model that runs past the FSDP root around it, as ``generate`` of a sharded PEFT model does.
 
     The root gathers the embedding and the head when it is called itself; a method of a module inside of it does not
     call it.
+
+    Raises:
+        RuntimeError: says which call makes ``generate`` work.
     """
     if not is_under_fsdp(model) or not hasattr(model, "get_input_embeddings"):
         return
@@ -200,9 +209,9 @@ def _split_below(layer: nn.Module) -> RuntimeError:
         )
     return RuntimeError(
         f"this {kind} is sharded in parts: FSDP was applied to {some(parts, 3)} inside of it. FSDP gathers a "
-        "module's weights when that module is called, and this layer reads those of its projections, routers and experts without "
-        "calling them. Apply fully_shard to whole decoder layers, or to this layer as a whole, and to nothing in it "
-        "(under FSDP 1 Trainer wraps routers of PEFT models by itself: set fsdp_version: 2)"
+        "module's weights when that module is called, and this layer reads those of its projections, routers and "
+        "experts without calling them. Apply fully_shard to whole decoder layers, or to this layer as a whole, and to "
+        "nothing in it (under FSDP 1 Trainer wraps routers of PEFT models by itself: set fsdp_version: 2)"
     )
 
 

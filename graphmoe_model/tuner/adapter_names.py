@@ -85,6 +85,6 @@ def check_adapter_name(model: nn.Module, adapter_name: object, adapters: Iterabl
 
 
 def _components(model: nn.Module) -> set[str]:
-    """Every part of the names of a model's modules, parameters and buffers."""
+    """Collect every part of the names of a model's modules, parameters and buffers."""
     named = (model.named_modules(), model.named_parameters(), model.named_buffers())
     return {part for names in named for name, _ in names for part in name.split(".")}

@@ -38,7 +38,7 @@ class DecoderLayer(NamedTuple):
 
 
 def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """As ``named_modules``, without the inside of layers that an adapter wraps already."""
+    """Iterate as ``named_modules`` does, without the inside of layers that an adapter wraps already."""
     yield name, module
     if isinstance(module, BaseTunerLayer):
         return
@@ -47,7 +47,7 @@ def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
-    """The layers of the model's language model (not of its vision or audio tower).
+    """Find the layers of the model's language model (not of its vision or audio tower).
 
     They are the elements of every ``nn.ModuleList`` in which some element has an attention.
     """

@@ -62,7 +62,7 @@ class GraphMoEModel(LoraModel):
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        """As for LoRA: PEFT knows the modules on which LoRA would be ignored by the model type."""
+        """Check as for LoRA: PEFT knows the modules on which LoRA would be ignored by the model type."""
         super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
@@ -139,7 +139,7 @@ class GraphMoEModel(LoraModel):
         self._replace_module(parent, target_name, layer, target)
 
     def _num_experts(self, name: str) -> int | None:
-        """n of the decoder layer that a module is in, where it differs by layer in the adapter that is attached."""
+        """Return n of the decoder layer that a module is in, where it differs by layer in the adapter."""
         for layer, count in self._by_layer.items():
             if name.startswith(f"{layer}."):
                 return count
@@ -165,26 +165,26 @@ class GraphMoEModel(LoraModel):
             self.set_adapter((self.active_adapters or sorted(self.peft_config))[0])
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: averaged routers, experts and GRUs do not compute the average of what they compute."""
+        """Refuse: averaged routers, experts and GRUs do not compute the average of what they compute."""
         raise NotImplementedError(
             "GraphMoE adapters cannot be combined by weights: routing and rethinking are nonlinear in them; train one "
             "adapter on the data of both, switch between them with set_adapter, or average the logits of two forwards"
         )
 
     def _check_merge_allowed(self) -> None:
-        """Refused here, where PEFT asks before it merges the first layer."""
+        """Refuse to merge, where PEFT asks before it merges the first layer."""
         raise NotImplementedError(NOT_MERGEABLE)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "adapter_names (a batch that mixes adapters) is not supported by GraphMoE; run one batch an "
+                "adapter_names (a batch that mixes adapters) is not supported by GraphMoE; run one batch per "
                 "adapter, with set_adapter before each"
             )
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, also for a further adapter; the model's loss then has the router loss in it.
+        """Attach an adapter as PEFT does, the first or a further one; the model's loss then has the router loss in it.
 
         Whatever is refused, by this package or by PEFT, leaves the model and the configuration as they were.
         """
@@ -203,7 +203,7 @@ class GraphMoEModel(LoraModel):
 
     @property
     def config(self) -> Any:
-        """The base model's configuration, as trainers read it: with the active adapter's routers."""
+        """Return the base model's configuration, as trainers read it: with the active adapter's routers."""
         config, hooks = self.model.config, find_hooks(self.model)
         if hooks is None or not isinstance(config, PreTrainedConfig):
             return config  # a dict or a dataclass, say, which PEFT reads as such
@@ -223,15 +223,18 @@ class GraphMoEModel(LoraModel):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """Also without what wrappers put into names, such as those of activation checkpointing."""
+        """Name a tensor as checkpoints do, also without what wrappers (activation checkpointing) put into names."""
         return saved_key(key, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]  # PEFT passes all of them by name
         cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """As PEFT's for any method but LoRA, which saves DoRA's magnitudes as ``lora_magnitude_vector`` without
-        ``.weight``: by that name Transformers' own loader would leave them at their start, and say nothing."""
+        """Select an adapter's tensors as PEFT does for any method but LoRA.
+
+        For LoRA it saves DoRA's magnitudes as ``lora_magnitude_vector`` without ``.weight``: by that name
+        Transformers' own loader would leave them at their start, and say nothing.
+        """
         return own_tensors(model, adapter_name, state_dict)
 
     @classmethod

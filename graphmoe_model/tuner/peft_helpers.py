@@ -92,7 +92,7 @@ def extend_peft_helpers() -> None:
 
 
 def _refusing(function: Callable[..., Any], message: str, unless: ContextVar[bool] | None = None) -> Callable[..., Any]:
-    """The function, which takes a model first, for models without experts."""
+    """Wrap a function that takes a model first: models with experts are refused with the message."""
 
     @wraps(function)
     def checked(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +105,7 @@ def _refusing(function: Callable[..., Any], message: str, unless: ContextVar[boo
 
 
 def _without_experts(init: Callable[..., None]) -> Callable[..., None]:
-    """LoraFAOptimizer's constructor, for groups without experts: who imported its helper early comes here at last."""
+    """Wrap LoraFAOptimizer's constructor to refuse experts: who imported its helper early comes here at last."""
 
     @wraps(init)
     def checked(self: Optimizer, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -124,7 +124,7 @@ def _without_experts(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _without_swap(check: Callable[..., None]) -> Callable[..., None]:
-    """PEFT's check of two adapters' configurations before a hotswap."""
+    """Wrap PEFT's check of two adapters' configurations before a hotswap, to refuse this method's."""
 
     @wraps(check)
     def checked(config0: Any, config1: Any) -> None:

@@ -71,7 +71,7 @@ def check_saved_modules(
 
 
 def _named(base: dict[str, nn.Module], entry: str, field: str) -> list[str]:
-    """The modules that PEFT takes an entry for: those whose name ends in it, whatever stands before."""
+    """List the modules that PEFT takes an entry for: those whose name ends in it, whatever stands before."""
     names = [name for name in base if name.endswith(entry)]
     lists = [name for name in names if isinstance(base[name], nn.ModuleList | nn.ModuleDict)]
     if lists:
@@ -88,7 +88,7 @@ def _is_inside_wrapper(base: dict[str, nn.Module], name: str) -> bool:
 
 
 def _check_apart(found: list[str], entry: str, selected: list[str], adapter_names: list[str]) -> None:
-    """A module is adapted or trained as it is, and an entry means modules of the base model alone."""
+    """Refuse an entry that means an adapted module, or any that is not of the base model alone."""
     for name in found:
         adapted = [s for s in selected if f"{name}.".startswith(f"{s}.") or s.startswith(f"{name}.")]
         if adapted:
@@ -117,7 +117,7 @@ def _check_nesting(saved: dict[str, str]) -> None:
 
 
 def _token_lists(base: dict[str, nn.Module], config: GraphMoEConfig) -> Iterator[tuple[str, list[int]]]:
-    """Embedding's name -> token ids, as PEFT reads ``trainable_token_indices``."""
+    """Iterate over embeddings' names and token ids, as PEFT reads ``trainable_token_indices``."""
     given: Any = config.trainable_token_indices
     if given is None:
         return

@@ -30,7 +30,7 @@ def check_selected(
     Args:
         model: the base model.
         config: with its ``target_modules`` found or checked.
-        by_layer: of `experts_by_name`.
+        by_layer: from `experts_by_name`.
         adapter_names: of the adapters that the model then has.
 
     Raises:
@@ -59,7 +59,7 @@ def check_selected(
 
 
 def _check_shared(name: str, module: nn.Module, config: GraphMoEConfig) -> None:
-    """A linear is wrapped once: by LoRA or by experts, whichever adapter came first."""
+    """Refuse to wrap a linear twice: by LoRA or by experts, whichever adapter came first."""
     of_experts, of_lora = isinstance(module, RoutedLoRALinear), isinstance(module, LoraLayer)
     wanted = config.base_method.attention
     if (of_experts and wanted == "lora") or (of_lora and wanted == "experts"):
@@ -72,7 +72,7 @@ def _check_shared(name: str, module: nn.Module, config: GraphMoEConfig) -> None:
 
 
 def _check_pattern(field: str, values: dict[str, object], selected: list[str]) -> None:
-    """Every key counts for some module, and counts for the same ones in the order in which PEFT saves them.
+    """Refuse a key that counts for no module, or not for the same ones in the order in which PEFT saves them.
 
     The first key that matches decides, and adapter_config.json has them sorted.
     """
@@ -110,7 +110,7 @@ def _check_dora(name: str, module: Any) -> None:
 
 
 def experts_by_name(model: nn.Module, config: GraphMoEConfig) -> dict[str, int]:
-    """Decoder layer name -> n, for a ``num_experts`` that differs by layer; empty if it is one number.
+    """Map each decoder layer's name to its n, for a ``num_experts`` that differs by layer; empty if it is one number.
 
     Raises:
         ValueError: the list or pattern does not fit the model's number of decoder layers.

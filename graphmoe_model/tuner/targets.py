@@ -26,9 +26,9 @@ from graphmoe_model.tuner.decoder_layers import QUERY_KEY_VALUE, DecoderLayer, d
 
 
 def default_targets(model: nn.Module, config: GraphMoEConfig) -> set[str]:
-    """The ``target_modules`` of a config without any: the decoder layers' attention projections and MLPs.
+    """Choose the ``target_modules`` of a config without any: the decoder layers' attention projections and MLPs.
 
-    Suffixes (``"q_proj"``, ``"mlp"``) where these select just the decoder layers' modules, else full names.
+    They are suffixes (``"q_proj"``, ``"mlp"``) where these select just the decoder layers' modules, else full names.
 
     Raises:
         NoMatchingPeftModuleError: there are no decoder layers, or none of their MLPs is left to adapt.
@@ -103,7 +103,7 @@ def check_targets(model: nn.Module, config: GraphMoEConfig) -> None:
 
 
 def _check_entries(modules: dict[str, nn.Module], config: GraphMoEConfig) -> None:
-    """PEFT passes over an entry that matches nothing; a typo would cost the user those adapters unseen."""
+    """Refuse an entry that matches nothing: PEFT passes over it, and a typo would cost those adapters unseen."""
     if isinstance(config.target_modules, str):
         return
     entries = sorted(config.target_modules or ())
@@ -114,7 +114,7 @@ def _check_entries(modules: dict[str, nn.Module], config: GraphMoEConfig) -> Non
 
 
 def _check_linear(module: nn.Module, config: GraphMoEConfig) -> None:
-    """A single layer beside the MLPs, for a method that does not put LoRA on it."""
+    """Check a single layer beside the MLPs, for a method that does not put LoRA on it."""
     if config.base_method.attention is None:
         raise ValueError(
             f"method={config.method!r} adapts MLPs alone: leave this module out of target_modules, or choose "
@@ -134,7 +134,7 @@ def _reason_against(mlp: nn.Module) -> str | None:
 
 
 def _selects(config: GraphMoEConfig, name: str) -> bool:
-    """Whether the config's other fields (exclude_modules, layers_to_transform, ...) let a name pass."""
+    """Tell whether the config's other fields (exclude_modules, layers_to_transform, ...) let a name pass."""
     return bool(check_target_module_exists(_with_targets(config, {name.rpartition(".")[2]}), name))
 
 
@@ -145,7 +145,7 @@ def _with_targets(config: GraphMoEConfig, targets: set[str]) -> GraphMoEConfig:
 
 
 def _condensed(chosen: list[str], names: list[str], config: GraphMoEConfig) -> set[str]:
-    """``chosen`` with a suffix in place of all names that end in it, where it selects no module besides."""
+    """Put a suffix in place of all ``chosen`` names that end in it, where it selects no module besides."""
     targets: set[str] = set()
     for suffix in sorted({name.rpartition(".")[2] for name in chosen}):
         own = {name for name in chosen if name.rpartition(".")[2] == suffix}
@@ -168,7 +168,7 @@ def _no_mlp(model: nn.Module, layers: list[DecoderLayer], config: GraphMoEConfig
 
 
 def _unsupported(model: nn.Module, refused: dict[str, str]) -> str:
-    reasons: dict[str, list[str]] = {}  # the layers' modules are alike: one line a reason, not one a layer
+    reasons: dict[str, list[str]] = {}  # the layers' modules are alike: one line per reason, not one per layer
     for name, reason in refused.items():
         reasons.setdefault(reason, []).append(name)
     lines = [f"- {joined(names)}: {reason}" for reason, names in reasons.items()]
@@ -182,7 +182,7 @@ def _unsupported(model: nn.Module, refused: dict[str, str]) -> str:
 
 
 def _seen(model: nn.Module) -> str:
-    """The kinds of layers in the model's module lists, with their submodules."""
+    """List the kinds of layers in the model's module lists, with their submodules."""
     layers = [layer for _, module in walk(model) if isinstance(module, nn.ModuleList) for layer in module]
     kinds = {type(layer).__name__: [name for name, _ in layer.named_children()] for layer in layers}
     return ", ".join(f"{kind}({', '.join(children)})" for kind, children in sorted(kinds.items()))
@@ -207,7 +207,7 @@ def _no_mlp_selected(modules: dict[str, nn.Module], selected: dict[str, Any], co
 
 
 def _left_out(mlps: list[str], config: GraphMoEConfig) -> str:
-    """Which fields leave out MLPs that ``target_modules`` mean; empty if these mean none."""
+    """Say which fields leave out MLPs that ``target_modules`` mean; empty if these mean none."""
     fields = ("exclude_modules", "modules_to_save", "layers_to_transform")
     bare = copy.copy(config)
     for field in fields:
