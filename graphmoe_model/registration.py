@@ -24,8 +24,7 @@ from graphmoe_model.storage.offloaded_loading import (
     into_offloaded_transformers_model,
     onto_offloaded_base,
 )
-from graphmoe_model.tuner.model import GraphMoEModel
-from graphmoe_model.tuner.peft_helpers import extend_peft_helpers
+from graphmoe_model.tuner import GraphMoEModel, extend_peft_helpers
 
 
 def register() -> None:

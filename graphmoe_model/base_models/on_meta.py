@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.messages import first_line
-from graphmoe_model.tuner.targets import check_targets
+from graphmoe_model.tuner import check_targets
 
 
 class AdaptedOnMeta(NamedTuple):

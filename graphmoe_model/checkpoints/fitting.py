@@ -59,20 +59,27 @@ def fitting_state(model: nn.Module, adapter_name: str, state: dict[str, Tensor])
             problems.append(f"{name}: not in the model")
             continue
         expected = own[place][1]
-        shape = shapes.get(place, expected.shape)
-        if tensor.shape != shape:
-            problems.append(f"{name}: {list(tensor.shape)} in the checkpoint, {list(shape)} in the model")
-            if tensor.shape[1:] == shape[1:] and place in vocabulary:
-                problems[-1] += (
-                    f"; the adapter was trained with {len(tensor)} tokens: call "
-                    f"model.resize_token_embeddings({len(tensor)}) on the base model before loading"
-                )
-        elif _kind(tensor) != _kind(expected):
-            problems.append(f"{name}: {tensor.dtype} in the checkpoint, {expected.dtype} in the model")
+        problem = _difference(tensor, expected, shapes.get(place, expected.shape), place in vocabulary)
+        problems += [] if problem is None else [f"{name}: {problem}"]
     problems += [f"{name}: missing from the checkpoint" for name in adapter.values() if name not in found]
     if problems:
         raise misfit(adapter_name, list(dict.fromkeys(problems)))
     return {own[name][0]: tensor for name, tensor in found.items()}
+
+
+def _difference(tensor: Tensor, expected: Tensor, shape: torch.Size, has_row_per_token: bool) -> str | None:
+    """Say in what a checkpoint's tensor does not fit the model's, which is whole in this ``shape``; None if it fits."""
+    if tensor.shape != shape:
+        difference = f"{list(tensor.shape)} in the checkpoint, {list(shape)} in the model"
+        if tensor.shape[1:] != shape[1:] or not has_row_per_token:
+            return difference
+        return (
+            f"{difference}; the adapter was trained with {len(tensor)} tokens: call "
+            f"model.resize_token_embeddings({len(tensor)}) on the base model before loading"
+        )
+    if _kind(tensor) != _kind(expected):
+        return f"{tensor.dtype} in the checkpoint, {expected.dtype} in the model"
+    return None
 
 
 def missing_modules(model: nn.Module, adapter_name: str, names: Iterable[str]) -> list[str]:

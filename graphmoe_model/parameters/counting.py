@@ -10,7 +10,7 @@ from graphmoe_model.base_models import adapted_on_meta
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.storage.weight_management import true_shape
-from graphmoe_model.tuner.decoder_layers import ATTENTION_OUTPUT, QUERY_KEY_VALUE
+from graphmoe_model.tuner import ATTENTION_OUTPUT, QUERY_KEY_VALUE
 
 # "experts" and "routers" are the MLPs'; "magnitudes" are DoRA's everywhere; "other" is what is trained beside the
 # method, such as modules_to_save.

@@ -19,23 +19,27 @@ ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 LAUNCHES = frozenset({"cuda_runtime", "cuda_driver"})
 
 
-class _Point(NamedTuple):
-    """A range or a launch on a host thread; times in nanoseconds.
-
-    Attributes:
-        duration: of a launch 0, as the range that it starts in is the one that counts.
-        category: None for a launch.
-        cost: of a range its duration, of a launch that of what it launched on the device.
-    """
+class _Range(NamedTuple):
+    """A range on a host thread, in nanoseconds."""
 
     start: int
     duration: int
-    category: str | None
-    cost: int
+    category: str
 
     def order(self) -> tuple[int, int, bool]:
         """By time, and a range before what lies in it."""
         return self.start, -self.duration, self.category != FORWARD
+
+
+class _Launch(NamedTuple):
+    """A launch on a host thread, and how long what it launched ran on the device, in nanoseconds."""
+
+    start: int
+    spent: int
+
+    def order(self) -> tuple[int, int, bool]:
+        """Order after the range that it starts in, which is the one that counts."""
+        return self.start, 0, True
 
 
 class _Open(NamedTuple):
@@ -57,11 +61,13 @@ def attribute(events: Iterable[dict[str, Any]], on_device: bool) -> list[dict[st
             on a device, or something whose launch is not on record.
     """
     complete = [event for event in events if event.get("ph") == "X"]
-    threads = _ranges(complete)
+    threads: dict[Any, list[_Range | _Launch]] = defaultdict(list)
+    for thread, ranges in _ranges(complete).items():
+        threads[thread] += ranges
     if on_device:
         for thread, launches in _launches(complete).items():
             threads[thread] += launches
-    found = [forward for points in threads.values() for forward in _walk(sorted(points, key=_Point.order), on_device)]
+    found = [forward for points in threads.values() for forward in _walk(sorted(points, key=_order), on_device)]
     if not found:
         raise ValueError(f"the trace has no range {RANGE_PREFIX}{FORWARD}: it is not one of a profile")
     found.sort(key=lambda pair: pair[0])
@@ -78,22 +84,22 @@ def _nanoseconds(microseconds: float) -> int:
     return round(1000 * microseconds)
 
 
-def _ranges(events: list[dict[str, Any]]) -> dict[Any, list[_Point]]:
-    """Our ranges by host thread. Their mirror images on the device's timeline have another category and stay out."""
-    threads: dict[Any, list[_Point]] = defaultdict(list)
+def _ranges(events: list[dict[str, Any]]) -> dict[Any, list[_Range]]:
+    """Collect our ranges by host thread; their mirror images on the device's timeline have another category."""
+    threads: dict[Any, list[_Range]] = defaultdict(list)
     for event in events:
         if event.get("cat") != "user_annotation" or not event["name"].startswith(RANGE_PREFIX):
             continue
         name = event["name"].removeprefix(RANGE_PREFIX)
         if name != FORWARD and name not in CATEGORIES:
             raise ValueError(f"the trace has a range {event['name']!r}; expected one of {', '.join(CATEGORIES)}")
-        start, duration = _nanoseconds(event["ts"]), _nanoseconds(event["dur"])
-        threads[event["pid"], event["tid"]].append(_Point(start, duration, name, duration))
+        own = _Range(_nanoseconds(event["ts"]), _nanoseconds(event["dur"]), name)
+        threads[event["pid"], event["tid"]].append(own)
     return threads
 
 
-def _launches(events: list[dict[str, Any]]) -> dict[Any, list[_Point]]:
-    """The launches of all that ran on a device, by host thread. One launch can start many kernels (a CUDA graph)."""
+def _launches(events: list[dict[str, Any]]) -> dict[Any, list[_Launch]]:
+    """Collect the launches of all that ran on a device, by host thread; one can start many kernels (a CUDA graph)."""
     spent: dict[int, int] = defaultdict(int)
     for event in events:
         if event.get("cat") in ON_DEVICE:
@@ -103,12 +109,12 @@ def _launches(events: list[dict[str, Any]]) -> dict[Any, list[_Point]]:
             "the profiler recorded nothing that ran on the device; it needs CUPTI (or roctracer) and the permission to "
             "use it (NVIDIA: NVreg_RestrictProfilingToAdminUsers=0), and no other profiler attached"
         )
-    threads: dict[Any, list[_Point]] = defaultdict(list)
+    threads: dict[Any, list[_Launch]] = defaultdict(list)
     for event in events:
         correlation = event.get("args", {}).get("correlation")
         if event.get("cat") in LAUNCHES and correlation in spent:
-            point = _Point(_nanoseconds(event["ts"]), 0, None, spent.pop(correlation))
-            threads[event["pid"], event["tid"]].append(point)
+            launch = _Launch(_nanoseconds(event["ts"]), spent.pop(correlation))
+            threads[event["pid"], event["tid"]].append(launch)
     if spent:
         raise ValueError(
             f"{len(spent)} of the device's activities have no launch on record: the profiler's buffers overflowed; "
@@ -117,24 +123,29 @@ def _launches(events: list[dict[str, Any]]) -> dict[Any, list[_Point]]:
     return threads
 
 
-def _walk(points: list[_Point], on_device: bool) -> list[tuple[int, dict[str, int]]]:
-    """Every forward of one thread: its start and the nanoseconds of every category."""
+def _order(point: _Range | _Launch) -> tuple[int, int, bool]:
+    return point.order()
+
+
+def _walk(points: list[_Range | _Launch], on_device: bool) -> list[tuple[int, dict[str, int]]]:
+    """Sum up every forward of one thread: its start and the nanoseconds of every category."""
     forwards: list[tuple[int, dict[str, int]]] = []
     stack: list[_Open] = []
     for point in points:
         while stack and stack[-1].end <= point.start:
             stack.pop()
+        if isinstance(point, _Launch):
+            if stack:  # else before or after a forward
+                forwards[stack[-1].forward][1][stack[-1].category] += point.spent
+            continue
         if point.category == FORWARD:
             forwards.append((point.start, dict.fromkeys(CATEGORIES, 0)))
         elif not stack:  # before or after a forward
             continue
-        if point.category is None:
-            forwards[stack[-1].forward][1][stack[-1].category] += point.cost
-            continue
         category = "other" if point.category == FORWARD else point.category
         if not on_device:
-            forwards[-1][1][category] += point.cost
+            forwards[-1][1][category] += point.duration
             if stack:  # a range's time is not its parent's
-                forwards[-1][1][stack[-1].category] -= point.cost
+                forwards[-1][1][stack[-1].category] -= point.duration
         stack.append(_Open(point.start + point.duration, category, len(forwards) - 1))
     return forwards

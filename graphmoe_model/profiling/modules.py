@@ -11,7 +11,7 @@ from torch import nn
 from graphmoe_kernels import named_range
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.layers.mlp_layouts import is_gated_mlp
-from graphmoe_model.tuner.decoder_layers import QUERY_KEY_VALUE, decoder_layers, is_attention
+from graphmoe_model.tuner import QUERY_KEY_VALUE, decoder_layers, is_attention
 
 
 def categories(model: nn.Module) -> dict[nn.Module, str]:
