@@ -59,7 +59,7 @@ def from_lora(settings: dict[str, Any], weights: dict[str, Tensor], what: str) -
     mlps = sorted({place.rpartition(".")[0] for place in places if place.rpartition(".")[2] in LINEARS})
     if len(mlps) != 1:
         raise ValueError(
-            f"{what} must adapt linears ({', '.join(LINEARS)}) of one MLP a layer; it has "
+            f"{what} must adapt linears ({', '.join(LINEARS)}) of one MLP per layer; it has "
             f"{', '.join(mlps) or 'none: PEFT loads such an adapter as it is'}"
         )
     mlp = mlps[0]

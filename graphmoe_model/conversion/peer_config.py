@@ -56,14 +56,7 @@ def moe_config(settings: dict[str, Any], projections: list[str], what: str) -> t
         raise ValueError(f"{what} cannot be converted:\n{lines}")
     coefficient, notes = _aux_loss(settings)
     task, more = task_type(settings)
-    notes += more
-    if settings.get("act_fn"):
-        notes.append(f"act_fn is {settings['act_fn']!r} there; here the base model's own activation runs: compare them")
-    if "lora_dropout" in expert and expert["lora_dropout"] != settings["lora_dropout"]:
-        notes.append(
-            f"the experts' dropout is {expert['lora_dropout']} there, the attention's {settings['lora_dropout']}; here "
-            "the experts' holds for both (in training)"
-        )
+    notes += more + _differences(settings, expert)
     top_k: Any = None if kind == "LORAMOE" else settings.get("top_k", TOP_K)
     if coefficient:
         coefficient = aux_loss_coef(coefficient, top_k)
@@ -87,6 +80,19 @@ def moe_config(settings: dict[str, Any], projections: list[str], what: str) -> t
         base_model_name_or_path=settings.get("base_model_name_or_path"),
     )
     return config, notes
+
+
+def _differences(settings: dict[str, Any], expert: dict[str, Any]) -> list[str]:
+    """Note what is said there and has no place here, or means something else here."""
+    notes = []
+    if settings.get("act_fn"):
+        notes.append(f"act_fn is {settings['act_fn']!r} there; here the base model's own activation runs: compare them")
+    if "lora_dropout" in expert and expert["lora_dropout"] != settings["lora_dropout"]:
+        notes.append(
+            f"the experts' dropout is {expert['lora_dropout']} there, the attention's {settings['lora_dropout']}; here "
+            "the experts' holds for both (in training)"
+        )
+    return notes
 
 
 def task_type(settings: dict[str, Any]) -> tuple[Any, list[str]]:

@@ -34,7 +34,7 @@ class ParameterCounts(NamedTuple):
 
     @property
     def base(self) -> int:
-        """All parameters of the base model."""
+        """Add up all parameters of the base model."""
         return self.linears + self.others
 
 

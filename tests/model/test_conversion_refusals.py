@@ -160,7 +160,7 @@ def test_mlps_without_gate_up_and_down(linear, kind, tmp_path):
 def test_adapters_without_experts(tmp_path):
     with pytest.raises(ValueError, match="adapts no linear of the MLPs"):
         imported(tmp_path, "MOLA", target_modules=["q_proj"])
-    with pytest.raises(ValueError, match=r"one MLP a layer; it has none: PEFT loads such an adapter as it is"):
+    with pytest.raises(ValueError, match=r"one MLP per layer; it has none: PEFT loads such an adapter as it is"):
         imported(tmp_path, "LORA", target_modules=["q_proj"])
 
 
@@ -263,7 +263,7 @@ def test_lora_in_other_places(tmp_path):
     with pytest.raises(ValueError, match="the layers of one decoder"):
         from_moe_peft(write_peer(tmp_path / "tower", settings, tensors | tower))
     experts = {name.replace(".mlp.", ".mlp.experts.0."): tensor for name, tensor in tensors.items()}
-    with pytest.raises(ValueError, match=r"one MLP a layer; it has mlp, mlp\.experts\.0"):
+    with pytest.raises(ValueError, match=r"one MLP per layer; it has mlp, mlp\.experts\.0"):
         from_moe_peft(write_peer(tmp_path / "experts", settings, tensors | experts))
 
 
