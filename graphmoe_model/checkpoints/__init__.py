@@ -1,4 +1,10 @@
-"""Adapter checkpoints are whole: replaced as a whole when they are saved, checked as a whole when they are loaded."""
+"""Adapter checkpoints are whole: replaced as a whole when they are saved, checked as a whole when they are loaded.
+
+Saving: `saving` wraps PEFT's, `whole` refuses to save a part, `folder` replaces the files together, `digest` marks them
+as of one save. Loading: `loading` wraps PEFT's and Transformers', `weights` reads a file without running code in it,
+`fitting` compares it with the model, `spread` writes to parameters that are spread over processes. `tensor_names` knows
+which tensors are an adapter's, `configuration` reads its settings.
+"""
 
 from graphmoe_model.checkpoints.configuration import read_config, saved_adapter_config
 from graphmoe_model.checkpoints.digest import check_digest, stamp

@@ -165,7 +165,7 @@ class GraphMoEModel(LoraModel):
             self.set_adapter((self.active_adapters or sorted(self.peft_config))[0])
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to average adapters: averaged routers, experts and GRUs do not compute the average of what they compute."""
+        """Refuse to average adapters: averaged routers, experts and GRUs compute no average of the outputs."""
         raise NotImplementedError(
             "GraphMoE adapters cannot be combined by weights: routing and rethinking are nonlinear in them; train one "
             "adapter on the data of both, switch between them with set_adapter, or average the logits of two forwards"
