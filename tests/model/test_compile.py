@@ -62,14 +62,15 @@ def test_dropout_compiles_without_a_break() -> None:
 
 @torch.no_grad()
 def test_token_counts_share_a_handful_of_graphs() -> None:
-    """Static for the first count, dynamic from the second on, one more for a single token; twice for the first fold."""
+    """Static for the first count, dynamic from the second on, one more for a single token."""
     ffn = make_ffn().eval()
+    ffn(tokens(2, 5))  # keeps a fold; graphs that are made before there is one are tested below
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ffn, fullgraph=True, backend=counter)
     for length in (5, 5, 6, 7, 1, 12, 1, 33):
         x = tokens(2, length)
         torch.testing.assert_close(compiled(x), ffn(x), rtol=0, atol=TOLERANCE)
-    assert counter.frame_count <= 4
+    assert counter.frame_count <= 3
 
 
 def _change_in_place(ffn: FusedGraphMoEFFN) -> None:
