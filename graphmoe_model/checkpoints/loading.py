@@ -89,8 +89,8 @@ def checked_from_pretrained(from_pretrained: Any) -> Any:
         config = kwargs.get("config", args[2] if len(args) > 2 else None)
         if config is not None and not isinstance(config, GraphMoEConfig):
             return function(cls, model, model_id, *args, **kwargs)
-        source = _source.set(Source.opened(_local(model_id, kwargs), config))
         before = ModelState(model)
+        source = _source.set(Source.opened(_local(model_id, kwargs), config))
         try:
             return function(cls, model, model_id, *args, **kwargs)
         except BaseException:
