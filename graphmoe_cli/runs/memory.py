@@ -29,7 +29,7 @@ def run(
     checkpointing: bool = True,
     as_json: bool = False,
 ) -> None:
-    """What ``graphmoe memory`` does; `graphmoe_cli.memory` says what each option means.
+    """Print what ``graphmoe memory`` finds; `graphmoe_cli.memory` says what each option means.
 
     Args:
         settings: fields of `GraphMoEConfig` to overrule the preset's, or the defaults.

@@ -37,7 +37,7 @@ def run(
     settings: dict[str, Any] | None = None,
     as_json: bool = False,
 ) -> None:
-    """What ``graphmoe params`` does; `graphmoe_cli.params` says what each option means.
+    """Print what ``graphmoe params`` counts; `graphmoe_cli.params` says what each option means.
 
     Args:
         settings: fields of `GraphMoEConfig` to overrule the presets', or to make a config of.

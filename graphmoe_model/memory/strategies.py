@@ -19,7 +19,7 @@ MAX_LIVE = 1_000_000_000
 
 
 def held(strategy: Strategy, counts: ParameterCounts, gpus: int) -> dict[str, int]:
-    """Bytes on each of the ``gpus`` that are there all the time, by what they are."""
+    """Compute the bytes on each of the ``gpus`` that are there all the time, by what they are."""
     weights = gpus if strategy.shards_weights else 1
     optimizer = gpus if strategy.shards_weights or strategy.deepspeed else 1
     gradient, state = (BF16 + FP32, FP32 + ADAM) if strategy.deepspeed else (FP32, ADAM)
@@ -45,21 +45,21 @@ def _linears(strategy: Strategy, elements: int) -> float:
 
 
 def _buffers(strategy: Strategy, counts: ParameterCounts) -> int:
-    """What gradients are averaged in."""
+    """Compute the bytes of the buffers that gradients are averaged in."""
     if strategy.sharding == Sharding.ddp:
         return FP32 * counts.adapter
     return BF16 * REDUCE_BUCKET if strategy.deepspeed else 0
 
 
 def gathered_in_loss(strategy: Strategy, counts: ParameterCounts) -> int:
-    """Bytes of whole weights that a process has while the loss is computed."""
+    """Compute the bytes of whole weights that a process has while the loss is computed."""
     if strategy.sharding == Sharding.fsdp2:  # the head, and the last layer's gathered for its backward: sent, unpacked
         return BF16 * counts.head + 2 * _layer(strategy, counts)
     return _live(strategy, counts)
 
 
 def gathered_in_layer(strategy: Strategy, counts: ParameterCounts) -> int:
-    """Bytes of whole weights that a process has while one layer runs."""
+    """Compute the bytes of whole weights that a process has while one layer runs."""
     dequantised = BF16 * counts.layer_mlp if strategy.quantised else 0  # a fold reads all of an MLP's
     if strategy.sharding == Sharding.fsdp2:  # the layer that runs, and the next one's: sent, unpacked
         return 3 * _layer(strategy, counts) + dequantised

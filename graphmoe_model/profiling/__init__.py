@@ -1,7 +1,7 @@
 """Where a model's time goes: attention, MLP, experts, routing and GRU, by `torch.profiler` with named ranges.
 
 `models` and `modules` make ready what is profiled, `measure` runs it, `attribution` reads the trace into a `result`;
-`report` and `plot` write it, and `command` is ``graphmoe profile``.
+`report` and `plot` write it, for ``graphmoe profile``.
 """
 
 from graphmoe_model.profiling.measure import PHASES, profile_model

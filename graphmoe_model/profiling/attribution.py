@@ -27,7 +27,7 @@ class _Range(NamedTuple):
     category: str
 
     def order(self) -> tuple[int, int, bool]:
-        """By time, and a range before what lies in it."""
+        """Order by time, and a range before what lies in it."""
         return self.start, -self.duration, self.category != FORWARD
 
 
@@ -49,7 +49,7 @@ class _Open(NamedTuple):
 
 
 def attribute(events: Iterable[dict[str, Any]], on_device: bool) -> list[dict[str, float]]:
-    """Seconds of every category in every `FORWARD` range of a trace, in order of time.
+    """Compute the seconds of every category in every `FORWARD` range of a trace, in order of time.
 
     Args:
         events: the trace's ``traceEvents``.
@@ -75,7 +75,7 @@ def attribute(events: Iterable[dict[str, Any]], on_device: bool) -> list[dict[st
 
 
 def last_forward(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events from the last forward's start on, and the trace's names of processes and threads."""
+    """Select the events from the last forward's start on, and the trace's names of processes and threads."""
     start = max(event["ts"] for event in events if event.get("name") == RANGE_PREFIX + FORWARD)
     return [event for event in events if event.get("ph") == "M" or event.get("ts", start) >= start]
 

@@ -43,7 +43,7 @@ def profile_model(
     traces: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Profile]:
-    """Where the time of a forward goes, for every phase and length, on the device that the model is on.
+    """Measure where the time of a forward goes, for every phase and length, on the device that the model is on.
 
     The forward is the one that ``generate`` makes: no gradients, a cache, logits of the last token alone. Token ids are
     random. The model's mode is as before afterwards, and no hook stays on it.
@@ -91,7 +91,7 @@ def profile_model(
 
 
 def _check(model: nn.Module, phases: Sequence[str], lengths: Sequence[int], **counts: int) -> Any:
-    """The language model's configuration, after a look at every argument."""
+    """Check every argument, and return the language model's configuration."""
     unknown = [phase for phase in phases if phase not in PHASES]
     if unknown or not phases:
         raise ValueError(f"unknown phase {', '.join(map(repr, unknown)) or 'none'}; expected 'prefill' or 'decode'")
@@ -114,7 +114,7 @@ def _check(model: nn.Module, phases: Sequence[str], lengths: Sequence[int], **co
 
 @contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; then every module's own mode again."""
+    """Evaluate without gradients inside the block; then every module has its own mode again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -131,7 +131,7 @@ def _token_ids(vocabulary: int, batch: int, tokens: int, device: torch.device) -
 
 
 def _preparer(model: nn.Module, phase: str, ids: torch.Tensor) -> Callable[[], Call]:
-    """What makes a call ready: a decode step gets a cache of its own, as it writes to it."""
+    """Return what makes a call ready: a decode step gets a cache of its own, as it writes to it."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     options: dict[str, Any] = {"use_cache": True}
     known = inspect.signature(base.forward).parameters
@@ -153,7 +153,7 @@ def _preparer(model: nn.Module, phase: str, ids: torch.Tensor) -> Callable[[], C
 def _measure(
     model: nn.Module, prepare: Callable[[], Call], device: torch.device, repetitions: int, trace: Path | None
 ) -> tuple[list[float], list[float], list[dict[str, float]]]:
-    """Elapsed seconds of the calls alone and of the profiled ones, and the latter's seconds by category."""
+    """Time the calls alone and the profiled ones, in seconds, and the latter by category."""
     warm = [_elapsed(prepare(), device) for _ in range(WARM_UPS)]
     repetitions *= 3 if warm[-1] < SHORT else 1
     alone = [_elapsed(prepare(), device) for _ in range(repetitions)]
@@ -181,7 +181,7 @@ def _in_range(call: Call) -> Call:
 
 
 def _elapsed(call: Call, device: torch.device) -> float:
-    """Seconds from an idle device to an idle device."""
+    """Time a call in seconds, from an idle device to an idle device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -192,5 +192,5 @@ def _elapsed(call: Call, device: torch.device) -> float:
 
 
 def _slug(adapter: str) -> str:
-    """The adapter as a part of a file's name: "GraphMoE (T=3)" is graphmoe-t-3."""
+    """Write the adapter as a part of a file's name: "GraphMoE (T=3)" is graphmoe-t-3."""
     return "-".join("".join(c if c.isalnum() else " " for c in adapter.lower()).split())
