@@ -84,13 +84,13 @@ bench: env  ## the benchmarks on this machine, in 5 minutes on a 2-core CPU: lat
 report: env  ## results as the table of targets, a page and plots; ARGS="--compare A.json B.json": do two runs agree
 	$(PY) -m benchmarks.report $(ARGS)
 
-gpu-report: env  ## check and time the kernels and the layer on a GPU, in 8.5 minutes; writes benchmarks/results/
+gpu-report: env  ## make bench on a GPU in 8.5 minutes, the most important first; writes benchmarks/results/
 	$(PY) -m benchmarks.gpu.report $(ARGS)
 
 tune: env  ## try configurations of the kernels on this GPU and write the fastest right ones to graphmoe_kernels/configs/
 	$(PY) -m benchmarks.gpu.tune $(ARGS)
 
-predictions: env  ## write benchmarks/PREDICTIONS.md: the kernels' times by arithmetic, beside what was measured
+predictions: env  ## print the kernels' times by arithmetic; benchmarks/PREDICTIONS.md has those from before the first run
 	$(PY) -m benchmarks.predictions $(ARGS)
 
 check: env  ## lint, format, types, import contracts

@@ -1,22 +1,85 @@
-"""Who may be timed: an operator whose results and gradients keep the error budget against fp64, on a sample of tokens.
+"""Who may be timed: what keeps the error budget against the fp64 oracle, on a sample of tokens, gradients included.
 
-The operator runs on all its tokens; the upstream gradients are zero but for the sample's, so that the gradients of
-weights are sums over the sample. So the oracle in fp64, and the plain computation whose error is the budget, need run
-on the sample alone, at any size.
+A contender runs on all its tokens; in a backward the gradients of its outputs are zero but for the sample's, so that
+the gradients of weights are sums over the sample. So the oracle in fp64, and the plain computation whose error is the
+budget, need run on the sample alone, at any size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.operators import Operands, Operator, Outputs, gradients, run_order
 from graphmoe_kernels.testing import within_budget
+
+Tensors = dict[str, Tensor]
 
 # Tokens that are checked: the oracle of that many is most of a check, and a CPU takes long for it.
 SAMPLE = {"cpu": 16, "cuda": 32}
+
+
+class Subject(NamedTuple):
+    """Something that computes outputs from operands, all by name.
+
+    Attributes:
+        run: (operands) -> outputs, the floating ones differentiable.
+        shared: the operands that are no tokens', such as weights.
+        fixed: names of floating operands that take no gradient.
+    """
+
+    run: Callable[[Tensors], Tensors]
+    shared: Tensors
+    fixed: frozenset[str] = frozenset()
+
+    def results(self, operands: Tensors, upstream: Tensors | None = None) -> Tensors:
+        """Outputs and, under ``upstream`` gradients of them, ``d_<name>`` of every floating operand."""
+        given = {**self.shared, **operands}
+        if upstream is None:
+            with torch.no_grad():
+                return self.run(given)
+        leaves = {
+            name: t if t.requires_grad else t.detach().requires_grad_()
+            for name, t in given.items()
+            if t.is_floating_point() and name not in self.fixed
+        }
+        outputs = self.run({**given, **leaves})
+        driven = [name for name in upstream if outputs[name].requires_grad]
+        if not driven:
+            return outputs
+        grads = torch.autograd.grad(
+            [outputs[name] for name in driven],
+            list(leaves.values()),
+            [upstream[name].to(outputs[name].dtype) for name in driven],
+            allow_unused=True,
+        )
+        pairs = zip(leaves.items(), grads, strict=True)
+        found = {f"d_{name}": torch.zeros_like(t) if grad is None else grad for (name, t), grad in pairs}
+        return {name: t.detach() for name, t in outputs.items()} | found
+
+
+class Built(NamedTuple):
+    """A contender, and what it has to equal.
+
+    Attributes:
+        subject: what is timed.
+        module: what has a training and an evaluation mode, if anything.
+        definition: the name of what it has to equal; contenders of one name have to equal the same.
+        plain, exact: that definition, in the contender's dtype and in fp64.
+    """
+
+    subject: Subject
+    module: nn.Module | None
+    definition: str
+    plain: Subject
+    exact: Subject
+
+    def set_mode(self, training: bool) -> None:
+        """Training or evaluation mode, where there is one."""
+        if self.module is not None:
+            self.module.train(training)
 
 
 class Verdict(NamedTuple):
@@ -50,18 +113,7 @@ def sample_rows(tokens: int, device: torch.device) -> Tensor:
     return torch.linspace(0, max(tokens - 1, 0), size, dtype=torch.float64).round().long().to(device)
 
 
-def sampled(operator: Operator, operands: Operands, rows: Tensor, dtype: torch.dtype | None) -> Operands:
-    """The operands of the sampled tokens, the floating ones in ``dtype``, without an order."""
-    found = {}
-    for name, t in operands.items():
-        if name == "order":
-            continue
-        part = t[rows] if name in operator.per_token else t
-        found[name] = part.to(dtype) if dtype is not None and part.is_floating_point() else part
-    return found
-
-
-def verdict(found: Outputs, plain: Outputs, oracle: Outputs, dtype: torch.dtype, floor: float = 0.0) -> Verdict:
+def verdict(found: Tensors, plain: Tensors, oracle: Tensors, dtype: torch.dtype, floor: float = 0.0) -> Verdict:
     """Every tensor of the oracle against the budget; integer tensors have to be equal."""
     errors: dict[str, tuple[float, float]] = {}
     faults = [f"{name} is missing" for name in sorted(oracle.keys() - found.keys())]
@@ -70,49 +122,69 @@ def verdict(found: Outputs, plain: Outputs, oracle: Outputs, dtype: torch.dtype,
             continue
         if exact.numel() == 0:
             faults.append(f"{name} has no elements to compare")
-            continue
-        if not exact.is_floating_point():
+        elif not exact.is_floating_point():
             if not torch.equal(found[name].long(), exact.long()):
                 faults.append(f"{name} differs")
-            continue
-        pair = device_error(found[name], exact, floor), device_error(plain[name], exact, floor)
-        errors[name] = pair
-        if not within_budget(*pair, dtype):
-            faults.append(f"{name}: error {pair[0]:.1e}, the plain computation's own is {pair[1]:.1e}")
+        else:
+            pair = device_error(found[name], exact, floor), device_error(plain[name], exact, floor)
+            errors[name] = pair
+            if not within_budget(*pair, dtype):
+                faults.append(f"{name}: error {pair[0]:.1e}, the plain computation's own is {pair[1]:.1e}")
     return Verdict(errors, "; ".join(faults) or None)
 
 
-def check_operator(operator: Operator, operands: Operands, dtype: torch.dtype, backend: str = "triton") -> Verdict:
-    """An operator's outputs and gradients on all tokens against fp64 on a sample of them."""
-    if operator.name == "order":
-        return _check_order(operator, operands, backend)
-    tokens = next(t.shape[0] for name, t in operands.items() if name in operator.per_token)
-    device = next(iter(operands.values())).device
-    rows = sample_rows(tokens, device)
-    few = sampled(operator, operands, rows, None)
-    shapes = {name: t for name, t in operator.run(few, "reference").items() if t.is_floating_point()}
-    generator = torch.Generator(device).manual_seed(2)
-    upstream = {
-        name: torch.randn(t.shape, generator=generator, device=device).to(t.dtype) for name, t in shapes.items()
-    }
-    wide = {name: t.new_zeros(tokens, *t.shape[1:]).index_copy_(0, rows, t) for name, t in upstream.items()}
-    found = gradients(operator, operands, backend, wide)
-    at_rows = {f"d_{name}" for name in operator.per_token} | shapes.keys() | {"experts"}
-    found = {name: t[rows] if name in at_rows else t for name, t in found.items()}
-    plain = gradients(operator, few, "reference", upstream)
-    exact = gradients(
-        operator,
-        sampled(operator, operands, rows, torch.float64),
-        "reference",
-        {n: u.double() for n, u in upstream.items()},
-    )
-    norm = sum(torch.linalg.vector_norm(u.double()).item() ** 2 for u in upstream.values()) ** 0.5
-    # A gradient that is zero in real arithmetic is judged by its absolute error.
-    return verdict(found, plain, exact, dtype, floor=1e-3 * norm)
+class Judge:
+    """Checks contenders on a sample of tokens; what several of them have to equal is computed once.
 
+    Args:
+        operands: of all tokens, the floating ones in the contenders' dtype or fp32.
+        rows: the tokens that are checked.
+        training: whether gradients are checked too.
+        dtype: whose budget counts.
+    """
 
-def _check_order(operator: Operator, operands: Operands, backend: str) -> Verdict:
-    order = operator.run(operands, backend)["order"]
-    if not torch.equal(order.long(), run_order(operands, "torch")["order"].long()):
-        return Verdict({}, "the order is not the stable sort by the two smallest experts")
-    return Verdict({}, None)
+    def __init__(self, operands: Tensors, rows: Tensor, training: bool, dtype: torch.dtype) -> None:
+        self.operands, self.rows, self.training, self.dtype = operands, rows, training, dtype
+        self.tokens = next(iter(operands.values())).shape[0]
+        self.upstream: Tensors = {}
+        self._known: dict[str, tuple[Tensors, Tensors]] = {}
+
+    def check(self, built: Built) -> Verdict:
+        """Outputs at the sampled rows and, in training, every gradient of a loss over them, against fp64."""
+        self.definitions(built)
+        built.set_mode(self.training)
+        wide = {
+            n: t.new_zeros(self.tokens, *t.shape[1:]).index_copy_(0, self.rows, t) for n, t in self.upstream.items()
+        }
+        return self.compare(built, built.subject.results(self.operands, wide if self.training else None))
+
+    def compare(self, built: Built, found: Tensors, gradients: bool = True) -> Verdict:
+        """Results on all tokens, however they were computed; ``gradients`` False for outputs alone."""
+        plain, exact = self.definitions(built)
+        if not gradients:
+            exact = {name: t for name, t in exact.items() if not name.startswith("d_")}
+        of_tokens = {name for name in exact if not name.startswith("d_")} | {f"d_{name}" for name in self.operands}
+        at_rows = {name: t[self.rows] if name in of_tokens else t for name, t in found.items()}
+        # A gradient that is zero in real arithmetic is judged by its absolute error.
+        norm = sum(torch.linalg.vector_norm(u.double()).item() ** 2 for u in self.upstream.values()) ** 0.5
+        return verdict(at_rows, plain, exact, self.dtype, floor=1e-3 * norm if self.training else 0.0)
+
+    def definitions(self, built: Built) -> tuple[Tensors, Tensors]:
+        """What ``built`` has to equal at the sampled rows: in its dtype, and in fp64."""
+        if built.definition not in self._known:
+            few = {name: t[self.rows] for name, t in self.operands.items()}
+            wide = {name: t.double() if t.is_floating_point() else t for name, t in few.items()}
+            exact = None
+            if self.training:
+                self._draw_upstream(built.plain.results(few))
+                exact = {name: t.double() for name, t in self.upstream.items()}
+            plain = built.plain.results(few, self.upstream if self.training else None)
+            self._known[built.definition] = plain, built.exact.results(wide, exact)
+        return self._known[built.definition]
+
+    def _draw_upstream(self, outputs: Tensors) -> None:
+        generator = torch.Generator(self.rows.device).manual_seed(7)
+        for name, t in outputs.items():
+            if t.is_floating_point() and name not in self.upstream:
+                drawn = torch.randn(t.shape, generator=generator, device=t.device)
+                self.upstream[name] = drawn.to(t.dtype)

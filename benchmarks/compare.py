@@ -6,7 +6,7 @@ import statistics
 from typing import Any, NamedTuple
 
 from benchmarks.document import Ratio, ResultError, Source, turn_ratio
-from benchmarks.tables import plural
+from benchmarks.units import plural
 from graphmoe_kernels.cost.report import table
 
 # What makes a device another one; the load of its host and the like may differ.

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 import pytest
 from _pytest.terminal import TerminalReporter
 
-from benchmarks.options import Chosen, add_options, choose
+from benchmarks.conditions import file_name
+from benchmarks.document import RESULTS, Document, ResultError
+from benchmarks.options import add_options, choose
+from benchmarks.page import summary
 from benchmarks.session import Session
-from benchmarks.summary import summary
 
-CHOSEN = pytest.StashKey[Chosen]()
 SESSION = pytest.StashKey[Session]()
 
 
@@ -25,18 +26,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    # The tables at the end have the same times, and ratios; `-v` shows those of pytest-benchmark too.
-    config.option.benchmark_quiet = True
-    config.stash[CHOSEN] = choose(config)
-    config.stash[SESSION] = Session(config.stash[CHOSEN])
+    # The tables at the end have the same times, and ratios; a comparison is pytest-benchmark's own.
+    config.option.benchmark_quiet = not config.option.benchmark_compare
+    try:
+        config.stash[SESSION] = Session(choose(config), Document(config.getoption("result")))
+    except ResultError as error:
+        raise pytest.UsageError(f"--result: {error}") from None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    chosen = metafunc.config.stash[CHOSEN]
-    if "profiled" in metafunc.fixturenames:
-        metafunc.parametrize("profiled", chosen.profiled, ids=[model.name for model in chosen.profiled])
     if "contender" in metafunc.fixturenames:
-        cases = chosen.cases
+        cases = metafunc.config.stash[SESSION].chosen.cases
         found = [(case, contender) for case in cases for contender in case.contenders]
         ids = [identifier(f"{case.name} {contender.label}") for case, contender in found]
         metafunc.parametrize("case, contender", found, ids=ids)
@@ -45,13 +45,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def identifier(name: str) -> str:
     """A name as `-k` takes it: "T=3, 16 tokens" is T3-16-tokens."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", name.replace("=", "")).strip("-")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without cases, or without models to profile, there is no test of them to skip."""
-    chosen = config.stash[CHOSEN]
-    empty = {name for name, found in (("test_contender", chosen.cases), ("test_profile", chosen.profiled)) if not found}
-    items[:] = [item for item in items if getattr(item, "originalname", "") not in empty]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -64,16 +57,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def measured(pytestconfig: pytest.Config) -> Iterator[Session]:
     """What the run measures; its document is written at its end if that was asked for."""
-    yield pytestconfig.stash[SESSION]
-    if pytestconfig.getoption("save_results"):
-        pytestconfig.stash[SESSION].save()
+    session = pytestconfig.stash[SESSION]
+    yield session
+    document = session.document
+    if pytestconfig.getoption("save_results") and document.path is None and document.measured:
+        document.path = RESULTS / file_name(document.content["conditions"])
+        document.save()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
     session = config.stash[SESSION]
-    if session.content["steps"]:
+    if session.document.measured:
         terminalreporter.section("GraphMoE")
-        terminalreporter.write_line(summary(session.content, config.stash[CHOSEN].left_out))
-        if session.path is not None:
-            terminalreporter.write_line(f"written to {session.path}")
+        terminalreporter.write_line(summary(session.content))
+        if session.document.path is not None:
+            terminalreporter.write_line(f"written to {session.document.path}")

@@ -11,14 +11,14 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from benchmarks.cases import Case, Contender
-from benchmarks.checks import sample_rows, verdict
-from benchmarks.layer_timing import Judge
-from benchmarks.layers import DTYPES, Forward, Layer
-from benchmarks.preparation import Prepared, Work
-from benchmarks.providers import PROVIDERS, Built
+from benchmarks.checks import Built, Judge, Tensors, Verdict, sample_rows, verdict
+from benchmarks.layers import Layer, Layers
+from benchmarks.operators import DTYPES
+from benchmarks.plain import Forward
+from benchmarks.providers import PROVIDERS
 from benchmarks.sizes import Model
-from benchmarks.work import layer_work
-from benchmarks.workplace import Workplace
+from benchmarks.timing import Prepared
+from benchmarks.work import Work, layer_work
 from graphmoe_kernels.cost import Sizes
 
 # Inputs that are tried until one has enough sampled tokens whose routing is decided.
@@ -110,54 +110,46 @@ class Skeleton:
 class DecoderTiming:
     """The contenders of a case of the group ``decoder``."""
 
-    def __init__(self, case: Case, workplace: Workplace) -> None:
-        self.case, self.workplace = case, workplace
+    def __init__(self, case: Case, layers: Layers) -> None:
+        self.case, self.layers = case, layers
         first = case.contenders[0].sizes
-        self.dtype = DTYPES[first.dtype]
-        self.judge = Judge(False, self.dtype)
-        self.skeleton = Skeleton(case, first, workplace.device.torch)
+        self.skeleton = Skeleton(case, first, layers.device.torch)
         most = max((c.sizes for c in case.contenders), key=lambda s: s.rounds)
-        self.h, rows = self._input(workplace.layer(most), most)
-        self.mlp_input, self.residual = self.skeleton.mlp_input(self.h)
-        self.sample = self.judge.sample(self.mlp_input, rows)
+        self.h, rows = self._input(layers.get(most), most)
+        x, self.residual = self.skeleton.mlp_input(self.h)
+        self.judge = Judge({"x": x}, rows, False, DTYPES[first.dtype])
 
     def prepare(self, contender: Contender) -> Prepared:
         """The decoder layer around the provider's MLP."""
         provider, sizes = PROVIDERS[contender.provider], contender.sizes
-        built = provider.build(self.workplace.layer(sizes), sizes)
+        built = provider.build(self.layers.get(sizes), sizes)
         built.set_mode(False)
-        captured = self.case.graph and provider.capturable
-        forward = self.skeleton.forward(Wrapped(built.subject.forward))
+        forward = self.skeleton.forward(Wrapped(lambda x: built.subject.run({"x": x})["y"]))
 
         def infer() -> Tensor:
             with torch.no_grad():
                 return forward(self.h)
 
+        work, attention = layer_work(provider.form, sizes, False), attention_work(self.case, sizes)
         return Prepared(
             contender,
-            lambda: self._compare(built, infer()),
+            lambda: self.compare(built, infer()),
             infer,
-            work=_add(layer_work(provider.form, sizes, False), attention_work(self.case, sizes)),
-            capture=captured,
-            verify=(lambda result: self._compare(built, result).fault) if captured else None,
+            work=Work((work.bytes or 0.0) + (attention.bytes or 0.0), work.operations + attention.operations),
+            capture=self.case.graph and provider.capturable,
+            verify=lambda found: self.compare(built, found).fault,
         )
 
-    def _compare(self, built: Built, result: object) -> Any:
-        """The output at the sampled tokens: the residual and what the MLP has to add to it."""
-        assert isinstance(result, Tensor)
-        rows = self.sample.rows
-        plain, exact = self.judge.definitions(built, self.sample)
-        residual = self.residual[rows]
+    def compare(self, built: Built, result: Tensor) -> Verdict:
+        """The output at the sampled tokens, less the residual, in whose shadow an error of the MLP would be small."""
+        plain, exact = self.judge.definitions(built)
+        rows, residual = self.judge.rows, self.residual[self.judge.rows]
 
-        def added(y: Tensor) -> Tensor:  # without the residual, in whose shadow an error of the MLP would be small
-            return y.double() - residual.double()
+        def added(y: Tensor) -> Tensors:
+            return {"added by the MLP": y.double() - residual.double()}
 
-        return verdict(
-            {"added by the MLP": added(result.flatten(0, 1)[rows])},
-            {"added by the MLP": added(residual + plain["y"])},
-            {"added by the MLP": exact["y"]},
-            self.dtype,
-        )
+        oracle = {"added by the MLP": exact["y"]}
+        return verdict(added(result.flatten(0, 1)[rows]), added(residual + plain["y"]), oracle, self.judge.dtype)
 
     def _input(self, layer: Layer, sizes: Sizes) -> tuple[Tensor, Tensor]:
         """h [B, S, D], and sampled rows whose routing is decided behind the attention."""
@@ -182,8 +174,3 @@ def attention_work(case: Case, sizes: Sizes) -> Work:
     products = tokens * (weights + 2 * wide * seen)
     cached = 2 * narrow * ((case.context or 0) + tokens)
     return Work(float(e * (weights + cached + tokens * (4 * model.hidden + 2 * wide))), 2.0 * products)
-
-
-def _add(one: Work, other: Work) -> Work:
-    moved = None if one.bytes is None or other.bytes is None else one.bytes + other.bytes
-    return Work(moved, one.operations + other.operations)

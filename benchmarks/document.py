@@ -1,18 +1,43 @@
-"""Result files: one JSON schema for every run, the document that grows during a run, and reading it back."""
+"""Result files: the schema, the document that grows during a run, and reading it back.
+
+A result is one JSON object. Whoever wrote it, on whatever device, it has:
+
+    schema      2, the number of this description
+    conditions  device {kind, name, ...}, versions {package: version}, commit, date (UTC, ISO 8601); more may follow
+    limits      what the device did in the same run: copy bytes a second, matrix operations a second, ... (may be empty)
+    steps       {name: {state: done | failed | skipped | running, seconds, note}}, by the names of the cases
+    checks      [{case, provider, label, tokens, dtype, passed, fault, largest error, plain computation's own}]
+    rows        [{case, group, model, mode, graph, provider, label, sizes, seconds, ratios, ...}]: timed in turns, by
+                seconds {median, quartiles, best, turns} and ratios {label of another of the case: {median, range}}
+    kernels     [{operator, kernel, round, tokens, experts, dtype, seconds, ...}]: each kernel alone
+    profiles    [{model, adapter, phase, tokens, seconds {part: s}}]: where the time of a forward goes
+
+A reader takes what it knows and leaves the rest. A further key needs no new number; a changed meaning does.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMA = 2
 RUN_AGAIN = "run the benchmarks again (`make bench`, or `make gpu-report` on a GPU)"
-# What a row is judged and drawn by; the other keys of the schema may be null.
-ROW_KEYS = ("case", "group", "model", "mode", "graph", "provider", "label", "sizes", "seconds", "ratios")
-SIZE_KEYS = ("experts", "rounds", "tokens", "dtype")
+LISTS = ("checks", "rows", "kernels", "profiles")
+# What a row is judged and drawn by, and kernels and profiles are shown by; the other keys may be missing.
+KEYS = {
+    "rows": ("case", "group", "model", "mode", "graph", "provider", "label", "sizes", "seconds", "ratios"),
+    "kernels": ("operator", "kernel", "round", "tokens", "experts", "seconds"),
+    "profiles": ("model", "adapter", "phase", "tokens", "seconds"),
+}
+WITHIN = {
+    "rows": {"sizes": ("experts", "rounds", "tokens", "dtype"), "seconds": ("median", "quartiles")},
+    "kernels": {"seconds": ("median",)},
+    "profiles": {},
+}
 # Providers of the frozen MLP with or without LoRA: one computation at any T.
 WITHOUT_ROUNDS = ("dense", "peft_lora", "liger")
 
@@ -55,8 +80,7 @@ class Document:
         path: the file; None for a document that is kept in memory.
 
     Attributes:
-        content: ``schema``, ``conditions``, ``limits``, ``steps`` (name -> state), ``checks``, ``rows``, ``kernels``,
-            ``profiles``.
+        content: as the schema has it.
 
     Raises:
         ResultError: the file is there, but is no result of this schema.
@@ -64,18 +88,15 @@ class Document:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.content: dict[str, Any] = {
-            "schema": SCHEMA,
-            "conditions": {},
-            "limits": {},
-            "steps": {},
-            "checks": [],
-            "rows": [],
-            "kernels": [],
-            "profiles": [],
-        }
+        self.content: dict[str, Any] = {"schema": SCHEMA, "conditions": {}, "limits": {}, "steps": {}}
+        self.content |= {name: [] for name in LISTS}
         if path is not None and path.exists():
             self.content = _parse(path)
+
+    @property
+    def measured(self) -> bool:
+        """Whether anything was found."""
+        return any(self.content[name] for name in LISTS)
 
     def save(self) -> None:
         """Write all of it, where there is a path."""
@@ -123,7 +144,8 @@ def load(path: Path) -> dict[str, Any]:
         raise ResultError(f"{path} does not say where it was measured ({', '.join(absent)} missing): {RUN_AGAIN}")
     if not (content["rows"] or content["kernels"] or content["profiles"]):
         raise ResultError(f"{path} has no rows: its run measured nothing ({_ends(content)}); {RUN_AGAIN}")
-    _check_rows(path, content["rows"])
+    for section in KEYS:
+        _check_entries(path, section, content[section])
     return content
 
 
@@ -139,31 +161,15 @@ def turn_ratio(over: dict[str, Any], under: dict[str, Any]) -> Ratio | None:
     return None
 
 
-def newest(folder: Path) -> tuple[list[Source], list[str]]:
-    """The newest result of each kind of device in a folder, and a line for each file that was passed over.
-
-    One that measured only the tiny sizes, whose figures mean nothing, counts where there is no other.
-    """
-    found: dict[str, Source] = {}
-    passed_over = []
-    for path in sorted(folder.glob("*.json")):
+def every(folder: Path) -> tuple[list[Source], list[str]]:
+    """The results in a folder and its folders, the newest first, and a line for each file that is none."""
+    found, passed_over = [], []
+    for path in sorted(folder.rglob("*.json")):
         try:
-            source = Source(path, load(path))
+            found.append(Source(path, load(path)))
         except ResultError as error:
             passed_over.append(str(error))
-            continue
-        kind = source.content["conditions"]["device"]["kind"]
-        other = found.get(kind)
-        if other is None or _standing(source) >= _standing(other):
-            found[kind], source = source, other  # type: ignore[assignment]
-        if source is not None:
-            passed_over.append(f"{source.path}: older or tiny; name it to see it")
-    return list(found.values()), passed_over
-
-
-def _standing(source: Source) -> tuple[bool, str]:
-    models = {row["model"] for row in source.content["rows"]}
-    return models != {"tiny"}, source.content["conditions"]["date"]
+    return sorted(found, key=lambda source: source.content["conditions"]["date"], reverse=True), passed_over
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -184,38 +190,38 @@ def _parse(path: Path) -> dict[str, Any]:
         named = [f"{key} {content[key]}" for key in ("schema", "version") if key in content]
         has = named[0] if named else "no schema number"
         raise ResultError(f"{path} has {has}, expected is schema {SCHEMA}: {RUN_AGAIN}")
-    for key, kind in (("conditions", dict), ("limits", dict), ("steps", dict)):
-        _expect(path, content, key, kind)
-    for key in ("checks", "rows", "kernels", "profiles"):
-        _expect(path, content, key, list)
+    for key, kind in (*((key, dict) for key in ("conditions", "limits", "steps")), *((key, list) for key in LISTS)):
+        if not isinstance(content.get(key), kind):
+            found = f"is a {type(content[key]).__name__}" if key in content else "is missing"
+            expected = f"expected is a {kind.__name__}: the file is damaged"
+            raise ResultError(f"{path}: {key!r} {found}, {expected}; {RUN_AGAIN}")
     return content
 
 
-def _expect(path: Path, content: dict[str, Any], key: str, kind: type) -> None:
-    if not isinstance(content.get(key), kind):
-        found = f"is a {type(content[key]).__name__}" if key in content else "is missing"
-        raise ResultError(f"{path}: {key!r} {found}, expected is a {kind.__name__}: the file is damaged; {RUN_AGAIN}")
-
-
-def _check_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def _check_entries(path: Path, section: str, entries: Iterable[Any]) -> None:
+    """Every entry of a list of the schema has what the schema says."""
     seen: set[tuple[str, str]] = set()
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ResultError(f"{path}: row {index} is a {type(row).__name__}, expected is an object; {RUN_AGAIN}")
-        absent = [key for key in ROW_KEYS if key not in row]
-        absent += [f"sizes {key}" for key in SIZE_KEYS if "sizes" in row and key not in row["sizes"]]
+    for index, entry in enumerate(entries):
+        what = f"{section.removesuffix('s')} {index}"
+        if not isinstance(entry, dict):
+            raise ResultError(f"{path}: {what} is a {type(entry).__name__}, expected is an object; {RUN_AGAIN}")
+        absent = [key for key in KEYS[section] if key not in entry]
+        within = WITHIN[section].items()
         absent += [
-            f"seconds {key}" for key in ("median", "quartiles") if "seconds" in row and key not in row["seconds"]
+            f"{key} {inner}" for key, keys in within if key in entry for inner in keys if inner not in entry[key]
         ]
         if absent:
-            raise ResultError(f"{path}: row {index} has no {', '.join(absent)}: the file is damaged; {RUN_AGAIN}")
-        median = row["seconds"]["median"]
+            raise ResultError(f"{path}: {what} has no {', '.join(absent)}: the file is damaged; {RUN_AGAIN}")
+        if section == "profiles":  # whose seconds are of parts
+            continue
+        median = entry["seconds"]["median"]
         if not (isinstance(median, (int, float)) and median > 0):
-            raise ResultError(f"{path}: row {index} took {median!r} s, expected is a positive time; {RUN_AGAIN}")
-        name = (row["case"], row["label"])
-        if name in seen:
-            raise ResultError(f"{path} has two rows {row['label']!r} of case {row['case']!r}, expected is one")
-        seen.add(name)
+            raise ResultError(f"{path}: {what} took {median!r} s, expected is a positive time; {RUN_AGAIN}")
+        if section == "rows":
+            name = (entry["case"], entry["label"])
+            if name in seen:
+                raise ResultError(f"{path} has two rows {name[1]!r} of case {name[0]!r}, expected is one")
+            seen.add(name)
 
 
 def _ends(content: dict[str, Any]) -> str:

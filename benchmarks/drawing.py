@@ -9,15 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.document import Ratio
-from benchmarks.tables import plural
+from benchmarks.units import plural
+from graphmoe_model.presentation import MUTED, PALE
 
-INK, MUTED, PALE = "#1f2933", "#6b7785", "#dfe5ec"
-STYLE: Any = {  # matplotlib types its settings by a list of literal names
-    **{"font.size": 10, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": PALE, "axes.axisbelow": True},
-    **{"axes.grid": True, "grid.color": PALE, "grid.linewidth": 0.8, "axes.titlelocation": "left"},
-    **{"axes.titlesize": 10, "xtick.minor.size": 0, "ytick.minor.size": 0},
-}
 # Paul Tol's "muted" scheme, made for readers with any colour vision; shapes tell apart what colours might not.
 LOOKS = {
     "triton": ("#332288", "o"),

@@ -12,15 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.cases import Case, Contender
 from benchmarks.checks import Verdict, device_error
-from benchmarks.layers import DTYPES
-from benchmarks.preparation import Prepared
-from benchmarks.sizes import Model
-from benchmarks.workplace import Workplace
+from benchmarks.layers import Layers
+from benchmarks.operators import DTYPES
+from benchmarks.sizes import VOCABULARY, Model
+from benchmarks.timing import Prepared
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.testing import within_budget
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
 
-VOCABULARY = 8_192
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # provider -> (fold, backend) of the adapter
 SETTINGS = {"triton": ("auto", "triton"), "torch": ("auto", "torch"), "literal": ("never", "torch")}
@@ -33,14 +32,12 @@ class GenerationTiming:
     weights: how good the text is does not matter, that every product is done does.
     """
 
-    def __init__(self, case: Case, workplace: Workplace) -> None:
-        self.case, self.sizes = case, case.contenders[0].sizes
-        self.dtype, device = DTYPES[self.sizes.dtype], workplace.device
-        plan = workplace.plan
-        self.new_tokens = plan.new_tokens
-        self.base = make_model(case.model, plan.whole_layers, self.dtype, device.torch)
-        generator = torch.Generator(device.torch).manual_seed(9)
-        self.prompt = torch.randint(VOCABULARY, (1, case.context or 1), generator=generator, device=device.torch)
+    def __init__(self, case: Case, layers: Layers) -> None:
+        self.case, self.sizes, self.new_tokens = case, case.contenders[0].sizes, case.new_tokens
+        self.dtype, device = DTYPES[self.sizes.dtype], layers.device.torch
+        self.base = make_model(case.model, case.layers, self.dtype, device)
+        generator = torch.Generator(device).manual_seed(9)
+        self.prompt = torch.randint(VOCABULARY, (1, case.context or 1), generator=generator, device=device)
 
     def prepare(self, contender: Contender) -> Prepared:
         """A call makes `new_tokens` tokens, greedily, and never stops before."""

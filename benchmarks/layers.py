@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from benchmarks.checks import sample_rows
+from benchmarks.checks import Subject, sample_rows
 from benchmarks.devices import Device
-from benchmarks.operators import Outputs
+from benchmarks.operators import DTYPES
 from benchmarks.plain import Forward
 from graphmoe_kernels import DenseMLP, LayerWeights, RethinkingSpec, rethink
 from graphmoe_kernels.cost import Sizes
@@ -23,29 +23,15 @@ from graphmoe_kernels.rethinking import round_routing
 from graphmoe_kernels.testing import cast_layer, trainable
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 # A sampled token's k-th and (k+1)-th logits are so far apart in every round that rounding does not choose.
 MARGIN = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.1}
 # alpha = 2r, as in the paper's Table 2.
 SCALE = 2.0
 
 
-class Subject(NamedTuple):
-    """Something that computes y [N, D] from x [N, D], and the tensors whose gradients its training step needs too."""
-
-    forward: Forward
-    leaves: dict[str, Tensor]
-
-    def results(self, x: Tensor, upstream: Tensor, training: bool) -> Outputs:
-        """y, and in training the gradient of every leaf and of x by name, under ``upstream`` [N, D]."""
-        if not training:
-            with torch.no_grad():
-                return {"y": self.forward(x)}
-        leaves = {"x": x.detach().clone().requires_grad_(), **self.leaves}
-        y = self.forward(leaves["x"])
-        grads = torch.autograd.grad(y, list(leaves.values()), upstream.to(y.dtype), allow_unused=True)
-        found = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), grads, strict=True)}
-        return {"y": y.detach(), **found}
+def over_tokens(forward: Forward, leaves: dict[str, Tensor]) -> Subject:
+    """What computes y [N, D] from x [N, D], with the tensors whose gradients its training step needs too."""
+    return Subject(lambda given: {"y": forward(given["x"])}, leaves)
 
 
 def make_mlp(sizes: Sizes, device: Device) -> LlamaMLP:
@@ -59,6 +45,44 @@ def make_mlp(sizes: Sizes, device: Device) -> LlamaMLP:
 def dense_weights(mlp: LlamaMLP) -> DenseMLP:
     """Its tensors as the kernels take them."""
     return DenseMLP(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+
+
+class Layers:
+    """Layers by their sizes, made when they are first asked for; all of one width share an MLP.
+
+    Args:
+        device: where they lie.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._layers: dict[Sizes, Layer] = {}
+        self._mlp: tuple[Sizes, LlamaMLP] | None = None
+
+    def get(self, sizes: Sizes) -> Layer:
+        """The layer of these widths, experts and rank."""
+        key = _key(sizes)
+        if key not in self._layers:
+            self._layers[key] = Layer(sizes, self.device, self._shared_mlp(sizes))
+        return self._layers[key]
+
+    def keep(self, needed: Iterable[Sizes]) -> None:
+        """Free the layers that are not of the sizes ``needed`` next."""
+        keys = {_key(sizes) for sizes in needed}
+        self._layers = {key: layer for key, layer in self._layers.items() if key in keys}
+        self.device.release()
+
+    def _shared_mlp(self, sizes: Sizes) -> LlamaMLP:
+        key = Sizes(sizes.hidden, sizes.intermediate, 1, experts=2, dtype=sizes.dtype)
+        if self._mlp is None or self._mlp[0] != key:
+            self._mlp = None
+            self.device.release()
+            self._mlp = key, make_mlp(sizes, self.device)
+        return self._mlp[1]
+
+
+def _key(sizes: Sizes) -> Sizes:
+    return replace(sizes, tokens=1, rounds=1, top_k=1)
 
 
 class Layer:
@@ -139,7 +163,7 @@ class Layer:
             parts = [rethink(p, weights, self.spec(sizes), fold="never", backend="reference").y for p in x.split(32)]
             return torch.cat(parts)
 
-        return Subject(forward, trainable(weights))
+        return over_tokens(forward, trainable(weights))
 
     def draw(self, tokens: int, seed: int) -> Tensor:
         """Random x [N, D]."""
@@ -164,7 +188,7 @@ class Layer:
         if sizes.top_k == sizes.experts:
             return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
         with torch.no_grad(), _recorded_logits() as seen:
-            self.definition(sizes, exact=True).forward(x.double())
+            self.definition(sizes, exact=True).run({"x": x.double()})
         routings = sizes.rounds * len(self._all.routers())
         logits = torch.stack([torch.cat(seen[i::routings]) for i in range(routings)])  # [T * routers, N, n]
         ordered = logits.sort(dim=-1, descending=True).values

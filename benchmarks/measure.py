@@ -6,30 +6,26 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from benchmarks.cases import OPERATORS, Case, Contender
+from benchmarks import host
+from benchmarks.cases import OPERATOR_GROUPS, Case, Contender
+from benchmarks.checks import Verdict
 from benchmarks.decoders import DecoderTiming
 from benchmarks.devices import Call, Device, Samples
 from benchmarks.document import WITHOUT_ROUNDS
 from benchmarks.generation import GenerationTiming
-from benchmarks.layer_timing import LayerTiming
+from benchmarks.gpu.kernels import time_kernels
+from benchmarks.layers import Layers
+from benchmarks.limits import Limits
 from benchmarks.memory import check_fits
-from benchmarks.operator_timing import OperatorTiming
-from benchmarks.preparation import Prepared
-from benchmarks.workplace import Workplace
+from benchmarks.operators import check_operator, find_operator
+from benchmarks.profiles import profiles
+from benchmarks.timing import LayerTiming, OperatorTiming, Prepared, Timing
 
-
-class Timing(Protocol):
-    """What the contenders of one case share: inputs, weights, the oracle's results."""
-
-    def prepare(self, contender: Contender) -> Prepared:
-        """A contender ready to be checked and timed; it raises what building it raises."""
-
-
-TIMINGS: dict[str, Callable[[Case, Workplace], Timing]] = {
-    **dict.fromkeys(OPERATORS, OperatorTiming),
-    **dict.fromkeys(("layer", "rounds", "methods", "scaling"), LayerTiming),
+TIMINGS: dict[str, Callable[[Case, Layers], Timing]] = {
+    **dict.fromkeys(OPERATOR_GROUPS, OperatorTiming),
+    **dict.fromkeys(("layer", "rounds", "methods", "scaling", "host"), LayerTiming),
     "decoder": DecoderTiming,
     "model": GenerationTiming,
 }
@@ -45,17 +41,34 @@ class Found(NamedTuple):
 
     Attributes:
         checks: a record for each contender.
-        rows: one for each that passed.
         samples: their times by label, of one call.
+        rows, kernels, profiles: as the document has them.
     """
 
     checks: list[dict[str, Any]]
-    rows: list[dict[str, Any]]
     samples: dict[str, Samples]
+    rows: list[dict[str, Any]]
+    kernels: list[dict[str, Any]]
+    profiles: list[dict[str, Any]]
 
     def fault(self, label: str) -> str | None:
         """Why a contender was not timed."""
         return next((check["fault"] for check in self.checks if check["label"] == label), None)
+
+
+class Workplace(NamedTuple):
+    """Where cases are measured: the layers that one after another computes with, on their device; what the device can
+    do, where that was measured; and how many seconds the contenders of a case are timed together, some turns at least.
+    """
+
+    layers: Layers
+    limits: Limits | None
+    seconds: float
+
+    @property
+    def device(self) -> Device:
+        """Where the layers lie."""
+        return self.layers.device
 
 
 class Ready(NamedTuple):
@@ -68,7 +81,7 @@ class Ready(NamedTuple):
     captured: bool = False
 
 
-def measure(case: Case, workplace: Workplace) -> Found:
+def measure(case: Case, place: Workplace) -> Found:
     """Checks the contenders and times those that pass.
 
     A contender that fails is in the checks with its error, and has no row: what is wrong gets no time. One that runs
@@ -77,36 +90,49 @@ def measure(case: Case, workplace: Workplace) -> Found:
     Raises:
         TooLarge: the whole case does not fit in memory.
     """
-    device = workplace.device
-    workplace.begin(contender.sizes for contender in case.contenders)
-    check_fits(case, device.free_bytes())
-    timing = TIMINGS[case.group](case, workplace)
+    place.layers.keep(contender.sizes for contender in case.contenders)
+    check_fits(case, place.device.free_bytes())
+    if case.group == "check":
+        found = check_operator(find_operator(case.operator, bool(case.later)), case.sizes, place.device.torch)
+        return Found([_record(case, case.contenders[0], found)], {}, [], [], [])
+    if case.group == "kernels":
+        assert place.limits is not None
+        operator = find_operator(case.operator, bool(case.later))
+        found, kernels = time_kernels(operator, case.sizes, place.device, place.limits, place.seconds, REPLAYS)
+        return Found([_record(case, case.contenders[0], found)], {}, [], kernels, [])
+    if case.mode == "profile":
+        found_profiles = host.profiled(case) if case.group == "host" else profiles(case, place.device)
+        return Found([], {}, [], [], found_profiles)
+    if case.mode == "launches stubbed":
+        samples = host.stubbed(case, place.seconds)
+        rows = [_row(case, c, samples, None, {"calls a turn": host.CALLS}) for c in case.contenders]
+        return Found([], samples, rows, [], [])
+    if case.group == "host":
+        with host.one_thread():
+            return _in_turns(case, Workplace(Layers(host.device()), None, place.seconds))
+    return _in_turns(case, place)
+
+
+def _in_turns(case: Case, place: Workplace) -> Found:
+    device = place.device
+    timing = (GenerationTiming if case.mode == "generate" else TIMINGS[case.group])(case, place.layers)
     checks, ready = [], {}
     for contender in case.contenders:
-        record: dict[str, Any] = {
-            "case": case.name,
-            "provider": contender.provider,
-            "label": contender.label,
-            "tokens": contender.sizes.tokens,
-            "dtype": contender.sizes.dtype,
-        }
         try:
             prepared = timing.prepare(contender)
-            verdict = prepared.check()
-            record |= verdict.record()
-            if verdict.fault is None:
-                made = make_ready(prepared, case, device)
-                ready[contender.label] = made
+            found = prepared.check()
+            if found.fault is None:
+                ready[contender.label] = make_ready(prepared, case, device)
         except Exception as error:  # it gets no time, the others do; a lost device raises in the next lines again
             device.release()
             device.synchronize()
             reason = str(error).strip().splitlines() or ["no message"]
-            record |= {"passed": False, "fault": f"{type(error).__name__}: {reason[0]}"}
-        checks.append(record)
-    turns = device.in_turns({label: each.call for label, each in ready.items()}, workplace.seconds)
+            found = Verdict({}, f"{type(error).__name__}: {reason[0]}")
+        checks.append(_record(case, contender, found))
+    turns = device.in_turns({label: each.call for label, each in ready.items()}, place.seconds)
     samples = {label: turns[label].of_one(each.calls) for label, each in ready.items()}
-    rows = [_row(case, label, each, samples, workplace) for label, each in ready.items()]
-    return Found(checks, rows, samples)
+    rows = [_timed_row(case, each, samples, place.limits) for each in ready.values()]
+    return Found(checks, samples, rows, [], [])
 
 
 def make_ready(prepared: Prepared, case: Case, device: Device) -> Ready:
@@ -115,63 +141,77 @@ def make_ready(prepared: Prepared, case: Case, device: Device) -> Ready:
     Raises:
         AssertionError: a captured call gives another result than the one that was checked.
     """
-    peak = None if case.group in (*OPERATORS, "model") else device.peak_bytes(prepared.call)
+    peak = None if case.group in (*OPERATOR_GROUPS, "model", "host") else device.peak_bytes(prepared.call)
     if prepared.capture and device.graphs:
         call = device.capture(prepared.call)
         fault = None if prepared.verify is None else prepared.verify(call())
         if fault is not None:
             raise AssertionError(f"in a CUDA graph, {fault}")
         # Started on an idle device: of one replay the host's launch would be a good part.
-        return Ready(prepared, _repeated(call, REPLAYS), REPLAYS * prepared.calls, peak, captured=True)
+        return Ready(prepared, repeated(call, REPLAYS), REPLAYS * prepared.calls, peak, captured=True)
     if device.kind != "cpu":
         return Ready(prepared, prepared.call, prepared.calls, peak)
     prepared.call()
     start = time.perf_counter()
     prepared.call()
     repeats = max(1, min(MAX_REPEATS, math.ceil(SHORTEST_TURN / (time.perf_counter() - start))))
-    return Ready(prepared, _repeated(prepared.call, repeats), repeats * prepared.calls, peak)
+    return Ready(prepared, repeated(prepared.call, repeats), repeats * prepared.calls, peak)
 
 
-def _repeated(call: Call, times: int) -> Call:
-    if times == 1:
-        return call
+def repeated(call: Call, times: int) -> Call:
+    """``call`` so many times, one behind the other."""
 
     def repeat() -> None:
         for _ in range(times):
             call()
 
-    return repeat
+    return call if times == 1 else repeat
 
 
-def _row(case: Case, label: str, ready: Ready, samples: dict[str, Samples], workplace: Workplace) -> dict[str, Any]:
+def _record(case: Case, contender: Contender, found: Verdict) -> dict[str, Any]:
+    """A check as the document has it."""
+    sizes = contender.sizes
+    named = {"case": case.name, "provider": contender.provider, "label": contender.label}
+    return {**named, "tokens": sizes.tokens, "dtype": sizes.dtype, **found.record()}
+
+
+def _timed_row(case: Case, ready: Ready, samples: dict[str, Samples], limits: Limits | None) -> dict[str, Any]:
+    prepared, work = ready.prepared, ready.prepared.work
+    more: dict[str, Any] = {"calls a turn": ready.calls}
+    row = _row(case, prepared.contender, samples, ready.peak, more) | {"graph": ready.captured}
+    median = row["seconds"]["median"]
+    if prepared.units is not None:
+        row["tokens a second"] = prepared.units / median
+    if work is not None:
+        row["work"] = {"bytes": work.bytes, "operations": work.operations}
+    if work is not None and limits is not None:
+        times = limits.times(work)
+        row["limit"] = {name: times[name] for name in ("memory", "matrix")}
+        row["share"] = max(row["limit"].values()) / median
+    return row
+
+
+def _row(
+    case: Case, contender: Contender, samples: dict[str, Samples], peak: int | None, more: dict[str, Any]
+) -> dict[str, Any]:
     """As the result document has it."""
-    contender, work = ready.prepared.contender, ready.prepared.work
-    sizes = asdict(contender.sizes) | ({"rounds": 1} if contender.provider in WITHOUT_ROUNDS else {})
-    seconds = samples[label].summary() | {"calls a turn": ready.calls}
-    row: dict[str, Any] = {
+    label = contender.label
+    return {
         "case": case.name,
         "group": case.group,
         "model": case.model.name,
         "mode": case.mode,
-        "graph": ready.captured,
+        "graph": False,
         "round": None if case.later is None else "later" if case.later else "first",
         "context": case.context,
         "provider": contender.provider,
         "label": label,
-        "sizes": sizes,
-        "seconds": seconds,
-        "peak bytes": ready.peak,
-        "work": None if work is None else work._asdict(),
+        "sizes": asdict(contender.sizes) | ({"rounds": 1} if contender.provider in WITHOUT_ROUNDS else {}),
+        "seconds": samples[label].summary() | more,
+        "peak bytes": peak,
+        "work": None,
         "limit": None,
         "share": None,
-        "tokens a second": None if ready.prepared.units is None else ready.prepared.units / seconds["median"],
-        "ratios": {},
+        "tokens a second": None,
+        "ratios": {other: samples[label].over(theirs) for other, theirs in samples.items() if other != label},
     }
-    if work is not None and workplace.limits is not None:
-        moved = 0.0 if work.bytes is None else work.bytes / workplace.limits.bandwidth
-        row["limit"] = {"memory": moved, "matrix": work.operations / workplace.limits.matrix}
-        row["share"] = max(row["limit"].values()) / seconds["median"]
-    for other, theirs in samples.items():
-        if other != label:
-            row["ratios"][other] = samples[label].over(theirs)
-    return row

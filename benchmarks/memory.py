@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.cases import OPERATORS, PLANS, Case, Contender
-from benchmarks.generation import VOCABULARY
+from benchmarks.cases import OPERATOR_GROUPS, Case, Contender
+from benchmarks.sizes import VOCABULARY
 from graphmoe_kernels.cost import Sizes, fold_bytes
 
 # Tensors [N, F] that a provider holds at once: in inference, and a round in training, where they are kept for the
@@ -21,10 +21,10 @@ class TooLarge(Exception):
 
 def needed_bytes(case: Case) -> int:
     """An upper estimate: weights, their fp64 copies for the oracle, kept folds, the activations of the largest."""
-    if case.group == "model":
+    if case.mode in ("generate", "profile"):
         return _whole_model(case)
     layers = {(c.sizes.experts, c.sizes.rank): c.sizes for c in case.contenders}
-    if case.group in OPERATORS:
+    if case.group in (*OPERATOR_GROUPS, "check", "kernels"):
         alone = case.contenders[0]._replace(sizes=replace(case.contenders[0].sizes, rounds=1))
         return 3 * _activations(alone, case.mode) + 2 * sum(fold_bytes(case.contenders[0].sizes).values())
     first = case.contenders[0].sizes
@@ -68,7 +68,7 @@ def _adapter(s: Sizes) -> int:
 
 def _whole_model(case: Case) -> int:
     s, m = case.contenders[0].sizes, case.model
-    layers = max(plan.whole_layers for plan in PLANS.values())
+    layers = case.layers
     base = 2 * VOCABULARY * m.hidden
     base += layers * m.hidden * (3 * m.intermediate + 2 * m.head_dim * (m.heads + m.kv_heads))
     adapters = layers * len(case.contenders) * _adapter(s)

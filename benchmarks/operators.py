@@ -1,54 +1,42 @@
-"""The operators as a layer calls them: operands of a round, results and gradients by name, launches on their own."""
+"""The operators as a layer calls them: operands of a round, calls by name, and the launches that they make.
+
+What the benchmarks know of the operators' signatures and launches stands here alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-import graphmoe_kernels.experts.launch
-import graphmoe_kernels.experts.stream
-import graphmoe_kernels.gru.launch
-import graphmoe_kernels.routing.launch
-import graphmoe_kernels.routing.order
+from benchmarks.checks import Built, Judge, Subject, Tensors, Verdict, sample_rows
 from graphmoe_kernels import expert_order, expert_swiglu, gru_step, route_tokens
 from graphmoe_kernels.cost import Sizes
-from graphmoe_kernels.launching import SKINNY_TOKENS, launch
+from graphmoe_kernels.launching import SKINNY_TOKENS, Launch, recorded
 from graphmoe_kernels.rethinking.folding import padded
 
-Operands = dict[str, Tensor]
-Outputs = dict[str, Tensor]
-
-# Where the operators start their kernels from.
-LAUNCHERS = (
-    graphmoe_kernels.experts.launch,
-    graphmoe_kernels.experts.stream,
-    graphmoe_kernels.gru.launch,
-    graphmoe_kernels.routing.launch,
-    graphmoe_kernels.routing.order,
-)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+Draw = Callable[..., Tensor]
 
 
 class Operator(NamedTuple):
     """An operator in the first round or a later one.
 
     Attributes:
-        name: how results call it.
+        name: how cases and results call it.
         later: whether it is a later round's call.
-        operands: (sizes, later, dtype, device) -> random operands in which no term is small.
-        run: (operands, backend) -> outputs by name, the floating ones differentiable.
+        draw: (draw, sizes, later) -> random operands in which no term is small.
+        run: (operands, top_k, backend) -> outputs by name, the floating ones differentiable.
         per_token: operands whose first dimension is the tokens.
         fixed: floating operands that take no gradient.
     """
 
     name: str
     later: bool
-    operands: Callable[[Sizes, bool, torch.dtype, torch.device], Operands]
-    run: Callable[[Operands, str], Outputs]
+    draw: Callable[[Draw, Sizes, bool], Tensors]
+    run: Callable[[Tensors, int, str], Tensors]
     per_token: frozenset[str]
     fixed: frozenset[str] = frozenset()
 
@@ -57,57 +45,85 @@ class Operator(NamedTuple):
         """Name and round."""
         return f"{self.name}, {'later' if self.later else 'first'} round"
 
+    def operands(self, sizes: Sizes, device: torch.device) -> Tensors:
+        """Random operands from a fixed seed."""
+        generator = torch.Generator(device).manual_seed(0)
 
-def _drawer(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
+        def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = DTYPES[sizes.dtype]) -> Tensor:
+            return (torch.randn(*shape, generator=generator, device=device) * std).to(dtype)
 
-    def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(*shape, generator=generator, device=device) * std).to(dtype)
+        return self.draw(draw, sizes, self.later)
 
-    return draw
+    def subject(self, operands: Tensors, top_k: int, backend: str, dtype: torch.dtype | None = None) -> Subject:
+        """The operator on a backend, over those of ``operands`` that are no tokens', in ``dtype`` if one is given."""
+        shared = {name: t if dtype is None else t.to(dtype) for name, t in self._split(operands)[1].items()}
+        return Subject(lambda given: self.run(given, top_k, backend), shared, self.fixed)
+
+    def built(self, operands: Tensors, top_k: int, backend: str) -> Built:
+        """The operator on a backend; it has to equal its reference."""
+        plain = self.subject(operands, top_k, "reference")
+        exact = self.subject(operands, top_k, "reference", torch.float64)
+        return Built(self.subject(operands, top_k, backend), None, "reference", plain, exact)
+
+    def judge(self, operands: Tensors, dtype: torch.dtype) -> Judge:
+        """Checks gradients too; an order is of all tokens, so all are looked at."""
+        own = self._split(operands)[0]
+        tokens, device = len(next(iter(own.values()))), next(iter(own.values())).device
+        whole = self.name == "routing_order"
+        rows = torch.arange(tokens, device=device) if whole else sample_rows(tokens, device)
+        return Judge(own, rows, not whole, dtype)
+
+    def _split(self, operands: Tensors) -> tuple[Tensors, Tensors]:
+        """The tokens' operands and the others; an order belongs to all tokens together."""
+        own = {name: t for name, t in operands.items() if name in self.per_token}
+        return own, {name: t for name, t in operands.items() if name not in self.per_token and name != "token_order"}
 
 
-def _chosen(sizes: Sizes, device: torch.device) -> Tensor:
-    generator = torch.Generator(device).manual_seed(1)
-    scores = torch.rand(sizes.tokens, sizes.experts, generator=generator, device=device)
+def check_operator(operator: Operator, sizes: Sizes, device: torch.device, backend: str = "triton") -> Verdict:
+    """An operator's outputs and gradients on all tokens against fp64 on a sample of them, as a layer calls it."""
+    operands = operator.operands(sizes, device)
+    judge = operator.judge(operands, DTYPES[sizes.dtype])
+    return judge.check(as_in_a_layer(operator, operator.built(operands, sizes.top_k, backend), operands, backend))
+
+
+def as_in_a_layer(operator: Operator, built: Built, operands: Tensors, backend: str) -> Built:
+    """With the order of tokens that a layer makes for the experts' Triton kernels, where it makes one."""
+    if operator.name != "experts" or backend != "triton" or len(operands["expert_ids"]) <= SKINNY_TOKENS:
+        return built
+    order = {"token_order": expert_order(operands["expert_ids"])}
+    return built._replace(subject=built.subject._replace(shared=built.subject.shared | order))
+
+
+def _chosen(draw: Draw, sizes: Sizes) -> Tensor:
+    scores = draw(sizes.tokens, sizes.experts, dtype=torch.float32)
     return scores.topk(sizes.top_k, dim=1).indices.to(torch.int32)
 
 
-def route_operands(sizes: Sizes, later: bool, dtype: torch.dtype, device: torch.device) -> Operands:
+def routing_operands(draw: Draw, sizes: Sizes, later: bool) -> Tensors:
     """x [N, D] and an fp32 router [n, D]; later the sum of states H [N, G'] and the first round's logits."""
-    draw, inner = _drawer(dtype, device), padded(sizes.gru_width) if later else sizes.hidden
-    found = {
-        "x": draw(sizes.tokens, inner),
-        "router": draw(sizes.experts, inner, std=inner**-0.5, dtype=torch.float32),
-    }
-    return found | ({"offset": draw(sizes.tokens, sizes.experts, dtype=torch.float32)} if later else {})
+    inner = padded(sizes.gru_width) if later else sizes.hidden
+    router = draw(sizes.experts, inner, std=inner**-0.5, dtype=torch.float32)
+    offset = {"offset": draw(sizes.tokens, sizes.experts, dtype=torch.float32)} if later else {}
+    return {"x": draw(sizes.tokens, inner), "router": router, **offset}
 
 
-def run_route(operands: Operands, backend: str) -> Outputs:
-    """`route_tokens` for two experts a token (one where there is one)."""
-    experts = operands["router"].shape[0]
-    found = route_tokens(**operands, top_k=min(2, experts), backend=backend)  # type: ignore[arg-type]
-    return {"weights": found.routing_weights, "logits": found.logits, "experts": found.expert_ids}
+def run_routing(operands: Tensors, top_k: int, backend: str) -> Tensors:
+    """`route_tokens`."""
+    found = route_tokens(**operands, top_k=top_k, backend=backend)  # type: ignore[arg-type]
+    return {"routing_weights": found.routing_weights, "logits": found.logits, "expert_ids": found.expert_ids}
 
 
-def order_operands(sizes: Sizes, later: bool, dtype: torch.dtype, device: torch.device) -> Operands:
-    """The chosen experts [N, k]."""
-    return {"experts": _chosen(sizes, device)}
+def run_order(operands: Tensors, top_k: int, backend: str) -> Tensors:
+    """The stable order by the two smallest experts of every token; elsewhere than on Triton by PyTorch's sort."""
+    if backend == "triton":
+        return {"token_order": expert_order(operands["expert_ids"])}
+    pairs = operands["expert_ids"].sort(dim=1).values[:, :2].long()
+    return {"token_order": (pairs[:, 0] * 256 + pairs[:, -1]).argsort(stable=True).int()}
 
 
-def run_order(operands: Operands, backend: str) -> Outputs:
-    """The two smallest experts of every token, in order: what an order has to sort; elsewhere by PyTorch's sort."""
-    pairs = operands["experts"].sort(dim=1).values[:, :2].long()
-    keys = pairs[:, 0] * 256 + pairs[:, -1]
-    if backend != "triton":
-        return {"order": keys.argsort(stable=True).int()}
-    return {"order": expert_order(operands["experts"])}
-
-
-def expert_operands(sizes: Sizes, later: bool, dtype: torch.dtype, device: torch.device) -> Operands:
+def expert_operands(draw: Draw, sizes: Sizes, later: bool) -> Tensors:
     """The operands of `expert_swiglu`, without dropout and scale vectors."""
-    N, F, n, r = sizes.tokens, sizes.intermediate, sizes.experts, sizes.rank
-    G, draw = padded(sizes.gru_width), _drawer(dtype, device)
+    N, F, n, r, G = sizes.tokens, sizes.intermediate, sizes.experts, sizes.rank, padded(sizes.gru_width)
     found = {
         "gate": draw(N, F),
         "up": draw(N, F),
@@ -115,132 +131,72 @@ def expert_operands(sizes: Sizes, later: bool, dtype: torch.dtype, device: torch
         "gate_B": draw(n, F, r, std=0.5 * r**-0.5),
         "up_B": draw(n, F, r, std=0.5 * r**-0.5),
         "down_A": draw(n, r, F, std=F**-0.5),
-        "weights": draw(N, sizes.top_k, dtype=torch.float32).softmax(dim=1),
-        "experts": _chosen(sizes, device),
+        "routing_weights": draw(N, sizes.top_k, dtype=torch.float32).softmax(dim=1),
+        "expert_ids": _chosen(draw, sizes),
     }
     if later:
-        found |= {
-            "state": draw(N, G),
-            "fold_gate": draw(F, G, std=G**-0.5),
-            "fold_up": draw(F, G, std=G**-0.5),
-            "low_update": draw(N, 2 * n * r),
-        }
+        fold = {"fold_gate": draw(F, G, std=G**-0.5), "fold_up": draw(F, G, std=G**-0.5)}
+        found |= {"state": draw(N, G), "low_update": draw(N, 2 * n * r), **fold}
     return found
 
 
-def run_experts(operands: Operands, backend: str) -> Outputs:
-    """`expert_swiglu`; with an ``order`` among the operands Triton works in it."""
-    c, z = expert_swiglu(**operands, scale=2.0, backend=backend)  # type: ignore[arg-type]
-    return {"c": c, "z": z}
+# What `expert_swiglu` calls some of them.
+ARGUMENTS = {"routing_weights": "weights", "expert_ids": "experts", "token_order": "order"}
 
 
-def gru_operands(sizes: Sizes, later: bool, dtype: torch.dtype, device: torch.device) -> Operands:
+def run_experts(operands: Tensors, top_k: int, backend: str) -> Tensors:
+    """`expert_swiglu`; with a ``token_order`` among the operands Triton works in it."""
+    given: dict[str, Any] = {ARGUMENTS.get(name, name): t for name, t in operands.items()}
+    hidden, low_down = expert_swiglu(**given, scale=2.0, backend=backend)
+    return {"hidden": hidden, "low_down": low_down}
+
+
+def gru_operands(draw: Draw, sizes: Sizes, later: bool) -> Tensors:
     """The operands of `gru_step` at the padded width."""
-    N, G, draw = sizes.tokens, padded(sizes.gru_width), _drawer(dtype, device)
-    found = {
-        "inputs": draw(N, 3 * G),
-        "candidate_weight": draw(G, G, std=G**-0.5),
-        "candidate_bias": draw(G),
-    }
-    if later:
-        found |= {"recurrent": draw(N, 2 * G), "state": draw(N, G), "total": draw(N, G)}
-    return found
+    N, G = sizes.tokens, padded(sizes.gru_width)
+    found = {"inputs": draw(N, 3 * G), "candidate_weight": draw(G, G, std=G**-0.5), "candidate_bias": draw(G)}
+    return found | ({"recurrent": draw(N, 2 * G), "state": draw(N, G), "total": draw(N, G)} if later else {})
 
 
-def run_gru(operands: Operands, backend: str) -> Outputs:
+def run_gru(operands: Tensors, top_k: int, backend: str) -> Tensors:
     """`gru_step`, in the first round without a state."""
     given: dict[str, Any] = {"recurrent": None, "state": None, "total": None, **operands}
     return {"out": gru_step(**given, backend=backend)}
 
 
-def _rounds(
-    name: str,
-    operands: Callable[[Sizes, bool, torch.dtype, torch.device], Operands],
-    run: Callable[[Operands, str], Outputs],
-    per_token: set[str],
-    fixed: frozenset[str] = frozenset(),
-) -> tuple[Operator, Operator]:
-    """An operator in a later round, which costs more, and in the first."""
-    later = Operator(name, True, operands, run, frozenset(per_token), fixed)
-    return later, later._replace(later=False)
-
-
-OPERATORS = (
-    *_rounds(
-        "experts",
-        expert_operands,
-        run_experts,
-        {"gate", "up", "low", "weights", "experts", "state", "low_update", "order"},
-    ),
-    *_rounds("routing", route_operands, run_route, {"x", "offset"}, frozenset({"offset"})),
-    *_rounds("gru", gru_operands, run_gru, {"inputs", "recurrent", "state", "total"}),
-    Operator("order", False, order_operands, run_order, frozenset({"experts"})),
+EXPERTS_PER_TOKEN = frozenset(("gate", "up", "low", "routing_weights", "expert_ids", "state", "low_update"))
+OPERATORS = tuple(
+    Operator(name, later, draw, run, frozenset(per_token), frozenset(fixed))
+    for name, rounds, draw, run, per_token, fixed in (
+        ("experts", (True, False), expert_operands, run_experts, EXPERTS_PER_TOKEN, ()),
+        ("routing", (True, False), routing_operands, run_routing, ("x", "offset"), ("offset",)),
+        ("gru", (True, False), gru_operands, run_gru, ("inputs", "recurrent", "state", "total"), ()),
+        (
+            "routing_order",
+            (False,),
+            lambda draw, s, _: {"expert_ids": _chosen(draw, s)},
+            run_order,
+            ("expert_ids",),
+            (),
+        ),
+    )
+    for later in rounds
 )
+# The operators that groups of cases time.
+OF_GROUP = {"routing": "routing", "expert_swiglu": "experts", "gru_step": "gru"}
 
 
-def gradients(operator: Operator, operands: Operands, backend: str, upstream: Outputs) -> Outputs:
-    """Outputs and, for each floating operand that takes one, ``d_<name>``, under the upstream gradients."""
-    leaves = {
-        name: t.detach().requires_grad_() if t.is_floating_point() and name not in operator.fixed else t
-        for name, t in operands.items()
-    }
-    outputs = operator.run(leaves, backend)
-    asked = {name: t for name, t in leaves.items() if t.requires_grad}
-    driven = [name for name in upstream if outputs[name].requires_grad]
-    found = {name: t.detach() for name, t in outputs.items()}
-    if driven:
-        grads = torch.autograd.grad(
-            [outputs[name] for name in driven],
-            list(asked.values()),
-            [upstream[name].to(outputs[name].dtype) for name in driven],
-            allow_unused=True,
-        )
-        pairs = zip(asked.items(), grads, strict=True)
-        found |= {f"d_{name}": torch.zeros_like(t) if grad is None else grad for (name, t), grad in pairs}
+def find_operator(name: str, later: bool) -> Operator:
+    """One of `OPERATORS`."""
+    return next(operator for operator in OPERATORS if (operator.name, operator.later) == (name, later))
+
+
+def launches_of(operator: Operator, sizes: Sizes, operands: Tensors) -> list[Launch]:
+    """The launches of an operator's forward and backward on Triton, as a layer makes them."""
+    built = as_in_a_layer(operator, operator.built(operands, sizes.top_k, "triton"), operands, "triton")
+    own = {name: t for name, t in operands.items() if name in operator.per_token}
+    outputs = built.subject.results(own)
+    upstream = {name: torch.randn_like(t) for name, t in outputs.items() if t.is_floating_point()}
+    with recorded() as found:
+        built.subject.results(own, upstream)
     return found
-
-
-def forward_only(operator: Operator, operands: Operands, backend: str) -> Outputs:
-    """Outputs without an autograd graph."""
-    with torch.no_grad():
-        return operator.run(operands, backend)
-
-
-def with_order(operator: Operator, operands: Operands) -> Operands:
-    """With the order of tokens that a layer makes for the experts' Triton kernels, where it makes one."""
-    if operator.name != "experts" or operands["gate"].shape[0] <= SKINNY_TOKENS:
-        return operands
-    return operands | {"order": expert_order(operands["experts"])}
-
-
-class Launch(NamedTuple):
-    """A kernel's launch as it happened; its tensors are kept alive, so it can be done again."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The kernel's name in the source."""
-        return self.kernel.fn.__name__
-
-    def again(self) -> None:
-        """Run it once more: the same reads and writes, on the same tensors."""
-        launch(self.kernel, self.grid, *self.arguments, **self.options)
-
-
-@contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
-    """The launches of everything run inside, in order."""
-    found: list[Launch] = []
-
-    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        found.append(Launch(kernel, tuple(grid), arguments, options))
-        launch(kernel, grid, *arguments, **options)
-
-    with ExitStack() as stack:
-        for module in LAUNCHERS:
-            stack.enter_context(mock.patch.object(module, "launch", record))
-        yield found

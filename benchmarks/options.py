@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from benchmarks.cases import DTYPES, GROUPS, NOT_BY_DEFAULT, OPERATORS, PLANS, Case, Plan, table
+from benchmarks.cases import GROUPS, NOT_BY_DEFAULT, OPERATOR_GROUPS, Case
 from benchmarks.devices import MIN_TURNS, CpuDevice, CudaDevice, Device
+from benchmarks.importance import rank
 from benchmarks.providers import PROVIDERS, missing
 from benchmarks.sizes import MODELS, Model
+from benchmarks.table import DTYPES, PLANS, Plan, table
 from graphmoe_kernels.cost import DTYPES as KNOWN_DTYPES
 
 DEFAULT_SIZES = {"cpu": "llama-3.2-1b", "cuda": "llama-3-8b"}
@@ -20,8 +24,7 @@ SECONDS = {"cpu": 1.0, "cuda": 0.5}
 
 def add_options(parser: pytest.Parser) -> None:
     """Declares them."""
-    group = parser.getgroup("GraphMoE benchmarks")
-    add = group.addoption
+    add = parser.getgroup("GraphMoE benchmarks").addoption
     seconds = ", ".join(f"{value:g} on {device}" for device, value in SECONDS.items())
     sizes = ", ".join(f"{name} on {device}" for device, name in DEFAULT_SIZES.items())
     add("--sizes", help=f"whose layers, of {', '.join(MODELS)}; several with commas (default: {sizes})")
@@ -32,7 +35,11 @@ def add_options(parser: pytest.Parser) -> None:
     add("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
     add("--seconds", type=float, help=f"of timing a case, {MIN_TURNS} turns at least (default: {seconds})")
+    add("--minutes", type=float, help="measure what is most important first, and begin nothing that would take longer")
+    add("--only", action="append", default=[], metavar="TEXT", help="cases with TEXT in their name; may repeat")
     add("--save-results", action="store_true", help="also write benchmarks/results/<device>-<date>-<commit>.json")
+    add("--result", type=Path, help="write this file after every case; what it has already is not measured again")
+    add("--commit", help="the commit, where there is no git checkout to ask")
 
 
 class Chosen(NamedTuple):
@@ -40,23 +47,25 @@ class Chosen(NamedTuple):
 
     Attributes:
         device: where.
-        cases: the cases, each with the contenders that can run.
-        providers: who can run of those that were asked for.
-        profiled: the models whose parts are profiled.
+        cases: the cases, each with the contenders that can run, in the order in which they are measured.
+        models: whose layers.
         plan: the token counts.
         left_out: providers that cannot run here, and why.
         seconds: of timing a case.
-        dtype: of all cases.
+        dtype: of all cases but checks and the host's.
+        end: when the run has to end, by the monotonic clock; None: whenever it is done.
+        commit: of the tree, where it was said.
     """
 
     device: Device
     cases: list[Case]
-    providers: list[str]
-    profiled: list[Model]
+    models: list[Model]
     plan: Plan
     left_out: dict[str, str]
     seconds: float
     dtype: str
+    end: float | None = None
+    commit: str | None = None
 
 
 def choose(config: pytest.Config) -> Chosen:
@@ -72,33 +81,42 @@ def choose(config: pytest.Config) -> Chosen:
         if threads < 1:
             raise pytest.UsageError(f"--threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
-    dtype = option("dtype") or DTYPES[device.kind]
-    models = _names(option("sizes"), DEFAULT_SIZES[device.kind], MODELS, "--sizes")
-    default = ",".join(name for name in GROUPS if name not in NOT_BY_DEFAULT)
-    groups = _names(option("groups"), default, GROUPS, "--groups")
+    for name in ("seconds", "minutes"):
+        if (value := option(name)) is not None and value < 0:
+            raise pytest.UsageError(f"--{name} must not be negative, got {value}")
+    dtype, limited = option("dtype") or DTYPES[device.kind], option("minutes")
+    models = [MODELS[name] for name in _names(option("sizes"), DEFAULT_SIZES[device.kind], MODELS, "--sizes")]
+    default = [name for name in GROUPS if limited is not None or name not in NOT_BY_DEFAULT]
+    groups = _names(option("groups"), ",".join(default), GROUPS, "--groups")
     providers = _names(option("providers"), ",".join(PROVIDERS), PROVIDERS, "--providers")
     left_out = missing(providers, device)
     if option("providers") and left_out:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise pytest.UsageError(f"--providers: cannot run here: {reasons}")
-    if (seconds := option("seconds")) is not None and seconds < 0:
-        raise pytest.UsageError(f"--seconds must not be negative, got {seconds}")
     plan = _plan(PLANS[device.kind], option("tokens"))
     runnable = [name for name in providers if name not in left_out]
-    cases = []
-    for name in models:
-        for case in table(MODELS[name], device.kind, dtype, plan):
-            kept = case.keep(runnable)
-            if case.group in groups and kept.contenders:
-                cases.append(kept)
-    profiled = [MODELS[name] for name in models] if "profile" in groups else []
-    if not cases and not profiled:
+    known = [case for model in models for case in table(model, device.kind, dtype, plan) if case.group in groups]
+    kept = {case.name: case.keep(runnable) for case in known}  # the host's cases are those of every model
+    cases = [case for case in kept.values() if case.contenders]
+    if not cases:
         raise pytest.UsageError(
             f"--groups {','.join(groups)} has no case with the providers {', '.join(runnable)}; the operators "
-            f"({', '.join(OPERATORS)}) have triton and torch alone"
+            f"({', '.join(OPERATOR_GROUPS)}) have triton and torch alone"
         )
-    seconds = SECONDS[device.kind] if seconds is None else seconds
-    return Chosen(device, cases, runnable, profiled, plan, left_out, seconds, dtype)
+    if limited is not None:
+        cases.sort(key=lambda case: rank(case, plan, dtype)[0])  # stable
+    cases = _only(cases, option("only"))
+    seconds = SECONDS[device.kind] if option("seconds") is None else option("seconds")
+    end = None if limited is None else time.monotonic() + 60 * limited
+    return Chosen(device, cases, models, plan, left_out, seconds, dtype, end, option("commit"))
+
+
+def _only(cases: list[Case], texts: list[str]) -> list[Case]:
+    for text in texts:
+        if not any(text in case.name for case in cases):
+            names = "\n  ".join(case.name for case in cases)
+            raise pytest.UsageError(f"--only {text!r} is in no case's name; the cases are:\n  {names}")
+    return [case for case in cases if not texts or any(text in case.name for text in texts)]
 
 
 def _device(kind: str | None) -> Device:

@@ -1,26 +1,44 @@
-"""Results as a Markdown page: targets, conditions, every row beside the limit, what failed and what was left out."""
+"""Results as tables: on a page with targets, conditions and every row beside the limit, and shorter on a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.document import WITHOUT_ROUNDS, Source, turn_ratio
-from benchmarks.tables import markdown_table, mega, plural, seconds
+from benchmarks.document import WITHOUT_ROUNDS, Ratio, Source, turn_ratio
+from benchmarks.predictions import beside
 from benchmarks.targets import HEADER, target_rows
+from benchmarks.units import mega, plural, seconds
+from graphmoe_kernels.cost.report import table
+from graphmoe_model.presentation import markdown_table
 
 if TYPE_CHECKING:
     from benchmarks.plots import Drawn
-
 
 OWN_FIRST = "its own first row"
 ROWS_NOTE = (
     "A row's time over that of another provider at the same T, or over the first row of its own provider: median "
     "[lowest, highest] over the turns in which both were timed. MB and GFLOP are what the computation must move and "
-    "compute; the share of the limit is that time which the binding limit alone asks for, over the median."
+    "compute; the share of the limit is that time which the binding limit alone asks for, over the median. Peak MB is "
+    "what a call holds beyond what is kept (in inference the fold is kept). Rows of the group host are time of the "
+    "process, of one thread."
+)
+KERNELS_NOTE = (
+    "Each kernel alone, many launches in a CUDA graph, replayed one behind the other; operands rotate so that together "
+    'they exceed the L2 cache ("warm L2" where they do not by half).'
 )
 ERRORS = ("largest error", "plain computation's own")
+# Whose time the others are compared with on a terminal: the first of these that a case has, else its first contender.
+YARDSTICKS = ("dense", "torch, T=1", "triton, T=1")
+BUSY = 0.25
+# Below this share of the limit a layer's time is the calling of its operations.
+IDLE = 0.1
+OVERHEAD = (
+    "Some layers reach less than a tenth of the limit: their time is that of calling many small operations, not of the "
+    "arithmetic that folding saves, and they say nothing about large ones."
+)
+Table = tuple[Sequence[str], list[list[str]]]
 
 
 def page(sources: Sequence[Source], plots: Mapping[Path, Sequence[Drawn]] | None = None) -> str:
@@ -43,117 +61,105 @@ def page(sources: Sequence[Source], plots: Mapping[Path, Sequence[Drawn]] | None
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _result(content: dict[str, Any], plots: Sequence[Drawn]) -> list[str]:
+def markdown(content: dict[str, Any]) -> str:
+    """The page of one result, without plots: what a run writes beside its JSON file."""
+    return page([Source(Path(), content)])
+
+
+def _result(content: dict[str, Any], plots: Sequence[Drawn]) -> Iterator[str]:
     if not content["conditions"]:
-        return ["## Result", "", "The run ended before it could say where it ran.", "", *_steps(content["steps"])]
-    return [
-        f"## {content['conditions']['device']['name']}",
-        "",
-        *_conditions(content),
-        *_plots(plots),
-        *_rows(content["rows"]),
-        *_kernels(content["kernels"]),
-        *_profiles(content["profiles"]),
-        *_checks(content["checks"]),
-        *_not_timed(content),
-        *_steps(content["steps"]),
-    ]
+        yield from ("## Result", "", "The run ended before it could say where it ran.", "")
+        yield from _section("Steps", "", _steps(content["steps"]))
+        return
+    yield from (f"## {content['conditions']['device']['name']}", "")
+    yield from (f"- {line}" for line in conditions_lines(content))
+    yield ""
+    for plot in plots:
+        yield from (f"![{plot.name}]({plot.path.name})" if plot.path else f"No plot of {plot.name}: {plot.reason}.", "")
+    if content["rows"]:
+        yield from ("### Rows", "", ROWS_NOTE, "")
+        for case, rows in cases(content["rows"]).items():
+            yield from (f"{case}:", "", *markdown_table(*case_table(rows)), "")
+    yield from _section("Kernels", KERNELS_NOTE, kernel_table(content["kernels"]))
+    yield from _section("Beside the predictions", "Of an H200, by arithmetic: PREDICTIONS.md.", beside(content))
+    yield from _section("Where the time goes", "", profile_table(content["profiles"]))
+    checks = content["checks"]
+    passed = sum(check["passed"] for check in checks)
+    yield from _section("Checks", f"{passed} of {len(checks)} passed; what failed was not timed.", _checks(checks))
+    yield from _section("Not timed", "", _not_timed(content))
+    yield from _section("Steps", f"{plural(len(content['steps']), 'step')}.", _steps(content["steps"]))
 
 
-def _conditions(content: dict[str, Any]) -> list[str]:
+def _section(title: str, note: str, found: Table) -> list[str]:
+    """A heading with its table, or nothing where there are no lines and nothing to say."""
+    if not found[1]:
+        return [f"### {title}", "", note, ""] if title in ("Checks", "Steps") and note else []
+    return [f"### {title}", "", *([note, ""] if note else []), *markdown_table(*found), ""]
+
+
+def conditions_lines(content: dict[str, Any]) -> list[str]:
+    """Where, with what, when, and the limits of the device."""
     c, limits = content["conditions"], content["limits"]
 
     def listed(values: dict[str, Any]) -> str:
         return ", ".join(f"{name} {value}" for name, value in values.items())
 
     lines = [
-        f"- Device: {listed(c['device'])}",
-        f"- Host: {listed(c.get('host', {})) or '-'}",
-        f"- Versions: {listed(c['versions'])}",
-        f"- Commit: {c['commit']}",
-        f"- Date: {c['date']}",
+        f"Device: {listed(c['device'])}",
+        f"Host: {listed(c.get('host', {})) or '-'}",
+        f"Versions: {listed(c['versions'])}",
+        f"Commit: {c['commit']}",
+        f"Date: {c['date']}",
+        "Limits: not measured",
     ]
     if "copy bytes a second" in limits and "matrix operations a second" in limits:
-        lines.append(
-            f"- Limits, measured in this run: copy of device memory {limits['copy bytes a second'] / 1e9:,.1f} GB/s "
+        lines[-1] = (
+            f"Limits, measured in this run: copy of device memory {limits['copy bytes a second'] / 1e9:,.1f} GB/s "
             f"(read and written), {limits.get('matrix dtype', '')} matrix product "
             f"{limits['matrix operations a second'] / 1e9:,.0f} GFLOP/s"
         )
-    else:
-        lines.append("- Limits: not measured")
-    if c["device"]["kind"] != "cuda":
-        lines.append("- Not a GPU: no figure below says anything about one.")
-    return [*lines, ""]
+    return lines if c["device"]["kind"] == "cuda" else [*lines, "Not a GPU: no figure below says anything about one."]
 
 
-def _plots(plots: Sequence[Drawn]) -> list[str]:
-    if not plots:
-        return []
-    lines = ["### Plots", ""]
-    for plot in plots:
-        shown = f"![{plot.name}]({plot.path.name})" if plot.path else f"No plot of {plot.name}: {plot.reason}."
-        lines += [shown, ""]
-    return lines
-
-
-def _rows(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A table for each case."""
-    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+def cases(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by their case."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(row["group"], {}).setdefault(row["case"], []).append(row)
-    lines = []
-    if rows:
-        lines += ["### Rows", "", ROWS_NOTE, ""]
-    for group, cases in groups.items():
-        lines += [f"#### {group}", ""]
-        for case, of_case in cases.items():
-            lines += [f"{case}:", "", *_case(of_case), ""]
-    return lines
+        found.setdefault(row["case"], []).append(row)
+    return found
 
 
-def _case(rows: Sequence[dict[str, Any]]) -> list[str]:
-    compared = {over: [_ratio(row, rows, over) for row in rows] for over in _baselines(rows)}
-    compared = {over: cells for over, cells in compared.items() if set(cells) != {"-"}}
-    header = ["", "median", "quartiles", "turns", *(f"over {over}" for over in compared)]
-    header += ["MB", "GFLOP", "share of limit", "peak MB"]
-    speeds = [row.get("tokens a second") for row in rows]
-    header += ["tokens a second"] if any(speeds) else []
-    table = []
-    for index, row in enumerate(rows):
-        needed = row.get("work") or {}
-        table.append(
-            [
-                row["label"],
-                *_times(row["seconds"]),
-                *(cells[index] for cells in compared.values()),
-                mega(needed.get("bytes")),
-                _giga(needed.get("operations")),
-                _share(row),
-                mega(row.get("peak bytes")),
-                *([f"{speeds[index]:,.1f}" if speeds[index] else "-"] if any(speeds) else []),
-            ]
-        )
-    return markdown_table(header, table)
+def case_table(rows: Sequence[dict[str, Any]], yardstick: str | None = None) -> Table:
+    """The rows of a case: over every provider of the case and their own first row, or over ``yardstick`` alone."""
+    if yardstick is None:
+        providers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "triton"]
+        over = {name: [_ratio(row, rows, name) for row in rows] for name in (*providers, OWN_FIRST)}
+    else:
+        first = next(row for row in rows if row["label"] == yardstick)
+        over = {yardstick: [None if row is first else turn_ratio(row, first) for row in rows]}
+    columns: dict[str, list[str]] = {
+        "": [row["label"] + (", in a graph" if row["graph"] else "") for row in rows],
+        "median": [seconds(row["seconds"]["median"]) for row in rows],
+        "quartiles": [" to ".join(map(seconds, row["seconds"]["quartiles"])) for row in rows],
+        "turns": [str(row["seconds"].get("turns", "-")) for row in rows],
+        **{f"over {name}": [str(ratio or "-") for ratio in cells] for name, cells in over.items()},
+        "MB": [mega((row.get("work") or {}).get("bytes")) for row in rows],
+        "GFLOP": [_giga((row.get("work") or {}).get("operations")) for row in rows],
+        "share of limit": [_share(row) for row in rows],
+        "peak MB": [mega(row.get("peak bytes")) for row in rows],
+        "tokens a second": [f"{rate:,.1f}" if (rate := row.get("tokens a second")) else "-" for row in rows],
+    }
+    kept = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    return list(kept), [list(line) for line in zip(*kept.values(), strict=True)]
 
 
-def _times(found: dict[str, Any]) -> list[str]:
-    low, high = found["quartiles"]
-    return [seconds(found["median"]), f"{seconds(low)} to {seconds(high)}", str(found.get("turns", "-"))]
-
-
-def _baselines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What the columns compare with: every provider but the kernels, whose rows have those ratios, and `OWN_FIRST`."""
-    return [*(name for name in dict.fromkeys(row["provider"] for row in rows) if name != "triton"), OWN_FIRST]
-
-
-def _ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]], over: str) -> str:
+def _ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]], over: str) -> Ratio | None:
     """Of a row over that of a provider at the same sizes (T apart, where it has no rounds), or over its own first."""
     if over == OWN_FIRST:
         others = [other for other in rows if other["provider"] == row["provider"]][:1]
     else:
         others = [other for other in rows if other["provider"] == over and _alike(row["sizes"], other)]
-    found = next((ratio for other in others if other is not row and (ratio := turn_ratio(row, other))), None)
-    return "-" if found is None else str(found)
+    return next((ratio for other in others if other is not row and (ratio := turn_ratio(row, other))), None)
 
 
 def _alike(sizes: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -172,60 +178,47 @@ def _share(row: dict[str, Any]) -> str:
     return f"{share:.0%}" + (f" ({max(limits, key=limits.get)})" if limits else "")
 
 
-def _kernels(kernels: Sequence[dict[str, Any]]) -> list[str]:
-    if not kernels:
-        return []
-    table = []
+def kernel_table(kernels: Sequence[dict[str, Any]]) -> Table:
+    """Kernels alone, beside what they must move and compute."""
+    rows = []
     for row in kernels:
+        limits, needed, time = row.get("limits"), row.get("work") or {}, row["seconds"]
         name = row["kernel"] + (f", {row['backend']}" if "backend" in row else "")
         order = {True: ", in order", False: ", not in order", None: ""}[row.get("ordered")]
-        limits, needed = row.get("limits"), row.get("work", {})
-        table.append(
-            [
-                f"{row['operator']}: {name}, {row['round']} round, n={row['experts']}, {row['tokens']} tokens{order}",
-                *_times(row["seconds"]),
-                mega(needed.get("bytes")),
-                _giga(needed.get("operations")),
-                max(limits, key=limits.get) if limits else "-",
-                f"{max(limits.values()) / row['seconds']['median']:.0%}" if limits else "-",
-                "" if row.get("cold", True) else "warm L2",
-            ]
-        )
-    header = ("kernel", "median", "quartiles", "turns", "MB", "GFLOP", "limit", "share of limit", "")
-    note = (
-        "Each kernel alone, many launches in a CUDA graph, operands rotating so that together they exceed the L2 cache "
-        '("warm L2" where they do not by half).'
-    )
-    return ["### Kernels", "", note, "", *markdown_table(header, table), ""]
+        what = f"{row['operator']}: {name}, {row['round']} round, n={row['experts']}, {row['tokens']} tokens{order}"
+        share = f"{max(limits.values()) / time['median']:.0%} ({max(limits, key=limits.get)})" if limits else "-"
+        cells = [
+            what,
+            seconds(time["median"]),
+            " to ".join(map(seconds, time.get("quartiles", ()))) or "-",
+            str(time.get("turns", "-")),
+        ]
+        cells += [mega(needed.get("bytes")), _giga(needed.get("operations")), share]
+        rows.append([*cells, "" if row.get("cold", True) else "warm L2"])
+    return ("kernel", "median", "quartiles", "turns", "MB", "GFLOP", "share of limit", ""), rows
 
 
-def _profiles(profiles: Sequence[dict[str, Any]]) -> list[str]:
-    if not profiles:
-        return []
+def profile_table(profiles: Sequence[dict[str, Any]]) -> Table:
+    """Shares of a forward by part."""
     parts = list(dict.fromkeys(part for profile in profiles for part in profile["seconds"]))
-    table = []
+    rows = []
     for profile in profiles:
         times = profile["seconds"]
         whole = sum(times.values())
+        what = f"{profile['model']}, {profile['phase']}, {plural(profile['tokens'], 'token')}: {profile['adapter']}"
         shares = [f"{times[part] / whole:.1%}" if part in times and whole else "-" for part in parts]
-        what = f"{profile['model']}, {profile['phase']}, {profile['tokens']} tokens: {profile['adapter']}"
-        table.append([what, seconds(whole), *shares])
-    return ["### Where the time goes", "", *markdown_table(("profile", "time", *parts), table), ""]
+        rows.append([what, seconds(whole), *shares])
+    return ("profile", "time", *parts), rows
 
 
-def _checks(checks: Sequence[dict[str, Any]]) -> list[str]:
+def _checks(checks: Sequence[dict[str, Any]]) -> Table:
     """What failed, then what passed, each with its error and the plain computation's, which is the budget."""
-    failed = [check for check in checks if not check["passed"]]
-    lines = ["### Checks", "", f"{len(checks) - len(failed)} of {len(checks)} passed; what failed was not timed.", ""]
-    if not checks:
-        return lines
-    table = []
+    rows = []
     for check in sorted(checks, key=lambda check: check["passed"]):
         named = [_contender(check), *(str(check.get(key, "-")) for key in ("case", "tokens", "dtype"))]
         errors = [f"{check[key]:.1e}" if key in check else "-" for key in ERRORS]
-        table.append([*named, *errors, "passed" if check["passed"] else f"failed: {check['fault']}"])
-    header = ("check of", "case", "tokens", "dtype", *ERRORS, "")
-    return [*lines, *markdown_table(header, table), ""]
+        rows.append([*named, *errors, "passed" if check["passed"] else f"failed: {check['fault']}"])
+    return ("check of", "case", "tokens", "dtype", *ERRORS, ""), rows
 
 
 def _contender(check: dict[str, Any]) -> str:
@@ -233,26 +226,49 @@ def _contender(check: dict[str, Any]) -> str:
     return next((check[key] for key in ("label", "provider", "what") if check.get(key)), "-")
 
 
-def _not_timed(content: dict[str, Any]) -> list[str]:
+def _not_timed(content: dict[str, Any]) -> Table:
     """Contenders that failed their check, and those that passed it and yet are not among the rows of their case."""
-    cases = {row["case"] for row in content["rows"]}
+    known = {row["case"] for row in content["rows"]}
     timed = {(row["case"], row[key]) for row in content["rows"] for key in ("label", "provider")}
     reasons: dict[tuple[str, str], str] = {}
     for check in content["checks"]:
         name = (check.get("case", ""), _contender(check))
-        if not name[0] or name in timed:
-            continue
-        if not check["passed"]:
+        if name[0] and name not in timed and not check["passed"]:
             reasons[name] = f"failed: {check['fault']}"
-        elif name[0] in cases:
+        elif name[0] in known and name not in timed:
             reasons.setdefault(name, "passed its check; why it was not timed stands with the steps")
-    table = [[case, contender, reason] for (case, contender), reason in reasons.items()]
-    if not table:
-        return []
-    return ["### Not timed", "", *markdown_table(("case", "contender", "why"), table), ""]
+    return ("case", "contender", "why"), [[*name, reason] for name, reason in reasons.items()]
 
 
-def _steps(steps: dict[str, dict[str, Any]]) -> list[str]:
+def _steps(steps: dict[str, dict[str, Any]]) -> Table:
     left = [[name, step["state"], step.get("note", "")] for name, step in steps.items() if step["state"] != "done"]
-    lines = ["### Steps", "", f"{len(steps) - len(left)} of {plural(len(steps), 'step')} done.", ""]
-    return [*lines, *markdown_table(("not done", "state", "why"), left), ""] if left else lines
+    return ("not done", "state", "why"), left
+
+
+def summary(content: dict[str, Any]) -> str:
+    """What a run ends with on a terminal: conditions, a table for each case, and what was not timed."""
+    lines = [*conditions_lines(content), ROWS_NOTE, ""]
+    alone = []  # with nobody to compare with, a table of its own would be a heading and a line
+    for case, rows in cases(content["rows"]).items():
+        if len(rows) == 1:
+            alone.append(rows[0] | {"label": f"{case}: {rows[0]['label']}"})
+            continue
+        labels = [row["label"] for row in rows]
+        header, cells = case_table(rows, next((name for name in YARDSTICKS if name in labels), labels[0]))
+        lines += [table((case, *header[1:]), cells), ""]
+    lines += [table(*case_table(alone, alone[0]["label"])), ""] if alone else []
+    for found in (kernel_table(content["kernels"]), beside(content), profile_table(content["profiles"])):
+        lines += [table(*found), ""] if found[1] else []
+    shares = [row["share"] for row in content["rows"] if row["group"] == "layer" and row.get("share") is not None]
+    lines += [OVERHEAD, ""] if any(share < IDLE for share in shares) else []
+    lines += [f"not timed: {name} in {case}: {reason}" for case, name, reason in _not_timed(content)[1]]
+    failed = [check for check in content["checks"] if not check["passed"]]
+    lines.append(f"{len(content['checks']) - len(failed)} of {plural(len(content['checks']), 'check')} passed")
+    lines += [f"{state}: {name}: {note}" for name, state, note in _steps(content["steps"])[1]]
+    left_out = content["conditions"].get("left out", {})
+    lines += [f"left out: {name}: {reason}" for name, reason in left_out.items()]
+    host = content["conditions"].get("host", {})
+    load, cores = host.get("load average"), host.get("cores")
+    if load is not None and cores and load > BUSY * cores:
+        lines.append(f"the machine was busy before the run (load average {load}): trust the ratios more than the times")
+    return "\n".join(lines)

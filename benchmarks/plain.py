@@ -56,17 +56,43 @@ def plain_literal(weights: LayerWeights, spec: RethinkingSpec) -> Forward:
 
 
 def rounds_of(layer: Forward, gru: GRUWeights | None, spec: RethinkingSpec) -> Forward:
-    """y_T: ``layer`` once per round, its input moved by the GRU in between."""
+    """y_T: ``layer`` once per round, its input moved in between by the GRU at the padded width that ours has."""
+    padded = None if gru is None else _padded(gru)
 
     def forward(x: Tensor) -> Tensor:
         state = None
         for _ in range(spec.rounds - 1):
-            assert gru is not None
-            state = _next_state(x, layer(x), state, gru, spec)
-            x = x + F.linear(state, gru.output)
+            assert padded is not None
+            weights = padded()
+            state = _next_state(x, layer(x), state, weights, spec)
+            x = x + F.linear(state, weights.output)
         return layer(x)
 
     return forward
+
+
+def _padded(gru: GRUWeights) -> Callable[[], GRUWeights]:
+    """The weights with zeros up to a multiple of 16 states, made anew for a backward and after every write."""
+    G, more = gru.width, -gru.width % 16
+    kept: dict[tuple[int, ...], GRUWeights] = {}
+
+    def wide(weight: Tensor) -> Tensor:  # [G, G + D] -> [G', G' + D]
+        return torch.cat([F.pad(weight[:, :G], (0, more, 0, more)), F.pad(weight[:, G:], (0, 0, 0, more))], dim=1)
+
+    def make() -> GRUWeights:
+        gates = map(wide, (gru.update, gru.reset, gru.candidate))
+        return GRUWeights(*gates, F.pad(gru.candidate_bias, (0, more)), F.pad(gru.output, (0, more)))
+
+    def padded() -> GRUWeights:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return make()
+        versions = tuple(t._version for t in gru)
+        if versions not in kept:
+            kept.clear()
+            kept[versions] = make()
+        return kept[versions]
+
+    return padded
 
 
 def _next_state(x: Tensor, y: Tensor, state: Tensor | None, gru: GRUWeights, spec: RethinkingSpec) -> Tensor:

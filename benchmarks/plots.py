@@ -12,9 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from benchmarks.document import WITHOUT_ROUNDS, Ratio, turn_ratio
-from benchmarks.drawing import INK, MUTED, STYLE, Line, draw_lines, look, panel_grid, rows_by, series_of
-from benchmarks.tables import seconds
+from benchmarks.drawing import Line, draw_lines, look, panel_grid, rows_by, series_of
 from benchmarks.targets import short_commit
+from benchmarks.units import seconds
+from graphmoe_model.presentation import BACKING, INK, MUTED, STYLE
 
 # Parts of a profile as the paper's Fig 6 joins them.
 SHARES = {
@@ -23,8 +24,7 @@ SHARES = {
     "GRU": (("gru",), "#CC6677"),
     "other": (("other",), "#BBBBBB"),
 }
-BACKING: Any = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line runs through a figure
-PAPER_ROUND = 0.16  # a further round over T=1, the paper's Fig 5c
+PAPER_ROUND = 0.16  # a further round of inference over T=1, the paper's Fig 5c
 
 
 class NoRows(ValueError):
@@ -63,20 +63,23 @@ def _conditions(content: dict[str, Any]) -> str:
 
 
 def latency_over_rounds(content: dict[str, Any]) -> Figure:
-    """Time of T rounds over that of one, beside the paper's 1 + 0.16 (T - 1)."""
-    panels = []
+    """Time of T rounds over that of one; in inference beside the paper's 1 + 0.16 (T - 1)."""
+    panels, inference = [], []
     for rows in rows_by([r for r in content["rows"] if r["group"] in ("rounds", "decoder")], "group", "model", "mode"):
         title, series = series_of(rows, "rounds")
         lines = [_relative(label, of_line) for label, of_line in series]
         if lines := [line for line in lines if len(line.x) > 1]:
             panels.append((title, lines))
+            inference.append(rows[0]["mode"] != "training")
     if not panels:
         raise NoRows("no rows of the groups rounds and decoder with T=1 and another T")
     figure, axes = panel_grid(panels)
-    for ax, (_, lines) in zip(axes, panels, strict=True):
+    for ax, (_, lines), with_paper in zip(axes, panels, inference, strict=True):
         rounds = sorted({x for line in lines for x in line.x})
-        ax.plot(rounds, [1 + PAPER_ROUND * (t - 1) for t in rounds], color=MUTED, dashes=(4, 3), linewidth=1.2)
-        draw_lines(ax, lines, [(rounds[-1], 1 + PAPER_ROUND * (rounds[-1] - 1), "paper: 1 + 0.16 (T - 1)", MUTED)])
+        paper = [1 + PAPER_ROUND * (t - 1) for t in rounds]
+        if with_paper:
+            ax.plot(rounds, paper, color=MUTED, dashes=(4, 3), linewidth=1.2)
+        draw_lines(ax, lines, [(rounds[-1], paper[-1], "paper: 1 + 0.16 (T - 1)", MUTED)] if with_paper else ())
         ax.set(xlabel="rounds T", ylabel="time over that of T=1")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -96,7 +99,7 @@ def _relative(label: str, rows: Sequence[dict[str, Any]]) -> Line:
 
 def latency_shares(content: dict[str, Any]) -> Figure:
     """Attention, MLP, GRU and the rest as shares of a model's time, by adapter and phase."""
-    profiles = [profile for profile in content["profiles"] if sum(profile["seconds"].values()) > 0]
+    profiles = [p for p in content["profiles"] if p["phase"] != "host" and sum(p["seconds"].values()) > 0]
     if not profiles:
         raise NoRows("no profiles")
     panels: dict[str, list[dict[str, Any]]] = {}
@@ -195,7 +198,7 @@ def memory_over_rounds(content: dict[str, Any]) -> Figure:
 
 
 def roofline(content: dict[str, Any]) -> Figure:
-    """Operations a second against operations a byte, under the limits that the same run measured."""
+    """Operations a second against operations a byte, a panel for each group, under the limits of the same run."""
     limits = content["limits"]
     if not {"copy bytes a second", "matrix operations a second"} <= limits.keys():
         raise NoRows("no measured limits")
@@ -205,26 +208,30 @@ def roofline(content: dict[str, Any]) -> Figure:
     if not rows:
         raise NoRows("no rows with bytes and operations in the dtype of the measured limits")
     copy, matrix = limits["copy bytes a second"], limits["matrix operations a second"]
-    title = f"{limits.get('matrix dtype', '')}" + (f" ({len(other)} rows of other dtypes left out)" if other else "")
-    figure, (ax,) = panel_grid([(title.strip(), ())])
-    intensity = [r["work"]["operations"] / r["work"]["bytes"] for r in rows]
+    groups = {of_group[0]["group"]: of_group for of_group in rows_by(rows, "group")}
+    figure, axes = panel_grid(list(groups.items()))
+    intensity = [_intensity(r) for r in rows]
     ends = [min(*intensity, matrix / copy) / 2, matrix / copy, max(*intensity, matrix / copy) * 2]
-    ax.plot(ends, [min(x * copy, matrix) for x in ends], color=INK, linewidth=1.5)
     note: Any = {"textcoords": "offset points", "fontsize": 9, "color": INK, "bbox": BACKING}
-    ax.annotate(f"{matrix / 1e12:,.3g} TFLOP/s", (ends[2], matrix), xytext=(0, 8), ha="right", **note)
-    ax.annotate(f"{copy / 1e12:,.3g} TB/s", (ends[0], ends[0] * copy), xytext=(8, 0), va="top", **note)
-    groups = list(dict.fromkeys(r["group"] for r in rows))
-    marks = dict(zip(groups, "os^DvPX*p", strict=False))
-    for row, x in zip(rows, intensity, strict=True):
-        colour = look(row["provider"])[0]
-        reached = row["work"]["operations"] / row["seconds"]["median"]
-        ax.plot(x, reached, marker=marks.get(row["group"], "."), color=colour, markersize=6, alpha=0.8)
-    ax.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second")
-    providers = list(dict.fromkeys(r["provider"] for r in rows))
-    keys = [Line2D([], [], color=look(p)[0], linewidth=4, label=p) for p in providers]
-    keys += [Line2D([], [], color=MUTED, marker=marks.get(g, "."), linestyle="none", label=g) for g in groups]
-    figure.legend(handles=keys, frameon=False, loc="outside right center")
+    for ax, of_group in zip(axes, groups.values(), strict=True):
+        ax.plot(ends, [min(x * copy, matrix) for x in ends], color=INK, linewidth=1.5)
+        ax.annotate(f"{matrix / 1e12:,.3g} TFLOP/s", (ends[2], matrix), xytext=(0, 8), ha="right", **note)
+        ax.annotate(f"{copy / 1e12:,.3g} TB/s", (ends[0], ends[0] * copy), xytext=(8, 0), va="top", **note)
+        for row in of_group:
+            colour, marker = look(row["provider"])
+            reached = row["work"]["operations"] / row["seconds"]["median"]
+            ax.plot(_intensity(row), reached, marker=marker, color=colour, markersize=6, fillstyle="none")
+        ax.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second")
+    shown = dict.fromkeys(r["provider"] for r in rows)
+    keys = [
+        Line2D([], [], color=look(p)[0], marker=look(p)[1], fillstyle="none", linestyle="none", label=p) for p in shown
+    ]
+    figure.legend(handles=keys, frameon=False, loc="outside lower left", ncols=len(keys))
     return figure
+
+
+def _intensity(row: dict[str, Any]) -> float:
+    return row["work"]["operations"] / row["work"]["bytes"]
 
 
 PLOTS: dict[Callable[[dict[str, Any]], Figure], str] = {

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.cases import Plan
+from benchmarks.cases import Case
 from benchmarks.devices import Device
 from benchmarks.generation import make_model, with_adapter
-from benchmarks.layers import DTYPES
-from benchmarks.sizes import Model
+from benchmarks.operators import DTYPES
 from graphmoe_model.profiling import profile_model
 
-# provider, T -> what the profile calls it
-ADAPTERS = (
-    ("dense", 1, "none"),
-    ("peft_lora", 1, "LoRA"),
-    ("ours", 1, "MixLoRA (T=1)"),
-    ("ours", 3, "GraphMoE (T=3)"),
-)
+# What the profile calls an adapter, by provider and T.
+TITLES = {("dense", 1): "none", ("peft_lora", 1): "LoRA", ("ours", 1): "MixLoRA (T=1)", ("ours", 3): "GraphMoE (T=3)"}
 REPETITIONS = 3
+# What every forward has: a share of nothing would mislead.
+ALWAYS = ("attention", "mlp")
 
 
-def profiles(model: Model, device: Device, dtype: str, plan: Plan, providers: Sequence[str]) -> list[dict[str, Any]]:
-    """Seconds by part for every adapter of ``providers``, prefill and decode, at the lengths of the plan."""
-    base = make_model(model, plan.whole_layers, DTYPES[dtype], device.torch)
-    ours = "triton" if device.kind == "cuda" else "torch"
+def profiles(case: Case, device: Device) -> list[dict[str, Any]]:
+    """Seconds by part for every contender, prefill and decode, at the lengths of the case.
+
+    Raises:
+        AssertionError: a part that every forward has took no time at all.
+    """
+    dtype = DTYPES[case.contenders[0].sizes.dtype]
+    base = make_model(case.model, case.layers, dtype, device.torch)
     found = []
-    for provider, rounds, title in ADAPTERS:
-        name = ours if provider == "ours" else provider
-        if name not in providers:
-            continue
-        adapted = with_adapter(base, name, model.sizes(1, rounds, dtype))
-        profiled = profile_model(adapted, title, lengths=plan.profiled, name=model.name, repetitions=REPETITIONS)
-        found += [profile.as_dict() for profile in profiled]
+    for contender in case.contenders:
+        name, rounds = contender.provider, contender.sizes.rounds
+        title = TITLES.get((name, rounds)) or TITLES["ours", rounds]
+        adapted = with_adapter(base, name, contender.sizes)
+        made = profile_model(adapted, title, lengths=case.lengths, name=case.model.name, repetitions=REPETITIONS)
+        found += [profile.as_dict() for profile in made]
+    for each in found:
+        if missing := [part for part in ALWAYS if not each["seconds"][part] > 0]:
+            raise AssertionError(f"{each['adapter']}, {each['phase']}: {', '.join(missing)} took no time")
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -16,35 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import peers
+from benchmarks.checks import Built, Subject
 from benchmarks.devices import CpuDevice, Device
-from benchmarks.layers import SCALE, Layer, Subject, dense_weights
+from benchmarks.layers import SCALE, Layer, dense_weights, over_tokens
 from benchmarks.plain import Forward, plain_literal
 from graphmoe_kernels import DenseMLP
 from graphmoe_kernels.backend import interpreting
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.testing import trainable
-
-
-class Built(NamedTuple):
-    """A provider over one layer.
-
-    Attributes:
-        subject: its forward and the tensors whose gradients its training step computes.
-        module: what has a training and an evaluation mode, if anything.
-        definition: the name of what it has to equal; providers of one name have to equal the same.
-        plain, exact: that definition, in the layer's dtype and in fp64.
-    """
-
-    subject: Subject
-    module: nn.Module | None
-    definition: str
-    plain: Subject
-    exact: Subject
-
-    def set_mode(self, training: bool) -> None:
-        """Training or evaluation mode, where there is one."""
-        if self.module is not None:
-            self.module.train(training)
 
 
 class Provider(NamedTuple):
@@ -69,7 +49,7 @@ class Provider(NamedTuple):
 
 def _rethinking(layer: Layer, sizes: Sizes, forward: Forward, module: nn.Module | None) -> Built:
     """A provider that has to equal the rethinking layer."""
-    subject = Subject(forward, trainable(layer.weights(sizes)))
+    subject = over_tokens(forward, trainable(layer.weights(sizes)))
     definitions = (layer.definition(sizes, exact) for exact in (False, True))
     return Built(subject, module, f"rethinking, {sizes}", *definitions)
 
@@ -101,14 +81,14 @@ def _dense_definition(layer: Layer, dtype: torch.dtype) -> Subject:
         gate, up, down = (w.to(dtype) for w in (base.gate, base.up, base.down))
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
-    return Subject(forward, {})
+    return over_tokens(forward, {})
 
 
 def _dense_alike(layer: Layer, sizes: Sizes, *, make: Callable[[nn.Module], nn.Module]) -> Built:
     """A provider that has to equal the MLP alone."""
     module = make(layer.mlp)
     definitions = (_dense_definition(layer, dtype) for dtype in (layer.dtype, torch.float64))
-    return Built(Subject(module, {}), module, f"dense, {sizes.tokens} tokens", *definitions)
+    return Built(over_tokens(module, {}), module, f"dense, {sizes.tokens} tokens", *definitions)
 
 
 def _peft_lora(layer: Layer, sizes: Sizes) -> Built:
@@ -118,10 +98,10 @@ def _peft_lora(layer: Layer, sizes: Sizes) -> Built:
     base = dense_weights(layer.mlp)
     wide = DenseMLP(*(None if t is None else t.double() for t in base))  # type: ignore[arg-type]
     definitions = (
-        Subject(lambda x: peers.peft_lora_reference(x, base, tensors, SCALE), tensors),
-        Subject(lambda x: peers.peft_lora_reference(x, wide, exact, SCALE), exact),
+        over_tokens(lambda x: peers.peft_lora_reference(x, base, tensors, SCALE), tensors),
+        over_tokens(lambda x: peers.peft_lora_reference(x, wide, exact, SCALE), exact),
     )
-    return Built(Subject(module, tensors), module, f"lora, {sizes}", *definitions)
+    return Built(over_tokens(module, tensors), module, f"lora, {sizes}", *definitions)
 
 
 def _compiler_missing(device: Device) -> str | None:
@@ -134,6 +114,14 @@ def _compiler_missing(device: Device) -> str | None:
     except Exception as error:  # inductor has an exception of its own for it, which moved between versions
         return f"torch.compile needs a C++ compiler on a CPU: {str(error).splitlines()[0]}"
     return None
+
+
+def _without_launches(layer: Layer, sizes: Sizes) -> Built:
+    raise RuntimeError("launches are stubbed in a process of its own: this provider is of the group host alone")
+
+
+def _without_launches_missing(device: Device) -> str | None:
+    return None if find_spec("triton") else "Triton is not installed"
 
 
 def _triton_missing(device: Device) -> str | None:
@@ -149,7 +137,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider("torch", "this package on PyTorch", partial(_ours, backend="torch"), "folded", capturable=False),
         Provider(
             "literal",
-            "the literal loop (fold='never') on PyTorch, eager",
+            "the literal loop (fold='never') on PyTorch, eager, its GRU not padded",
             partial(_ours, backend="torch", fold="never"),
             "literal",
             capturable=False,
@@ -160,6 +148,19 @@ PROVIDERS: dict[str, Provider] = {
             _literal_compiled,
             "literal",
             _compiler_missing,
+        ),
+        *(
+            Provider(
+                f"triton_{name}",
+                f"this package on Triton, {what}",
+                _without_launches,
+                "folded",
+                _without_launches_missing,
+            )
+            for name, what in (
+                ("bound", "its launches bound and not made"),
+                ("unlaunched", "without its launches"),
+            )
         ),
         Provider("dense", "the MLP of Transformers alone", partial(_dense_alike, make=lambda mlp: mlp), "dense"),
         Provider("peft_lora", "the MLP with plain LoRA of PEFT on its three projections", _peft_lora, "lora"),

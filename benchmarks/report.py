@@ -6,12 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.document import RESULTS, ResultError, Source, load, newest
+from benchmarks.document import RESULTS, ResultError, Source, every, load
 from benchmarks.page import page
-from benchmarks.tables import plural
 from benchmarks.targets import HEADER, conditions_line, target_rows
+from benchmarks.units import plural
 from graphmoe_kernels.cost.report import table
 
 
@@ -20,9 +19,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description="Result files as tables and plots; two runs side by side."
     )
-    p.add_argument(
-        "files", nargs="*", type=Path, help="result files (default: the newest of each kind of device in the results)"
-    )
+    p.add_argument("files", nargs="*", type=Path, help="result files (default: all in the results, the newest first)")
     p.add_argument("--out", type=Path, help=f"folder of report.md and the plots (default: {RESULTS / 'report'})")
     p.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="whether the ratios of two results agree")
     p.add_argument("--across-devices", action="store_true", help="compare results of different devices all the same")
@@ -63,11 +60,6 @@ def targets_text(sources: Sequence[Source]) -> str:
     return table(HEADER, target_rows(sources))
 
 
-def markdown(content: dict[str, Any]) -> str:
-    """The page of one result, without plots: what a run writes beside its JSON file."""
-    return page([Source(Path(), content)])
-
-
 def write(sources: Sequence[Source], folder: Path) -> list[str]:
     """Write report.md and the plots of every result; a line for each file written and each plot left out.
 
@@ -101,7 +93,7 @@ def write(sources: Sequence[Source], folder: Path) -> list[str]:
 def _sources(files: Sequence[Path]) -> list[Source]:
     if files:
         return [Source(path, load(path)) for path in dict.fromkeys(files)]
-    sources, passed_over = newest(RESULTS)
+    sources, passed_over = every(RESULTS)
     for line in passed_over:
         print(f"passed over: {line}", file=sys.stderr)
     if not sources:

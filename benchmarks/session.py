@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case, Contender
-from benchmarks.conditions import conditions, file_name
-from benchmarks.document import RESULTS, Document
-from benchmarks.limits import LIMIT_SIZES, as_limits, measure_limits
-from benchmarks.measure import Found, measure
+from benchmarks.conditions import conditions
+from benchmarks.document import Document
+from benchmarks.importance import rank
+from benchmarks.layers import Layers
+from benchmarks.limits import LIMIT_SIZES, SMALL_SIZES, limits_of, measure_limits
+from benchmarks.measure import Found, Workplace, measure
 from benchmarks.memory import TooLarge
 from benchmarks.options import Chosen
-from benchmarks.profiles import profiles
-from benchmarks.sizes import Model
-from benchmarks.workplace import Workplace
+from benchmarks.sizes import TINY
+
+# Words of errors after which a device takes no more work: another process has to go on.
+LOST = ("CUDA error", "illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
+
+
+class NotMeasured(Exception):
+    """A case that this process passes over: no time is left for it, or an earlier process has begun it."""
+
+
+class DeviceLost(Exception):
+    """The device takes no more work in this process."""
 
 
 class Session:
     """What a run measures, case by case.
 
     Args:
-        chosen: the device, and how long a case is timed.
+        chosen: the device, how long a case is timed, and how long the run may take.
+        document: what is written; one that another process has begun is gone on with.
     """
 
-    def __init__(self, chosen: Chosen) -> None:
-        self.chosen = chosen
-        self.path: Path | None = None
-        self.document = Document(None)
+    def __init__(self, chosen: Chosen, document: Document) -> None:
+        self.chosen, self.document = chosen, document
         self.selected: dict[str, list[Contender]] = {}
-        self._workplace: Workplace | None = None
+        self._place: Workplace | None = None
         self._found: dict[str, Found | Exception] = {}
 
     @property
@@ -45,59 +55,70 @@ class Session:
         for case, contender in contenders:
             self.selected.setdefault(case.name, []).append(contender)
 
-    def workplace(self) -> Workplace:
+    def place(self) -> Workplace:
         """The device with its limits, which are measured first."""
-        if self._workplace is None:
-            device, dtype = self.chosen.device, self.chosen.dtype
-            self.content["conditions"] = conditions(device)
-            copy_bytes, matrix = LIMIT_SIZES[device.kind]
-            found = measure_limits(device, copy_bytes, matrix, self.chosen.seconds / 2, dtype)
-            self.content["limits"] = found
-            processors = self.content["conditions"]["device"].get("multiprocessors", 1)
-            self._workplace = Workplace(device, as_limits(found, processors), self.chosen.seconds, self.chosen.plan)
-        return self._workplace
+        if self._place is None:
+            chosen = self.chosen
+            if not self.content["conditions"]:
+                self.content["conditions"] = conditions(chosen.device, chosen.commit) | {"left out": chosen.left_out}
+            if not self.content["limits"]:
+                copy_bytes, matrix = SMALL_SIZES if chosen.models == [TINY] else LIMIT_SIZES[chosen.device.kind]
+                self.document.begin("limits")
+                start = time.perf_counter()
+                found = measure_limits(chosen.device, copy_bytes, matrix, chosen.seconds / 2, chosen.dtype)
+                self.content["limits"] = found
+                self.document.end("limits", "done", time.perf_counter() - start)
+            self._place = Workplace(Layers(chosen.device), limits_of(self.content), chosen.seconds)
+        return self._place
 
     def __getitem__(self, case: Case) -> Found:
         """What was found of a case; it is measured now if it was not.
 
         Raises:
+            NotMeasured: there is no time for it, or another process has begun it.
             TooLarge: it does not fit in memory.
+            DeviceLost: the device takes no more work; what was found until now is saved.
         """
         if case.name not in self._found:
-            workplace = self.workplace()
-            self.document.begin(case.name)
-            start = time.perf_counter()
-            selected = case._replace(contenders=tuple(self.selected.get(case.name, case.contenders)))
-            try:
-                found = measure(selected, workplace)
-            except Exception as error:  # told to every contender of the case, and not tried anew for each
-                self._found[case.name] = error
-                state = "skipped" if isinstance(error, TooLarge) else "failed"
-                self.document.end(case.name, state, time.perf_counter() - start, str(error))
-            else:
-                self._found[case.name] = found
-                self.content["checks"] += found.checks
-                self.content["rows"] += found.rows
-                self.document.end(case.name, "done", time.perf_counter() - start)
+            self._found[case.name] = self._measure(case)
         known = self._found[case.name]
         if isinstance(known, Exception):
             raise known
         return known
 
-    def profile(self, model: Model) -> list[dict[str, Any]]:
-        """Where the time of a small whole model goes."""
-        self.workplace()
-        step = f"profile, {model.name}"
+    def _measure(self, case: Case) -> Found | Exception:
+        """An error is told to every contender of the case, which is not tried anew for each."""
+        if self.document.attempted(case.name):
+            return NotMeasured("an earlier process has measured it, or ended in it")
+        end, needed = self.chosen.end, rank(case, self.chosen.plan, self.chosen.dtype)[1]
+        if end is not None and (left := end - time.monotonic()) < needed:
+            note = f"{left:.0f} s left, it may take {needed:.0f}"
+            self.document.end(case.name, "skipped", note=note)
+            return NotMeasured(note)
+        place, device = self.place(), self.chosen.device
+        self.document.begin(case.name)
         start = time.perf_counter()
-        self.document.begin(step)
-        found = profiles(model, self.chosen.device, self.chosen.dtype, self.chosen.plan, self.chosen.providers)
-        self.content["profiles"] += found
-        self.document.end(step, "done", time.perf_counter() - start)
+        try:
+            found = measure(case._replace(contenders=tuple(self.selected.get(case.name, case.contenders))), place)
+            device.synchronize()
+        except TooLarge as error:
+            self.document.end(case.name, "skipped", note=str(error))
+            return error
+        except Exception as error:
+            self.document.end(case.name, "failed", time.perf_counter() - start, _note(error))
+            if any(word in str(error) for word in LOST):
+                return DeviceLost(str(error).splitlines()[0])
+            device.release()
+            return error
+        for section in ("checks", "rows", "kernels", "profiles"):
+            self.content[section] += getattr(found, section)
+        device.release()  # graphs keep memory of their own until they are collected
+        self.document.end(case.name, "done", time.perf_counter() - start)
         return found
 
-    def save(self) -> None:
-        """Write what was found to the results, if anything was."""
-        if self.content["rows"] or self.content["profiles"]:
-            self.path = RESULTS / file_name(self.content["conditions"])
-            self.document.path = self.path
-            self.document.save()
+
+def _note(error: Exception) -> str:
+    """The error in a line, and where it came from."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    message = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {message[:300]} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from graphmoe_kernels.cost import Sizes
 from graphmoe_model.base_models import MODEL_SHAPES
+from graphmoe_model.config.methods import METHODS as KNOWN_METHODS
+from graphmoe_model.config.methods import PRESETS
 
 
 class Model(NamedTuple):
@@ -54,24 +56,27 @@ def _published(name: str) -> Model:
     return Model(name, p.hidden_size, p.intermediate_size, p.num_attention_heads, p.num_key_value_heads, p.head_dim)
 
 
-# The methods, as what they change in a layer's sizes; experts, top-k and ranks are the papers' (the presets').
-METHODS: dict[str, dict[str, Any]] = {
-    "LoRA": {"routers": "none", "experts": 1, "top_k": 1, "rank": 80},
-    "MixLoRA": {},
-    "LoRAMoE": {"routers": "linear", "experts": 6, "top_k": 6, "rank": 24},
-    "MoLA": {"routers": "linear", "rank": 10},
-}
-DORA = {"LoRA": "DoRA", "MixLoRA": "MixDoRA", "LoRAMoE": "DoRAMoE", "MoLA": "MoDA"}
+def _changes(name: str) -> dict[str, Any]:
+    method, preset = KNOWN_METHODS[name], PRESETS[name]
+    experts = preset.get("num_experts", method.num_experts)
+    top_k = experts if method.dense else preset.get("top_k", method.top_k)
+    return {"routers": method.routers or "none", "experts": experts, "top_k": top_k, "rank": preset["r"]}
+
+
+# The methods of the package, as what they change in a layer's sizes; experts, top-k and ranks are the papers' (the
+# presets').
+METHODS: dict[str, dict[str, Any]] = {name: _changes(name) for name in KNOWN_METHODS}
 
 
 def method_of(sizes: Sizes) -> str:
     """The method whose experts a layer of these sizes has: ``"GraphMoE(MoDA)"`` with more than one round."""
-    mixed = "LoRAMoE" if sizes.top_k == sizes.experts else "MoLA"
-    plain = {"none": "LoRA", "layer": "MixLoRA", "linear": mixed}[sizes.routers]
-    base = DORA[plain] if sizes.dora else plain
-    return base if sizes.rounds == 1 else f"GraphMoE({base})"
+    routers, dense = None if sizes.routers == "none" else sizes.routers, sizes.top_k == sizes.experts
+    fits = [m for m in KNOWN_METHODS.values() if m.routers == routers and (m.routers != "linear" or m.dense == dense)]
+    return fits[0].name(sizes.dora, sizes.rounds)
 
 
 # For tests and continuous integration: every code path in a moment, figures that mean nothing.
 TINY = Model("tiny", 64, 160, heads=4, kv_heads=2, head_dim=16, experts=4, rank=4)
 MODELS = {model.name: model for model in (TINY, *map(_published, ("llama-3.2-1b", "llama-3-8b", "qwen3-4b")))}
+# Of the whole models that are made here.
+VOCABULARY = 8_192

@@ -1,6 +1,6 @@
 """Tries configurations of the kernels on this GPU: ``python -m benchmarks.gpu.tune`` or ``make tune``.
 
-For every kernel, size class and dtype class the candidates of `benchmarks.gpu.candidates` are checked against fp64,
+For every kernel, size class and dtype class the neighbours of the shipped configuration are checked against fp64,
 those that are right are timed in turns, and the fastest goes into ``graphmoe_kernels/configs/<device class>/``. The
 configuration that is there stays unless another one is clearly faster. Each is tuned in a process of its own: what
 takes the device down costs that one alone.
@@ -20,12 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 NO_GPU = "Tuning needs a CUDA device, and there is none."
 # Tuned first is what a layer spends most of its time in.
-ORDER = (
-    ("experts", ("stream", "forward", "backward_tokens", "backward_weights")),
-    ("gru", ("gru_forward", "gru_backward")),
-    ("routing", ("forward", "backward", "order")),
-    ("experts", ("forward_wide_rank", "backward_tokens_wide_rank", "backward_weights_wide_rank")),
-)
+ORDER = ("experts", "gru", "routing")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,15 +41,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def names() -> list[tuple[str, str, str, str]]:
-    """Operator, kernel, size class and dtype class of everything that can be tuned, in order."""
-    return [
+    """Operator, kernel, size class and dtype class of everything that is shipped, what matters most first."""
+    from graphmoe_kernels.launching import config_table
+
+    found = [
         (operator, kernel, size, dtype)
-        for dtype in ("half", "float")
-        for operator, kernels in ORDER
-        for kernel in kernels
-        for size in ("wide", "skinny")
-        if kernel != "stream" or (size, dtype) == ("wide", "half")  # it runs for many tokens in half precision alone
+        for operator in ORDER
+        for kernel, sizes in config_table("sm_90", operator).items()
+        for size, dtypes in sizes.items()
+        for dtype in dtypes
     ]
+    # Half precision first, wide ranks last.
+    return sorted(found, key=lambda cell: (cell[1].endswith("_wide_rank"), cell[3] != "half"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,10 +116,10 @@ def _in_process(name: str, seconds: float, limit: float) -> dict:
 def tune_one(options: argparse.Namespace) -> int:
     """The process of one cell: writes what it found to ``--log``."""
     from benchmarks.devices import CudaDevice
-    from benchmarks.gpu.presets import PRESETS
     from benchmarks.gpu.tuning import Cell, Tuner
+    from benchmarks.sizes import MODELS
 
-    tuner = Tuner(Cell(*options.worker.split()), PRESETS["llama-3-8b"].at(1), CudaDevice())
+    tuner = Tuner(Cell(*options.worker.split()), MODELS["llama-3-8b"].sizes(1, 3, "bf16"), CudaDevice())
     before = dict(tuner.current)
     choice = tuner.run(options.seconds)
     found = {

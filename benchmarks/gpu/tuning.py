@@ -7,19 +7,15 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from benchmarks.checks import check_operator
 from benchmarks.devices import Device
-from benchmarks.gpu.candidates import candidates
-from benchmarks.gpu.kernels import all_again, launches_of
-from benchmarks.operator_timing import copies_for
-from benchmarks.operators import OPERATORS, Operands, Operator, with_order
-from benchmarks.roofline import CONFIG_NAMES
+from benchmarks.gpu.kernels import replayed
+from benchmarks.measure import REPLAYS
+from benchmarks.operators import OPERATORS, Operator, check_operator, launches_of
+from benchmarks.timing import copies_for
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.launching import Config, config_table, device_class
 
@@ -27,8 +23,10 @@ from graphmoe_kernels.launching import Config, config_table, device_class
 GAIN = 1.02
 # Tokens at which a size class is timed, and others at which the winner has to be right too.
 TOKENS = {"skinny": (16, 1), "wide": (4096, 321)}
-DTYPES = {"half": (torch.bfloat16, torch.float16), "float": (torch.float32,)}
+DTYPES = {"half": ("bf16", "fp16"), "float": ("fp32",)}
 SECONDS = 0.3
+# What a field of a configuration may be: a matrix instruction takes 16 rows and columns, a warp group 4 or 8 warps.
+RANGES = {"BLOCK": (16, 256), "PARTS": (1, 2), "num_warps": (1, 8), "num_stages": (1, 4)}
 
 
 class Cell(NamedTuple):
@@ -42,7 +40,7 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         """As the command line and the results write it."""
-        return f"{self.operator} {self.kernel} {self.size} {self.dtype}"
+        return " ".join(self)
 
 
 class Choice(NamedTuple):
@@ -52,6 +50,21 @@ class Choice(NamedTuple):
     changed: bool
     seconds: list[tuple[Config, float]]
     refused: list[tuple[Config, str]]
+
+
+def candidates(shipped: Config) -> list[Config]:
+    """The neighbours of a configuration: each field as it is, halved or doubled, fewest changes first.
+
+    What does not compile, does not fit or is wrong is left out when it is tried. The winner's neighbours are the
+    candidates of the next run.
+    """
+    choices = []
+    for name, value in shipped.items():
+        low, high = RANGES["BLOCK" if name.startswith("BLOCK") else name]
+        steps = (value, value - 1, value + 1) if name == "num_stages" else (value, value // 2, value * 2)
+        choices.append([step for step in steps if step == value or low <= step <= high])
+    found = [dict(zip(shipped, values, strict=True)) for values in itertools.product(*choices)]
+    return sorted(found, key=lambda config: sum(config[name] != shipped[name] for name in shipped))[1:]
 
 
 def choose(
@@ -109,9 +122,9 @@ def trying(cell: Cell, config: Config, device: str) -> Iterator[None]:
 
 def operator_of(cell: Cell) -> Operator:
     """The operator's call that a cell is timed in: a later round's, but for routing, whose first reads most."""
-    name = "order" if cell.kernel == "order" else cell.operator
+    name = "routing_order" if cell.kernel.endswith("order") else cell.operator
     found = [operator for operator in OPERATORS if operator.name == name]
-    return next((o for o in found if o.later == (name not in ("routing", "order"))), found[0])
+    return next((o for o in found if o.later == (not name.startswith("routing"))), found[0])
 
 
 class Tuner:
@@ -124,25 +137,19 @@ class Tuner:
     """
 
     def __init__(self, cell: Cell, sizes: Sizes, device: Device) -> None:
-        self.cell, self.device = cell, device
+        self.cell, self.device, self.operator = cell, device, operator_of(cell)
         self.device_class = device_class(device.torch)
-        self.operator = operator_of(cell)
+        self.kernel = cell.kernel.removesuffix("_wide_rank")
         if cell.kernel.endswith("_wide_rank"):
-            sizes = Sizes(**{**vars(sizes), "rank": 64})
-        elif cell == ("experts", "forward", "wide", "half"):  # what does not run as a stream
-            sizes = Sizes(**{**vars(sizes), "experts": 64})
+            sizes = replace(sizes, rank=64)
+        elif self.kernel.endswith("forward") and (cell.operator, cell.size, cell.dtype) == ("experts", "wide", "half"):
+            sizes = replace(sizes, experts=64)  # what does not run as a stream
         self.sizes = sizes
-        base = (cell.operator, cell.kernel.removesuffix("_wide_rank"))
-        self.kernel = next(name for name, place in CONFIG_NAMES.items() if place == base)
 
     @property
     def current(self) -> Config:
         """The configuration that is shipped."""
         return config_table(self.device_class, self.cell.operator)[self.cell.kernel][self.cell.size][self.cell.dtype]
-
-    def _operands(self, operator: Operator, tokens: int, dtype: torch.dtype) -> Operands:
-        sizes = Sizes(**{**vars(self.sizes), "tokens": tokens})
-        return with_order(operator, operator.operands(sizes, operator.later, dtype, self.device.torch))
 
     def fault(self, config: Config) -> str | None:
         """What is wrong with a candidate in the case that is timed, or None."""
@@ -154,13 +161,12 @@ class Tuner:
         return self._faults(config, rounds, TOKENS[self.cell.size], DTYPES[self.cell.dtype])
 
     def _faults(
-        self, config: Config, rounds: Sequence[Operator], counts: Sequence[int], dtypes: Sequence[torch.dtype]
+        self, config: Config, rounds: Sequence[Operator], counts: Sequence[int], dtypes: Sequence[str]
     ) -> str | None:
         try:
             with trying(self.cell, config, self.device_class):
                 for operator, tokens, dtype in itertools.product(rounds, counts, dtypes):
-                    operands = self._operands(operator, tokens, dtype)
-                    found = check_operator(operator, operands, dtype)
+                    found = check_operator(operator, replace(self.sizes, tokens=tokens, dtype=dtype), self.device.torch)
                     if found.fault is not None:
                         return f"{operator.title}, {tokens} tokens, {dtype}: {found.fault}"
             self.device.synchronize()
@@ -171,23 +177,24 @@ class Tuner:
 
     def timed(self, configs: Sequence[Config]) -> list[float]:
         """Seconds of a launch with each configuration, in turns, on operands that exceed the L2 cache."""
-        tokens, dtype = TOKENS[self.cell.size][0], DTYPES[self.cell.dtype][0]
-        operands = self._operands(self.operator, tokens, dtype)
+        sizes = replace(self.sizes, tokens=TOKENS[self.cell.size][0], dtype=DTYPES[self.cell.dtype][0])
+        operands = self.operator.operands(sizes, self.device.torch)
         count = min(copies_for(operands, self.device.l2_bytes), 64)
         sets = [{name: t.clone() for name, t in operands.items()} for _ in range(count)]
         calls = {}
         for number, config in enumerate(configs):
             with trying(self.cell, config, self.device_class):
-                made = [each for operands in sets for each in launches_of(self.operator, operands)]
+                made = [each for own in sets for each in launches_of(self.operator, sizes, own)]
             alone = [each for each in made if each.name == self.kernel]
-            calls[str(number)] = self.device.capture(partial(all_again, alone))
+            if not alone:
+                raise RuntimeError(f"{self.cell.name}: no launch of it among {', '.join({each.name for each in made})}")
+            calls[str(number)] = replayed(alone, self.device, REPLAYS)
         found = self.device.in_turns(calls, SECONDS * len(configs))
-        return [found[str(number)].summary()["median"] / count for number in range(len(configs))]
+        return [found[str(number)].summary()["median"] / (REPLAYS * count) for number in range(len(configs))]
 
     def run(self, seconds: float) -> Choice:
         """The choice, of as many candidates as ``seconds`` allow to check (a third of them is left for timing)."""
-        end = time.monotonic() + seconds * 2 / 3
-        tried = candidates(self.cell.operator, self.cell.kernel, self.cell.size, self.cell.dtype)
+        end, tried = time.monotonic() + seconds * 2 / 3, candidates(self.current)
         return choose(self.current, tried, self.fault, self.timed, self.confirmed, lambda: time.monotonic() < end)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphmoe_model.demo.comparison import ROUNDS, SIZES, Comparison, MethodResult, uncertainty
-from graphmoe_model.demo.tables import Table, markdown_table
+from graphmoe_model.demo.tables import Table, titled_markdown
 from graphmoe_model.demo.task import LABELS
 
 NO_RANKING = (
@@ -70,7 +70,7 @@ def comparison_section(comparison: Comparison) -> list[str]:
         "neither gives up rank for them; the GRU is a quarter of the hidden size wide, as in the adapter above. The "
         "scale is alpha = 2 r everywhere.",
         "![Every method](comparison.png)",
-        markdown_table(comparison_table(comparison)),
+        titled_markdown(comparison_table(comparison)),
         f"{what_was_measured(comparison)} With {comparison.questions:,} questions an accuracy is known to within "
         f"±{100 * margin:.1f} points at worst (95%), another seed not counted.",
         "- **n×r**: experts of an MLP, and their rank\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from io import BytesIO
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -15,18 +14,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from graphmoe_model.demo.comparison import Comparison
 from graphmoe_model.demo.results import DemoResults
+from graphmoe_model.presentation import BACKING, BLUE, INK, MUTED, ORANGE, STYLE
 
 CHANCE = 0.25  # four options a question
-
-BLUE, ORANGE = "#2f5fd0", "#e0803a"  # GraphMoE as it is after the demo, and what it is compared with
-BACKING = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line runs through a figure
-INK, MUTED, PALE = "#1f2933", "#6b7785", "#dfe5ec"
-STYLE: Any = {  # matplotlib types its settings by a list of literal names
-    **{"font.size": 10, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.edgecolor": PALE},
-    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": PALE, "grid.linewidth": 0.8, "axes.axisbelow": True},
-    **{"xtick.major.size": 0, "ytick.major.size": 0, "axes.titlelocation": "left", "axes.titlesize": 11},
-}
 
 
 def draw_plots(results: DemoResults) -> dict[str, bytes]:

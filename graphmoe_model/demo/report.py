@@ -15,7 +15,7 @@ from graphmoe_model.demo.comparison_report import (
     what_was_measured,
 )
 from graphmoe_model.demo.results import DemoResults
-from graphmoe_model.demo.tables import Table, markdown_table, rich_table
+from graphmoe_model.demo.tables import Table, rich_table, titled_markdown
 
 
 def print_results(results: DemoResults, console: Console) -> None:
@@ -120,7 +120,7 @@ def _reload_sentence(results: DemoResults) -> str:
 
 
 def _markdown(results: DemoResults) -> str:
-    parameters, accuracy, load, latency = map(markdown_table, _tables(results))
+    parameters, accuracy, load, latency = map(titled_markdown, _tables(results))
     before, after = fmean(results.accuracy_before.values()), fmean(results.accuracy_after.values())
     sections = [
         "# GraphMoE demo report",
@@ -130,7 +130,7 @@ def _markdown(results: DemoResults) -> str:
         "were made by this project to be small enough for a CPU. The figures show that the method trains, saves, "
         "loads and routes as it should. They are no benchmark and say nothing about real language models.",
         "## Conditions",
-        markdown_table(Table("", ("", ""), _condition_rows(results))),
+        titled_markdown(Table("", ("", ""), _condition_rows(results))),
         "## Parameters",
         "Trainable parameters of the adapter, against the frozen base model and against both together.",
         parameters,

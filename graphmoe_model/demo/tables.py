@@ -8,6 +8,8 @@ from typing import NamedTuple
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from graphmoe_model.presentation import markdown_table
+
 
 class Table(NamedTuple):
     """Cells of text; every column but the first is numbers."""
@@ -27,9 +29,7 @@ def rich_table(table: Table) -> RichTable:
     return rich
 
 
-def markdown_table(table: Table) -> str:
-    """In Markdown; a bar in a cell does not end it."""
-    ruler = [":--", *("--:" if name else ":--" for name in table.header[1:])]
+def titled_markdown(table: Table) -> str:
+    """In Markdown, under its title."""
     title = [f"**{table.title}**", ""] if table.title else []
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in (table.header, ruler, *table.rows)]
-    return "\n".join([*title, *(f"| {' | '.join(line)} |" for line in lines)])
+    return "\n".join([*title, *markdown_table(table.header, table.rows)])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from graphmoe_model.presentation import INK, MUTED, STYLE
 from graphmoe_model.profiling.result import CATEGORIES, Profile
 
 # Distinguishable in every common form of colour blindness, and in their order also in grey.
@@ -22,13 +22,7 @@ COLOURS = {
     "other": "#d5dbe3",
 }
 TITLES = {"attention": "attention", "mlp": "base MLP", "experts": "experts", "routing": "routing", "gru": "GRU"}
-INK, MUTED = "#1f2933", "#6b7785"
 LABELLED = 0.045  # the smallest share whose figure fits into its bar
-STYLE: Any = {
-    **{"font.size": 9, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.edgecolor": "#dfe5ec"},
-    **{"xtick.major.size": 0, "ytick.major.size": 0, "axes.titlesize": 10, "axes.titlelocation": "left"},
-}
 
 
 def draw_shares(profiles: list[Profile], conditions: str, path: Path) -> None:
@@ -64,4 +58,5 @@ def _stack(axes: Axes, profiles: list[Profile]) -> None:
         bottoms = [bottom + share for bottom, share in zip(bottoms, shares, strict=True)]
     axes.set_xticks(range(len(profiles)), [str(profile.tokens) for profile in profiles])
     axes.set_ylim(0, 1)
+    axes.grid(False)
     axes.yaxis.set_major_formatter(PercentFormatter(1))

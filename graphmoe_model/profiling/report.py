@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from graphmoe_model.presentation import markdown_table
 from graphmoe_model.profiling.result import Profile
 
 MLP = ("mlp", "experts", "routing")  # what stands in the MLP's place
@@ -45,10 +46,7 @@ def markdown(profiles: list[Profile], conditions: dict[str, Any]) -> str:
     """Write the tables as Markdown, with the conditions under them."""
     lines = [f"# Where the time of {profiles[0].model} goes", ""]
     for phase, rows in _phases(profiles).items():
-        lines += [f"## {phase.capitalize()}", "", "| " + " | ".join(HEADINGS) + " |"]
-        lines += ["|---|" + "---:|" * (len(HEADINGS) - 1)]
-        lines += ["| " + " | ".join(_cells(profile)) + " |" for profile in rows]
-        lines += [""]
+        lines += [f"## {phase.capitalize()}", "", *markdown_table(HEADINGS, [_cells(profile) for profile in rows]), ""]
     lines += [f"**{warning}**\n" for warning in warnings(profiles, conditions)]
     lines += [_legend(conditions), "", "Conditions: " + describe(conditions) + "."]
     return "\n".join(lines) + "\n"

@@ -138,6 +138,12 @@ def test_latency_is_relative_to_one_round_beside_the_papers_line():
     assert set(texts(ax)) == {"triton", "paper: 1 + 0.16 (T - 1)"}
 
 
+def test_a_training_step_is_not_held_against_the_papers_inference():
+    ax = plots.latency_over_rounds(document(rounds(**{**DECODER, "group": "rounds", "mode": "training"}))).axes[0]
+    assert len(ax.lines) == 1
+    assert texts(ax) == ["triton"]
+
+
 def test_shares_join_mlp_experts_and_routing():
     """As the paper's Fig 6, whose GRU share is what readers look for."""
     ax = drawn("latency_shares")
@@ -163,6 +169,14 @@ def test_the_roof_is_what_was_measured():
     assert roof.get_ydata()[0] == pytest.approx(roof.get_xdata()[0] * 4e12)
     assert (point.get_xdata()[0], point.get_ydata()[0]) == pytest.approx((1e3, 1e15))
     assert {"800 TFLOP/s", "4 TB/s"} == set(texts(ax))
+
+
+def test_a_group_has_a_roof_of_its_own():
+    """Hundreds of points under one roof hide each other."""
+    content = document([work(1e12), {**work(2e12), "group": "decoder"}], limits=LIMITS)
+    axes = plots.roofline(content).axes
+    assert [ax.get_title() for ax in axes] == ["layer", "decoder"]
+    assert [len(ax.lines) for ax in axes] == [2, 2]
 
 
 def test_memory_is_in_megabytes_against_rounds():

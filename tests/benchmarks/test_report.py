@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import report
 from benchmarks.document import Document
-from benchmarks.report import main, markdown, targets_text
+from benchmarks.page import markdown
+from benchmarks.report import main, targets_text
 from tests.benchmarks.made_up import document, gru_kernel, in_turns, row, saved
 
 # Of ten turns; the interval of a ratio of 2 is 1.98 to 2.02.
@@ -31,7 +32,7 @@ def cells(text, start):
     """The cells of the only line of a table that starts so."""
     lines = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
     assert len(lines) == 1
-    return [cell.strip() for cell in lines[0].split(" | ")[1:]]
+    return [cell.strip() for cell in lines[0].removesuffix(" |").split(" | ")[1:]]
 
 
 def test_the_command_prints_the_targets_and_writes_the_page(tmp_path, capsys, no_plots):
@@ -57,10 +58,11 @@ def test_without_any_result_the_targets_are_all_not_measured(tmp_path, capsys, m
     assert "there is no result in" in printed.err
 
 
-def test_without_files_the_newest_of_the_results_are_read(tmp_path, capsys, monkeypatch, no_plots):
-    """The folder of the results is the default, its report folder where the page goes."""
+def test_without_files_all_of_the_results_are_read(tmp_path, capsys, monkeypatch, no_plots):
+    """The folder of the results is the default, with the folders in it; its report folder is where the page goes."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    saved(tmp_path, plain())
+    (tmp_path / "parts").mkdir()
+    saved(tmp_path / "parts", plain())
     assert main([]) == 0
     assert "2.000 [1.980, 2.020]" in capsys.readouterr().out
     assert (tmp_path / "report" / "report.md").exists()
@@ -77,11 +79,11 @@ def test_the_page_shows_a_row_beside_its_baselines_and_its_limit():
     }
     found = cells(markdown(content), "triton, T=3")
     assert found[:4] == ["2 ms", "1.98 ms to 2.02 ms", "9", "2.000 [1.980, 2.020]"]
-    assert found[4:7] == ["400.0", "3.000", "50% (memory)"]
+    assert found[4:8] == ["400.0", "3.000", "50% (memory)", "7.0"]
     assert cells(markdown(content), "dense")[3:7] == ["-"] * 4
     assert "tokens a second" not in markdown(content)
     content["rows"][0]["tokens a second"] = 1234.5
-    assert cells(markdown(content), "triton, T=3")[-1] == "1,234.5 |"
+    assert cells(markdown(content), "triton, T=3")[-1] == "1,234.5"
 
 
 def test_rounds_stand_beside_the_first_of_their_own_and_peers_at_the_same_t():
@@ -105,7 +107,7 @@ def test_what_failed_or_was_skipped_is_on_the_page_with_its_reason():
     steps = {"a": {"state": "done"}, "scaling": {"state": "skipped", "note": "no time left"}}
     text = markdown({**plain(), "checks": checks, "steps": steps})
     assert "2 of 3 passed" in text
-    assert cells(text, "scaling") == ["skipped", "no time left |"]
+    assert cells(text, "scaling") == ["skipped", "no time left"]
     not_timed = text[text.index("### Not timed") : text.index("### Steps")]
     assert "| liger | failed: y: error 5.0e-01 \\| too large |" in not_timed
     assert "| peft_lora | passed its check" in not_timed
@@ -126,8 +128,8 @@ def test_kernels_and_profiles_are_on_the_page():
     profile = {"model": "llama-3-8b", "adapter": "LoRA", "phase": "decode", "tokens": 2048}
     profile["seconds"] = {"attention": 1e-3, "mlp": 3e-3}
     text = markdown(document(kernels=[kernel], profiles=[profile]))
-    assert cells(text, "gru: gru_forward, later round, n=8, 8192 tokens")[3:7] == ["1.0", "1.000", "L2", "50%"]
-    assert cells(text, "llama-3-8b, decode, 2048 tokens: LoRA") == ["4 ms", "25.0%", "75.0% |"]
+    assert cells(text, "gru: gru_forward, later round, n=8, 8192 tokens")[3:6] == ["1.0", "1.000", "50% (L2)"]
+    assert cells(text, "llama-3-8b, decode, 2,048 tokens: LoRA") == ["4 ms", "25.0%", "75.0%"]
 
 
 def test_a_run_that_ended_at_once_has_a_page(tmp_path):

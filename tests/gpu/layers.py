@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.checks import Verdict
+from benchmarks.checks import Built, Judge, Verdict
 from benchmarks.devices import CudaDevice
-from benchmarks.layer_timing import Judge
-from benchmarks.layers import Layer, Subject
-from benchmarks.providers import Built
+from benchmarks.layers import Layer, over_tokens
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.testing import trainable
 from graphmoe_model import FusedGraphMoEFFN
@@ -51,9 +49,8 @@ class GPULayer:
     def check(self, forward, module: nn.Module, x: torch.Tensor, rows: torch.Tensor, training: bool) -> Verdict:
         """Output and, in training, every gradient against fp64."""
         definitions = (self.layer.definition(self.sizes, exact) for exact in (False, True))
-        built = Built(Subject(forward, self.leaves()), module, "layer", *definitions)
-        judge = Judge(training, self.layer.dtype)
-        return judge.check(built, judge.sample(x, rows))
+        built = Built(over_tokens(forward, self.leaves()), module, "layer", *definitions)
+        return Judge({"x": x}, rows, training, self.layer.dtype).check(built)
 
 
 def make(sizes: Sizes = SMALL, **changes: object) -> GPULayer:

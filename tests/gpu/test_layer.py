@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.operators import recorded_launches
 from benchmarks.sizes import METHODS
+from graphmoe_kernels.launching import recorded
 from graphmoe_kernels.testing import within_budget
 from tests.gpu.layers import MARKS, make, step
 
@@ -65,7 +65,7 @@ def test_auto_is_triton(tokens, kernel, orders):
     automatic = layer.sharing("auto", "auto").eval()
     with torch.no_grad():
         automatic(x)  # compiles
-        with recorded_launches() as launches:
+        with recorded() as launches:
             found = automatic(x)
         assert torch.equal(found, layer.fused.eval()(x))
     names = [each.name for each in launches]

@@ -1,19 +1,6 @@
-"""How the pages of results write tables and figures."""
+"""How results write figures."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; the first column to the left, the others to the right."""
-    lines = ["| " + " | ".join(map(_cell, header)) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return [*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in rows)]
-
-
-def _cell(text: str) -> str:
-    """On one line and without a column's bar, which messages of errors may have."""
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def seconds(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Result files: what is no result of this schema is refused in words, and a run's file is whole at every moment."""
+"""Result files: one schema for all, what is none is refused in words, and a run's file is whole at every moment."""
 
 from __future__ import annotations
 
@@ -6,8 +6,29 @@ import json
 
 import pytest
 
-from benchmarks.document import SCHEMA, Document, Ratio, ResultError, load, newest, turn_ratio
+from benchmarks.document import RESULTS, SCHEMA, Document, Ratio, ResultError, every, load, turn_ratio
+from benchmarks.page import markdown
 from tests.benchmarks.made_up import CPU, document, in_turns, row, saved
+
+COMMITTED = sorted(RESULTS.rglob("*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: str(path.relative_to(RESULTS)))
+def test_every_committed_result_is_read_and_shown(path):
+    """Docs quote them: a reader that forgot one of them would leave a figure without its source."""
+    content = load(path)
+    text = markdown(content)
+    assert content["conditions"]["device"]["name"] in text
+    for section, names in (("rows", ("label",)), ("kernels", ("kernel",)), ("profiles", ("adapter", "phase"))):
+        assert all(str(entry[name]) in text for entry in content[section] for name in names)
+
+
+def test_committed_results_are_what_a_report_is_made_of():
+    sources, passed_over = every(RESULTS)
+    assert passed_over == []
+    assert sorted(source.path for source in sources) == COMMITTED
+    dates = [source.content["conditions"]["date"] for source in sources]
+    assert dates == sorted(dates, reverse=True)
 
 
 def test_a_result_comes_back_as_it_was_written(tmp_path):
@@ -47,11 +68,22 @@ def test_a_run_does_not_go_on_with_a_file_of_another_schema(tmp_path):
         Document(saved(tmp_path, {"version": 1, "steps": {}}))
 
 
+def without(section, key):
+    entries = {
+        "rows": row("triton", 1.0),
+        "kernels": {"operator": "gru", "kernel": "k", "round": "first", "tokens": 1, "experts": 8, "seconds": {}},
+        "profiles": {"model": "m", "adapter": "a", "phase": "decode", "tokens": 1, "seconds": {}},
+    }
+    entry = {name: value for name, value in entries[section].items() if name != key}
+    return json.dumps(document(**{section: [entry]}))
+
+
 OTHERS = {
     "has version 1, expected is schema 2: run the benchmarks again": json.dumps({"version": 1, "layers": []}),
     "has schema 3, expected is schema 2": json.dumps({"schema": 3}),
     "has version 2, expected is schema 2": json.dumps({"version": SCHEMA}),
     "has no schema number, expected is schema 2": json.dumps({"device": {}, "groups": []}),
+    "is what `graphmoe profile` wrote": json.dumps({"conditions": {}, "profiles": []}),
     "is no JSON": "# GPU report",
     "it holds a list, not an object": "[]",
     "'rows' is missing": json.dumps({key: value for key, value in document().items() if key != "rows"}),
@@ -62,17 +94,12 @@ OTHERS = {
     "measured nothing \\(2 steps failed\\)": json.dumps(
         document(steps={"a": {"state": "failed"}, "b": {"state": "failed"}})
     ),
-    "row 0 has no group, sizes tokens": json.dumps(
-        document(
-            [
-                {
-                    k: v
-                    for k, v in row("triton", 1.0, sizes={"experts": 8, "rounds": 1, "dtype": "bf16"}).items()
-                    if k != "group"
-                }
-            ]
-        )
+    "row 0 has no group": without("rows", "group"),
+    "row 0 has no sizes tokens": json.dumps(
+        document([row("triton", 1.0, sizes={"experts": 8, "rounds": 1, "dtype": "bf16"})])
     ),
+    "kernel 0 has no round, seconds median": without("kernels", "round"),
+    "profile 0 has no phase": without("profiles", "phase"),
     "row 1 is a str": json.dumps(document([row("triton", 1.0), "row"])),
     "row 0 took 0 s, expected is a positive time": json.dumps(document([row("triton", 0)])),
     "two rows 'triton, T=3' of case": json.dumps(document([row("triton", 1.0), row("triton", 2.0)])),
@@ -101,29 +128,18 @@ def test_paths_that_cannot_be_read_are_refused(tmp_path):
         load(tmp_path / "plot.json")
 
 
-def test_tiny_sizes_do_not_hide_a_result(tmp_path):
-    """A quick try with --save-results must not leave every target not measured."""
-    for name, date, model in (("real", "2026-11-01", "llama-3.2-1b"), ("try", "2026-11-02", "tiny")):
-        content = document([row("triton", 1.0) | {"model": model}], CPU)
-        content["conditions"]["date"] = f"{date}T00:00:00+00:00"
-        saved(tmp_path, content, f"{name}.json")
-    (source,), passed_over = newest(tmp_path)
-    assert source.path.name == "real.json"
-    assert passed_over == [f"{tmp_path / 'try.json'}: older or tiny; name it to see it"]
-
-
-def test_the_newest_of_each_kind_of_device_is_found_and_the_rest_named(tmp_path):
+def test_all_results_of_a_folder_are_found_and_the_rest_named(tmp_path):
     """By the date in the file: names and times of files say little after a checkout. Old schemas are not hidden."""
-    for name, device, date in (("b", CPU, "2026-11-01"), ("a", CPU, "2026-11-02"), ("c", None, "2026-10-01")):
+    (tmp_path / "parts").mkdir()
+    for name, device, date in (("b", CPU, "2026-11-01"), ("a", CPU, "2026-11-02"), ("parts/c", None, "2026-10-01")):
         content = document([row("triton", 1.0)], device)
         content["conditions"]["date"] = f"{date}T00:00:00+00:00"
         saved(tmp_path, content, f"{name}.json")
     saved(tmp_path, {"version": 1}, "old.json")
-    sources, passed_over = newest(tmp_path)
-    assert {source.path.name for source in sources} == {"a.json", "c.json"}
-    assert len(passed_over) == 2
-    assert "b.json: older or tiny; name it to see it" in passed_over[0]
-    assert "old.json has version 1" in passed_over[1]
+    sources, passed_over = every(tmp_path)
+    assert [source.path.name for source in sources] == ["a.json", "b.json", "c.json"]
+    assert len(passed_over) == 1
+    assert "old.json has version 1" in passed_over[0]
 
 
 def test_ratios_are_those_of_the_turns_in_either_direction():

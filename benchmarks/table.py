@@ -1,0 +1,227 @@
+"""The table of cases: what is timed side by side, at which sizes, by which providers.
+
+`table` is the whole list for a model's sizes on a kind of device, and the only one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from benchmarks.cases import OPERATOR_GROUPS, Case, Contender
+from benchmarks.operators import OPERATORS
+from benchmarks.sizes import METHODS, TINY, Model
+from graphmoe_kernels.cost import Sizes
+
+MAX_ROUNDS = 5
+# A layer so small that a call is host time; as many heads as make a whole model of it.
+HOST = Model("host", 64, 128, heads=4, kv_heads=4, head_dim=16)
+HOST_TRITON = Model("host-triton", 256, 352, heads=4, kv_heads=4, head_dim=64)
+HOST_LAYERS, HOST_NEW_TOKENS = 8, 16
+
+
+class Plan(NamedTuple):
+    """At which token counts a table is made.
+
+    Attributes:
+        decode, prefill: of the layer, ascending; the last of ``prefill`` is the main one.
+        captured: up to how many tokens inference is timed as a CUDA graph.
+        routing: further token counts for the routing alone.
+        batch, context: of the decoder layer's prefill and decode.
+        decoder: of training steps, of the decoder layer's prefill and of the rounds, where it is not the main one.
+        training_rounds: T of the training steps whose memory is compared.
+        whole_layers, prompt, new_tokens: of the whole model that generates.
+        profiled: sequences whose forward that model is profiled in.
+        many: experts of a layer with many, for the kernels alone.
+    """
+
+    decode: tuple[int, ...]
+    prefill: tuple[int, ...]
+    captured: int = 2048
+    routing: tuple[int, ...] = ()
+    batch: int = 1
+    context: int = 2048
+    decoder: int | None = None
+    training_rounds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    whole_layers: int = 4
+    prompt: int = 128
+    new_tokens: int = 64
+    profiled: tuple[int, ...] = (512, 2048)
+    many: int = 64
+
+    @property
+    def main(self) -> int:
+        return self.prefill[-1]
+
+    @property
+    def shorter(self) -> int:
+        """What cases of many contenders or of a backward have."""
+        return self.decoder or self.main
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return (*self.decode, *self.prefill)
+
+
+PLANS = {
+    "cuda": Plan(decode=(1, 16, 64), prefill=(512, 2048, 8192), routing=(16384,), batch=16),
+    "cpu": Plan(
+        decode=(1,),
+        prefill=(64, 128),
+        context=512,
+        decoder=64,
+        training_rounds=(1, 3),
+        whole_layers=1,
+        prompt=32,
+        new_tokens=4,
+        profiled=(32, 128),
+    ),
+}
+DTYPES = {"cuda": "bf16", "cpu": "fp32"}
+SCALING = {"experts": (8, 16, 32, 64), "rank": (4, 8, 16, 32, 64), "top_k": (1, 2, 4, 8)}
+# The same compiled kernels on small tensors: what every kernel is checked on first.
+CHECKED = Sizes(256, 336, 32, tokens=96)
+TINY_CHECKED = Sizes(32, 32, 5, experts=3, rank=4, tokens=5)
+COMPILED, EAGER = "against torch.compile", "eager"
+
+
+def table(model: Model, kind: str, dtype: str, plan: Plan) -> Iterator[Case]:
+    """Every case of a model's sizes on ``"cuda"`` or ``"cpu"``, group by group."""
+    make, seen = _Maker(model, kind, dtype, plan), set()
+    groups = (make.checks, make.operators, make.layers, make.rounds, make.decoders, make.models, make.host)
+    for group in (*groups, make.methods, make.scaling, make.kernels):
+        for case in group():
+            if case.name not in seen:  # with one token count, the largest is the smallest too
+                seen.add(case.name)
+                yield case
+
+
+class _Maker:
+    def __init__(self, model: Model, kind: str, dtype: str, plan: Plan) -> None:
+        self.model, self.kind, self.dtype, self.plan = model, kind, dtype, plan
+        self.ours = ("triton", "torch") if kind == "cuda" else ("torch",)
+
+    def sizes(self, tokens: int, rounds: int = 3) -> Sizes:
+        return self.model.sizes(tokens, rounds, self.dtype)
+
+    def case(self, group: str, mode: str, providers: Sequence[str], sizes: Sizes, **details: Any) -> Case:
+        """Providers side by side at the same sizes."""
+        return Case(group, self.model, mode, tuple(Contender(name, sizes) for name in providers), **details)
+
+    def along(self, axis: str, values: Sequence[int], providers: Sequence[str], sizes: Sizes) -> tuple[Contender, ...]:
+        """Every provider at every value of a field of the sizes."""
+        along: list[dict[str, Any]] = [{axis: value} for value in values]
+        found = [Contender(p, replace(sizes, **value), axis) for p in providers for value in along]
+        return tuple(c for i, c in enumerate(found) if c.label not in {other.label for other in found[:i]})
+
+    def in_graph(self, tokens: int) -> bool:
+        return self.kind == "cuda" and tokens <= self.plan.captured
+
+    def checks(self) -> Iterator[Case]:
+        small = TINY_CHECKED if self.model == TINY else CHECKED
+        # The dtypes that are not asked for come last: `rank` sees to it.
+        for dtype in dict.fromkeys((self.dtype, *(("bf16", "fp16", "fp32") if self.kind == "cuda" else ()))):
+            for operator in OPERATORS:
+                sizes = replace(small, dtype=dtype)
+                yield self.case("check", "training", ("triton",), sizes, operator=operator.name, later=operator.later)
+
+    def kernels(self) -> Iterator[Case]:
+        sizes = [self.sizes(tokens) for tokens in self.plan.tokens]
+        sizes += [replace(self.sizes(t), experts=self.plan.many) for t in (self.plan.main, self.plan.decode[0])]
+        for each in sizes:
+            for operator in OPERATORS:
+                if each.experts == self.model.experts or operator.name != "gru":
+                    details = {"operator": operator.name, "later": operator.later}
+                    yield self.case("kernels", "training", ("triton",), each, graph=True, **details)
+
+    def operators(self) -> Iterator[Case]:
+        for group in OPERATOR_GROUPS:
+            for tokens in (*self.plan.tokens, *(self.plan.routing if group == "routing" else ())):
+                for later in (False, True):
+                    details = {"graph": self.kind == "cuda", "later": later}
+                    yield self.case(group, "inference", self.ours, self.sizes(tokens), **details)
+            yield self.case(group, "training", self.ours, self.sizes(self.plan.main), later=True)
+
+    def layers(self) -> Iterator[Case]:
+        main, alone, peers = self.plan.main, ("dense", "liger", "peft_lora"), ("peer_mixlora", "mixlora")
+        everyone = (*self.ours, "literal", *alone)
+        for tokens in reversed(self.plan.tokens):
+            graph = self.in_graph(tokens)
+            both = graph and tokens > max(self.plan.decode)  # prefill in a graph, and as it is called without one
+            for rounds in (3, 1):
+                providers = (*everyone, *(peers if tokens in (main, self.plan.decode[0]) else ()))
+                yield self.case("layer", "inference", providers, self.sizes(tokens, rounds), graph=graph)
+                if both:
+                    yield self.case("layer", "inference", providers, self.sizes(tokens, rounds), note=EAGER)
+        compiled = (self.ours[0], "literal_compiled")
+        yield self.case("layer", "inference", compiled, self.sizes(main), note=COMPILED)
+        for rounds in (3, 1):
+            yield self.case("layer", "training", (*everyone, *peers), self.sizes(self.plan.shorter, rounds))
+        if self.kind == "cuda":  # on a CPU, compiling the backward takes longer than all the rest
+            yield self.case("layer", "training", compiled, self.sizes(main), note=COMPILED)
+
+    def rounds(self) -> Iterator[Case]:
+        short, one = self.plan.shorter, self.plan.decode[0]
+        for mode, tokens in (("inference", short), ("training", short), ("inference", one)):
+            ours = self.plan.training_rounds if mode == "training" else range(1, MAX_ROUNDS + 1)
+            theirs = [rounds for rounds in ours if rounds % 2]  # a straight line all the same
+            found = self.along("rounds", (1,), ("dense",), self.sizes(tokens))
+            found += self.along("rounds", ours, self.ours[:1], self.sizes(tokens))
+            found += self.along("rounds", theirs, ("literal",), self.sizes(tokens))
+            yield Case("rounds", self.model, mode, found, graph=mode == "inference" and self.in_graph(tokens))
+
+    def decoders(self) -> Iterator[Case]:
+        for mode, tokens in (("prefill", self.plan.shorter), ("decode", 1)):
+            ours = self.along("rounds", range(1, MAX_ROUNDS + 1), (self.ours[0],), self.sizes(tokens))
+            others = self.along("rounds", (3,), ("dense", "peft_lora", "literal"), self.sizes(tokens))
+            batch, context = (self.plan.batch, None) if mode == "prefill" else (1, self.plan.context)
+            graph = self.in_graph(tokens)
+            yield Case("decoder", self.model, mode, (*ours, *others), graph=graph, batch=batch, context=context)
+
+    def models(self) -> Iterator[Case]:
+        plan, one = self.plan, self.sizes(1)
+        ours = self.along("rounds", (1, 3), (self.ours[0],), one)
+        others = self.along("rounds", (3,), ("dense", "peft_lora", "literal"), one)
+        whole = {"layers": plan.whole_layers, "new_tokens": plan.new_tokens, "context": plan.prompt}
+        yield Case("model", self.model, "generate", (*ours, *others), **whole)  # type: ignore[arg-type]
+        plain = self.along("rounds", (1,), ("dense", "peft_lora"), one)
+        yield Case("profile", self.model, "profile", (*plain, *ours), layers=plan.whole_layers, lengths=plan.profiled)
+
+    def host(self) -> Iterator[Case]:
+        one = HOST.sizes(1, 3, "fp32")
+        dense, ours = self.along("rounds", (1,), ("dense",), one), self.along("rounds", (1, 3), ("torch",), one)
+        yield Case("host", HOST, "inference", (*dense, *ours))
+        others = self.along("rounds", (1,), ("dense", "peft_lora"), one)
+        whole = {"layers": HOST_LAYERS, "new_tokens": HOST_NEW_TOKENS, "context": 8}
+        yield Case("host", HOST, "generate", (*others, *ours), **whole)  # type: ignore[arg-type]
+        half = HOST_TRITON.sizes(1, 3, "bf16")
+        stubbed = self.along("rounds", (1, 3), ("triton_bound", "triton_unlaunched"), half)
+        dense = self.along("rounds", (1,), ("dense",), half)
+        yield Case("host", HOST_TRITON, "launches stubbed", (*dense, *stubbed))
+        for model, contenders in ((HOST, ours), (HOST_TRITON, stubbed[:2])):
+            yield Case("host", model, "profile", contenders)
+
+    def methods(self) -> Iterator[Case]:
+        """Every method beside the MLP alone; where there is a second round, folded and literal."""
+        one, short = self.plan.decode[0], self.plan.shorter
+        for mode, tokens in (("inference", self.plan.main), ("inference", one), ("training", short)):
+            found = [Contender("dense", self.sizes(tokens, 1), "method")]
+            for changes in METHODS.values():
+                for dora in (False, True):
+                    sizes = replace(self.sizes(tokens, 1), **changes, dora=dora)
+                    found.append(Contender(self.ours[0], sizes, "method"))
+                    if sizes.routers != "none":
+                        three = replace(sizes, rounds=3)
+                        found += [Contender(name, three, "method") for name in (self.ours[0], "literal")]
+            yield Case("methods", self.model, mode, tuple(found), graph=mode == "inference" and self.in_graph(tokens))
+
+    def scaling(self) -> Iterator[Case]:
+        main = self.plan.main
+        for tokens in (main, self.plan.decode[0]):
+            for axis, values in SCALING.items():
+                values = tuple(value for value in values if axis != "top_k" or value <= self.model.experts)
+                found = self.along(axis, values, (self.ours[0],), self.sizes(tokens))
+                yield Case("scaling", self.model, "inference", found, graph=self.in_graph(tokens))
+        found = self.along("tokens", self.plan.prefill, (self.ours[0],), self.sizes(main))
+        yield Case("scaling", self.model, "inference", found)

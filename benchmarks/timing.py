@@ -1,0 +1,146 @@
+"""The contenders of one case: inputs that they share, what they have to equal, and the calls that are timed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from benchmarks.cases import Case, Contender
+from benchmarks.checks import Built, Judge, Tensors, Verdict
+from benchmarks.devices import Call
+from benchmarks.layers import Layer, Layers
+from benchmarks.operators import DTYPES, OF_GROUP, as_in_a_layer, find_operator
+from benchmarks.providers import PROVIDERS
+from benchmarks.work import Work, layer_work, operator_work
+from graphmoe_kernels.cost import Sizes
+
+# Of x, walked through turn by turn, so that no call finds its input in a cache.
+INPUTS = 3
+# Sets of operands that a turn walks through, so that together they exceed the L2 cache by half.
+MAX_COPIES = 512
+COLD_FACTOR = 1.5
+
+
+class Prepared(NamedTuple):
+    """A contender that is ready to be checked and timed.
+
+    Attributes:
+        contender: who it is.
+        check: its verdict; what is wrong is not timed.
+        call: what is timed.
+        calls: how many equal calls ``call`` makes.
+        work: of one of them, where the cost model has it.
+        capture: whether ``call`` is replayed as a CUDA graph.
+        verify: what is wrong with a result of the call that is timed, if anything: a graph could replay another.
+        units: tokens made by one of the calls, for rates.
+    """
+
+    contender: Contender
+    check: Callable[[], Verdict]
+    call: Call
+    calls: int = 1
+    work: Work | None = None
+    capture: bool = False
+    verify: Callable[[Any], str | None] | None = None
+    units: int | None = None
+
+
+class Timing(Protocol):
+    """What the contenders of one case share."""
+
+    def prepare(self, contender: Contender) -> Prepared:
+        """A contender ready to be checked and timed; it raises what building it raises."""
+
+
+def call_of(built: Built, operands: Tensors, training: bool) -> Callable[[], Tensors]:
+    """A forward, or in training a forward and a backward under random gradients."""
+    if not training:
+        return lambda: built.subject.results(operands)
+    outputs = built.subject.results(operands)
+    upstream = {name: torch.randn_like(t) for name, t in outputs.items() if t.is_floating_point()}
+    return lambda: built.subject.results(operands, upstream)
+
+
+class LayerTiming:
+    """The contenders of a case of the groups ``layer``, ``rounds``, ``methods``, ``scaling`` and ``host``."""
+
+    def __init__(self, case: Case, layers: Layers) -> None:
+        self.case, self.layers = case, layers
+        self.training = case.mode == "training"
+        self._inputs: dict[Sizes, tuple[list[Tensors], Judge]] = {}
+
+    def prepare(self, contender: Contender) -> Prepared:
+        """Raises what building a provider raises: out of memory, an option that a peer does not have."""
+        provider, sizes = PROVIDERS[contender.provider], contender.sizes
+        layer = self.layers.get(sizes)
+        built = provider.build(layer, sizes)
+        inputs, judge = self._input(layer, sizes)
+        built.set_mode(self.training)
+        calls = [call_of(built, each, self.training) for each in inputs]
+        turns, captured = itertools.cycle(calls), self.case.graph and provider.capturable
+        return Prepared(
+            contender,
+            lambda: judge.check(built),
+            # A graph reads one input for ever; the weights alone exceed the caches.
+            calls[0] if captured else lambda: next(turns)(),
+            work=layer_work(provider.form, sizes, self.training),
+            capture=captured,
+            verify=lambda found: judge.compare(built, found).fault,
+        )
+
+    def _input(self, layer: Layer, sizes: Sizes) -> tuple[list[Tensors], Judge]:
+        """The same at all rounds: routing is decided at the most rounds that the case has."""
+        key = replace(sizes, rounds=1)
+        if key not in self._inputs:
+            most = max(c.sizes.rounds for c in self.case.contenders)
+            x, rows = layer.input(replace(sizes, rounds=most))
+            others = [{"x": layer.draw(sizes.tokens, seed=10 + i)} for i in range(INPUTS - 1)]
+            judge = Judge({"x": x}, rows, self.training, layer.dtype)
+            self._inputs[key] = [judge.operands, *others], judge
+        return self._inputs[key]
+
+
+def copies_for(operands: Tensors, l2_bytes: int) -> int:
+    """How many sets of operands exceed the L2 cache by half; at least two, at most `MAX_COPIES`."""
+    size = sum(t.numel() * t.element_size() for t in operands.values())
+    return max(2, min(MAX_COPIES, math.ceil(COLD_FACTOR * l2_bytes / max(size, 1))))
+
+
+class OperatorTiming:
+    """The contenders of a case of an operator's group: providers are names of backends."""
+
+    def __init__(self, case: Case, layers: Layers) -> None:
+        self.case, device = case, layers.device
+        self.sizes = case.contenders[0].sizes
+        self.operator = find_operator(OF_GROUP[case.group], bool(case.later))
+        operands = self.operator.operands(self.sizes, device.torch)
+        self.judge = self.operator.judge(operands, DTYPES[self.sizes.dtype])
+        copies = copies_for(operands, device.l2_bytes) - 1
+        self.copies = [operands, *({name: t.clone() for name, t in operands.items()} for _ in range(copies))]
+
+    def prepare(self, contender: Contender) -> Prepared:
+        """A call goes through all copies of the operands."""
+        backend, training = contender.provider, self.case.mode == "training"
+        # The order of tokens is made before the clock starts: in a layer it belongs to routing.
+        sets = [
+            as_in_a_layer(self.operator, self.operator.built(each, self.sizes.top_k, backend), each, backend)
+            for each in self.copies
+        ]
+        own = self.judge.operands.keys()
+        pairs = zip(sets, self.copies, strict=True)
+        calls = [call_of(built, {name: each[name] for name in own}, training) for built, each in pairs]
+        return Prepared(
+            contender,
+            lambda: self.judge.check(sets[0]),
+            lambda: [call() for call in calls],
+            calls=len(calls),
+            work=operator_work(self.case.group, self.sizes, bool(self.case.later), training),
+            # The experts on PyTorch ask the device how many tokens chose each of them.
+            capture=self.case.graph and (backend == "triton" or self.case.group != "expert_swiglu"),
+            verify=lambda found: self.judge.compare(sets[0], found[0], gradients=training).fault,
+        )

@@ -1,0 +1,228 @@
+"""Kernels on their own, tried in Triton's interpreter: checked as a layer runs them, launched again, tuned."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import devices
+from benchmarks.cases import OPERATOR_GROUPS
+from benchmarks.devices import CpuDevice
+from benchmarks.gpu import tune, tuning
+from benchmarks.gpu.kernels import time_kernels
+from benchmarks.gpu.tuning import GAIN, Cell, candidates, choose, operator_of, rewrite, trying
+from benchmarks.limits import H200
+from benchmarks.operators import OF_GROUP, OPERATORS, as_in_a_layer, check_operator, find_operator, launches_of
+from benchmarks.table import TINY_CHECKED
+from benchmarks.timing import copies_for
+from graphmoe_kernels.launching import CONFIGS, DEVICE_CLASSES, SKINNY_TOKENS, config_table, recorded
+
+TINY = replace(TINY_CHECKED, dtype="fp32")
+FEW, CPU = replace(TINY, tokens=3), torch.device("cpu")
+GRU = find_operator("gru", True)
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"
+)
+
+
+def test_operands_rotate_through_more_than_the_cache():
+    """Operands that stay in the L2 cache would be timed at its speed."""
+    operands = {"x": torch.zeros(1000)}
+    assert copies_for(operands, l2_bytes=0) == 2
+    assert copies_for(operands, l2_bytes=400_000) * 4000 >= 600_000
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.title)
+def test_right_operators_pass_their_check(operator):
+    """The check itself must not refuse what is right."""
+    found = check_operator(operator, TINY, CPU)
+    assert found.fault is None
+    assert operator.name == "routing_order" or found.errors
+
+
+def test_a_wrong_operator_is_refused_and_not_timed():
+    """A kernel that is fast because it leaves something out gets no time."""
+
+    def wrong(operands, top_k, backend):
+        found = GRU.run(operands, top_k, backend)
+        return {"out": found["out"] * (1 + 1e-3)} if backend == "triton" else found
+
+    found, rows = time_kernels(GRU._replace(run=wrong), FEW, CpuDevice(), H200, 0.0, 1)
+    assert rows == []
+    assert found.fault.startswith("out: error 1.0e-03, the plain computation's own is ")
+
+
+def test_a_wrong_order_is_refused():
+    """An order that is no permutation by experts would be timed for nothing."""
+    order = find_operator("routing_order", False)
+
+    def wrong(operands, top_k, backend):
+        return {"token_order": torch.arange(40)} if backend == "triton" else order.run(operands, top_k, backend)
+
+    assert check_operator(order._replace(run=wrong), replace(TINY, tokens=40), CPU).fault == "token_order differs"
+
+
+def test_experts_are_checked_in_the_layers_order():
+    """What is checked without an order is another path of the kernels than a layer runs."""
+    experts = find_operator("experts", True)
+    for tokens in (SKINNY_TOKENS, SKINNY_TOKENS + 1):
+        operands = experts.operands(replace(TINY, tokens=tokens), CPU)
+        for backend in ("triton", "torch"):
+            shared = as_in_a_layer(experts, experts.built(operands, 2, backend), operands, backend).subject.shared
+            assert ("token_order" in shared) == (backend == "triton" and tokens > SKINNY_TOKENS)
+
+
+def test_kernels_are_launched_alone_as_the_operator_launched_them(monkeypatch):
+    """Forward and backward kernels each have a row with the time of one launch of ten replays."""
+    monkeypatch.setattr(devices, "MIN_TURNS", 2)
+    found, rows = time_kernels(GRU, FEW, CpuDevice(), H200, 0.0, 10)
+    assert found.fault is None
+    assert [row["kernel"] for row in rows] == ["gru_forward", "gru_backward"]
+    for row in rows:
+        assert row["seconds"]["median"] > 0
+        assert row["seconds"]["calls a turn"] == 10 * copies_for(GRU.operands(FEW, CPU), 0)
+        assert set(row["limits"]) == {"memory", "L2", "matrix", "integer"}
+
+
+def test_a_launch_done_again_gives_the_same():
+    """What is timed is the operator's own launch: the same arguments, the same result."""
+    operands = GRU.operands(FEW, CPU)
+    with recorded() as launches:
+        out = GRU.run(operands, 2, "triton")["out"]
+    expected = out.clone()
+    out.zero_()
+    launches[0].again()
+    assert torch.equal(out, expected)
+    assert {each.name for each in launches_of(GRU, FEW, operands)} == {"gru_forward", "gru_backward"}
+
+
+def test_every_group_of_an_operator_has_one():
+    assert {find_operator(OF_GROUP[group], True).name for group in OPERATOR_GROUPS} == {"routing", "experts", "gru"}
+
+
+A, B, C, D = ({"BLOCK_M": 16, "num_warps": warps, "num_stages": 2} for warps in (1, 2, 4, 8))
+
+
+def timer(times):
+    return lambda configs: [times[config["num_warps"]] for config in configs]
+
+
+def right(config):
+    return None
+
+
+def test_the_fastest_right_candidate_wins():
+    found = choose(A, [B, C, D], right, timer({1: 4.0, 2: 3.0, 4: 1.0, 8: 2.0}))
+    assert (found.config, found.changed) == (C, True)
+    assert [config for config, _ in found.seconds] == [C, D, B, A]
+
+
+def test_a_wrong_candidate_is_never_timed():
+    """However fast it would be."""
+    asked = []
+
+    def timed(configs):
+        asked.extend(configs)
+        return [1.0 if config == B else 5.0 for config in configs]
+
+    found = choose(A, [B], lambda config: "y: error 0.1" if config == B else None, timed)
+    assert B not in asked
+    assert (found.config, found.refused) == (A, [(B, "y: error 0.1")])
+
+
+def test_a_winner_that_is_wrong_elsewhere_gives_way_to_the_next():
+    """Right in the case that was timed is not enough: other dtypes and token counts are asked of the winner."""
+    times = timer({1: 4.0, 2: 1.0, 4: 2.0})
+    found = choose(A, [B, C], right, times, lambda config: "fp16" if config == B else None)
+    assert (found.config, found.refused) == (C, [(B, "fp16")])
+
+
+def test_the_shipped_one_stays_unless_another_is_clearly_faster():
+    """Noise must not rewrite files."""
+    assert choose(A, [B], right, timer({1: 1.0 * GAIN, 2: 1.001})).config == A
+    assert choose(A, [B], right, timer({1: 1.0, 2: 1.0})).changed is False
+
+
+def test_a_wrong_shipped_one_is_replaced_and_without_anything_right_it_stays():
+    assert choose(A, [B], lambda config: "spills" if config == A else None, timer({2: 9.0})).config == B
+    found = choose(A, [B], lambda config: "wrong", timer({}))
+    assert (found.config, found.changed, found.seconds) == (A, False, [])
+
+
+def test_no_candidate_is_begun_after_the_time():
+    answers = iter([True, False])
+    found = choose(A, [B, C], right, timer({1: 3.0, 2: 2.0, 4: 1.0}), time_left=lambda: next(answers))
+    assert found.config == B
+
+
+@pytest.mark.parametrize("device", DEVICE_CLASSES)
+def test_every_configuration_that_is_shipped_can_be_tuned(device):
+    """For each cell of each file there is an operator to call, and there are candidates that differ from it."""
+    shipped = {
+        (operator, kernel, size, dtype)
+        for operator in ("experts", "gru", "routing")
+        for kernel, sizes in config_table(device, operator).items()
+        for size, dtypes in sizes.items()
+        for dtype in dtypes
+    }
+    assert set(tune.names()) == shipped
+    for names in shipped:
+        current = config_table(device, names[0])[names[1]][names[2]][names[3]]
+        tried = candidates(current)
+        assert current not in tried
+        assert {frozenset(config) for config in tried} == {frozenset(current)}
+        assert sum(tried[0][name] != current[name] for name in current) == 1
+        assert operator_of(Cell(*names)).name in (names[0], "routing_order")
+
+
+def test_a_candidate_is_launched_while_it_is_tried_and_not_after():
+    cell = Cell("gru", "gru_forward", "skinny", "half")
+    table = config_table("sm_90", "gru")
+    before = table["gru_forward"]["skinny"]["half"]
+    with contextlib.suppress(RuntimeError), trying(cell, A, "sm_90"):
+        assert table["gru_forward"]["skinny"]["half"] == A
+        raise RuntimeError
+    assert table["gru_forward"]["skinny"]["half"] == before
+
+
+def test_a_kernel_is_tuned_as_on_a_gpu(monkeypatch):
+    """Check, time, confirm: the path of a GPU's run; a configuration that cannot be launched is refused."""
+    monkeypatch.setattr(devices, "MIN_TURNS", 2)
+    monkeypatch.setattr(tuning, "TOKENS", {"skinny": (3, 1)})
+    monkeypatch.setattr(tuning, "SECONDS", 0.0)
+    good = {"BLOCK_M": 16, "BLOCK_G": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(tuning, "candidates", lambda shipped: [A, good])
+    tuner = tuning.Tuner(Cell("gru", "gru_forward", "skinny", "float"), FEW, CpuDevice())
+    before = dict(tuner.current)
+    found = tuner.run(60)
+    assert {json.dumps(config) for config, _ in found.seconds} == {json.dumps(before), json.dumps(good)}
+    assert [config for config, _ in found.refused] == [A]
+    assert tuner.current == before
+    assert tuner.confirmed(good) is None
+
+
+def test_rewriting_changes_one_entry(tmp_path):
+    """And writes a file of the same form, so that a difference shows what was tuned."""
+    original = CONFIGS / "sm_90" / "gru.json"
+    target = tmp_path / "sm_90" / "gru.json"
+    target.parent.mkdir()
+    target.write_text(original.read_text())
+    cell = Cell("gru", "gru_forward", "wide", "half")
+    rewrite(tmp_path, "sm_90", cell, json.loads(original.read_text())["gru_forward"]["wide"]["half"])
+    assert target.read_text() == original.read_text()
+    rewrite(tmp_path, "sm_90", cell, A)
+    expected = json.loads(original.read_text())
+    expected["gru_forward"]["wide"]["half"] = A
+    assert json.loads(target.read_text()) == expected
+
+
+def test_names_can_be_listed_and_narrowed(capsys):
+    assert tune.main(["--list", "--kernel", "gru_forward wide"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["gru gru_forward wide half", "gru gru_forward wide float"]
+    assert tune.main(["--kernel", "nonesuch"]) == 1
+    assert "no kernel's name contains 'nonesuch'" in capsys.readouterr().err
