@@ -33,7 +33,7 @@ KEYS = {
     "kernels": ("operator", "kernel", "round", "tokens", "experts", "seconds"),
     "profiles": ("model", "adapter", "phase", "tokens", "seconds"),
 }
-WITHIN = {
+WITHIN: dict[str, dict[str, tuple[str, ...]]] = {
     "rows": {"sizes": ("experts", "rounds", "tokens", "dtype"), "seconds": ("median", "quartiles")},
     "kernels": {"seconds": ("median",)},
     "profiles": {},

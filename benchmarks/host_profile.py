@@ -24,8 +24,10 @@ PLACES = (
 # PyTorch's products, by whomever they are called.
 PRODUCTS = re.compile(r"[ .'](linear|addmm_?|mm|matmul|bmm|baddbmm)[>']")
 OTHER = "other"
-PARTS = ("the layer's door", "freshness of the fold", "rounds", "routing", "experts", "GRU", "products")
-PARTS = (*PARTS, "launching", "Triton's binding", OTHER)
+PARTS = (
+    *("the layer's door", "freshness of the fold", "rounds", "routing", "experts", "GRU", "products"),
+    *("launching", "Triton's binding", OTHER),
+)
 
 Function = tuple[str, int, str]  # as pstats names one: file, line, name
 

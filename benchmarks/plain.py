@@ -80,8 +80,9 @@ def _padded(gru: GRUWeights) -> Callable[[], GRUWeights]:
         return torch.cat([F.pad(weight[:, :G], (0, more, 0, more)), F.pad(weight[:, G:], (0, 0, 0, more))], dim=1)
 
     def make() -> GRUWeights:
-        gates = map(wide, (gru.update, gru.reset, gru.candidate))
-        return GRUWeights(*gates, F.pad(gru.candidate_bias, (0, more)), F.pad(gru.output, (0, more)))
+        update, reset, candidate = (wide(weight) for weight in (gru.update, gru.reset, gru.candidate))
+        bias, output = (F.pad(t, (0, more)) for t in (gru.candidate_bias, gru.output))  # [G'], [D, G']
+        return GRUWeights(update, reset, candidate, bias, output)
 
     def padded() -> GRUWeights:
         if torch.compiler.is_compiling() or torch.is_grad_enabled():

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from graphmoe_kernels.cost import Sizes
 from graphmoe_model.base_models import MODEL_SHAPES
-from graphmoe_model.config.methods import METHODS as KNOWN_METHODS
-from graphmoe_model.config.methods import PRESETS
+from graphmoe_tables.methods import METHODS as KNOWN_METHODS
 
 
 class Model(NamedTuple):
@@ -57,10 +56,13 @@ def _published(name: str) -> Model:
 
 
 def _changes(name: str) -> dict[str, Any]:
-    method, preset = KNOWN_METHODS[name], PRESETS[name]
-    experts = preset.get("num_experts", method.num_experts)
-    top_k = experts if method.dense else preset.get("top_k", method.top_k)
-    return {"routers": method.routers or "none", "experts": experts, "top_k": top_k, "rank": preset["r"]}
+    method = KNOWN_METHODS[name]
+    return {
+        "routers": method.routers or "none",
+        "experts": method.num_experts,
+        "top_k": method.top_k,
+        "rank": method.published_rank,
+    }
 
 
 # The methods of the package, as what they change in a layer's sizes; experts, top-k and ranks are the papers' (the
