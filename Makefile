@@ -88,7 +88,7 @@ gpu-report: env  ## make bench on a GPU in 8.5 minutes, the most important first
 	$(PY) -m benchmarks.gpu.report $(ARGS)
 
 tune: env  ## try configurations of the kernels on this GPU and write the fastest right ones to graphmoe_kernels/configs/
-	$(PY) -m benchmarks.gpu.tune $(ARGS)
+	$(PY) -m benchmarks.gpu.report --minutes 9 --groups tune $(ARGS)
 
 predictions: env  ## print the kernels' times by arithmetic; benchmarks/PREDICTIONS.md has those from before the first run
 	$(PY) -m benchmarks.predictions $(ARGS)

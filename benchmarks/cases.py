@@ -23,9 +23,10 @@ GROUPS = {
     "host": "CPU time of a layer's call and of generate, at sizes where it is all that there is",
     "methods": "a layer of every method of the paper, at T = 1 and T = 3",
     "scaling": "time against tokens, experts, rank and top-k",
+    "tune": "configurations of the kernels; it rewrites the files of those that win",
 }
 # Long, and of interest to few: run when they are asked for.
-NOT_BY_DEFAULT = ("methods", "scaling")
+NOT_BY_DEFAULT = ("methods", "scaling", "tune")
 OPERATOR_GROUPS = ("routing", "expert_swiglu", "gru_step")
 AXES = {"rounds": "T={}", "tokens": "{} tokens", "experts": "n={}", "rank": "r={}", "top_k": "k={}"}
 

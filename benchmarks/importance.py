@@ -10,6 +10,9 @@ from benchmarks.document import WITHOUT_ROUNDS
 from benchmarks.table import COMPILED, Plan
 from graphmoe_kernels.cost import Sizes
 
+# Seconds of trying and timing one kernel's configurations.
+TUNING = 60.0
+
 
 class Stage(NamedTuple):
     """Cases that come next in a run whose time is limited, and how many seconds one of them may take."""
@@ -49,6 +52,7 @@ def stages(plan: Plan, dtype: str) -> tuple[Stage, ...]:
         Stage(15, lambda case, s: case.group in ("expert_swiglu", "gru_step") and s.tokens in (first, main)),
         Stage(40, group("methods")),
         Stage(20, group("scaling")),
+        Stage(TUNING + 20, group("tune")),
         Stage(15, lambda case, s: True),
     )
 

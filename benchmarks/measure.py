@@ -16,6 +16,8 @@ from benchmarks.devices import Call, Device, Samples
 from benchmarks.document import WITHOUT_ROUNDS
 from benchmarks.generation import GenerationTiming
 from benchmarks.gpu.kernels import time_kernels
+from benchmarks.gpu.tuning import Cell, tune
+from benchmarks.importance import TUNING
 from benchmarks.layers import Layers
 from benchmarks.limits import Limits
 from benchmarks.memory import check_fits
@@ -100,6 +102,9 @@ def measure(case: Case, place: Workplace) -> Found:
         operator = find_operator(case.operator, bool(case.later))
         found, kernels = time_kernels(operator, case.sizes, place.device, place.limits, place.seconds, REPLAYS)
         return Found([_record(case, case.contenders[0], found)], {}, [], kernels, [])
+    if case.group == "tune":
+        cell = Cell(*case.operator.split())
+        return Found([], {}, [], tune(cell, case.sizes, place.device, TUNING, REPLAYS), [])
     if case.mode == "profile":
         found_profiles = host.profiled(case) if case.group == "host" else profiles(case, place.device)
         return Found([], {}, [], [], found_profiles)

@@ -24,7 +24,7 @@ def needed_bytes(case: Case) -> int:
     if case.mode in ("generate", "profile"):
         return _whole_model(case)
     layers = {(c.sizes.experts, c.sizes.rank): c.sizes for c in case.contenders}
-    if case.group in (*OPERATOR_GROUPS, "check", "kernels"):
+    if case.group in (*OPERATOR_GROUPS, "check", "kernels", "tune"):
         alone = case.contenders[0]._replace(sizes=replace(case.contenders[0].sizes, rounds=1))
         return 3 * _activations(alone, case.mode) + 2 * sum(fold_bytes(case.contenders[0].sizes).values())
     first = case.contenders[0].sizes

@@ -86,7 +86,8 @@ def choose(config: pytest.Config) -> Chosen:
             raise pytest.UsageError(f"--{name} must not be negative, got {value}")
     dtype, limited = option("dtype") or DTYPES[device.kind], option("minutes")
     models = [MODELS[name] for name in _names(option("sizes"), DEFAULT_SIZES[device.kind], MODELS, "--sizes")]
-    default = [name for name in GROUPS if limited is not None or name not in NOT_BY_DEFAULT]
+    limited_too = [name for name in GROUPS if name != "tune"]
+    default = [name for name in GROUPS if name not in NOT_BY_DEFAULT] if limited is None else limited_too
     groups = _names(option("groups"), ",".join(default), GROUPS, "--groups")
     providers = _names(option("providers"), ",".join(PROVIDERS), PROVIDERS, "--providers")
     left_out = missing(providers, device)

@@ -184,6 +184,9 @@ def kernel_table(kernels: Sequence[dict[str, Any]]) -> Table:
     for row in kernels:
         limits, needed, time = row.get("limits"), row.get("work") or {}, row["seconds"]
         name = row["kernel"] + (f", {row['backend']}" if "backend" in row else "")
+        if "config" in row:
+            chosen = "chosen" if row.get("chosen") else f"refused: {row['refused']}" if "refused" in row else "slower"
+            name += f" {chosen}: " + " ".join(f"{field}={value}" for field, value in row["config"].items())
         order = {True: ", in order", False: ", not in order", None: ""}[row.get("ordered")]
         what = f"{row['operator']}: {name}, {row['round']} round, n={row['experts']}, {row['tokens']} tokens{order}"
         share = f"{max(limits.values()) / time['median']:.0%} ({max(limits, key=limits.get)})" if limits else "-"

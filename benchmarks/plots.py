@@ -209,7 +209,7 @@ def roofline(content: dict[str, Any]) -> Figure:
         raise NoRows("no rows with bytes and operations in the dtype of the measured limits")
     copy, matrix = limits["copy bytes a second"], limits["matrix operations a second"]
     groups = {of_group[0]["group"]: of_group for of_group in rows_by(rows, "group")}
-    figure, axes = panel_grid(list(groups.items()))
+    figure, axes = panel_grid([(name, ()) for name in groups])
     intensity = [_intensity(r) for r in rows]
     ends = [min(*intensity, matrix / copy) / 2, matrix / copy, max(*intensity, matrix / copy) * 2]
     note: Any = {"textcoords": "offset points", "fontsize": 9, "color": INK, "bbox": BACKING}

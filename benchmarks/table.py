@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from benchmarks.cases import OPERATOR_GROUPS, Case, Contender
+from benchmarks.gpu.tuning import cells
 from benchmarks.operators import OPERATORS
 from benchmarks.sizes import METHODS, TINY, Model
 from graphmoe_kernels.cost import Sizes
@@ -90,7 +91,7 @@ def table(model: Model, kind: str, dtype: str, plan: Plan) -> Iterator[Case]:
     """Every case of a model's sizes on ``"cuda"`` or ``"cpu"``, group by group."""
     make, seen = _Maker(model, kind, dtype, plan), set()
     groups = (make.checks, make.operators, make.layers, make.rounds, make.decoders, make.models, make.host)
-    for group in (*groups, make.methods, make.scaling, make.kernels):
+    for group in (*groups, make.methods, make.scaling, make.kernels, make.tuning):
         for case in group():
             if case.name not in seen:  # with one token count, the largest is the smallest too
                 seen.add(case.name)
@@ -134,6 +135,10 @@ class _Maker:
                 if each.experts == self.model.experts or operator.name != "gru":
                     details = {"operator": operator.name, "later": operator.later}
                     yield self.case("kernels", "training", ("triton",), each, graph=True, **details)
+
+    def tuning(self) -> Iterator[Case]:
+        for cell in cells():
+            yield self.case("tune", "training", ("triton",), self.sizes(1), graph=True, operator=cell.name)
 
     def operators(self) -> Iterator[Case]:
         for group in OPERATOR_GROUPS:

@@ -1,4 +1,7 @@
-"""The choice of a configuration: every candidate is checked, those that are right are timed, the fastest wins."""
+"""`make tune`, the group ``tune``: candidates of a kernel's configuration are checked, and those that are right timed.
+
+The fastest goes into ``graphmoe_kernels/configs/<device class>/``, if it is clearly faster than what is there.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,10 @@ from typing import Any, NamedTuple
 
 from benchmarks.devices import Device
 from benchmarks.gpu.kernels import replayed
-from benchmarks.measure import REPLAYS
 from benchmarks.operators import OPERATORS, Operator, check_operator, launches_of
 from benchmarks.timing import copies_for
 from graphmoe_kernels.cost import Sizes
-from graphmoe_kernels.launching import Config, config_table, device_class
+from graphmoe_kernels.launching import CONFIGS, Config, config_table, device_class
 
 # The configuration that is there stays unless another is faster by more than what two runs of it differ.
 GAIN = 1.02
@@ -120,6 +122,18 @@ def trying(cell: Cell, config: Config, device: str) -> Iterator[None]:
         entry[cell.dtype] = before
 
 
+def cells() -> list[Cell]:
+    """Everything that is shipped, what matters most first: half precision before float, wide ranks last."""
+    found = [
+        Cell(operator, kernel, size, dtype)
+        for operator in ("experts", "gru", "routing")
+        for kernel, sizes in config_table("sm_90", operator).items()
+        for size, dtypes in sizes.items()
+        for dtype in dtypes
+    ]
+    return sorted(found, key=lambda cell: (cell.kernel.endswith("_wide_rank"), cell.dtype != "half"))
+
+
 def operator_of(cell: Cell) -> Operator:
     """The operator's call that a cell is timed in: a later round's, but for routing, whose first reads most."""
     name = "routing_order" if cell.kernel.endswith("order") else cell.operator
@@ -134,10 +148,11 @@ class Tuner:
         cell: what is tuned.
         sizes: the layer's; tokens and dtype are the cell's.
         device: a CUDA device.
+        replays: of a kernel's graph in a turn.
     """
 
-    def __init__(self, cell: Cell, sizes: Sizes, device: Device) -> None:
-        self.cell, self.device, self.operator = cell, device, operator_of(cell)
+    def __init__(self, cell: Cell, sizes: Sizes, device: Device, replays: int) -> None:
+        self.cell, self.device, self.operator, self.replays = cell, device, operator_of(cell), replays
         self.device_class = device_class(device.torch)
         self.kernel = cell.kernel.removesuffix("_wide_rank")
         if cell.kernel.endswith("_wide_rank"):
@@ -188,9 +203,9 @@ class Tuner:
             alone = [each for each in made if each.name == self.kernel]
             if not alone:
                 raise RuntimeError(f"{self.cell.name}: no launch of it among {', '.join({each.name for each in made})}")
-            calls[str(number)] = replayed(alone, self.device, REPLAYS)
+            calls[str(number)] = replayed(alone, self.device, self.replays)
         found = self.device.in_turns(calls, SECONDS * len(configs))
-        return [found[str(number)].summary()["median"] / (REPLAYS * count) for number in range(len(configs))]
+        return [found[str(number)].summary()["median"] / (self.replays * count) for number in range(len(configs))]
 
     def run(self, seconds: float) -> Choice:
         """The choice, of as many candidates as ``seconds`` allow to check (a third of them is left for timing)."""
@@ -205,3 +220,19 @@ def rewrite(folder: Path, device: str, cell: Cell, config: Config) -> Path:
     table[cell.kernel][cell.size][cell.dtype] = config
     path.write_text(json.dumps(table, indent=2) + "\n")
     return path
+
+
+def tune(cell: Cell, sizes: Sizes, device: Device, seconds: float, replays: int) -> list[dict[str, Any]]:
+    """Choose a cell's configuration, rewrite its file if another is faster, and give a row for every candidate."""
+    tuner = Tuner(cell, sizes, device, replays)
+    choice = tuner.run(seconds)
+    if choice.changed:
+        rewrite(CONFIGS, tuner.device_class, cell, choice.config)
+    base = {"operator": cell.operator, "kernel": cell.name, "round": "later" if tuner.operator.later else "first"}
+    base |= {"tokens": TOKENS[cell.size][0], "experts": tuner.sizes.experts, "dtype": DTYPES[cell.dtype][0]}
+    rows: list[dict[str, Any]] = [
+        {**base, "config": config, "chosen": config == choice.config, "seconds": {"median": of_config}}
+        for config, of_config in choice.seconds
+    ]
+    refused = {**base, "seconds": {"median": None}}
+    return [*rows, *({**refused, "config": config, "refused": reason} for config, reason in choice.refused)]

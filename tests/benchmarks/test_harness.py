@@ -24,6 +24,8 @@ from benchmarks.table import PLANS, Plan, table
 TINY = MODELS["tiny"]
 PLAN = Plan((1,), (5, 12), batch=2, context=3, whole_layers=1, prompt=4, new_tokens=2, profiled=(4, 8))
 CPU = CpuDevice()
+# Groups whose cases are not contenders in turns; they have tests of their own.
+NOT_IN_TURNS = ("check", "kernels", "profile", "host", "tune")
 HERE = [
     name
     for name in PROVIDERS
@@ -50,7 +52,9 @@ def one(provider, mode="inference", rounds=3, tokens=12):
     return Case("layer", TINY, mode, (Contender(provider, TINY.sizes(tokens, rounds, "fp32")),))
 
 
-@pytest.mark.parametrize("group", [group for group in GROUPS if group not in ("check", "kernels", "profile", "host")])
+@pytest.mark.parametrize(
+    "group", [group for group in GROUPS if group not in ("check", "kernels", "profile", "host", "tune")]
+)
 def test_every_provider_of_every_case_passes_its_check(group):
     """A comparison with a baseline that computes something else is worth nothing; nor is a check that refuses it."""
     place = workplace()

@@ -13,12 +13,17 @@ import torch
 from benchmarks import devices
 from benchmarks.cases import OPERATOR_GROUPS
 from benchmarks.devices import CpuDevice
-from benchmarks.gpu import tune, tuning
+from benchmarks.document import _check_entries
+from benchmarks.gpu import tuning
 from benchmarks.gpu.kernels import time_kernels
-from benchmarks.gpu.tuning import GAIN, Cell, candidates, choose, operator_of, rewrite, trying
+from benchmarks.gpu.tuning import GAIN, Cell, candidates, cells, choose, operator_of, rewrite, trying
+from benchmarks.layers import Layers
 from benchmarks.limits import H200
+from benchmarks.measure import Workplace, measure
 from benchmarks.operators import OF_GROUP, OPERATORS, as_in_a_layer, check_operator, find_operator, launches_of
-from benchmarks.table import TINY_CHECKED
+from benchmarks.page import kernel_table
+from benchmarks.sizes import MODELS
+from benchmarks.table import PLANS, TINY_CHECKED, table
 from benchmarks.timing import copies_for
 from graphmoe_kernels.launching import CONFIGS, DEVICE_CLASSES, SKINNY_TOKENS, config_table, recorded
 
@@ -170,7 +175,7 @@ def test_every_configuration_that_is_shipped_can_be_tuned(device):
         for size, dtypes in sizes.items()
         for dtype in dtypes
     }
-    assert set(tune.names()) == shipped
+    assert set(cells()) == shipped
     for names in shipped:
         current = config_table(device, names[0])[names[1]][names[2]][names[3]]
         tried = candidates(current)
@@ -197,7 +202,7 @@ def test_a_kernel_is_tuned_as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(tuning, "SECONDS", 0.0)
     good = {"BLOCK_M": 16, "BLOCK_G": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
     monkeypatch.setattr(tuning, "candidates", lambda shipped: [A, good])
-    tuner = tuning.Tuner(Cell("gru", "gru_forward", "skinny", "float"), FEW, CpuDevice())
+    tuner = tuning.Tuner(Cell("gru", "gru_forward", "skinny", "float"), FEW, CpuDevice(), 2)
     before = dict(tuner.current)
     found = tuner.run(60)
     assert {json.dumps(config) for config, _ in found.seconds} == {json.dumps(before), json.dumps(good)}
@@ -221,8 +226,17 @@ def test_rewriting_changes_one_entry(tmp_path):
     assert json.loads(target.read_text()) == expected
 
 
-def test_names_can_be_listed_and_narrowed(capsys):
-    assert tune.main(["--list", "--kernel", "gru_forward wide"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["gru gru_forward wide half", "gru gru_forward wide float"]
-    assert tune.main(["--kernel", "nonesuch"]) == 1
-    assert "no kernel's name contains 'nonesuch'" in capsys.readouterr().err
+def test_tuning_is_a_case_of_the_runner(monkeypatch, tmp_path):
+    """It rewrites the file of what wins, and leaves every candidate's time or fault in the result."""
+    written = []
+    monkeypatch.setattr(tuning, "rewrite", lambda folder, device, cell, config: written.append((device, cell, config)))
+    chosen = tuning.Choice(B, True, [(B, 1e-6), (A, 2e-6)], [(C, "wrong")])
+    monkeypatch.setattr(tuning.Tuner, "run", lambda self, seconds: chosen)
+    case = next(case for case in table(MODELS["tiny"], "cpu", "fp32", PLANS["cpu"]) if case.group == "tune")
+    found = measure(case, Workplace(Layers(CpuDevice()), None, 0.0))
+    assert written == [("sm_90", Cell(*case.operator.split()), B)]
+    assert [row.get("chosen") for row in found.kernels] == [True, False, None]
+    _check_entries(tmp_path, "kernels", found.kernels)
+    text = "\n".join(line[0] for line in kernel_table(found.kernels)[1])
+    assert "chosen: BLOCK_M=16 num_warps=2" in text
+    assert "refused: wrong: BLOCK_M=16 num_warps=4" in text

@@ -203,10 +203,10 @@ def test_a_lost_device_ends_the_process_and_the_next_one_goes_on(session, monkey
 
 
 @no_gpu
-@pytest.mark.parametrize("module", ["report", "tune"])
-def test_without_a_gpu_it_says_so_and_fails(module):
+@pytest.mark.parametrize("groups", [(), ("--groups", "tune")])
+def test_without_a_gpu_it_says_so_and_fails(groups):
     """One sentence and an exit code: no traceback, no report that looks like one."""
-    found = run(f"benchmarks.gpu.{module}")
+    found = run("benchmarks.gpu.report", *groups)
     assert found.returncode == 2
     assert found.stdout == ""
     assert "needs a CUDA device, and there is none" in found.stderr
