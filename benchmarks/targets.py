@@ -31,54 +31,53 @@ class TargetRow(NamedTuple):
 HEADER = ("target", "wanted", "found", "verdict", "measured on")
 
 
+class Bound(NamedTuple):
+    """The most or the least that a figure may be."""
+
+    figure: float
+    least: bool = False
+
+    def __str__(self) -> str:
+        return f"{'>=' if self.least else '<='} {self.figure}"
+
+    def met(self, value: float) -> bool:
+        """Whether a figure keeps the bound, which itself is kept."""
+        return value >= self.figure - ROUNDING if self.least else value <= self.figure + ROUNDING
+
+
 class Target(NamedTuple):
     """One provider's figure over another's, in cases of one kind; the worst of the cases counts.
 
     Attributes:
         over, under: (provider, T), T None for what has no rounds.
-        at_most, at_least: the bound; one of the two is given.
         tokens: how many; with ``or_more`` also every larger count that was measured.
         graph, round, context: as in the rows; ``graph`` None where either will do.
-        figure: "seconds" or "peak bytes".
-        further: the figure is a further round's share: half of what the ratio exceeds 1 by, for T=3 over T=1.
+        figure: "seconds", "peak bytes", or "further": the time of a further round as a share, which is half of what the
+            ratio of T=3 to T=1 exceeds 1 by.
         device: the kind of device whose results count.
     """
 
     what: str
+    bound: Bound
     group: str
     mode: str
     over: tuple[str, int | None]
     under: tuple[str, int | None]
-    at_most: float | None = None
-    at_least: float | None = None
     tokens: int = 8192
     or_more: bool = False
     graph: bool | None = False
     round: str | None = None
     context: int | None = None
     figure: str = "seconds"
-    further: bool = False
     device: str = "cuda"
-
-    @property
-    def wanted(self) -> str:
-        """The bound as text."""
-        return f"<= {self.at_most}" if self.at_most is not None else f">= {self.at_least}"
-
-    def met(self, value: float) -> bool:
-        """Whether a figure keeps the bound, which itself is kept."""
-        if self.at_most is not None:
-            return value <= self.at_most + ROUNDING
-        return value >= (self.at_least or 0.0) - ROUNDING
 
     def find(self, content: dict[str, Any]) -> tuple[Ratio, str] | None:
         """The figure in a result, and what to say of it; None where it was not measured."""
         found = list(_figures(self, [row for row in content["rows"] if _fits(self, row)]))
         if not found:
             return None
-        pick = max if self.at_most is not None else min
-        ratio, row = pick(found, key=lambda each: each[0].value)
-        note = " (of medians)" if self.figure == "seconds" and ratio.range is None else ""
+        ratio, row = (min if self.bound.least else max)(found, key=lambda each: each[0].value)
+        note = " (of medians)" if self.figure != "peak bytes" and ratio.range is None else ""
         if len(found) > 1:
             note += f", the worst of {len(found)}: {row['model']}, {row['sizes']['tokens']:,} tokens"
         return ratio, note
@@ -88,17 +87,8 @@ class GruShare(NamedTuple):
     """The GRU kernels' share of the layer: each kind of step alone, over the layer at T=3, which has one of each."""
 
     what: str = "share of the GRU kernels in the layer, prefill, 8192 tokens, T=3"
-    at_most: float = 0.03
+    bound: Bound = Bound(0.03)
     device: str = "cuda"
-
-    @property
-    def wanted(self) -> str:
-        """The bound as text."""
-        return f"<= {self.at_most}"
-
-    def met(self, value: float) -> bool:
-        """Whether a share keeps the bound."""
-        return value <= self.at_most + ROUNDING
 
     def find(self, content: dict[str, Any]) -> tuple[Ratio, str] | None:
         """The share in a result, and that it is one of medians; None where a part of it was not measured."""
@@ -109,83 +99,58 @@ class GruShare(NamedTuple):
         return Ratio((first + later) / min(row["seconds"]["median"] for row in layer)), " (of medians)"
 
 
-TRITON, DENSE, COMPILED = ("triton", 3), ("dense", None), ("literal_compiled", 3)
-PREFILL = Target("prefill, 8192 tokens, T=3, over the dense MLP", "layer", "inference", TRITON, DENSE, at_most=1.6)
+TRITON, DENSE, COMPILED, ROUTED = ("triton", 3), ("dense", None), ("literal_compiled", 3), ("triton", None)
+ONE_ROUND = ("triton", 1)
+LAYER, STEP = ("layer", "inference"), ("layer", "training")
+
+
+def least(figure: float) -> Bound:
+    """At least."""
+    return Bound(figure, least=True)
+
+
+PREFILL = Target("prefill, 8192 tokens, T=3, over the dense MLP", Bound(1.6), *LAYER, TRITON, DENSE)
+DECODE = "decode, {}, T=3, in a CUDA graph, over the dense MLP in one"
+FURTHER = "each further round, share of a decoder layer at T=1, {}"
+ROUTING = "routing, {}, times faster than PyTorch"
+TORCH_ROUTING = ("routing", "inference", ("torch", None), ROUTED)
 TARGETS: tuple[Target | GruShare, ...] = (
     PREFILL,
-    Target("same, times faster than the compiled literal loop", "layer", "inference", COMPILED, TRITON, at_least=2.0),
+    Target("same, times faster than the compiled literal loop", least(2.0), *LAYER, COMPILED, TRITON),
     Target(
-        "same, times faster than a peer's MixLoRA layer in T rounds",
-        *("layer", "inference", ("peer_mixlora", 3), TRITON),
-        at_least=6.0,
+        "same, times faster than a peer's MixLoRA layer in T rounds", least(6.0), *LAYER, ("peer_mixlora", 3), TRITON
     ),
-    *(
-        Target(
-            f"decode, {tokens} token{'s' * (tokens > 1)}, T=3, in a CUDA graph, over the dense MLP in one",
-            *("layer", "inference", TRITON, DENSE),
-            at_most=1.7,
-            tokens=tokens,
-            graph=True,
-        )
-        for tokens in (1, 16)
+    Target(DECODE.format("1 token"), Bound(1.7), *LAYER, TRITON, DENSE, tokens=1, graph=True),
+    Target(DECODE.format("16 tokens"), Bound(1.7), *LAYER, TRITON, DENSE, tokens=16, graph=True),
+    Target(
+        *(FURTHER.format("prefill of 16 x 512"), Bound(0.16), "decoder", "prefill", TRITON, ONE_ROUND), figure="further"
     ),
     Target(
-        "each further round, share of a decoder layer at T=1, prefill of 16 x 512",
-        *("decoder", "prefill", TRITON, ("triton", 1)),
-        at_most=0.16,
-        further=True,
-    ),
-    Target(
-        "each further round, share of a decoder layer at T=1, decode with 2048 cached",
-        *("decoder", "decode", TRITON, ("triton", 1)),
-        at_most=0.16,
-        tokens=1,
-        graph=True,
-        context=2048,
-        further=True,
+        *(FURTHER.format("decode with 2048 cached"), Bound(0.16), "decoder", "decode", TRITON, ONE_ROUND),
+        **{"tokens": 1, "graph": True, "context": 2048, "figure": "further"},  # type: ignore[arg-type]
     ),
     Target(
         "training step, 8192 tokens, T=3, times faster than the compiled literal loop",
-        *("layer", "training", COMPILED, TRITON),
-        at_least=1.7,
+        least(1.7),
+        *STEP,
+        COMPILED,
+        TRITON,
     ),
     Target(
-        "same, peak memory over the compiled literal loop's",
-        *("layer", "training", TRITON, COMPILED),
-        at_most=0.4,
-        figure="peak bytes",
+        "same, peak memory over the compiled literal loop's", Bound(0.4), *STEP, TRITON, COMPILED, figure="peak bytes"
     ),
     GruShare(),
+    Target("MixLoRA (T=1), prefill, 8192 tokens, over the dense MLP", Bound(1.15), *LAYER, ONE_ROUND, DENSE),
+    Target(ROUTING.format("1 token"), least(4.0), *TORCH_ROUTING, tokens=1, graph=None, round="first"),
+    Target(ROUTING.format("16,384 tokens"), least(4.0), *TORCH_ROUTING, tokens=16384, graph=None, round="first"),
     Target(
-        "MixLoRA (T=1), prefill, 8192 tokens, over the dense MLP",
-        *("layer", "inference", ("triton", 1), DENSE),
-        at_most=1.15,
-    ),
-    *(
-        Target(
-            f"routing, {tokens:,} token{'s' * (tokens > 1)}, times faster than PyTorch",
-            *("routing", "inference", ("torch", None), ("triton", None)),
-            at_least=4.0,
-            tokens=tokens,
-            graph=None,
-            round="first",
-        )
-        for tokens in (1, 16384)
-    ),
-    Target(
-        "CPU, fp32, 64 tokens and more, T=3, times faster than the literal loop",
-        *("layer", "inference", ("literal", 3), ("torch", 3)),
-        at_least=1.7,
-        tokens=64,
-        or_more=True,
+        *("CPU, fp32, 64 tokens and more, T=3, times faster than the literal loop", least(1.7), *LAYER),
+        *(("literal", 3), ("torch", 3), 64, True),
         device="cpu",
     ),
     Target(
-        "same, T=1, over the literal loop (never slower, but for 5% of noise)",
-        *("layer", "inference", ("torch", 1), ("literal", 1)),
-        at_most=1.05,
-        tokens=64,
-        or_more=True,
+        *("same, T=1, over the literal loop (never slower, but for 5% of noise)", Bound(1.05), *LAYER),
+        *(("torch", 1), ("literal", 1), 64, True),
         device="cpu",
     ),
 )
@@ -205,11 +170,11 @@ def _target_row(target: Target | GruShare, contents: Sequence[dict[str, Any]]) -
     for content in contents:
         if _kind(content) == target.device and (found := target.find(content)) is not None:
             ratio, note = found
-            verdict = "met" if target.met(ratio.value) else "missed"
+            verdict = "met" if target.bound.met(ratio.value) else "missed"
             if target.device == "cuda" and not _is_h200(content):
                 verdict = ELSEWHERE
-            return TargetRow(target.what, target.wanted, f"{ratio}{note}", verdict, conditions_line(content))
-    return TargetRow(target.what, target.wanted, "-", MISSING, "-")
+            return TargetRow(target.what, str(target.bound), f"{ratio}{note}", verdict, conditions_line(content))
+    return TargetRow(target.what, str(target.bound), "-", MISSING, "-")
 
 
 def conditions_line(content: dict[str, Any]) -> str:
@@ -272,7 +237,7 @@ def _ratio(target: Target, over: dict[str, Any], under: dict[str, Any]) -> Ratio
         peaks = over.get("peak bytes"), under.get("peak bytes")
         return None if peaks[0] is None or not peaks[1] else Ratio(peaks[0] / peaks[1])
     ratio = turn_ratio(over, under) or Ratio(over["seconds"]["median"] / under["seconds"]["median"])
-    if not target.further:
+    if target.figure != "further":
         return ratio
     low, high = ratio.range or (0.0, 0.0)
     return Ratio((ratio.value - 1) / 2, None if ratio.range is None else ((low - 1) / 2, (high - 1) / 2))

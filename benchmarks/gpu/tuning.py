@@ -228,7 +228,11 @@ def tune(cell: Cell, sizes: Sizes, device: Device, seconds: float, replays: int)
     choice = tuner.run(seconds)
     if choice.changed:
         rewrite(CONFIGS, tuner.device_class, cell, choice.config)
-    base = {"operator": cell.operator, "kernel": cell.name, "round": "later" if tuner.operator.later else "first"}
+    base: dict[str, Any] = {
+        "operator": cell.operator,
+        "kernel": cell.name,
+        "round": "later" if tuner.operator.later else "first",
+    }
     base |= {"tokens": TOKENS[cell.size][0], "experts": tuner.sizes.experts, "dtype": DTYPES[cell.dtype][0]}
     rows: list[dict[str, Any]] = [
         {**base, "config": config, "chosen": config == choice.config, "seconds": {"median": of_config}}
