@@ -276,17 +276,27 @@ def test_the_whole_gpu_report_on_the_cpu(tmp_path):
     assert content["kernels"][0]["kernel"] in text
 
 
-def test_pytest_benchmark_reads_and_compares_a_run(tmp_path):
+def test_pytest_benchmark_reads_and_compares_a_run(tmp_path, capfd):
     """Its own JSON has every contender with its turns, and its own comparison takes it."""
     saved = tmp_path / "a.json"
-    few = ("--sizes", "tiny", "--groups", "layer", "--providers", "dense,torch", "--tokens", "1", "--seconds", "0")
-    few = ("pytest", "benchmarks", "-q", *few, "--only", "layer, tiny, inference, 1 tokens, T=1, n=4, fp32")
-    first = run(*few, "-k", "not compile", f"--benchmark-json={saved}")
-    assert first.returncode == 0, first.stdout
+    few = ["--sizes", "tiny", "--groups", "layer", "--providers", "dense,torch", "--tokens", "1", "--seconds", "0"]
+    few = [
+        "benchmarks",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(ROOT),
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        *few,
+    ]
+    few += ["--device", "cpu", "--only", "layer, tiny, inference, 1 tokens, T=1, n=4, fp32", "-k", "not compile"]
+    assert pytest.main([*few, f"--benchmark-json={saved}"]) == 0
     stored = json.loads(saved.read_text())["benchmarks"]
     assert [each["extra_info"]["label"] for each in stored] == ["torch", "dense"]
     assert all(each["stats"]["rounds"] >= 6 and each["stats"]["median"] > 0 for each in stored)
-    second = run(*few, "-k", "not compile", f"--benchmark-compare={saved}")
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert "(NOW)" in second.stdout
-    assert all(f"T1-n4-fp32-{name}] (" in second.stdout for name in ("torch", "dense"))
+    assert "(NOW)" not in capfd.readouterr().out
+    assert pytest.main([*few, f"--benchmark-compare={saved}"]) == 0
+    compared = capfd.readouterr().out
+    assert all(f"T1-n4-fp32-{name}] (NOW)" in compared for name in ("torch", "dense"))
