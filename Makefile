@@ -85,10 +85,10 @@ report: env  ## results as the table of targets, a page and plots; ARGS="--compa
 	$(PY) -m benchmarks.report $(ARGS)
 
 gpu-report: env  ## make bench on a GPU in 8.5 minutes, the most important first; writes benchmarks/results/
-	$(PY) -m benchmarks.gpu.report $(ARGS)
+	$(PY) -m benchmarks.gpu_report $(ARGS)
 
 tune: env  ## try configurations of the kernels on this GPU and write the fastest right ones to graphmoe_kernels/configs/
-	$(PY) -m benchmarks.gpu.report --minutes 9 --groups tune $(ARGS)
+	$(PY) -m benchmarks.gpu_report --minutes 9 --groups tune $(ARGS)
 
 predictions: env  ## print the kernels' times by arithmetic; benchmarks/PREDICTIONS.md has those from before the first run
 	$(PY) -m benchmarks.predictions $(ARGS)

@@ -15,15 +15,15 @@ from benchmarks.decoders import DecoderTiming
 from benchmarks.devices import Call, Device, Samples
 from benchmarks.document import WITHOUT_ROUNDS
 from benchmarks.generation import GenerationTiming
-from benchmarks.gpu.kernels import time_kernels
-from benchmarks.gpu.tuning import Cell, tune
 from benchmarks.importance import TUNING
+from benchmarks.kernels import time_kernels
 from benchmarks.layers import Layers
 from benchmarks.limits import Limits
 from benchmarks.memory import check_fits
 from benchmarks.operators import check_operator, find_operator
 from benchmarks.profiles import profiles
 from benchmarks.timing import LayerTiming, OperatorTiming, Prepared, Timing
+from benchmarks.tuning import Cell, tune
 
 TIMINGS: dict[str, Callable[[Case, Layers], Timing]] = {
     **dict.fromkeys(OPERATOR_GROUPS, OperatorTiming),

@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from benchmarks.cases import OPERATOR_GROUPS, Case, Contender
-from benchmarks.gpu.tuning import cells
 from benchmarks.operators import OPERATORS
 from benchmarks.sizes import METHODS, TINY, Model
+from benchmarks.tuning import cells
 from graphmoe_kernels.cost import Sizes
 
 MAX_ROUNDS = 5

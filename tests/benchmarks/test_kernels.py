@@ -10,13 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import devices
+from benchmarks import devices, tuning
 from benchmarks.cases import OPERATOR_GROUPS
 from benchmarks.devices import CpuDevice
 from benchmarks.document import _check_entries
-from benchmarks.gpu import tuning
-from benchmarks.gpu.kernels import time_kernels
-from benchmarks.gpu.tuning import GAIN, Cell, candidates, cells, choose, operator_of, rewrite, trying
+from benchmarks.kernels import time_kernels
 from benchmarks.layers import Layers
 from benchmarks.limits import H200
 from benchmarks.measure import Workplace, measure
@@ -25,6 +23,7 @@ from benchmarks.page import kernel_table
 from benchmarks.sizes import MODELS
 from benchmarks.table import PLANS, TINY_CHECKED, table
 from benchmarks.timing import copies_for
+from benchmarks.tuning import GAIN, Cell, candidates, cells, choose, operator_of, rewrite, trying
 from graphmoe_kernels.launching import CONFIGS, DEVICE_CLASSES, SKINNY_TOKENS, config_table, recorded
 
 TINY = replace(TINY_CHECKED, dtype="fp32")

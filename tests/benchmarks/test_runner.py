@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu_report as report
 from benchmarks import session as running
 from benchmarks.cases import GROUPS, NOT_BY_DEFAULT, Case
 from benchmarks.document import Document, load
-from benchmarks.gpu import report
 from benchmarks.importance import rank
 from benchmarks.memory import TooLarge
 from benchmarks.options import choose
@@ -206,7 +206,7 @@ def test_a_lost_device_ends_the_process_and_the_next_one_goes_on(session, monkey
 @pytest.mark.parametrize("groups", [(), ("--groups", "tune")])
 def test_without_a_gpu_it_says_so_and_fails(groups):
     """One sentence and an exit code: no traceback, no report that looks like one."""
-    found = run("benchmarks.gpu.report", *groups)
+    found = run("benchmarks.gpu_report", *groups)
     assert found.returncode == 2
     assert found.stdout == ""
     assert "needs a CUDA device, and there is none" in found.stderr
@@ -261,7 +261,7 @@ def test_the_whole_gpu_report_on_the_cpu(tmp_path):
         "kernels, routing_order, tiny, training, first round, 1 tokens, T=3, n=4",
         "layer, tiny, inference, 1 tokens, T=1",
     )
-    found = run("benchmarks.gpu.report", *arguments, "--seconds", "0", *(w for t in only for w in ("--only", t)))
+    found = run("benchmarks.gpu_report", *arguments, "--seconds", "0", *(w for t in only for w in ("--only", t)))
     assert found.returncode == 0, found.stdout + found.stderr
     (path,) = tmp_path.glob("cpu-*.json")
     content = load(path)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.devices import Device
-from benchmarks.gpu.kernels import replayed
+from benchmarks.kernels import replayed
 from benchmarks.operators import OPERATORS, Operator, check_operator, launches_of
 from benchmarks.timing import copies_for
 from graphmoe_kernels.cost import Sizes

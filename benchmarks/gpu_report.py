@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.document import RESULTS, Document, ResultError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = "The GPU report needs a CUDA device, and there is none (--device cpu --sizes tiny tries the code path)."
 # A case without an end for so long hangs: its process is ended, and the next goes on after it.
 STUCK_SECONDS = 200.0
@@ -29,7 +29,7 @@ USAGE_ERROR = 4  # pytest's exit code for options that it does not take
 def parser() -> argparse.ArgumentParser:
     """The command line; what it does not know goes to pytest."""
     p = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu.report",
+        prog="python -m benchmarks.gpu_report",
         description=f"{__doc__.splitlines()[0]} Further options are those of `pytest benchmarks`.",
     )
     p.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and the Markdown (%(default)s)")
