@@ -276,8 +276,10 @@ def test_the_whole_gpu_report_on_the_cpu(tmp_path):
     assert content["kernels"][0]["kernel"] in text
 
 
-def test_pytest_benchmark_reads_and_compares_a_run(tmp_path, capfd):
+def test_pytest_benchmark_reads_and_compares_a_run(tmp_path, capfd, monkeypatch):
     """Its own JSON has every contender with its turns, and its own comparison takes it."""
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):  # with them it would measure nothing
+        monkeypatch.delenv(name, raising=False)
     saved = tmp_path / "a.json"
     few = ["--sizes", "tiny", "--groups", "layer", "--providers", "dense,torch", "--tokens", "1", "--seconds", "0"]
     few = [
