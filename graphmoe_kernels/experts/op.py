@@ -22,7 +22,7 @@ _SETTINGS = (
 _COUNT = len(Inputs._fields)
 _FLOATING = len(FLOATING)  # they come first
 
-_BACKENDS: dict[str, Any] = {"torch": pytorch, "triton": launch}
+BACKENDS: dict[str, Any] = {"torch": pytorch, "triton": launch}
 
 
 @torch.library.custom_op(
@@ -33,7 +33,7 @@ _BACKENDS: dict[str, Any] = {"torch": pytorch, "triton": launch}
 def expert_swiglu_op(*args: Any) -> tuple[Tensor, Tensor]:
     """See `graphmoe_kernels.expert_swiglu`. The tickets are counted in, and are zero again afterwards."""
     *rest, backend = args
-    return _BACKENDS[backend].forward(Inputs(*rest[:_COUNT]), Settings(*rest[_COUNT:]))
+    return BACKENDS[backend].forward(Inputs(*rest[:_COUNT]), Settings(*rest[_COUNT:]))
 
 
 @expert_swiglu_op.register_fake
@@ -53,7 +53,7 @@ def expert_swiglu_backward_op(*args: Any) -> list[Tensor]:
     grad_c, grad_z, *rest, backend, needed = args
     inputs, settings = Inputs(*rest[:_COUNT]), Settings(*rest[_COUNT:])
     with torch.autocast(inputs.gate.device.type, enabled=False):  # whoever calls backward() inside autocast
-        grads = _BACKENDS[backend].backward(grad_c, grad_z, inputs, settings, needed)
+        grads = BACKENDS[backend].backward(grad_c, grad_z, inputs, settings, needed)
     pairs = zip(grads[:_FLOATING], inputs[:_FLOATING], needed, strict=True)
     return [g.to(x.dtype).contiguous() for g, x, asked in pairs if asked and g is not None and x is not None]
 

@@ -8,6 +8,87 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class GateUp(NamedTuple):
+    """A pair of tensors: one for the gate projection, one for the up projection."""
+
+    gate: Tensor
+    up: Tensor
+
+
+class LowRankUpdate(NamedTuple):
+    """What all experts' pre-activations get in addition: ``state gate^T`` and ``state up^T``.
+
+    Attributes:
+        state: [N, G]; gate, up: [F, G].
+    """
+
+    state: Tensor
+    gate: Tensor
+    up: Tensor
+
+
+class Dropout(NamedTuple):
+    """LoRA dropout on the input of ``down_A``.
+
+    Attributes:
+        rate: the probability, in [0, 1).
+        seed: one int64, where the other operands are. It names the mask (`graphmoe_kernels.experts.dropout`), so that
+            backward and a recomputation draw the same one.
+    """
+
+    rate: float
+    seed: Tensor
+
+
+class ExpertOperands(NamedTuple):
+    """What a round of experts reads, packed once; N tokens, F intermediate size, n experts of rank r, k per token.
+
+    Attributes:
+        pre_activations: [N, F] each, the frozen projections' output.
+        low: [N, 2nr], A x of every expert, expert-major, for the gate projection and then for the up projection.
+        B: [n, F, r] each.
+        down_A: [n, r, F].
+        routing_weights: [N, k].
+        expert_ids: [N, k] integers in 0..n-1, distinct within a row.
+        low_update: [N, 2nr], what a later round adds to ``low``.
+        update: what a later round adds to the pre-activations.
+        scales: [n, F] each, the experts' scale vectors m (DoRA's magnitude over norm), in any float dtype.
+        biases: [F] each, constants that no scale vector multiplies.
+        dropout: on the input of ``down_A``.
+        token_order: [N] int32, a permutation of the tokens in which neighbours share experts (`expert_order`). It
+            changes the Triton kernels' speed and nothing else.
+    """
+
+    pre_activations: GateUp
+    low: Tensor
+    B: GateUp
+    down_A: Tensor
+    routing_weights: Tensor
+    expert_ids: Tensor
+    low_update: Tensor | None = None
+    update: LowRankUpdate | None = None
+    scales: GateUp | None = None
+    biases: GateUp | None = None
+    dropout: Dropout | None = None
+    token_order: Tensor | None = None
+
+    def floating(self) -> tuple[Tensor | None, ...]:
+        """The tensors that get gradients, in the order of the operator's schema; None where there is none."""
+        state, fold_gate, fold_up = self.update or (None, None, None)
+        return (
+            *self.pre_activations,
+            self.low,
+            *self.B,
+            self.down_A,
+            self.routing_weights,
+            self.low_update,
+            state,
+            fold_gate,
+            fold_up,
+            *(self.scales or (None, None)),
+        )
+
+
 class Inputs(NamedTuple):
     """The operator's tensors. All but ``experts`` are floating point and get gradients."""
 
