@@ -4,7 +4,7 @@ Importing this package needs neither a GPU nor Triton and looks for no device.
 """
 
 from graphmoe_kernels.activations import ACTIVATIONS, get_activation, register_activation
-from graphmoe_kernels.experts import expert_swiglu
+from graphmoe_kernels.experts import Dropout, ExpertOperands, GateUp, LowRankUpdate, expert_swiglu, swiglu
 from graphmoe_kernels.gru import gru_step
 from graphmoe_kernels.rethinking import (
     BaseMLP,
@@ -31,13 +31,17 @@ __all__ = [
     "ACTIVATIONS",
     "BaseMLP",
     "DenseMLP",
+    "Dropout",
+    "ExpertOperands",
     "ExpertWeights",
     "Fold",
     "FoldCache",
     "FoldSettings",
     "GRUWeights",
+    "GateUp",
     "LayerWeights",
     "LinearRouters",
+    "LowRankUpdate",
     "RethinkingOutput",
     "RethinkingSpec",
     "Routing",
@@ -53,5 +57,6 @@ __all__ = [
     "rethink_literal",
     "rethink_reference",
     "route_tokens",
+    "swiglu",
     "topk_softmax_routing",
 ]
