@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,46 @@ MIN_CAPABILITY = (8, 0)
 
 # Triton's interpreter computes with bfloat16's bits as integers. Whoever repairs it, as the tests do, says so here.
 interpreter_repaired = False
+
+# The device class that tensors on no GPU stand for; see `standing_for`.
+_target: str | None = None
+_caches: list[Any] = []
+
+Cached = TypeVar("Cached", bound=Callable[..., Any])
+
+
+def per_device(function: Cached) -> Cached:
+    """Keep what ``function`` answers about a device and what is made of it, until another target stands for it."""
+    cached: Any = functools.cache(function)
+    _caches.append(cached)
+    return cached
+
+
+@contextmanager
+def standing_for(device_class: str) -> Iterator[None]:
+    """Have tensors on the CPU or on meta stand for tensors on a GPU of ``device_class``, for `launching.stubbed`.
+
+    Host code of the Triton backend runs inside as it would there: its checks of the device pass, and it takes the
+    device class's configurations. A launch that is not stubbed raises ``RuntimeError``.
+    """
+    before = _target
+    _set_target(device_class)
+    try:
+        yield
+    finally:
+        _set_target(before)
+
+
+def _set_target(device_class: str | None) -> None:
+    global _target
+    _target = device_class
+    for cached in _caches:
+        cached.cache_clear()
+
+
+def stands_for(device: torch.device) -> str | None:
+    """The device class that ``device`` stands for, or None where it is what it is."""
+    return None if device.type == "cuda" else _target
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
@@ -62,7 +104,7 @@ def _check_triton(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{name} is {tensor.dtype}: the Triton kernels take float32, float16 and bfloat16; use backend='torch'"
         )
-    if not torch.compiler.is_compiling():  # a traced call cannot ask Triton; the launch does
+    if _target is None and not torch.compiler.is_compiling():  # a traced call cannot ask Triton; the launch does
         check_device(name, tensor.device)
         if tensor.dtype != torch.float32 and interpreting() and not interpreter_repaired:
             raise ValueError(
@@ -70,9 +112,11 @@ def _check_triton(name: str, tensor: Tensor) -> None:
             )
 
 
-@functools.cache
+@per_device
 def check_device(name: str, device: torch.device) -> None:
-    """`ValueError` for a device on which Triton cannot run; ``name`` is what is there. Asked once a device."""
+    """`ValueError` for a device on which Triton cannot run; ``name`` is what is there. Asked once per device."""
+    if stands_for(device) is not None:
+        return
     if not _triton_installed():
         raise ValueError("backend 'triton' needs the triton package, which is not installed; use backend='torch'")
     if interpreting() and device.type in ("cpu", "cuda"):
@@ -102,9 +146,13 @@ def device_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-@functools.cache
 def interpreting() -> bool:
     """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1 when it was first imported)."""
+    return _target is None and _interpreter_chosen()
+
+
+@functools.cache
+def _interpreter_chosen() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)

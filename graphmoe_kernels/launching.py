@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched: its configuration by device, batch size and dtype, and the launch itself.
+"""How a Triton kernel is launched: its configuration by device, batch size and dtype, the launch, and its record.
 
 Nothing is tuned at first call. ``configs/<device class>/<operator>.json`` holds one configuration for every kernel of
 an operator, size class and dtype class; `make tune` rewrites it on a GPU.
@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.backend import check_device, device_capability, interpreting
+from graphmoe_kernels.backend import check_device, device_capability, interpreting, per_device, stands_for
 
 CONFIGS = Path(__file__).parent / "configs"
-DEVICE_CLASSES = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Device classes and the multiprocessors of the device that each is named after: A100, H100, B200 and MI300X.
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+DEVICE_CLASSES = tuple(MULTIPROCESSORS)
 
 # Up to so many tokens (decode) a kernel takes the "skinny" configuration made for it.
 SKINNY_TOKENS = 64
@@ -50,9 +53,12 @@ def dtype_class(dtype: torch.dtype) -> str:
     return "half" if dtype in (torch.float16, torch.bfloat16) else "float"
 
 
-@functools.cache
+@per_device
 def device_class(device: torch.device) -> str:
     """Whose configurations a device takes; the interpreter runs those of sm_90."""
+    target = stands_for(device)
+    if target is not None:
+        return target
     if interpreting():
         return "sm_90"
     if torch.version.hip is not None:
@@ -61,9 +67,12 @@ def device_class(device: torch.device) -> str:
     return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"
 
 
-@functools.cache
+@per_device
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors a device has; a few for the interpreter, so that work is cut there too."""
+    target = stands_for(device)
+    if target is not None:
+        return MULTIPROCESSORS[target]
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -79,12 +88,95 @@ def kernel_config(operator: str, kernel: str, tokens: int, dtype: torch.dtype, d
     return config_table(device_class(device), operator)[kernel][size_class(tokens)][dtype_class(dtype)]
 
 
+class Launch(NamedTuple):
+    """A launch of a kernel, as `recorded` enters it.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        grid: programs along each axis.
+        arguments: what the kernel got, by the names of its parameters: tensors, numbers, None, and the constants
+            (``tl.constexpr``), whose names are capitals.
+        options: num_warps and num_stages.
+        device: where it was launched.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: Config
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, by which configurations, compile cases and benchmarks know it too."""
+        return self.kernel.__name__
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The arguments that are compiled into the kernel because they are its ``tl.constexpr`` parameters."""
+        return {name: value for name, value in self.arguments.items() if name.isupper()}
+
+    def again(self) -> None:
+        """Launch the kernel once more, on the same tensors."""
+        launch(self.kernel, self.grid, **self.arguments, **self.options, device=self.device)
+
+
+# Lists that launches are entered in, and what becomes of a launch: it happens, or stops before the device. For all
+# threads alike: a backward's launches come from autograd's own.
+_records: list[list[Launch]] = []
+_stub: str | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Enter every launch of any thread, in order, in the list that this yields. Tensors in it are kept alive."""
+    found: list[Launch] = []
+    _records.append(found)
+    try:
+        yield found
+    finally:
+        _records[:] = [each for each in _records if each is not found]
+
+
+@contextmanager
+def stubbed(bind: bool = False) -> Iterator[None]:
+    """Have launches do nothing: what they would have written stays as it is.
+
+    With ``bind`` Triton binds and specialises the arguments, compiles the kernel where it has not yet, and stops there;
+    without a GPU that takes `graphmoe_kernels.aot.absent_gpu` around it.
+    """
+    global _stub
+    before, _stub = _stub, "bind" if bind else "nothing"
+    try:
+        yield
+    finally:
+        _stub = before
+
+
 def launch(kernel: Any, grid: Sequence[int], *args: Any, device: torch.device, **options: Any) -> None:
     """Run ``kernel`` on ``device``'s current stream. The only place where a kernel of this package is started."""
     if 0 in grid:
         return
+    if _records:
+        _record(kernel, grid, args, options, device)
+    if _stub is not None:
+        if _stub == "bind":
+            kernel.run(*args, grid=tuple(grid), warmup=True, **options)
+        return
     if device.type != "cuda":
+        if stands_for(device) is not None:
+            raise RuntimeError(f"{kernel.__name__} cannot run: {device} only stands for a GPU; use launching.stubbed()")
         kernel[tuple(grid)](*args, **options)
         return
     with torch.cuda.device(device):
         kernel[tuple(grid)](*args, **options)
+
+
+def _record(
+    kernel: Any, grid: Sequence[int], args: Sequence[Any], options: dict[str, Any], device: torch.device
+) -> None:
+    names = kernel.arg_names
+    given = dict(zip(names, args, strict=False)) | options
+    arguments = {name: given.pop(name) for name in names}  # what is left is the kernel's options
+    for found in _records:
+        found.append(Launch(kernel, tuple(grid), arguments, given, device))
