@@ -82,10 +82,11 @@ def config_table(device: str, operator: str) -> dict[str, dict[str, dict[str, Co
     return json.loads((CONFIGS / device / f"{operator}.json").read_text())
 
 
-def kernel_config(operator: str, kernel: str, tokens: int, dtype: torch.dtype, device: torch.device) -> Config:
+def kernel_config(kernel: str, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Config:
     """The configuration of a kernel: block sizes by their names in it, num_warps and num_stages."""
     check_device("a kernel's work", device)
-    return config_table(device_class(device), operator)[kernel][size_class(tokens)][dtype_class(dtype)]
+    operator = kernel.partition("_")[0]
+    return config_table(device_class(device), operator)[kernel][size_class(num_tokens)][dtype_class(dtype)]
 
 
 class Launch(NamedTuple):

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from graphmoe_kernels.activations import get_activation
+from graphmoe_kernels.activations import check_triton_form, get_activation
 from graphmoe_kernels.backend import resolve_backend, without_autocast
 from graphmoe_kernels.experts import checks
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.run import run_experts, run_swiglu
-from graphmoe_kernels.experts.triton.sizes import check_activation, check_offsets, check_supported
+from graphmoe_kernels.experts.triton.sizes import check_offsets, check_supported
 from graphmoe_kernels.validation import check_number
 
 
@@ -84,7 +84,7 @@ def swiglu(
     gate = pre_activations.gate
     resolved = resolve_backend(backend, "pre_activations.gate", gate)
     if resolved == "triton":
-        check_activation(activation)
+        check_triton_form(activation)
         check_offsets(gate.shape[1], 0 if update is None else update.state.shape[1])
     with without_autocast(gate):
         return run_swiglu(_to(pre_activations, gate), _to(update, gate), activation, resolved)

@@ -38,12 +38,6 @@ class RoundRouting(NamedTuple):
     mixing: Tensor | None
     routings: tuple[Routing, ...]
 
-    @property
-    def tickets(self) -> Tensor | None:
-        """`Routing.tickets`, or None where none were made."""
-        tickets = [routing.tickets for routing in self.routings if routing.tickets.numel()]
-        return tickets[0] if tickets else None
-
 
 def route(
     x: Tensor,

@@ -23,7 +23,7 @@ def away_from_kinks() -> torch.Tensor:
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_derivative_is_that_of_the_function(name):
     """Backward multiplies with the hand-written derivative: a wrong one trains in a wrong direction."""
-    function, derivative = ACTIVATIONS[name]
+    function, derivative, *_ = ACTIVATIONS[name]
     x = away_from_kinks().requires_grad_()
     (exact,) = torch.autograd.grad(function(x).sum(), x)
     torch.testing.assert_close(derivative(x.detach()), exact, rtol=1e-12, atol=1e-14)
@@ -42,7 +42,7 @@ def test_name_means_what_transformers_means_by_it(name):
 def test_function_and_derivative_keep_dtype_and_shape(name, dtype):
     """A Python scalar or a comparison inside an activation must not widen what the operator computes in."""
     x = torch.randn(3, 4).to(dtype)
-    for part in ACTIVATIONS[name]:
+    for part in ACTIVATIONS[name][:2]:
         assert part(x).dtype == dtype
         assert part(x).shape == x.shape
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from graphmoe_kernels import launching
+from graphmoe_kernels.activations import triton_form
 from graphmoe_kernels.backend import check_device
 from graphmoe_kernels.experts.triton.sizes import WIDE_RANK_COLUMNS, Sizes, cut, padded_slots, program_slots
 from graphmoe_kernels.launching import Config, config_table, dtype_class, size_class
@@ -38,7 +39,7 @@ class Plan(NamedTuple):
     """
 
     grid: tuple[int, int]
-    constants: dict[str, int | str]
+    constants: dict[str, Any]
     scratch: int
 
 
@@ -50,13 +51,13 @@ def target(device: torch.device) -> Target:
 
 def config(kernel: str, size: Sizes, dtype: torch.dtype, device_class: str) -> Config:
     """The configuration of an experts' kernel."""
-    name = kernel + ("_wide_rank" if size.columns > WIDE_RANK_COLUMNS else "")
+    name = f"experts_{kernel}" + ("_wide_rank" if size.columns > WIDE_RANK_COLUMNS else "")
     return config_table(device_class, "experts")[name][size_class(size.tokens)][dtype_class(dtype)]
 
 
-def constants(size: Sizes, activation: str, config: Config) -> dict[str, int | str]:
+def constants(size: Sizes, activation: str, config: Config) -> dict[str, Any]:
     """The constexprs of the kernels that have experts."""
-    return {"SLOTS": size.slots, "RANK": size.rank, "ACTIVATION": activation, **config}
+    return {"SLOTS": size.slots, "RANK": size.rank, "ACTIVATION": triton_form(activation), **config}
 
 
 def tiles_and_splits(tokens: int, width: int, config: Config, multiprocessors: int) -> tuple[int, int]:
@@ -100,9 +101,9 @@ def backward_weights_plan(size: Sizes, activation: str, dtype: torch.dtype, targ
 @functools.lru_cache(KEPT_PLANS)
 def swiglu_plan(kernel: str, tokens: int, width: int, activation: str, dtype: torch.dtype, target: Target) -> Plan:
     """Without experts: the configurations are those of the experts' ``kernel``, whose loads of tiles it shares."""
-    chosen = config_table(target.device_class, "experts")[kernel][size_class(tokens)][dtype_class(dtype)]
+    chosen = config_table(target.device_class, "experts")[f"experts_{kernel}"][size_class(tokens)][dtype_class(dtype)]
     grid = tiles_and_splits(tokens, width, chosen, target.multiprocessors)
-    return Plan(grid, {"ACTIVATION": activation, **chosen}, 0)
+    return Plan(grid, {"ACTIVATION": triton_form(activation), **chosen}, 0)
 
 
 def lists(programs: int, size: Sizes) -> int:

@@ -6,6 +6,7 @@ import functools
 import math
 from typing import NamedTuple
 
+from graphmoe_kernels.activations import check_triton_form
 from graphmoe_kernels.experts.operands import ExpertOperands
 from graphmoe_kernels.launching import Config
 
@@ -60,7 +61,7 @@ def sizes(operands: ExpertOperands) -> Sizes:
 def check_supported(operands: ExpertOperands, activation: str) -> None:
     """Raise `ValueError` for what the kernels do not take, naming the argument and what works."""
     size = sizes(operands)
-    check_activation(activation)
+    check_triton_form(activation)
     if size.columns > MAX_COLUMNS:
         raise ValueError(
             f"k={size.slots} experts per token of rank {size.rank} (padded to {padded_rank(size.rank)}) need "
@@ -69,16 +70,6 @@ def check_supported(operands: ExpertOperands, activation: str) -> None:
         )
     inner = 0 if operands.update is None else operands.update.state.shape[1]
     check_offsets(size.width, inner, size.rank)
-
-
-def check_activation(activation: str) -> None:
-    """Raise `ValueError` for an activation that has no Triton form."""
-    from graphmoe_kernels.triton_activations import NAMES
-
-    if activation not in NAMES:
-        raise ValueError(
-            f"activation {activation!r} has no Triton form (there are {', '.join(NAMES)}); use backend='torch'"
-        )
 
 
 def check_offsets(width: int, inner: int, rank: int = 0) -> None:
