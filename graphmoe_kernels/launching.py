@@ -43,6 +43,15 @@ def by_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def with_row_stride(tensor: Tensor) -> tuple[Tensor, int]:
+    """Return `by_rows` of the tensor, and how far apart its rows are."""
+    row, column = tensor.stride()
+    if column != 1:
+        tensor = tensor.contiguous()
+        row = tensor.stride(0)
+    return tensor, row
+
+
 def size_class(tokens: int) -> str:
     """``"skinny"`` for up to `SKINNY_TOKENS` tokens, else ``"wide"``."""
     return "skinny" if tokens <= SKINNY_TOKENS else "wide"

@@ -8,23 +8,32 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.backend import per_device
-from graphmoe_kernels.launching import SKINNY_TOKENS, by_rows, kernel_config, launch
+from graphmoe_kernels.launching import SKINNY_TOKENS, kernel_config, launch, with_row_stride
 
 # A kernel, and everything that is the same in all its launches of a kind: constants, blocks, warps and stages.
 Kind = tuple[Any, dict[str, Any]]
 
 
-def kind(name: str, num_tokens: int, dtype: torch.dtype, device: torch.device, candidate_activation: str) -> Kind:
-    """The kernel called ``name`` and the constants of its launches."""
-    return _kind(name, 1 if num_tokens <= SKINNY_TOKENS else SKINNY_TOKENS + 1, dtype, device, candidate_activation)
+def kind(
+    name: str, num_tokens: int, width: int, dtype: torch.dtype, device: torch.device, candidate_activation: str
+) -> Kind:
+    """The kernel called ``name`` and the constants of its launches.
+
+    Of a width that is no multiple of 16, as the literal loop's may be, rows and column blocks are not aligned: their
+    loads take more registers, so that kernels have smaller blocks, the configurations named ``..._unaligned``.
+    """
+    tokens = 1 if num_tokens <= SKINNY_TOKENS else SKINNY_TOKENS + 1
+    return _kind(name, tokens, width % 16 == 0, dtype, device, candidate_activation)
 
 
 @per_device
-def _kind(name: str, num_tokens: int, dtype: torch.dtype, device: torch.device, candidate_activation: str) -> Kind:
+def _kind(
+    name: str, num_tokens: int, aligned: bool, dtype: torch.dtype, device: torch.device, candidate_activation: str
+) -> Kind:
     from graphmoe_kernels.gru.triton import backward, forward
 
     kernel = getattr(forward if name == "gru_forward" else backward, name)
-    config = kernel_config(name, num_tokens, dtype, device)
+    config = kernel_config(name if aligned else f"{name}_unaligned", num_tokens, dtype, device)
     return kernel, {"TANH": candidate_activation == "tanh", **config}
 
 
@@ -47,10 +56,14 @@ def step(
     candidate = None
     if save and state is not None:
         candidate = torch.empty(num_tokens, width, dtype=torch.float32, device=device)
-    kernel, constants = kind("gru_forward", num_tokens, inputs.dtype, device, candidate_activation)
-    inputs, weight = by_rows(inputs), by_rows(candidate_weight)
+    kernel, constants = kind("gru_forward", num_tokens, width, inputs.dtype, device, candidate_activation)
+    inputs, stride_inputs = with_row_stride(inputs)
+    weight, stride_weight = with_row_stride(candidate_weight)
+    stride_recurrent = stride_state = stride_total = 0
     if state is not None and recurrent is not None and total is not None:
-        recurrent, state, total = by_rows(recurrent), by_rows(state), by_rows(total)
+        recurrent, stride_recurrent = with_row_stride(recurrent)
+        state, stride_state = with_row_stride(state)
+        total, stride_total = with_row_stride(total)
     launch(
         kernel,
         _grid(num_tokens, width, constants),
@@ -64,11 +77,11 @@ def step(
         candidate,
         num_tokens,
         width,
-        inputs.stride(0),
-        _row_stride(recurrent),
-        _row_stride(state),
-        _row_stride(total),
-        weight.stride(0),
+        stride_inputs,
+        stride_recurrent,
+        stride_state,
+        stride_total,
+        stride_weight,
         device=device,
         **constants,
     )
@@ -92,15 +105,19 @@ def step_backward(
     One launch, and the sum of the token tiles' parts of the bias.
     """
     num_tokens, width, device = inputs.shape[0], candidate_bias.shape[0], inputs.device
-    kernel, constants = kind("gru_backward", num_tokens, inputs.dtype, device, candidate_activation)
+    kernel, constants = kind("gru_backward", num_tokens, width, inputs.dtype, device, candidate_activation)
     d_inputs = inputs.new_empty(num_tokens, 3 * width)
     d_state = None if state is None else inputs.new_empty(num_tokens, width)
     reset_state = inputs.new_empty(num_tokens, width) if wants_reset_state else None
     tiles = -(-num_tokens // constants["BLOCK_M"])
     d_bias = torch.empty(tiles, width, dtype=torch.float32, device=device) if wants_bias else None
-    grad, inputs, weight = by_rows(grad), by_rows(inputs), by_rows(candidate_weight)
+    grad, stride_grad = with_row_stride(grad)
+    inputs, stride_inputs = with_row_stride(inputs)
+    weight, stride_weight = with_row_stride(candidate_weight)
+    stride_recurrent = stride_state = 0
     if state is not None and recurrent is not None:
-        recurrent, state = by_rows(recurrent), by_rows(state)
+        recurrent, stride_recurrent = with_row_stride(recurrent)
+        state, stride_state = with_row_stride(state)
     launch(
         kernel,
         _grid(num_tokens, width, constants),
@@ -117,11 +134,11 @@ def step_backward(
         d_bias,
         num_tokens,
         width,
-        grad.stride(0),
-        inputs.stride(0),
-        _row_stride(recurrent),
-        _row_stride(state),
-        weight.stride(0),
+        stride_grad,
+        stride_inputs,
+        stride_recurrent,
+        stride_state,
+        stride_weight,
         device=device,
         **constants,
     )
@@ -131,7 +148,3 @@ def step_backward(
 def _grid(num_tokens: int, width: int, config: dict[str, int]) -> tuple[int]:
     """One axis, as the others end at 65535 programs."""
     return (-(-num_tokens // config["BLOCK_M"]) * -(-width // config["BLOCK_G"]),)
-
-
-def _row_stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)

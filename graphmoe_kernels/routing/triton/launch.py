@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.backend import interpreting, per_device
-from graphmoe_kernels.launching import SKINNY_TOKENS, Config, by_rows, kernel_config, launch, power_of_two
+from graphmoe_kernels.launching import SKINNY_TOKENS, Config, kernel_config, launch, power_of_two, with_row_stride
 
 MAX_EXPERTS = 256  # a row's experts are handled in registers, all at once
 # Tokens are ordered within windows of this size: the work per token grows with the window, and a window's tokens are
@@ -60,7 +60,7 @@ def route(
     num_experts, device = router.shape[0], x.device
     logits, routing_weights, expert_ids = allocate(num_tokens, num_experts, top_k, device)
     kernel, constants = kind("routing_forward", num_tokens, x.dtype, device, num_experts, top_k, normalize)
-    x = by_rows(x)
+    x, stride_x = with_row_stride(x)
     launch(
         kernel,
         (-(-num_tokens // constants["BLOCK_M"]),),
@@ -72,7 +72,7 @@ def route(
         expert_ids,
         num_tokens,
         hidden,
-        x.stride(0),
+        stride_x,
         device=device,
         **constants,
     )
