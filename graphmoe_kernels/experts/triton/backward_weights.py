@@ -8,9 +8,9 @@ import triton.language as tl
 from graphmoe_kernels.experts.triton.slot_gradient import slot_gradient
 from graphmoe_kernels.experts.triton.tile import (
     base_tile,
-    expert_low,
     expert_weights,
     low_rank_rows,
+    low_rows,
     next_expert,
     padded_rank,
     row_experts,
@@ -60,9 +60,10 @@ def add_slot(
     for i in range(tl.load(listed)):
         e = tl.load(listed + 1 + i)
         hit = chosen == e
-        a_gate, a_up = expert_low(operands, strides, token, hit, e, num_experts, RANK)
-        add_product(sum_gate_B, e, d_g, hit, a_gate, f, width, RANK)
-        add_product(sum_up_B, e, d_u, hit, a_up, f, width, RANK)
+        rows = low_rows(operands, strides, token, hit, e * RANK, RANK)
+        add_product(sum_gate_B, e, d_g, hit, rows, f, width, RANK)
+        rows = low_rows(operands, strides, token, hit, (num_experts + e) * RANK, RANK)
+        add_product(sum_up_B, e, d_u, hit, rows, f, width, RANK)
         rows = low_rank_rows(d_low_down, None, token, hit, e * RANK, num_experts * RANK, 0, RANK)
         add_product(sum_down_A, e, read, hit, rows, f, width, RANK)
 

@@ -13,11 +13,11 @@ from graphmoe_kernels.experts.triton.reduce import sum_splits, write_wide
 from graphmoe_kernels.experts.triton.tile import (
     compact_columns,
     expert_columns,
-    expert_low,
     expert_rows,
     expert_weights,
     keep_mask,
     load_pair,
+    low_rows,
     next_expert,
     padded_rank,
     row_experts,
@@ -77,10 +77,12 @@ def experts_stream(
     w1 = expert_weights(operands.routing_weights, ids, larger, token, live, num_experts, SLOTS)
     w0 = tl.where(broken, float("nan"), w0)
     e0, e1 = tl.minimum(tl.min(smaller), num_experts - 1), tl.minimum(tl.min(larger), num_experts - 1)
-    low_g0, low_u0 = expert_low(operands, strides, token, live, e0, num_experts, RANK)
+    low_g0 = low_rows(operands, strides, token, live, e0 * RANK, RANK)
+    low_u0 = low_rows(operands, strides, token, live, (num_experts + e0) * RANK, RANK)
     low_g1, low_u1 = low_g0, low_u0
     if SLOTS == 2:
-        low_g1, low_u1 = expert_low(operands, strides, token, live, e1, num_experts, RANK)
+        low_g1 = low_rows(operands, strides, token, live, e1 * RANK, RANK)
+        low_u1 = low_rows(operands, strides, token, live, (num_experts + e1) * RANK, RANK)
 
     z0 = tl.zeros([BLOCK_M, padded_rank(RANK)], tl.float32)
     z1 = tl.zeros([BLOCK_M, padded_rank(RANK)], tl.float32)

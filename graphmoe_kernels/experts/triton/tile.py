@@ -145,12 +145,11 @@ def low_rank_rows(low, low_update, token, hit, column, stride_low, stride_update
 
 
 @triton.jit
-def expert_low(operands, strides, token, hit, e, num_experts, RANK: tl.constexpr):
-    """A x of expert e for gate and for up, zero in the rows that are not hit: [BLOCK_M, padded rank] each."""
-    low, low_update, up = operands.low, operands.low_update, (num_experts + e) * RANK
-    a_gate = low_rank_rows(low, low_update, token, hit, e * RANK, strides.low, strides.low_update, RANK)
-    a_up = low_rank_rows(low, low_update, token, hit, up, strides.low, strides.low_update, RANK)
-    return a_gate, a_up
+def low_rows(operands, strides, token, hit, column, RANK: tl.constexpr):
+    """`low_rank_rows` of the operands' A x, a later round's part in it."""
+    return low_rank_rows(
+        operands.low, operands.low_update, token, hit, column, strides.low, strides.low_update, RANK
+    )
 
 
 @triton.jit
@@ -199,9 +198,11 @@ def slot_pre_activation(
     low_u = tl.zeros_like(u)
     for i in range(tl.load(listed)):
         e = tl.load(listed + 1 + i)
-        a_gate, a_up = expert_low(operands, strides, token, chosen == e, e, num_experts, RANK)
-        low_g = tl.dot(a_gate, expert_columns(operands.B.gate, e, f, width, RANK), low_g, input_precision="ieee")
-        low_u = tl.dot(a_up, expert_columns(operands.B.up, e, f, width, RANK), low_u, input_precision="ieee")
+        hit = chosen == e
+        a = low_rows(operands, strides, token, hit, e * RANK, RANK)
+        low_g = tl.dot(a, expert_columns(operands.B.gate, e, f, width, RANK), low_g, input_precision="ieee")
+        a = low_rows(operands, strides, token, hit, (num_experts + e) * RANK, RANK)
+        low_u = tl.dot(a, expert_columns(operands.B.up, e, f, width, RANK), low_u, input_precision="ieee")
     return g + scale * low_g, u + scale * low_u
 
 
