@@ -10,12 +10,20 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import graphmoe_kernels.experts.launch
-import graphmoe_kernels.experts.stream
+import graphmoe_kernels.experts.triton.launch
+import graphmoe_kernels.experts.triton.launch_stream
 import graphmoe_kernels.gru.launch
 import graphmoe_kernels.routing.launch
 import graphmoe_kernels.routing.order
-from graphmoe_kernels import expert_order, expert_swiglu, gru_step, route_tokens
+from graphmoe_kernels import (
+    ExpertOperands,
+    GateUp,
+    LowRankUpdate,
+    expert_order,
+    expert_swiglu,
+    gru_step,
+    route_tokens,
+)
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.launching import SKINNY_TOKENS, launch
 from graphmoe_kernels.rethinking.folding import padded
@@ -25,8 +33,8 @@ Outputs = dict[str, Tensor]
 
 # Where the operators start their kernels from.
 LAUNCHERS = (
-    graphmoe_kernels.experts.launch,
-    graphmoe_kernels.experts.stream,
+    graphmoe_kernels.experts.triton.launch,
+    graphmoe_kernels.experts.triton.launch_stream,
     graphmoe_kernels.gru.launch,
     graphmoe_kernels.routing.launch,
     graphmoe_kernels.routing.order,
@@ -130,8 +138,20 @@ def expert_operands(sizes: Sizes, later: bool, dtype: torch.dtype, device: torch
 
 def run_experts(operands: Operands, backend: str) -> Outputs:
     """`expert_swiglu`; with an ``order`` among the operands Triton works in it."""
-    c, z = expert_swiglu(**operands, scale=2.0, backend=backend)  # type: ignore[arg-type]
-    return {"c": c, "z": z}
+    o = operands
+    packed = ExpertOperands(
+        GateUp(o["gate"], o["up"]),
+        o["low"],
+        GateUp(o["gate_B"], o["up_B"]),
+        o["down_A"],
+        o["weights"],
+        o["experts"],
+        low_update=o.get("low_update"),
+        update=LowRankUpdate(o["state"], o["fold_gate"], o["fold_up"]) if "state" in o else None,
+        token_order=o.get("order"),
+    )
+    hidden, low_down = expert_swiglu(packed, scale=2.0, backend=backend)
+    return {"hidden": hidden, "low_down": low_down}
 
 
 def gru_operands(sizes: Sizes, later: bool, dtype: torch.dtype, device: torch.device) -> Operands:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from graphmoe_kernels.cost import Sizes
-from graphmoe_kernels.experts.call import cut, program_slots
+from graphmoe_kernels.experts.triton.sizes import cut, program_slots
 from graphmoe_kernels.launching import SIZE_CLASSES, SKINNY_TOKENS, Config, config_table
 from graphmoe_kernels.rethinking.folding import padded
 

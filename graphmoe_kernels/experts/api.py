@@ -18,7 +18,7 @@ from graphmoe_kernels.validation import check_number
 def expert_swiglu(
     operands: ExpertOperands, *, scale: float = 1.0, activation: str = "silu", backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Return hidden = sum_j w_j act(g_j) * u_j and low_down = sum_j w_j A_D,e_j (act(g_j) * u_j) over k slots per token.
+    """Return hidden = sum_j w_j act(g_j) * u_j and low_down = sum_j w_j A_D,e_j (act(g_j) * u_j) over a token's slots.
 
     g_j = m_G,e_j * (P_G + H M_G^T + s B_G,e_j a_G,e_j) + b_G, u_j likewise, with P the pre-activations, (H, M) the
     update, a the low-rank activations, m the scale vectors and b the biases: the experts of MixLoRA, with their outputs

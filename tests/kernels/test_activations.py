@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from graphmoe_kernels import ACTIVATIONS, expert_swiglu, get_activation, register_activation, rethink_folded
+from graphmoe_kernels import ACTIVATIONS, GateUp, get_activation, register_activation, rethink_folded, swiglu
 from graphmoe_kernels.activations import ALIASES
 from graphmoe_kernels.rethinking import RethinkingSpec, rethink_reference
 from tests.kernels.cases import assert_equal_to, gradients, layer
@@ -81,7 +81,4 @@ def test_unknown_name_lists_the_known_ones():
         get_activation("sliu")
     x = torch.zeros(1, 2)
     with pytest.raises(ValueError, match="unknown activation 'sliu'"):
-        expert_swiglu(
-            x, x, torch.zeros(1, 2), torch.zeros(1, 2, 1), torch.zeros(1, 2, 1),
-            torch.zeros(1, 1, 2), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long), activation="sliu",
-        )  # fmt: skip
+        swiglu(GateUp(x, x), activation="sliu")

@@ -104,9 +104,7 @@ def test_scale_vectors_of_ones_change_nothing():
     """m = 1 is the expert without scale vectors."""
     given = operands(inner=6)
     ones = torch.ones(5, 21, dtype=torch.float64)
-    for found, exact in zip(
-        run(**given, gate_scale=ones, up_scale=ones), run(**given), strict=True
-    ):
+    for found, exact in zip(run(**given, gate_scale=ones, up_scale=ones), run(**given), strict=True):
         assert torch.equal(found, exact)
 
 
@@ -165,7 +163,11 @@ REFUSALS = [
         ValueError,
         "pre_activations.up is on meta, pre_activations.gate on cpu; put them on one device",
     ),
-    ({"expert_ids": torch.zeros(9, 2).long().to("meta")}, ValueError, "expert_ids is on meta, pre_activations.gate on cpu"),
+    (
+        {"expert_ids": torch.zeros(9, 2).long().to("meta")},
+        ValueError,
+        "expert_ids is on meta, pre_activations.gate on cpu",
+    ),
     ({"expert_ids": torch.zeros(9, 2)}, TypeError, "expert_ids must be integers .*, got torch.float32"),
     ({"gate_B": torch.zeros(5, 21, 3).long()}, TypeError, "B.gate must be floating point, got torch.int64"),
     (
@@ -184,13 +186,29 @@ REFUSALS = [
     ),
     ({"dropout": 0.1, "seed": torch.tensor([7, 8])}, ValueError, r"dropout.seed must be one int64.*torch.int64 \[2\]"),
     ({"dropout": 0.1, "seed": 42}, TypeError, "dropout.seed must be a tensor, got int"),
-    ({"dropout": 0.1, "seed": torch.zeros(1, device="meta").long()}, ValueError, "dropout.seed is on meta, pre_activations.gate on cpu"),
-    ({"token_order": torch.zeros(9).long()}, ValueError, r"token_order must be int32 \[9\] and contiguous.*torch.int64 \[9\]"),
+    (
+        {"dropout": 0.1, "seed": torch.zeros(1, device="meta").long()},
+        ValueError,
+        "dropout.seed is on meta, pre_activations.gate on cpu",
+    ),
+    (
+        {"token_order": torch.zeros(9).long()},
+        ValueError,
+        r"token_order must be int32 \[9\] and contiguous.*torch.int64 \[9\]",
+    ),
     ({"token_order": torch.zeros(10).int()}, ValueError, r"token_order must be int32 \[9\].*torch.int32 \[10\]"),
     ({"token_order": torch.zeros(18).int()[::2]}, ValueError, r"token_order must be int32 \[9\] and contiguous"),
-    ({"token_order": torch.zeros(9, device="meta").int()}, ValueError, "token_order is on meta, pre_activations.gate on cpu"),
+    (
+        {"token_order": torch.zeros(9, device="meta").int()},
+        ValueError,
+        "token_order is on meta, pre_activations.gate on cpu",
+    ),
     ({"expert_ids": torch.zeros(9, 2).bool()}, TypeError, "expert_ids must be integers .*, got torch.bool"),
-    ({"gate": [[0.0] * 21] * 9}, TypeError, "pre_activations.gate must be a tensor, got list; torch.as_tensor makes one"),
+    (
+        {"gate": [[0.0] * 21] * 9},
+        TypeError,
+        "pre_activations.gate must be a tensor, got list; torch.as_tensor makes one",
+    ),
     ({"low": None}, TypeError, "low must be a tensor, got NoneType"),
     (
         {"up": torch.zeros(9, 21).to_sparse()},
@@ -264,7 +282,12 @@ SWIGLU_REFUSALS = [
     (PAIR._replace(gate=torch.zeros(21)), None, ValueError, r"expected pre_activations.gate \[tokens, F\]; got \[21\]"),
     (PAIR._replace(up=torch.zeros(9, 20)), None, ValueError, r"pre_activations.up must be \[9, 21\].*got \[9, 20\]"),
     (PAIR._replace(up=torch.zeros(9, 21).int()), None, TypeError, "pre_activations.up must be floating point"),
-    (PAIR._replace(up=PAIR.up.to("meta")), None, ValueError, "pre_activations.up is on meta, pre_activations.gate on cpu"),
+    (
+        PAIR._replace(up=PAIR.up.to("meta")),
+        None,
+        ValueError,
+        "pre_activations.up is on meta, pre_activations.gate on cpu",
+    ),
     (GateUp(*(x[:, :0] for x in PAIR)), None, ValueError, r"with F of at least 1, got \[9, 0\]"),
     (PAIR, UPDATE._replace(state=torch.zeros(8, 6)), ValueError, r"update.state must be \[9, 6\].*got \[8, 6\]"),
     (PAIR, UPDATE._replace(gate=torch.zeros(21, 5)), ValueError, r"update.gate must be \[21, 6\].*got \[21, 5\]"),
@@ -310,7 +333,9 @@ def test_triton_on_cpu_tensors_is_refused():
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", TRITON_ON_CPU], capture_output=True, text=True, env=environment)
-    assert "pre_activations.gate is on cpu, and backend='triton' runs on CUDA devices" in run.stdout, run.stdout + run.stderr
+    assert "pre_activations.gate is on cpu, and backend='triton' runs on CUDA devices" in run.stdout, (
+        run.stdout + run.stderr
+    )
     assert "use backend='torch'" in run.stdout
 
 
@@ -318,7 +343,9 @@ def test_an_intermediate_size_of_0_is_refused():
     """It used to divide by zero where the tokens are cut into blocks."""
     given = operands() | {name: t[..., :0] for name, t in operands().items() if name in ("gate", "up", "down_A")}
     given |= {name: given[name][:, :0] for name in ("gate_B", "up_B")}
-    with pytest.raises(ValueError, match=r"pre_activations.gate must be \[tokens, F\] with F of at least 1, got \[9, 0\]"):
+    with pytest.raises(
+        ValueError, match=r"pre_activations.gate must be \[tokens, F\] with F of at least 1, got \[9, 0\]"
+    ):
         run(**given)
 
 

@@ -143,7 +143,10 @@ def test_layout_does_not_matter(layout):
 def test_padded_slots_are_no_experts():
     """Ids of one byte with 256 experts, three slots in four: what is no slot is not expert 0."""
     given = placed(cast(operands(tokens=4, experts=256, rank=1, top_k=3, width=16), torch.float32))
-    found, narrow = results(given, "triton"), results(given | {"expert_ids": given["expert_ids"].to(torch.uint8)}, "triton")
+    found, narrow = (
+        results(given, "triton"),
+        results(given | {"expert_ids": given["expert_ids"].to(torch.uint8)}, "triton"),
+    )
     for name, exact in found.items():
         assert torch.equal(narrow[name], exact), name
 
@@ -230,7 +233,8 @@ def test_frozen_inputs_get_no_gradient_and_cost_none(monkeypatch):
     plain = results(given, "triton")
     seen = []
     monkeypatch.setattr(
-        "graphmoe_kernels.experts.triton.launch.launch", lambda k, *a, **o: (seen.append(k), launching.launch(k, *a, **o))
+        "graphmoe_kernels.experts.triton.launch.launch",
+        lambda k, *a, **o: (seen.append(k), launching.launch(k, *a, **o)),
     )
     leaves = {name: given[name].requires_grad_() for name in ("gate", "routing_weights", "low")}
     c, z = run(**(given | leaves), scale=1.5, backend="triton")
@@ -304,7 +308,11 @@ def test_refusals_name_argument_and_expectation(change, message):
 
 def test_unsupported_sizes_and_dtypes_are_refused():
     """Too many slots for a program's registers, and fp64, are errors that name what would work."""
-    with pytest.raises(ValueError, match=r"k=20 experts per token of rank 3 .*need 512 columns.*up to 256.*lower top_k"):
+    with pytest.raises(
+        ValueError, match=r"k=20 experts per token of rank 3 .*need 512 columns.*up to 256.*lower top_k"
+    ):
         run(**placed(cast(operands(experts=20, top_k=20), torch.float32)), backend="triton")
-    with pytest.raises(ValueError, match=r"pre_activations.gate is torch.float64: the Triton kernels take float32.*backend='torch'"):
+    with pytest.raises(
+        ValueError, match=r"pre_activations.gate is torch.float64: the Triton kernels take float32.*backend='torch'"
+    ):
         run(**placed(operands()), backend="triton")

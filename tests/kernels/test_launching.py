@@ -122,7 +122,7 @@ except Exception as error:
 @torch.no_grad()
 def test_work_is_cut_into_few_waves():
     """Programs come in multiples of what runs at once, or nearly: no second wave for a few of them."""
-    from graphmoe_kernels.experts.call import cut
+    from graphmoe_kernels.experts.triton.sizes import cut
 
     for tiles in (1, 4, 16, 24, 32, 48, 64, 128, 129):
         splits, pieces = cut(224, tiles, 132)

@@ -9,8 +9,8 @@ counters only where one runs after the other:
   the capture), or it is used up, they are made in the graph, whose every replay sets them to zero first;
 - under a mode that sees every operation (fake tensors, tracing) nothing is kept.
 
-A launch that fails may leave its counters anywhere: `forget` drops them. (A kernel that a GPU aborts takes the process's
-whole CUDA context with it.)
+A launch that fails may leave its counters anywhere: `forget` drops them. (A kernel that a GPU aborts takes the whole
+CUDA context of its process with it.)
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def split_offsets(tile, num_tokens, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr
 
 @triton.jit
 def store_split(rows, partial, tile, split, num_tokens, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Write this split's ``rows`` [BLOCK_M, COLUMNS] to ``partial`` [splits, num_tokens, COLUMNS]."""
+    """Write this split's ``rows`` [BLOCK_M, COLUMNS] to ``partial`` [splits, N, COLUMNS]."""
     at, live = split_offsets(tile, num_tokens, COLUMNS, BLOCK_M)
     tl.store(partial + tl.cast(split, tl.int64) * num_tokens * COLUMNS + at, rows, mask=live)
 
@@ -37,7 +37,7 @@ def comes_last(counters, tile, splits):
 
 @triton.jit
 def sum_splits(partial, tile, splits, num_tokens, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The sum over ``partial`` [splits, num_tokens, COLUMNS] of a tile's rows, first split first: [BLOCK_M, COLUMNS]."""
+    """The sum over ``partial`` [splits, N, COLUMNS] of a tile's rows, first split first: [BLOCK_M, COLUMNS]."""
     at, live = split_offsets(tile, num_tokens, COLUMNS, BLOCK_M)
     rows = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
     # Few tokens mean many splits: their loads wait for one another unless several are under way.

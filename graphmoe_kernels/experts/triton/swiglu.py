@@ -1,4 +1,4 @@
-"""act(g) * u without experts, forward and backward: the pre-activations and an update of low rank that is never stored."""
+"""act(g) * u without experts, forward and backward: pre-activations, and an update of low rank that is never stored."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ columns of F. The low-rank terms of a slot are products with one expert's matric
 masked to zero, and only the experts that are present in the tile are visited: the cost follows the experts in the
 tile, not the number of experts.
 
-``operands`` is an `ExpertOperands` whose ``dropout`` is a `Mask`, ``strides`` a `RowStrides` (both in `layout`). What is
-None in them is compiled without: no flag says so a second time.
+``operands`` is an `ExpertOperands` whose ``dropout`` is a `Mask`, ``strides`` a `RowStrides` (both in `layout`). What
+is None in them is compiled without: no flag says so a second time.
 """
 
 from __future__ import annotations
