@@ -63,6 +63,8 @@ def specialization(launch: Launch) -> tuple[Any, ...]:
     def kind(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.dtype, value.data_ptr() % 16 == 0
+        if isinstance(value, tuple) and not name.isupper():
+            return tuple(kind(name, each) for each in value)
         if isinstance(value, int) and not name.isupper():
             return "int" if name in free else (value == 1, value % 16 == 0)
         return "float" if isinstance(value, float) and not name.isupper() else value

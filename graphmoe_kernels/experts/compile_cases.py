@@ -17,7 +17,7 @@ from graphmoe_kernels.launching import SKINNY_TOKENS
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES = {"skinny": SKINNY_TOKENS, "wide": 8192}
 WIDTH = 14336
-UNALIGNED_WIDTH = 712 + 1  # F that is no multiple of 16, nor even
+UNALIGNED_WIDTH = 712  # F that is no multiple of 16, so that rows are not aligned
 EXPERTS = 8
 GRU_WIDTH = 416
 # Kernels whose tiles are for a warp group; those of a stream are of a warp each.
