@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-import graphmoe_kernels.experts.triton.launch
-import graphmoe_kernels.experts.triton.launch_stream
-import graphmoe_kernels.gru.launch
-import graphmoe_kernels.routing.launch
-import graphmoe_kernels.routing.order
 from graphmoe_kernels import (
     ExpertOperands,
     GateUp,
@@ -25,20 +18,11 @@ from graphmoe_kernels import (
     route_tokens,
 )
 from graphmoe_kernels.cost import Sizes
-from graphmoe_kernels.launching import SKINNY_TOKENS, launch
+from graphmoe_kernels.launching import SKINNY_TOKENS
 from graphmoe_kernels.rethinking.folding import padded
 
 Operands = dict[str, Tensor]
 Outputs = dict[str, Tensor]
-
-# Where the operators start their kernels from.
-LAUNCHERS = (
-    graphmoe_kernels.experts.triton.launch,
-    graphmoe_kernels.experts.triton.launch_stream,
-    graphmoe_kernels.gru.launch,
-    graphmoe_kernels.routing.launch,
-    graphmoe_kernels.routing.order,
-)
 
 
 class Operator(NamedTuple):
@@ -231,36 +215,3 @@ def with_order(operator: Operator, operands: Operands) -> Operands:
     if operator.name != "experts" or operands["gate"].shape[0] <= SKINNY_TOKENS:
         return operands
     return operands | {"order": expert_order(operands["experts"])}
-
-
-class Launch(NamedTuple):
-    """A kernel's launch as it happened; its tensors are kept alive, so it can be done again."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The kernel's name in the source."""
-        return self.kernel.fn.__name__
-
-    def again(self) -> None:
-        """Run it once more: the same reads and writes, on the same tensors."""
-        launch(self.kernel, self.grid, *self.arguments, **self.options)
-
-
-@contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
-    """The launches of everything run inside, in order."""
-    found: list[Launch] = []
-
-    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        found.append(Launch(kernel, tuple(grid), arguments, options))
-        launch(kernel, grid, *arguments, **options)
-
-    with ExitStack() as stack:
-        for module in LAUNCHERS:
-            stack.enter_context(mock.patch.object(module, "launch", record))
-        yield found

@@ -10,10 +10,10 @@ import torch
 from benchmarks.checks import Verdict, check_operator
 from benchmarks.devices import Call, Device
 from benchmarks.operator_timing import COLD_FACTOR, copies_for
-from benchmarks.operators import Launch, Operands, Operator, forward_only, gradients, recorded_launches, with_order
+from benchmarks.operators import Operands, Operator, forward_only, gradients, with_order
 from benchmarks.roofline import KERNELS, Limits, work
 from graphmoe_kernels.cost import Sizes
-from graphmoe_kernels.launching import SKINNY_TOKENS, device_class
+from graphmoe_kernels.launching import SKINNY_TOKENS, Launch, device_class, recorded
 
 # Of the PyTorch backend, whose intermediates are large.
 TORCH_COPIES = 2
@@ -75,7 +75,7 @@ def time_kernels(
 def launches_of(operator: Operator, operands: Operands) -> list[Launch]:
     outputs = {name: t for name, t in operator.run(operands, "triton").items() if t.is_floating_point()}
     upstream = {name: torch.randn_like(t) for name, t in outputs.items()}
-    with recorded_launches() as found:
+    with recorded() as found:
         gradients(operator, operands, "triton", upstream)
     return found
 

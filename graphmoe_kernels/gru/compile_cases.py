@@ -43,10 +43,11 @@ def _step(tokens: int, width: int, dtype: torch.dtype, folded: bool, activation:
 
     # Folded: the states lie beside their sum, and W_o's columns for the state in a tensor of their own.
     pair = empty(tokens, 2 * width)
-    state = (empty(tokens, 2 * width), pair[:, :width], pair[:, width:]) if later else (None, None, None)
+    recurrent = empty(tokens, 2 * width) if later else None
+    state, total = (pair[:, :width], pair[:, width:]) if later else (None, None)
     weight = empty(width, width) if folded else empty(width, width + HIDDEN)[:, :width]
     inputs, bias = empty(tokens, 3 * width), empty(width, dtype=torch.float32)
-    _, candidate = launch.step(inputs, *state, weight, bias, activation, train)
+    _, candidate = launch.step(inputs, recurrent, state, total, weight, bias, activation, train)
     if train:
         gradient = empty(tokens, 2 * width)
-        launch.step_backward(gradient, inputs, *state[:2], candidate, weight, bias, activation, later, True)
+        launch.step_backward(gradient, inputs, recurrent, state, candidate, weight, bias, activation, later, True)

@@ -13,7 +13,7 @@ from benchmarks.devices import CpuDevice
 from benchmarks.gpu.kernels import time_kernels
 from benchmarks.gpu.presets import PRESETS
 from benchmarks.limits import H200
-from benchmarks.operators import OPERATORS, recorded_launches
+from benchmarks.operators import OPERATORS
 
 TINY = PRESETS["tiny"]
 GRU = next(operator for operator in OPERATORS if operator.name == "gru" and operator.later)
@@ -73,7 +73,7 @@ def test_kernels_are_launched_alone_as_the_operator_launched_them(monkeypatch):
 def test_a_launch_done_again_gives_the_same():
     """What is timed is the operator's own launch: the same arguments, the same result."""
     operands = GRU.operands(TINY.at(3), True, torch.float32, torch.device("cpu"))
-    with recorded_launches() as launches:
+    with recorded() as launches:
         out = GRU.run(operands, "triton")["out"]
     expected = out.clone()
     out.zero_()
