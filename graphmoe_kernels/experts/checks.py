@@ -59,10 +59,10 @@ def _check_type(name: str, value: object, kind: type) -> None:
 
 def _check_types(operands: ExpertOperands) -> None:
     _check_type("operands", operands, ExpertOperands)
-    for name, kind in (("pre_activations", GateUp), ("B", GateUp)):
-        _check_type(name, getattr(operands, name), kind)
-    optional = (("update", LowRankUpdate), ("scales", GateUp), ("biases", GateUp), ("dropout", Dropout))
-    for name, kind in optional:
+    _check_type("pre_activations", operands.pre_activations, GateUp)
+    _check_type("B", operands.B, GateUp)
+    optional: dict[str, type] = {"update": LowRankUpdate, "scales": GateUp, "biases": GateUp, "dropout": Dropout}
+    for name, kind in optional.items():
         value = getattr(operands, name)
         if value is not None:
             _check_type(name, value, kind)

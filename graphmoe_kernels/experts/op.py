@@ -70,13 +70,18 @@ def _asked(names: Sequence[str], needed: Sequence[bool]) -> frozenset[str]:
     return frozenset(name for name, asked in zip(names, needed, strict=True) if asked)
 
 
-@torch.library.custom_op(
-    "graphmoe::expert_swiglu", mutates_args=(), schema=f"({_TENSORS}, {_REST}) -> (Tensor, Tensor)"
-)
-def expert_swiglu_op(*args: Any) -> tuple[Tensor, Tensor]:
+def run_experts_flat(*args: Any) -> tuple[Tensor, Tensor]:
     """See `graphmoe_kernels.expert_swiglu`."""
     *flat, scale, activation, backend = args
     return EXPERTS[backend].forward(unflatten(flat), scale, activation)
+
+
+expert_swiglu_op = torch.library.custom_op(
+    "graphmoe::expert_swiglu",
+    run_experts_flat,
+    mutates_args=(),
+    schema=f"({_TENSORS}, {_REST}) -> (Tensor, Tensor)",
+)
 
 
 @expert_swiglu_op.register_fake
@@ -86,12 +91,7 @@ def _(*args):
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape[0], n * r)
 
 
-@torch.library.custom_op(
-    "graphmoe::expert_swiglu_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_hidden, Tensor grad_low_down, {_TENSORS}, {_REST}, bool[] needed) -> Tensor[]",
-)
-def expert_swiglu_backward_op(*args: Any) -> list[Tensor]:
+def run_experts_backward_flat(*args: Any) -> list[Tensor]:
     """The gradients of those floating inputs that are ``needed``, in their order."""
     grad_hidden, grad_low_down, *flat, scale, activation, backend, needed = args
     operands = unflatten(flat)
@@ -99,6 +99,14 @@ def expert_swiglu_backward_op(*args: Any) -> list[Tensor]:
         asked = _asked(FLOATING, needed)
         grads = EXPERTS[backend].backward(grad_hidden, grad_low_down, operands, scale, activation, asked)
         return _in_order(grads, FLOATING, operands.floating(), needed)
+
+
+expert_swiglu_backward_op = torch.library.custom_op(
+    "graphmoe::expert_swiglu_backward",
+    run_experts_backward_flat,
+    mutates_args=(),
+    schema=f"(Tensor grad_hidden, Tensor grad_low_down, {_TENSORS}, {_REST}, bool[] needed) -> Tensor[]",
+)
 
 
 @expert_swiglu_backward_op.register_fake
@@ -137,13 +145,18 @@ def _unflatten_shared(flat: Sequence[Any]) -> tuple[GateUp, LowRankUpdate | None
     return GateUp(gate, up), None if state is None else LowRankUpdate(state, fold_gate, fold_up)
 
 
-@torch.library.custom_op(
-    "graphmoe::swiglu", mutates_args=(), schema=f"({_SHARED_TENSORS}, str activation, str backend) -> Tensor"
-)
-def swiglu_op(*args: Any) -> Tensor:
+def run_swiglu_flat(*args: Any) -> Tensor:
     """See `graphmoe_kernels.swiglu`."""
     *flat, activation, backend = args
     return SWIGLU[backend].swiglu(*_unflatten_shared(flat), activation)
+
+
+swiglu_op = torch.library.custom_op(
+    "graphmoe::swiglu",
+    run_swiglu_flat,
+    mutates_args=(),
+    schema=f"({_SHARED_TENSORS}, str activation, str backend) -> Tensor",
+)
 
 
 @swiglu_op.register_fake
@@ -151,18 +164,21 @@ def _(gate, *rest):
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op(
-    "graphmoe::swiglu_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_hidden, {_SHARED_TENSORS}, str activation, str backend, bool[] needed) -> Tensor[]",
-)
-def swiglu_backward_op(*args: Any) -> list[Tensor]:
+def run_swiglu_backward_flat(*args: Any) -> list[Tensor]:
     """The gradients of those inputs that are ``needed``, in their order."""
     grad_hidden, *flat, activation, backend, needed = args
     with torch.autocast(grad_hidden.device.type, enabled=False):  # whoever calls backward() inside autocast
         asked = _asked(_SHARED, needed)
         grads = SWIGLU[backend].swiglu_backward(grad_hidden, *_unflatten_shared(flat), activation, asked)
         return _in_order(grads, _SHARED, flat, needed)
+
+
+swiglu_backward_op = torch.library.custom_op(
+    "graphmoe::swiglu_backward",
+    run_swiglu_backward_flat,
+    mutates_args=(),
+    schema=f"(Tensor grad_hidden, {_SHARED_TENSORS}, str activation, str backend, bool[] needed) -> Tensor[]",
+)
 
 
 @swiglu_backward_op.register_fake

@@ -177,11 +177,11 @@ def _backward_weights(
     _, splits = plan.grid
     n, r, width = size.num_experts, size.rank, size.width
     product, vector = splits * n * width * r, splits * n * width * (operands.scales is not None)
-    *products, gate_sum, up_sum = gate.new_zeros((3 * product + 2 * vector,), dtype=torch.float32).split(
-        [product] * 3 + [vector] * 2
-    )
-    scales = None if operands.scales is None else GateUp(gate_sum.view(splits, n, width), up_sum.view(splits, n, width))
-    sums = WeightSums(*(x.view(splits, n, width, r) for x in products), scales)
+    zeros = gate.new_zeros((3 * product + 2 * vector,), dtype=torch.float32)
+    *products, of_gate, of_up = zeros.split([product] * 3 + [vector] * 2)
+    scales = None if operands.scales is None else GateUp(of_gate.view(splits, n, width), of_up.view(splits, n, width))
+    gate_B, up_B, down_A = (x.view(splits, n, width, r) for x in products)
+    sums = WeightSums(gate_B, up_B, down_A, scales)
     launch(
         _kernels().backward_weights, plan.grid, operands, strides, *grads, sums, present, size.tokens, width,
         inner(operands.update), n, scale, device=gate.device, **plan.constants,

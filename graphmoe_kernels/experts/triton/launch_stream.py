@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class StreamPlan(NamedTuple):
     keys: int
     pieces: tuple[Piece, ...]
     columns: int
-    stream: dict[str, int | str | bool]
+    stream: dict[str, Any]
     summing: dict[str, int]
     counting: dict[str, int]
     placing: dict[str, int]
