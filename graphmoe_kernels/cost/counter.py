@@ -23,8 +23,8 @@ from graphmoe_kernels.testing import make_layer
 def count_flops(run: Callable[[], object]) -> int:
     """The floating-point operations of the matrix products (two per multiply-add) that ``run`` executes.
 
-    `graphmoe_kernels.expert_swiglu` and `swiglu` are opaque operators to the counter, so they are executed once more under
-    a counter of their own: what counts are the products that their implementations run, not a formula.
+    `graphmoe_kernels.expert_swiglu` and `swiglu` are opaque operators to the counter, so they are executed once more
+    under a counter of their own: what counts are the products that their implementations run, not a formula.
 
     Raises:
         ValueError: ``run`` uses the Triton kernels, whose products no counter sees.
@@ -72,7 +72,8 @@ _OPERATORS = {
     torch.ops.aten.addmm_: _product_in_place,
     # These are registered for Triton alone.
     torch.ops.graphmoe.route: _refuse,
-    torch.ops.graphmoe.route_backward: _refuse,
+    torch.ops.graphmoe.topk_softmax: _refuse,
+    torch.ops.graphmoe.routing_backward: _refuse,
     torch.ops.graphmoe.gru_step: _refuse,
     torch.ops.graphmoe.gru_step_backward: _refuse,
 }
