@@ -14,6 +14,7 @@ from benchmarks.gpu.kernels import time_kernels
 from benchmarks.gpu.presets import PRESETS
 from benchmarks.limits import H200
 from benchmarks.operators import OPERATORS
+from graphmoe_kernels.launching import recorded
 
 TINY = PRESETS["tiny"]
 GRU = next(operator for operator in OPERATORS if operator.name == "gru" and operator.later)

@@ -53,7 +53,7 @@ def test_layer_runs_it_on_either_backend(bent):
     for backend, dtype in (("torch", torch.float64), ("torch", torch.float32), ("triton", torch.float32)):
         layer = make_ffn(bent, backend).to(dtype)
         layer.load_state_dict(ffn.state_dict())
-        leaf = x.to(dtype).requires_grad_()
+        leaf = x.to(dtype, copy=True).requires_grad_()
         y = layer(leaf)
         y.backward(upstream.to(dtype))
         found[backend, dtype] = {"y": y, "x": leaf.grad}
