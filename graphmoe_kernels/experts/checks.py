@@ -67,7 +67,7 @@ def _check_types(operands: ExpertOperands) -> None:
         if value is not None:
             _check_type(name, value, kind)
     if operands.dropout is not None:
-        check_dropout(operands.dropout.rate)
+        check_dropout(operands.dropout.rate, "dropout.rate")
 
 
 def _named(**groups: Any) -> Iterator[tuple[str, Any]]:
