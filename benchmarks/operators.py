@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.checks import Built, Judge, Subject, Tensors, Verdict, sample_rows
-from graphmoe_kernels import expert_order, expert_swiglu, gru_step, route_tokens
+from graphmoe_kernels import (
+    ExpertOperands,
+    GateUp,
+    LowRankUpdate,
+    expert_order,
+    expert_swiglu,
+    gru_step,
+    route_tokens,
+)
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.launching import SKINNY_TOKENS, Launch, recorded
 from graphmoe_kernels.rethinking.folding import padded
@@ -140,14 +148,21 @@ def expert_operands(draw: Draw, sizes: Sizes, later: bool) -> Tensors:
     return found
 
 
-# What `expert_swiglu` calls some of them.
-ARGUMENTS = {"routing_weights": "weights", "expert_ids": "experts", "token_order": "order"}
-
-
 def run_experts(operands: Tensors, top_k: int, backend: str) -> Tensors:
     """`expert_swiglu`; with a ``token_order`` among the operands Triton works in it."""
-    given: dict[str, Any] = {ARGUMENTS.get(name, name): t for name, t in operands.items()}
-    hidden, low_down = expert_swiglu(**given, scale=2.0, backend=backend)
+    o = operands
+    packed = ExpertOperands(
+        GateUp(o["gate"], o["up"]),
+        o["low"],
+        GateUp(o["gate_B"], o["up_B"]),
+        o["down_A"],
+        o["routing_weights"],
+        o["expert_ids"],
+        low_update=o.get("low_update"),
+        update=LowRankUpdate(o["state"], o["fold_gate"], o["fold_up"]) if "state" in o else None,
+        token_order=o.get("token_order"),
+    )
+    hidden, low_down = expert_swiglu(packed, scale=2.0, backend=backend)
     return {"hidden": hidden, "low_down": low_down}
 
 

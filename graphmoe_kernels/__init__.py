@@ -7,7 +7,7 @@ neither a GPU nor Triton and looks for no device.
 from graphmoe_kernels.activations import ACTIVATIONS, ALIASES, get_activation, register_activation
 from graphmoe_kernels.backend import check_backend
 from graphmoe_kernels.dora import row_norms
-from graphmoe_kernels.experts import expert_swiglu
+from graphmoe_kernels.experts import Dropout, ExpertOperands, GateUp, LowRankUpdate, expert_swiglu, swiglu
 from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS, gru_step
 from graphmoe_kernels.mixed_linear import LinearExperts, PreparedLinear, mix_linear, prepare_linear
 from graphmoe_kernels.ranges import RANGE_PREFIX, named_range, recorded_ranges
@@ -47,14 +47,18 @@ __all__ = [
     "RANGE_PREFIX",
     "BaseMLP",
     "DenseMLP",
+    "Dropout",
+    "ExpertOperands",
     "ExpertWeights",
     "Fold",
     "FoldCache",
     "FoldSettings",
     "GRUWeights",
+    "GateUp",
     "LayerWeights",
     "LinearExperts",
     "LinearRouters",
+    "LowRankUpdate",
     "PreparedLinear",
     "RethinkingOutput",
     "RethinkingSpec",
@@ -80,5 +84,6 @@ __all__ = [
     "route_tokens",
     "row_norms",
     "shown",
+    "swiglu",
     "topk_softmax_routing",
 ]

@@ -1,15 +1,17 @@
-"""The activations that expert operators know by name, each with its derivative.
+"""The activations that expert operators know by name, each with its derivative: one table for every backend.
 
 An operator's schema can hold a name but no Python callable, and its backward recomputes the pre-activation, so every
-activation comes as a pair: the function and its derivative, both pointwise and both in any float dtype. The names are
-those of Transformers' ``ACT2FN``; aliases that compute the same function share one entry.
+activation comes as a pair: the function and its derivative, both pointwise and both in any float dtype; and, for the
+Triton kernels, the same pair as Triton functions. The names are those of Transformers' ``ACT2FN``; aliases that compute
+the same function share one entry.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +21,19 @@ from graphmoe_kernels.validation import shown
 
 
 class Activation(NamedTuple):
-    """A pointwise function of a tensor and its derivative with respect to that tensor."""
+    """A pointwise function of a tensor and its derivative with respect to that tensor, for PyTorch and for Triton.
+
+    Attributes:
+        function, derivative: of a PyTorch tensor.
+        triton, triton_derivative: ``@triton.jit`` functions of one fp32 tile; of the built-in activations the names of
+            such functions in `graphmoe_kernels.triton_activations`, so that this table needs no Triton; None where
+            there are none, and the activation runs on PyTorch alone.
+    """
 
     function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
+    triton: Any = None
+    triton_derivative: Any = None
 
 
 def _silu_derivative(x: Tensor) -> Tensor:
@@ -77,22 +88,28 @@ def _hardswish_derivative(x: Tensor) -> Tensor:
     return torch.where(x < -3, torch.zeros_like(x), torch.where(x > 3, torch.ones_like(x), middle))
 
 
+def _leaky_relu(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.01)
+
+
+def _leaky_relu_derivative(x: Tensor) -> Tensor:
+    return torch.where(x > 0, torch.ones_like(x), 0.01 * torch.ones_like(x))
+
+
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": Activation(F.silu, _silu_derivative),
-    "gelu": Activation(F.gelu, _gelu_derivative),
-    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_derivative),
-    "quick_gelu": Activation(_quick_gelu, _quick_gelu_derivative),
-    "relu": Activation(F.relu, lambda x: (x > 0).to(x.dtype)),
-    "relu2": Activation(lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x)),
-    "relu6": Activation(F.relu6, _relu6_derivative),
-    "leaky_relu": Activation(
-        lambda x: F.leaky_relu(x, 0.01), lambda x: torch.where(x > 0, torch.ones_like(x), 0.01 * torch.ones_like(x))
-    ),
-    "hardswish": Activation(F.hardswish, _hardswish_derivative),
-    "mish": Activation(F.mish, _mish_derivative),
-    "sigmoid": Activation(torch.sigmoid, _sigmoid_derivative),
-    "tanh": Activation(torch.tanh, lambda x: 1 - torch.tanh(x).square()),
-    "linear": Activation(lambda x: x, torch.ones_like),
+    "silu": Activation(F.silu, _silu_derivative, "silu", "silu_derivative"),
+    "gelu": Activation(F.gelu, _gelu_derivative, "gelu", "gelu_derivative"),
+    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_derivative, "gelu_tanh", "gelu_tanh_derivative"),
+    "quick_gelu": Activation(_quick_gelu, _quick_gelu_derivative, "quick_gelu", "quick_gelu_derivative"),
+    "relu": Activation(F.relu, lambda x: (x > 0).to(x.dtype), "relu", "relu_derivative"),
+    "relu2": Activation(lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x), "relu2", "relu2_derivative"),
+    "relu6": Activation(F.relu6, _relu6_derivative, "relu6", "relu6_derivative"),
+    "leaky_relu": Activation(_leaky_relu, _leaky_relu_derivative, "leaky_relu", "leaky_relu_derivative"),
+    "hardswish": Activation(F.hardswish, _hardswish_derivative, "hardswish", "hardswish_derivative"),
+    "mish": Activation(F.mish, _mish_derivative, "mish", "mish_derivative"),
+    "sigmoid": Activation(torch.sigmoid, _sigmoid_derivative, "sigmoid", "sigmoid_derivative"),
+    "tanh": Activation(torch.tanh, lambda x: 1 - torch.tanh(x).square(), "tanh", "tanh_derivative"),
+    "linear": Activation(lambda x: x, torch.ones_like, "linear", "linear_derivative"),
 }
 
 ALIASES: dict[str, str] = {
@@ -107,22 +124,46 @@ ALIASES: dict[str, str] = {
 
 
 def register_activation(
-    name: str, function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]
+    name: str,
+    function: Callable[[Tensor], Tensor],
+    derivative: Callable[[Tensor], Tensor],
+    *,
+    triton: Any = None,
+    triton_derivative: Any = None,
 ) -> None:
     """Make ``function`` available to the operators as ``activation=name``.
 
     Args:
-        name: a new name; a name that is taken raises ``ValueError`` (a registered activation never changes meaning).
+        name: a new name (a registered activation never changes meaning).
         function: pointwise; takes and returns a tensor of any shape and float dtype.
         derivative: the pointwise derivative of ``function``, same contract.
+        triton, triton_derivative: the same two as ``@triton.jit`` functions that take one fp32 tile and return one of
+            its shape; both or none. Without them the activation runs on PyTorch, and ``backend="triton"`` refuses it.
+
+    Raises:
+        ValueError: ``name`` is taken, or one of the Triton functions comes without the other.
+        TypeError: ``name`` is no string, a function cannot be called, or a Triton function is not ``@triton.jit``.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"an activation's name must be a string, got {shown(name)}")
     if name in ACTIVATIONS or name in ALIASES:
         raise ValueError(f"activation {name!r} is registered already; choose another name")
-    ACTIVATIONS[name] = Activation(function, derivative)
+    for argument, value in (("function", function), ("derivative", derivative)):
+        if not callable(value):
+            raise TypeError(f"{argument} must be a function of a tensor, got {shown(value)}")
+    if (triton is None) != (triton_derivative is None):
+        raise ValueError("triton and triton_derivative belong together: pass both or none")
+    for argument, value in (("triton", triton), ("triton_derivative", triton_derivative)):
+        # Triton is not imported to ask: what it makes of a function has its parameters' names.
+        if value is not None and not hasattr(value, "arg_names"):
+            raise TypeError(f"{argument} must be a function decorated with @triton.jit, got {shown(value)}")
+        if value is not None and len(value.arg_names) != 1:
+            raise TypeError(f"{argument} must take one tile, and takes {', '.join(value.arg_names) or 'nothing'}")
+    ACTIVATIONS[name] = Activation(function, derivative, triton, triton_derivative)
 
 
 def get_activation(name: str) -> Activation:
-    """The activation called ``name`` (an alias is resolved); ``ValueError`` lists the known names otherwise."""
+    """Return the activation called ``name`` (an alias is resolved); ``ValueError`` lists the known names otherwise."""
     found = ACTIVATIONS.get(ALIASES.get(name, name)) if isinstance(name, str) else None
     if found is None:
         known = ", ".join(sorted([*ACTIVATIONS, *ALIASES]))
@@ -131,3 +172,31 @@ def get_activation(name: str) -> Activation:
             "graphmoe_kernels.register_activation(name, function, derivative) adds another."
         )
     return found
+
+
+@functools.cache
+def triton_form(name: str) -> tuple[Any, Any, Any]:
+    """Return an activation as kernels take it: the Triton functions of value, derivative and approximate value.
+
+    Raises:
+        ValueError: the activation is unknown or has no Triton form.
+    """
+    from graphmoe_kernels import triton_activations
+
+    check_triton_form(name)
+    found = get_activation(name)
+    value, derivative = (
+        getattr(triton_activations, function) if isinstance(function, str) else function
+        for function in (found.triton, found.triton_derivative)
+    )
+    return value, derivative, triton_activations.APPROXIMATIONS.get(found.triton, value)
+
+
+def check_triton_form(name: str) -> None:
+    """`ValueError` for an activation that has no Triton form."""
+    if get_activation(name).triton is None:
+        known = ", ".join(other for other, activation in ACTIVATIONS.items() if activation.triton is not None)
+        raise ValueError(
+            f"activation {name!r} has no Triton form (there are {known}); use backend='torch', or register it with "
+            "triton=... and triton_derivative=..."
+        )

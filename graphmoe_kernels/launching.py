@@ -43,6 +43,15 @@ def by_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def with_row_stride(tensor: Tensor) -> tuple[Tensor, int]:
+    """Return `by_rows` of the tensor, and how far apart its rows are."""
+    row, column = tensor.stride()
+    if column != 1:
+        tensor = tensor.contiguous()
+        row = tensor.stride(0)
+    return tensor, row
+
+
 def size_class(tokens: int) -> str:
     """``"skinny"`` for up to `SKINNY_TOKENS` tokens, else ``"wide"``."""
     return "skinny" if tokens <= SKINNY_TOKENS else "wide"
@@ -82,10 +91,11 @@ def config_table(device: str, operator: str) -> dict[str, dict[str, dict[str, Co
     return json.loads((CONFIGS / device / f"{operator}.json").read_text())
 
 
-def kernel_config(operator: str, kernel: str, tokens: int, dtype: torch.dtype, device: torch.device) -> Config:
+def kernel_config(kernel: str, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Config:
     """The configuration of a kernel: block sizes by their names in it, num_warps and num_stages."""
     check_device("a kernel's work", device)
-    return config_table(device_class(device), operator)[kernel][size_class(tokens)][dtype_class(dtype)]
+    operator = kernel.partition("_")[0]
+    return config_table(device_class(device), operator)[kernel][size_class(num_tokens)][dtype_class(dtype)]
 
 
 class Launch(NamedTuple):

@@ -70,11 +70,11 @@ def shown(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
-def check_dropout(value: object) -> None:
+def check_dropout(value: object, name: str = "dropout") -> None:
     """`TypeError` or `ValueError` for what is no probability below 1."""
-    check_number("dropout", value)
+    check_number(name, value)
     if not 0 <= value < 1:  # type: ignore[operator]
-        raise ValueError(f"dropout must lie in [0, 1), got {shown(value)}")
+        raise ValueError(f"{name} must lie in [0, 1), got {shown(value)}")
 
 
 def check_top_k(top_k: object, num_experts: int) -> None:

@@ -66,12 +66,14 @@ def _routing_by_tiles(request, monkeypatch):
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or request.path.name.startswith("test_routing_triton"):
         return
-    from graphmoe_kernels.routing import launch
+    from graphmoe_kernels.routing.triton import launch
 
-    chosen = launch.kernel_config
+    chosen = launch.kind
 
-    def by_tiles(operator, kernel, tokens, dtype, device):
-        config = chosen(operator, kernel, tokens, dtype, device)
-        return config | {"BLOCK_N": 16, "BLOCK_K": 128} if config["BLOCK_N"] == 1 and tokens > 2 else config
+    def by_tiles(name, num_tokens, *rest):
+        kernel, constants = chosen(name, num_tokens, *rest)
+        if constants["BLOCK_M"] == 1 and num_tokens > 2:
+            constants = constants | {"BLOCK_M": 16, "BLOCK_D": 128, "BLOCK_E": max(16, constants["BLOCK_E"])}
+        return kernel, constants
 
-    monkeypatch.setattr(launch, "kernel_config", by_tiles)
+    monkeypatch.setattr(launch, "kind", by_tiles)

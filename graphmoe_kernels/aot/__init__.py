@@ -3,8 +3,11 @@
 `python -m graphmoe_kernels.aot` compiles every kernel with every configuration that the package ships, for each device
 class, and fails where one does not compile, does not fit or spills.
 
-`case` is what an operator offers; `catalogue` collects it from the operators; `inspector` compiles one case and reads
-the result; `limits` says what a device grants and which readings are faults; `report` prints.
+`case` is what an operator offers; `catalogue` runs the operators' host code on tensors without memory and collects what
+it launches; `absent` lets Triton compile for a GPU that is not there; `inspector` compiles one case and reads the
+result; `limits` says what a device grants and which readings are faults; `report` prints.
 """
 
+from graphmoe_kernels.aot.absent import absent_gpu as absent_gpu
 from graphmoe_kernels.aot.case import CompileCase as CompileCase
+from graphmoe_kernels.aot.case import Variant as Variant

@@ -1,35 +1,73 @@
-"""One kernel, one dtype, one configuration: what an operator offers the compile inspector."""
+"""What an operator offers the compile inspector, and the cases that are made of it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from graphmoe_kernels.launching import Launch
 
 
-class CompileCase(NamedTuple):
-    """A kernel with everything the compiler has to know about a launch.
+class Variant(NamedTuple):
+    """A call of an operator's host code, for the launches that it makes.
 
     Attributes:
-        name: operator, kernel, size class and dtype, as the inspector's table prints it.
-        kernel: the ``@triton.jit`` function.
-        signature: the type of each runtime argument by its name: ``"*bf16"``, ``"*i32"``, ``"i32"``, ``"fp32"``.
-        constexprs: the value of each ``tl.constexpr`` argument by its name.
-        num_warps: warps of a program.
-        num_stages: depth of the software pipeline.
-        matrix: whether the code for sm_90 has to use warp-group matrix instructions (HGMMA).
-        divisible_by_16: the integer arguments that a launch always finds divisible by 16. Pointers always are.
+        name: what is particular about it: sizes, dtypes, what a layer switches on.
+        call: runs the host code on meta tensors.
+        matrix: the kernels whose code for sm_90 has to use warp-group matrix instructions (HGMMA).
     """
 
     name: str
-    kernel: object
-    signature: dict[str, str]
-    constexprs: dict[str, object]
-    num_warps: int
-    num_stages: int
+    call: Callable[[], object]
+    matrix: tuple[str, ...] = ()
+
+
+class CompileCase(NamedTuple):
+    """A launch whose kernel is compiled as the launch would have it compiled.
+
+    Attributes:
+        name: kernel and variant, as the inspector's table prints it.
+        launch: the launch, on tensors without memory.
+        matrix: whether the code for sm_90 has to use warp-group matrix instructions (HGMMA).
+    """
+
+    name: str
+    launch: Launch
     matrix: bool
-    divisible_by_16: tuple[str, ...] = ()
 
 
 def configuration(case: CompileCase) -> str:
-    """The constexprs, warps and stages of a case in a line."""
-    constexprs = [f"{name}={value}" for name, value in case.constexprs.items()]
-    return " ".join([*constexprs, f"warps={case.num_warps}", f"stages={case.num_stages}"])
+    """The constants, warps and stages of a case in a line."""
+    options = case.launch.options
+    constants = [f"{name}={_shown(value)}" for name, value in case.launch.constants.items()]
+    return " ".join([*constants, f"warps={options['num_warps']}", f"stages={options.get('num_stages', 'default')}"])
+
+
+def _shown(value: Any) -> str:
+    """A constant; a function by its name."""
+    if isinstance(value, tuple):
+        return "+".join(map(_shown, value))
+    return getattr(value, "__name__", str(value))
+
+
+def specialization(launch: Launch) -> tuple[Any, ...]:
+    """Return what tells the launch's compiled kernel from others: two launches that agree in it share one.
+
+    Of a tensor its dtype and whether it is aligned to 16 bytes; of an integer whether it is 1 or divisible by 16,
+    unless the kernel leaves it free; constants, None, warps and stages as they are.
+    """
+    free = {p.name for p in getattr(launch.kernel, "params", ()) if p.do_not_specialize}
+
+    def kind(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.dtype, value.data_ptr() % 16 == 0
+        if isinstance(value, tuple) and not name.isupper():
+            return tuple(kind(name, each) for each in value)
+        if isinstance(value, int) and not name.isupper():
+            return "int" if name in free else (value == 1, value % 16 == 0)
+        return "float" if isinstance(value, float) and not name.isupper() else value
+
+    found = {name: kind(name, value) for name, value in launch.arguments.items()}
+    return launch.name, *found.items(), *launch.options.items()

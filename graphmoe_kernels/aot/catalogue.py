@@ -11,12 +11,14 @@ from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from typing import NamedTuple
 
-from graphmoe_kernels.aot.case import CompileCase, configuration
-from graphmoe_kernels.aot.reading import Reading
-from graphmoe_kernels.launching import Config, config_table
+import torch
 
-# Each has a function `compile_cases(configs)`; the package before the last dot is the operator whose configurations
-# it gets.
+from graphmoe_kernels.aot.case import CompileCase, configuration, specialization
+from graphmoe_kernels.aot.reading import Reading
+from graphmoe_kernels.backend import standing_for
+from graphmoe_kernels.launching import recorded, stubbed
+
+# Each has a function `variants`, of the calls whose launches are compiled.
 MODULES = (
     "graphmoe_kernels.routing.compile_cases",
     "graphmoe_kernels.gru.compile_cases",
@@ -35,13 +37,22 @@ class Job(NamedTuple):
 
 @functools.cache
 def cases(module: str, target: str) -> list[CompileCase]:
-    """What a module of `MODULES` offers, with the configurations for ``target``."""
-    operator = module.split(".")[-2]
+    """The launches of a module's variants on a device class, each compiled kernel once.
 
-    def configs(kernel: str, size_class: str, dtype_class: str) -> Config:
-        return config_table(target, operator)[kernel][size_class][dtype_class]
-
-    return list(importlib.import_module(module).compile_cases(configs))
+    They come from the operators' own host code, which runs here on tensors without memory: so a case has the
+    configuration, the constants and the specialisation of a real launch.
+    """
+    found: list[CompileCase] = []
+    seen = set()
+    for variant in importlib.import_module(module).variants():
+        with torch.no_grad(), standing_for(target), stubbed(), recorded() as launches:
+            variant.call()
+        for launch in launches:
+            key = specialization(launch)
+            if key not in seen:
+                seen.add(key)
+                found.append(CompileCase(f"{launch.name} {variant.name}", launch, launch.name in variant.matrix))
+    return found
 
 
 def jobs(modules: Sequence[str], targets: Sequence[str], names: Sequence[str] = ("",)) -> list[Job]:

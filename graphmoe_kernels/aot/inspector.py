@@ -14,19 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from graphmoe_kernels.aot.absent import TRITON_TARGETS, absent_gpu
 from graphmoe_kernels.aot.case import CompileCase, configuration
 from graphmoe_kernels.aot.limits import faults, sm_90_blocks
 from graphmoe_kernels.aot.reading import Reading
 
-GPU_TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Of a compiler's message the end says what was wrong.
@@ -37,7 +30,7 @@ SASS_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z]
 
 
 def inspect_case(case: CompileCase, target: str) -> Reading:
-    """The reading of ``case`` for ``target`` (a name of `GPU_TARGETS`); a compilation that fails is a reading too."""
+    """The reading of ``case`` for ``target`` (a device class); a compilation that fails is a reading too."""
     reading = Reading(case.name, target, configuration(case), triton.__version__)
     start = time.perf_counter()
     try:
@@ -51,7 +44,7 @@ def inspect_case(case: CompileCase, target: str) -> Reading:
         shared_bytes=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
     )
-    if GPU_TARGETS[target].backend == "cuda":
+    if TRITON_TARGETS[target][0] == "cuda":
         reading = reading._replace(**_read_cubin(compiled.asm["cubin"]))
     else:
         reading = reading._replace(**_read_amdgcn(compiled.asm["amdgcn"]))
@@ -62,22 +55,10 @@ def inspect_case(case: CompileCase, target: str) -> Reading:
 
 
 def _compile(case: CompileCase, target: str) -> Any:
-    """As a launch with the case's arguments would: pointers are aligned to 16 bytes, as PyTorch's are."""
-    kernel: Any = case.kernel
-    names = list(kernel.arg_names)
-    signature = {name: "constexpr" if name in case.constexprs else case.signature[name] for name in names}
-    unknown = (case.signature.keys() | case.constexprs.keys() | set(case.divisible_by_16)) - set(names)
-    if unknown:
-        raise ValueError(f"{case.name} names arguments that the kernel does not have: {', '.join(sorted(unknown))}")
-    aligned = {name for name, kind in signature.items() if kind.startswith("*")} | set(case.divisible_by_16)
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sorted(aligned)},
-    )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    return triton.compile(source, target=GPU_TARGETS[target], options=options)
+    """As the launch would, up to the device."""
+    launch = case.launch
+    with absent_gpu(target):
+        return launch.kernel.run(**launch.arguments, **launch.options, grid=launch.grid, warmup=True)
 
 
 def _read_cubin(cubin: bytes) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graphmoe_kernels.cost.model import fold_build, multiply_adds, prepare_build
 from graphmoe_kernels.cost.sizes import Sizes
-from graphmoe_kernels.experts import pytorch
-from graphmoe_kernels.experts.operands import Inputs, Settings
+from graphmoe_kernels.experts import op
 from graphmoe_kernels.rethinking.folded import rethink_folded
 from graphmoe_kernels.rethinking.folding import FoldSettings, build_fold
 from graphmoe_kernels.rethinking.literal import rethink_literal
@@ -24,8 +23,8 @@ from graphmoe_kernels.testing import make_layer
 def count_flops(run: Callable[[], object]) -> int:
     """Count the floating-point operations of the matrix products (two per multiply-add) that ``run`` executes.
 
-    `graphmoe_kernels.expert_swiglu` is one opaque operator to the counter, so it is executed once more under a counter
-    of its own: what counts are the products that its implementation runs, not a formula.
+    `graphmoe_kernels.expert_swiglu` and `swiglu` are opaque operators to the counter, so they are executed once more
+    under a counter of their own: what counts are the products that their implementations run, not a formula.
 
     Raises:
         ValueError: ``run`` uses the Triton kernels, whose products no counter sees.
@@ -56,28 +55,25 @@ def _refuse(*_: object, **__: object) -> int:
     raise ValueError("FLOP are counted on the PyTorch path; Triton kernels hide theirs: run with backend='torch'")
 
 
-def _forward(*args: Any) -> object:
-    *rest, backend = args
-    return pytorch.forward(*_operands(rest)) if backend == "torch" else _refuse()
+def _on_pytorch(operator: Callable[..., object], backend_at: int) -> Callable[..., int]:
+    """A formula that runs a registered operator's own PyTorch implementation; ``backend_at`` is its backend's place."""
 
+    def implementation(*args: Any) -> object:
+        return operator(*args) if args[backend_at] == "torch" else _refuse()
 
-def _backward(grad_c: Tensor, grad_z: Tensor, *args: Any) -> object:
-    *rest, backend, needed = args
-    return pytorch.backward(grad_c, grad_z, *_operands(rest), needed) if backend == "torch" else _refuse()
-
-
-def _operands(rest: list[Any]) -> tuple[Inputs, Settings]:
-    count = len(Inputs._fields)
-    return Inputs(*rest[:count]), Settings(*rest[count:])
+    return _reading(implementation)
 
 
 _OPERATORS = {
-    torch.ops.graphmoe.expert_swiglu: _reading(_forward),
-    torch.ops.graphmoe.expert_swiglu_backward: _reading(_backward),
+    torch.ops.graphmoe.expert_swiglu: _on_pytorch(op.run_experts_flat, -1),
+    torch.ops.graphmoe.expert_swiglu_backward: _on_pytorch(op.run_experts_backward_flat, -2),
+    torch.ops.graphmoe.swiglu: _on_pytorch(op.run_swiglu_flat, -1),
+    torch.ops.graphmoe.swiglu_backward: _on_pytorch(op.run_swiglu_backward_flat, -2),
     torch.ops.aten.addmm_: _product_in_place,
     # These are registered for Triton alone.
     torch.ops.graphmoe.route: _refuse,
-    torch.ops.graphmoe.route_backward: _refuse,
+    torch.ops.graphmoe.topk_softmax: _refuse,
+    torch.ops.graphmoe.routing_backward: _refuse,
     torch.ops.graphmoe.gru_step: _refuse,
     torch.ops.graphmoe.gru_step_backward: _refuse,
 }

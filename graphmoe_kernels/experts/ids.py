@@ -29,9 +29,9 @@ def expert_bounds(ordered: Tensor, chosen: Tensor, num_experts: int) -> list[int
         bounds = found.tolist()
     if bounds[0] > 0 or bounds[-1] < len(ordered):
         raise ValueError(
-            f"experts must be in 0..{num_experts - 1} (there are {num_experts}), got {int(ordered[0])} to "
+            f"expert_ids must be in 0..{num_experts - 1} (there are {num_experts}), got {int(ordered[0])} to "
             f"{int(ordered[-1])}"
         )
     if not distinct:
-        raise ValueError("experts must be distinct within a row: a token chooses an expert once, got some id twice")
+        raise ValueError("expert_ids must be distinct within a row: a token chooses an expert once, got some id twice")
     return bounds

@@ -22,7 +22,7 @@ from torch import Tensor
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts.dropout import dropout_mask
 from graphmoe_kernels.experts.ids import expert_bounds
-from graphmoe_kernels.experts.operands import FLOATING, Inputs, Settings
+from graphmoe_kernels.experts.operands import FLOATING, ExpertOperands, LowRankUpdate
 
 # Bytes of one block's wide intermediate [tokens * k, 2F] in the dtype of the computation. Measured on a 2-core CPU with
 # F = 5632, at 256 and at 1024 tokens: an eighth of it costs about twice the time, twice of it gains nothing.
@@ -35,14 +35,23 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def blocks(inputs: Inputs) -> Iterator[slice]:
-    """Slices of tokens, as even as can be, whose wide intermediate takes at most about `BLOCK_BYTES`."""
-    tokens, width = inputs.gate.shape
-    token_bytes = inputs.experts.shape[1] * 2 * width * compute_dtype(inputs.gate.dtype).itemsize
+def blocks(gate: Tensor, slots: int) -> Iterator[slice]:
+    """Slices of the tokens of ``gate`` [N, F], as even as can be, whose wide intermediate takes about `BLOCK_BYTES`."""
+    tokens, width = gate.shape
+    token_bytes = slots * 2 * width * compute_dtype(gate.dtype).itemsize
     largest = max(MIN_BLOCK_TOKENS, BLOCK_BYTES // token_bytes)
     size = max(1, math.ceil(tokens / max(1, math.ceil(tokens / largest))))
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
+
+
+def updated(gate: Tensor, up: Tensor, update: LowRankUpdate | None, tokens: slice) -> tuple[Tensor, Tensor]:
+    """The pre-activations [b, F] of some tokens, an update of low rank in them."""
+    gate, up = gate[tokens], up[tokens]
+    if update is None:
+        return gate, up
+    state = update.state[tokens]
+    return torch.addmm(gate, state, update.gate.T), torch.addmm(up, state, update.up.T)
 
 
 class Rows(NamedTuple):
@@ -76,32 +85,30 @@ class Block:
         mask: [b * k, F] dropout mask in token order, or None.
     """
 
-    def __init__(self, inputs: Inputs, tokens: slice, settings: Settings) -> None:
-        self.inputs, self.tokens, self.scale = inputs, tokens, settings.scale
-        self.dtype = compute_dtype(inputs.gate.dtype)
-        chosen = inputs.experts[tokens]  # [b, k]
+    def __init__(self, operands: ExpertOperands, tokens: slice, scale: float) -> None:
+        self.operands, self.tokens, self.scale = operands, tokens, scale
+        gate, up = operands.pre_activations
+        self.dtype = compute_dtype(gate.dtype)
+        chosen = operands.expert_ids[tokens]  # [b, k]
         flat = chosen.reshape(-1)
         self.order = torch.argsort(flat, stable=True)
         self.token = self.order // chosen.shape[1]
         self.position = torch.argsort(self.order).view_as(chosen)
-        bounds = expert_bounds(flat[self.order], chosen, inputs.gate_B.shape[0])
+        bounds = expert_bounds(flat[self.order], chosen, operands.down_A.shape[0])
         self.rows = [
             Rows(e, slice(start, stop)) for e, (start, stop) in enumerate(itertools.pairwise(bounds)) if stop > start
         ]
-        self.weights = inputs.weights[tokens].reshape(-1, 1)[self.order].to(self.dtype)
-        self.biases = None if settings.biases is None else [b.to(self.dtype) for b in settings.biases]
+        self.weights = operands.routing_weights[tokens].reshape(-1, 1)[self.order].to(self.dtype)
+        self.biases = None if operands.biases is None else [b.to(self.dtype) for b in operands.biases]
         self.mask: Tensor | None = None
-        if settings.dropout > 0 and settings.seed is not None:
-            seed = settings.seed.to(flat.device)
-            mask = dropout_mask(seed, settings.dropout, tokens.start, chosen, inputs.gate.shape[1])
+        if operands.dropout is not None:
+            rate, seed = operands.dropout
+            mask = dropout_mask(seed.to(flat.device), rate, tokens.start, chosen, gate.shape[1])
             self.mask = mask.to(self.dtype).flatten(0, 1)
-        self.gate, self.up, self.low = inputs.gate[tokens], inputs.up[tokens], inputs.low[tokens]
-        if inputs.update is not None:
-            state, fold_gate, fold_up = inputs.update
-            self.gate = torch.addmm(self.gate, state[tokens], fold_gate.T)
-            self.up = torch.addmm(self.up, state[tokens], fold_up.T)
-        if inputs.low_update is not None:
-            self.low = self.low + inputs.low_update[tokens]
+        self.gate, self.up = updated(gate, up, operands.update, tokens)
+        self.low = operands.low[tokens]
+        if operands.low_update is not None:
+            self.low = self.low + operands.low_update[tokens]
 
     def own(self, x: Tensor, rows: Rows) -> Tensor:
         """The rows' own lines of x [b, ...], in the dtype of the computation: [m, ...]."""
@@ -109,26 +116,26 @@ class Block:
 
     def columns(self, rows: Rows, up: bool = False) -> slice:
         """Where the rows' expert stands in an [N, n*r] tensor, or in the second half of an [N, 2nr] one (``up``)."""
-        n, rank, _ = self.inputs.down_A.shape
+        n, rank, _ = self.operands.down_A.shape
         start = (rows.expert + n * up) * rank
         return slice(start, start + rank)
 
     def pre_activation(self, rows: Rows) -> PreActivation:
         """Base plus update plus s B (A x) of one expert's rows."""
-        inputs, e = self.inputs, rows.expert
+        B, e = self.operands.B, rows.expert
         low_gate = self.own(self.low[:, self.columns(rows)], rows)
         low_up = self.own(self.low[:, self.columns(rows, up=True)], rows)
         g, u = self.own(self.gate, rows), self.own(self.up, rows)
-        g.addmm_(low_gate, inputs.gate_B[e].to(self.dtype).T, alpha=self.scale)
-        u.addmm_(low_up, inputs.up_B[e].to(self.dtype).T, alpha=self.scale)
+        g.addmm_(low_gate, B.gate[e].to(self.dtype).T, alpha=self.scale)
+        u.addmm_(low_up, B.up[e].to(self.dtype).T, alpha=self.scale)
         return PreActivation(g, u, low_gate, low_up)
 
     def scaled(self, pre: PreActivation, rows: Rows) -> tuple[Tensor, Tensor]:
         """g and u times their expert's scale vectors, and the biases."""
         g, u = pre.g, pre.u
-        if self.inputs.scales is not None:
-            gate_scale, up_scale = self.inputs.scales
-            g, u = g * gate_scale[rows.expert].to(self.dtype), u * up_scale[rows.expert].to(self.dtype)
+        if self.operands.scales is not None:
+            for_gate, for_up = self.operands.scales
+            g, u = g * for_gate[rows.expert].to(self.dtype), u * for_up[rows.expert].to(self.dtype)
         if self.biases is not None:
             g, u = g + self.biases[0], u + self.biases[1]
         return g, u
@@ -147,87 +154,102 @@ class Block:
         out[self.tokens, self.columns(rows, up)].index_copy_(0, self.token[rows.span], x.to(out.dtype))
 
 
-def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    """c [N, F] and z [N, n*r]; see `graphmoe_kernels.expert_swiglu`."""
-    act = get_activation(settings.activation).function
-    c = torch.empty_like(inputs.gate, memory_format=torch.contiguous_format)
-    z = inputs.low.new_zeros(inputs.low.shape[0], inputs.low.shape[1] // 2)
-    for span in blocks(inputs):
-        block = Block(inputs, span, settings)
-        hidden = c.new_empty(block.order.numel(), c.shape[1], dtype=block.dtype)  # [p, F]
+def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Tensor, Tensor]:
+    """hidden [N, F] and low_down [N, n*r]; see `graphmoe_kernels.expert_swiglu`."""
+    act = get_activation(activation).function
+    gate = operands.pre_activations.gate
+    hidden = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    low_down = operands.low.new_zeros(operands.low.shape[0], operands.low.shape[1] // 2)
+    for span in blocks(gate, operands.expert_ids.shape[1]):
+        block = Block(operands, span, scale)
+        wide = hidden.new_empty(block.order.numel(), hidden.shape[1], dtype=block.dtype)  # [p, F]
         for rows in block.rows:
             g, u = block.scaled(block.pre_activation(rows), rows)
             own = act(g).mul_(u)  # [m, F]
-            narrow = block.drop(own, rows) @ inputs.down_A[rows.expert].to(block.dtype).T  # [m, r]
-            block.scatter(narrow.mul_(block.weights[rows.span]), rows, z)
-            hidden[rows.span] = own
-        c[span] = block.combine(hidden, weighted=True)
-    return c, z
+            narrow = block.drop(own, rows) @ operands.down_A[rows.expert].to(block.dtype).T  # [m, r]
+            block.scatter(narrow.mul_(block.weights[rows.span]), rows, low_down)
+            wide[rows.span] = own
+        hidden[span] = block.combine(wide, weighted=True)
+    return hidden, low_down
 
 
-def _new_gradients(inputs: Inputs) -> Inputs:
-    """Zeros in the place of every input; sums over tokens are in the dtype of the computation."""
-    dtype = compute_dtype(inputs.gate.dtype)
+def _new_gradients(operands: ExpertOperands) -> dict[str, Tensor]:
+    """Zeros for every floating operand; sums over tokens are in the dtype of the computation."""
+    dtype = compute_dtype(operands.pre_activations.gate.dtype)
+    by_token = ("gate", "up", "state", "low", "low_update", "routing_weights")
+    return {
+        name: torch.zeros(x.shape, dtype=x.dtype if name in by_token else dtype, device=x.device)
+        for name, x in zip(FLOATING, operands.floating(), strict=True)
+        if x is not None
+    }
 
-    def zeros(name: str, x: Tensor) -> Tensor:
-        summed = name not in ("gate", "up", "state", "low", "low_update", "weights")
-        return torch.zeros(x.shape, dtype=dtype if summed else x.dtype, device=x.device)
 
-    given = {name: x for name, x in inputs._asdict().items() if name in FLOATING and x is not None}
-    return inputs._replace(**{name: zeros(name, x) for name, x in given.items()})
-
-
-def backward(grad_c: Tensor, grad_z: Tensor, inputs: Inputs, settings: Settings, needed: list[bool]) -> Inputs:
-    """The gradient of every floating input, in its place in `Inputs`; recomputes each block's pre-activation.
+def backward(
+    grad_hidden: Tensor,
+    grad_low_down: Tensor,
+    operands: ExpertOperands,
+    scale: float,
+    activation: str,
+    needed: frozenset[str],
+) -> dict[str, Tensor]:
+    """The gradient of every floating operand by its name in `FLOATING`; recomputes each block's pre-activation.
 
     All are computed together, so that those not ``needed`` would save nothing.
     """
-    grads = _new_gradients(inputs)
-    for span in blocks(inputs):
-        block = Block(inputs, span, settings)
-        d_gate, d_up = _block_backward(block, settings.activation, grad_c[span], grad_z[span], grads)
-        grads.gate[span], grads.up[span] = d_gate, d_up
-        if inputs.update is not None and grads.update is not None:
-            state, fold_gate, fold_up = (t.to(block.dtype) for t in inputs.update)
-            d_state, d_fold_gate, d_fold_up = grads.update
-            d_state[span] = torch.addmm(d_gate @ fold_gate, d_up, fold_up)
-            d_fold_gate.addmm_(d_gate.T, state[span])
-            d_fold_up.addmm_(d_up.T, state[span])
-    if inputs.low_update is not None:
-        grads = grads._replace(low_update=grads.low.clone())
+    grads = _new_gradients(operands)
+    for span in blocks(operands.pre_activations.gate, operands.expert_ids.shape[1]):
+        block = Block(operands, span, scale)
+        d_gate, d_up = _block_backward(block, activation, grad_hidden[span], grad_low_down[span], grads)
+        grads["gate"][span], grads["up"][span] = d_gate, d_up
+        if operands.update is not None:
+            add_update_gradients(grads, d_gate, d_up, operands.update, span)
+    if operands.low_update is not None:
+        grads["low_update"] = grads["low"].clone()
     return grads
 
 
+def add_update_gradients(
+    grads: dict[str, Tensor], d_gate: Tensor, d_up: Tensor, update: LowRankUpdate, span: slice
+) -> None:
+    """Write the gradients of an update's state for some tokens, and add these tokens' to those of its matrices."""
+    state, fold_gate, fold_up = (t.to(d_gate.dtype) for t in update)
+    grads["state"][span] = torch.addmm(d_gate @ fold_gate, d_up, fold_up)
+    grads["fold_gate"].addmm_(d_gate.T, state[span])
+    grads["fold_up"].addmm_(d_up.T, state[span])
+
+
 def _block_backward(
-    block: Block, activation: str, grad_c: Tensor, grad_z: Tensor, grads: Inputs
+    block: Block, activation: str, grad_hidden: Tensor, grad_low_down: Tensor, grads: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Adds one block's part to ``grads``; returns the gradients of its gate and up pre-activations, [b, F] each."""
     act = get_activation(activation)
-    inputs, pairs = block.inputs, block.order.numel()
-    d_gate, d_up = grad_c.new_empty(2, pairs, grad_c.shape[1], dtype=block.dtype)  # [p, F] each
+    operands, pairs = block.operands, block.order.numel()
+    d_gate, d_up = grad_hidden.new_empty(2, pairs, grad_hidden.shape[1], dtype=block.dtype)  # [p, F] each
     d_weights = torch.empty_like(block.weights)
     for rows in block.rows:
         e, span, w = rows.expert, rows.span, block.weights[rows.span]
         pre = block.pre_activation(rows)
         g, u = block.scaled(pre, rows)
         active = act.function(g)
-        hidden = active * u  # [m, F]
-        dz = block.own(grad_z[:, block.columns(rows)], rows)  # [m, r]
-        d_hidden = block.drop(dz @ inputs.down_A[e].to(block.dtype), rows).add_(block.own(grad_c, rows))  # [m, F]
-        grads.down_A[e].addmm_((dz * w).T, block.drop(hidden, rows))
-        d_weights[span, 0] = torch.linalg.vecdot(hidden, d_hidden)
-        d_hidden.mul_(w)
-        torch.mul(act.derivative(g).mul_(d_hidden), u, out=d_gate[span])
-        torch.mul(d_hidden, active, out=d_up[span])
-        if inputs.scales is not None and grads.scales is not None:
-            for d, x, vector, d_vector in zip((d_gate, d_up), pre[:2], inputs.scales, grads.scales, strict=True):
+        own = active * u  # [m, F]
+        dz = block.own(grad_low_down[:, block.columns(rows)], rows)  # [m, r]
+        d_own = block.drop(dz @ operands.down_A[e].to(block.dtype), rows).add_(block.own(grad_hidden, rows))  # [m, F]
+        grads["down_A"][e].addmm_((dz * w).T, block.drop(own, rows))
+        d_weights[span, 0] = torch.linalg.vecdot(own, d_own)
+        d_own.mul_(w)
+        torch.mul(act.derivative(g).mul_(d_own), u, out=d_gate[span])
+        torch.mul(d_own, active, out=d_up[span])
+        if operands.scales is not None:
+            of_scales = grads["gate_scale"], grads["up_scale"]
+            for d, x, vector, d_vector in zip((d_gate, d_up), pre[:2], operands.scales, of_scales, strict=True):
                 d_vector[e].add_(torch.linalg.vecdot(d[span], x, dim=0))
                 d[span].mul_(vector[e].to(d.dtype))
         for d, B, d_B, low, up in (
-            (d_gate[span], inputs.gate_B, grads.gate_B, pre.low_gate, False),
-            (d_up[span], inputs.up_B, grads.up_B, pre.low_up, True),
+            (d_gate[span], operands.B.gate, grads["gate_B"], pre.low_gate, False),
+            (d_up[span], operands.B.up, grads["up_B"], pre.low_up, True),
         ):
             d_B[e].addmm_(d.T, low, alpha=block.scale)
-            block.scatter((d @ B[e].to(block.dtype)).mul_(block.scale), rows, grads.low, up)
-    grads.weights[block.tokens] = d_weights[block.position].squeeze(-1).to(grads.weights.dtype)
+            block.scatter((d @ B[e].to(block.dtype)).mul_(block.scale), rows, grads["low"], up)
+    of_weights = grads["routing_weights"]
+    of_weights[block.tokens] = d_weights[block.position].squeeze(-1).to(of_weights.dtype)
     return block.combine(d_gate), block.combine(d_up)

@@ -11,44 +11,52 @@ from torch import Tensor
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts.dropout import dropout_mask
 from graphmoe_kernels.experts.ids import expert_bounds
-from graphmoe_kernels.experts.operands import Inputs, Settings
+from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpdate
 
 
-def expert_swiglu(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+def expert_swiglu(operands: ExpertOperands, scale: float, activation: str) -> tuple[Tensor, Tensor]:
     """See `graphmoe_kernels.expert_swiglu` for the contract; arguments are validated there."""
-    gate, up, experts, s = inputs.gate, inputs.up, inputs.experts, settings.scale
-    n, r, width = inputs.down_A.shape
-    tokens, slots = experts.shape
-    experts = experts.long()  # bytes would index as a mask
-    if experts.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would be a sync
-        expert_bounds(experts.flatten().sort().values, experts, n)
-    act = get_activation(settings.activation).function
-    low = inputs.low
-    if inputs.update is not None:
-        state, fold_gate, fold_up = inputs.update
-        gate = gate + state @ fold_gate.T  # [N, F]
-        up = up + state @ fold_up.T
-    if inputs.low_update is not None:
-        low = low + inputs.low_update
+    ids, s = operands.expert_ids, scale
+    n, r, width = operands.down_A.shape
+    tokens, slots = ids.shape
+    ids = ids.long()  # bytes would index as a mask
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would be a sync
+        expert_bounds(ids.flatten().sort().values, ids, n)
+    act = get_activation(activation).function
+    gate, up = _updated(operands.pre_activations, operands.update)  # [N, F] each
+    low = operands.low if operands.low_update is None else operands.low + operands.low_update
     low_gate, low_up = low.view(tokens, 2, n, r).unbind(1)  # [N, n, r] each
     mask = None
-    if settings.dropout > 0 and settings.seed is not None:
-        mask = dropout_mask(settings.seed.to(gate.device), settings.dropout, 0, experts, width)
+    if operands.dropout is not None:
+        mask = dropout_mask(operands.dropout.seed.to(gate.device), operands.dropout.rate, 0, ids, width)
 
-    c = torch.zeros_like(gate)
-    z = low.new_zeros(tokens, n, r)
-    rows = torch.arange(tokens, device=experts.device)
+    hidden = torch.zeros_like(gate)
+    low_down = low.new_zeros(tokens, n, r)
+    rows = torch.arange(tokens, device=ids.device)
     for slot in range(slots):
-        e = experts[:, slot]  # [N]
-        w = inputs.weights[:, slot, None].to(gate.dtype)  # [N, 1]
-        g = gate + s * torch.einsum("nfr,nr->nf", inputs.gate_B[e], low_gate[rows, e])
-        u = up + s * torch.einsum("nfr,nr->nf", inputs.up_B[e], low_up[rows, e])
-        if inputs.scales is not None:
-            g, u = (g * inputs.scales[0][e]).to(g.dtype), (u * inputs.scales[1][e]).to(u.dtype)  # scales may be wider
-        if settings.biases is not None:
-            g, u = g + settings.biases[0], u + settings.biases[1]
-        hidden = act(g) * u  # [N, F]
-        c = c + w * hidden
-        dropped = hidden if mask is None else hidden * mask[:, slot].to(hidden.dtype)
-        z = z.index_put((rows, e), w * torch.einsum("nrf,nf->nr", inputs.down_A[e], dropped))
-    return c, z.view(tokens, n * r)
+        e = ids[:, slot]  # [N]
+        w = operands.routing_weights[:, slot, None].to(gate.dtype)  # [N, 1]
+        g = gate + s * torch.einsum("nfr,nr->nf", operands.B.gate[e], low_gate[rows, e])
+        u = up + s * torch.einsum("nfr,nr->nf", operands.B.up[e], low_up[rows, e])
+        if operands.scales is not None:  # which may be in a wider dtype
+            g, u = (g * operands.scales.gate[e]).to(g.dtype), (u * operands.scales.up[e]).to(u.dtype)
+        if operands.biases is not None:
+            g, u = g + operands.biases.gate, u + operands.biases.up
+        own = act(g) * u  # [N, F]
+        hidden = hidden + w * own
+        dropped = own if mask is None else own * mask[:, slot].to(own.dtype)
+        low_down = low_down.index_put((rows, e), w * torch.einsum("nrf,nf->nr", operands.down_A[e], dropped))
+    return hidden, low_down.view(tokens, n * r)
+
+
+def swiglu(pre_activations: GateUp, update: LowRankUpdate | None, activation: str) -> Tensor:
+    """See `graphmoe_kernels.swiglu`."""
+    g, u = _updated(pre_activations, update)
+    return get_activation(activation).function(g) * u
+
+
+def _updated(pre_activations: GateUp, update: LowRankUpdate | None) -> tuple[Tensor, Tensor]:
+    gate, up = pre_activations
+    if update is None:
+        return gate, up
+    return gate + update.state @ update.gate.T, up + update.state @ update.up.T

@@ -1,76 +1,53 @@
-"""The variants of the GRU kernels that are compiled ahead of time: every configuration, and the flags that matter."""
+"""The calls of the GRU step that are compiled ahead of time: every configuration, in a folded and a literal round."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
-from graphmoe_kernels.aot.case import CompileCase
+import torch
+from torch import Tensor
 
-DTYPES = {"bf16": "half", "fp16": "half", "fp32": "float"}
+from graphmoe_kernels.aot.case import Variant
+from graphmoe_kernels.gru.triton import launch
+from graphmoe_kernels.launching import SKINNY_TOKENS
 
-Configs = Callable[[str, str, str], dict]
-
-
-def compile_cases(configs: Configs) -> Iterator[CompileCase]:
-    """Both kernels in later and first rounds; ``configs(kernel, size class, dtype class)`` gives the configuration.
-
-    The width is a runtime argument, so no size stands here; as in every folded layer it is a multiple of 16.
-    """
-    for size in ("skinny", "wide"):
-        for dtype, dtype_class in DTYPES.items():
-            for later, tanh, train in (
-                (True, False, True),
-                (True, True, True),
-                (True, False, False),
-                (False, True, True),
-            ):
-                yield _forward(size, dtype, configs("gru_forward", size, dtype_class), later, tanh, train)
-                yield _backward(size, dtype, configs("gru_backward", size, dtype_class), later, tanh, train)
+HIDDEN = 4096
+WIDTHS = {"folded": 416, "literal": 409}  # a fold's GRU is padded to a multiple of 16, the literal loop's is not
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SIZES = {"skinny": SKINNY_TOKENS, "wide": 8192}
 
 
-def _forward(size: str, dtype: str, config: dict, later: bool, tanh: bool, train: bool) -> CompileCase:
-    from graphmoe_kernels.gru.triton_kernels import gru_forward
-
-    state = dict.fromkeys(("recurrent", "state", "total"), f"*{dtype}" if later else None)
-    pointers = {"inputs": f"*{dtype}", **state, "weight": f"*{dtype}", "bias": "*fp32", "out": f"*{dtype}"}
-    strides = ("width", "inputs_stride", "recurrent_stride", "state_stride", "total_stride", "weight_stride")
-    flags = {"TANH": tanh, "HAS_STATE": later, "SAVE": train and later}
-    return _case("gru_forward", gru_forward, size, dtype, config, pointers | {"candidate": "*fp32"}, strides, flags)
-
-
-def _backward(size: str, dtype: str, config: dict, later: bool, tanh: bool, train: bool) -> CompileCase:
-    from graphmoe_kernels.gru.triton_kernels import gru_backward
-
-    state = dict.fromkeys(("recurrent", "state"), f"*{dtype}" if later else None)
-    pointers = {"grad": f"*{dtype}", "inputs": f"*{dtype}", **state, "candidate": "*fp32", "weight": f"*{dtype}"}
-    pointers |= {"bias": "*fp32", **dict.fromkeys(("d_inputs", "d_state", "reset_state"), f"*{dtype}")}
-    strides = ("width", "grad_stride", "inputs_stride", "recurrent_stride", "state_stride", "weight_stride")
-    flags = {"TANH": tanh, "HAS_STATE": later, "RESET_STATE": train and later, "BIAS": train}
-    return _case("gru_backward", gru_backward, size, dtype, config, pointers | {"d_bias": "*fp32"}, strides, flags)
+def variants() -> Iterator[Variant]:
+    """Both kernels in first and later rounds, in inference and in training; tanh and fp16 in a later round's."""
+    for size, tokens in SIZES.items():
+        for dtype in DTYPES:
+            matrix = ("gru_forward", "gru_backward") if size == "wide" and dtype != "fp32" else ()
+            for loop, width in WIDTHS.items():
+                call = partial(_step, tokens, width, DTYPES[dtype], loop == "folded")
+                name = f"{size} {dtype} {loop}"
+                yield Variant(f"{name}, later round, training", partial(call, "sigmoid", True, True), matrix)
+                if dtype == "fp16":
+                    continue
+                yield Variant(f"{name}, later round", partial(call, "sigmoid", True, False), matrix)
+                yield Variant(f"{name}, first round, training", partial(call, "sigmoid", False, True))
+                if loop == "folded":
+                    yield Variant(f"{name}, tanh, later round, training", partial(call, "tanh", True, True), matrix)
 
 
-def _case(
-    name: str,
-    kernel: object,
-    size: str,
-    dtype: str,
-    config: dict,
-    pointers: dict[str, str | None],
-    divisible: tuple[str, ...],
-    flags: dict[str, bool],
-) -> CompileCase:
-    """A case; a pointer without a type is the constant None, as in the first round."""
-    signature = {pointer: kind for pointer, kind in pointers.items() if kind is not None}
-    constexprs: dict[str, object] = {pointer: None for pointer, kind in pointers.items() if kind is None}
-    constexprs |= flags | {key: value for key, value in config.items() if key.startswith("BLOCK_")}
-    asked = " ".join(flag for flag, value in flags.items() if value)
-    return CompileCase(
-        name=f"gru {name} {size} {dtype} {asked}".rstrip(),
-        kernel=kernel,
-        signature=signature | dict.fromkeys(("tokens", *divisible), "i32"),
-        constexprs=constexprs,
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
-        matrix=size == "wide" and dtype != "fp32" and flags["HAS_STATE"],
-        divisible_by_16=divisible,
-    )
+def _step(tokens: int, width: int, dtype: torch.dtype, folded: bool, activation: str, later: bool, train: bool) -> None:
+    """A step, and in training its backward, on tensors cut from those that a layer holds."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    # Folded: the states lie beside their sum, and W_o's columns for the state in a tensor of their own.
+    pair = empty(tokens, 2 * width)
+    recurrent = empty(tokens, 2 * width) if later else None
+    state, total = (pair[:, :width], pair[:, width:]) if later else (None, None)
+    weight = empty(width, width) if folded else empty(width, width + HIDDEN)[:, :width]
+    inputs, bias = empty(tokens, 3 * width), empty(width, dtype=torch.float32)
+    _, candidate = launch.step(inputs, recurrent, state, total, weight, bias, activation, train)
+    if train:
+        gradient = empty(tokens, 2 * width)
+        launch.step_backward(gradient, inputs, recurrent, state, candidate, weight, bias, activation, later, True)

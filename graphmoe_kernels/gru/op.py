@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.gru import launch
+from graphmoe_kernels.gru.triton import launch
 
 
 @torch.library.custom_op("graphmoe::gru_step", mutates_args=())
@@ -26,7 +26,10 @@ def step(
     With ``save`` the second output holds what a backward needs besides the inputs: the candidate c [N, G] in fp32.
     Without it, and in the first round, where c is cheap to compute again, that output is empty.
     """
-    return launch.forward(inputs, recurrent, state, total, candidate_weight, candidate_bias, candidate_activation, save)
+    out, candidate = launch.step(
+        inputs, recurrent, state, total, candidate_weight, candidate_bias, candidate_activation, save
+    )
+    return out, inputs.new_empty(0, dtype=torch.float32) if candidate is None else candidate
 
 
 @step.register_fake
@@ -40,7 +43,9 @@ def _step_fake(
     candidate_activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    return launch.allocate_forward(inputs, candidate_bias.shape[0], save and state is not None)
+    num_tokens, width = inputs.shape[0], candidate_bias.shape[0]
+    kept = (num_tokens, width) if save and state is not None else (0,)
+    return inputs.new_empty(num_tokens, 2 * width), inputs.new_empty(kept, dtype=torch.float32)
 
 
 @torch.library.custom_op("graphmoe::gru_step_backward", mutates_args=())
@@ -53,28 +58,34 @@ def step_backward(
     candidate_weight: Tensor,
     candidate_bias: Tensor,
     candidate_activation: str,
-    reset_state: bool,
-    bias: bool,
+    wants_reset_state: bool,
+    wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `step` from that of its output, grad [N, 2G].
 
     Returns:
         The gradient of ``inputs`` [N, 3G], whose first [N, 2G] is also that of ``recurrent``; of ``state`` [N, G] by
-        the state update and the candidate (empty in the first round); where asked for by ``reset_state``, q * h
-        [N, G] as the candidate's product read it; where asked for by ``bias``, the bias's gradient [G] in fp32. What
+        the state update and the candidate (empty in the first round); where ``wants_reset_state``, q * h
+        [N, G] as the candidate's product read it; where ``wants_bias``, the bias's gradient [G] in fp32. What
         is not asked for is empty.
     """
-    return launch.backward(
+    d_inputs, d_state, reset_state, d_bias = launch.step_backward(
         grad,
         inputs,
         recurrent,
         state,
-        candidate,
+        candidate if candidate.numel() else None,
         candidate_weight,
         candidate_bias,
         candidate_activation,
-        reset_state,
-        bias,
+        wants_reset_state,
+        wants_bias,
+    )
+    return (
+        d_inputs,
+        inputs.new_empty(0) if d_state is None else d_state,
+        inputs.new_empty(0) if reset_state is None else reset_state,
+        inputs.new_empty(0, dtype=torch.float32) if d_bias is None else d_bias,
     )
 
 
@@ -88,12 +99,16 @@ def _step_backward_fake(
     candidate_weight: Tensor,
     candidate_bias: Tensor,
     candidate_activation: str,
-    reset_state: bool,
-    bias: bool,
+    wants_reset_state: bool,
+    wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    width = candidate_bias.shape[0]
-    d_bias = inputs.new_empty((width,) if bias else (0,), dtype=torch.float32)
-    return *launch.allocate_backward(inputs, width, state is not None, reset_state), d_bias
+    num_tokens, width = inputs.shape[0], candidate_bias.shape[0]
+    return (
+        inputs.new_empty(num_tokens, 3 * width),
+        inputs.new_empty((num_tokens, width) if state is not None else (0,)),
+        inputs.new_empty((num_tokens, width) if wants_reset_state else (0,)),
+        inputs.new_empty((width,) if wants_bias else (0,), dtype=torch.float32),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

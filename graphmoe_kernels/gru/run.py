@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.gru import launch, op, reference
+from graphmoe_kernels.gru import op, reference
+from graphmoe_kernels.gru.triton import launch
 from graphmoe_kernels.registration import seen_from_outside
 
 
@@ -28,6 +29,6 @@ def run_gru_step(
         return reference.step(inputs, recurrent, state, total, candidate_weight, candidate_bias, candidate_activation)
     tensors = (inputs, recurrent, state, total, candidate_weight, candidate_bias)
     if not seen_from_outside(*tensors):
-        return launch.forward(*tensors, candidate_activation, False)[0]
+        return launch.step(*tensors, candidate_activation, False)[0]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return op.step(*tensors, candidate_activation, save)[0]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.backend import resolve_backend
-from graphmoe_kernels.experts import stream
-from graphmoe_kernels.experts.call import Sizes
+from graphmoe_kernels.experts.triton.launch_stream import suits
+from graphmoe_kernels.experts.triton.sizes import Sizes
 from graphmoe_kernels.launching import SKINNY_TOKENS
 from graphmoe_kernels.mixing import mixing_weights
 from graphmoe_kernels.ranges import named_range
@@ -37,12 +37,6 @@ class RoundRouting(NamedTuple):
     expert_ids: Tensor
     mixing: Tensor | None
     routings: tuple[Routing, ...]
-
-    @property
-    def tickets(self) -> Tensor | None:
-        """`Routing.tickets`, or None where none were made."""
-        tickets = [routing.tickets for routing in self.routings if routing.tickets.numel()]
-        return tickets[0] if tickets else None
 
 
 def route(
@@ -110,7 +104,7 @@ def token_order(routing: RoundRouting, gate: Tensor, down_A: Tensor, backend: st
         return None
     n, r, width = down_A.shape
     size = Sizes(gate.shape[0], width, n, r, routing.expert_ids.shape[1])
-    if not torch.is_grad_enabled() and stream.suits(size, gate.dtype):
+    if not torch.is_grad_enabled() and suits(size, gate.dtype):
         return None
     with named_range("routing"):
         return expert_order(routing.expert_ids)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.dora import scaled_by
-from graphmoe_kernels.experts import expert_swiglu
+from graphmoe_kernels.experts import Dropout, ExpertOperands, GateUp, LowRankUpdate, expert_swiglu, swiglu
 from graphmoe_kernels.mixing import mixed_change, mixing_weights, weighted
 from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking.prepared import PreparedExperts
@@ -142,7 +142,7 @@ def _mixed_round(
         update = (low, experts.gate_B, experts.up_B)
         if inputs.update is not None:  # [H | low], as the fold holds [M | B]: one product instead of two
             update = (torch.cat([inputs.update[0], low], dim=1), *inputs.update[1:])
-    c = _shared_swiglu(inputs._replace(update=update), routing, settings)
+    c = _shared_swiglu(inputs._replace(update=update), settings)
     with named_range("experts"):
         z = F.linear(F.dropout(c, settings.spec.dropout), experts.down_A)  # [N, n*r]
     with named_range("routing"):
@@ -154,13 +154,13 @@ def _mixed_round(
     return RoundOutput((c,), weighted(z, mixing), changes, (*routing.routings, down))
 
 
-def _shared_swiglu(inputs: RoundInputs, routing: RoundRouting, settings: RoundSettings) -> Tensor:
-    """act(g) * u, [N, F], of what the tokens share: an expert of rank 0."""
-    gate, width = inputs.gate, inputs.gate.shape[1]
-    B = gate.new_empty(1, width, 0)
-    nothing = PreparedExperts(B[0], B, B, B.mT, B[0])
-    inputs = inputs._replace(low=gate.new_empty(gate.shape[0], 0), low_update=None)
-    return _swiglu(inputs, nothing, routing, settings)[0]
+def _shared_swiglu(inputs: RoundInputs, settings: RoundSettings) -> Tensor:
+    """act(g) * u, [N, F], of what the tokens share."""
+    update = None if inputs.update is None else LowRankUpdate(*inputs.update)
+    with named_range("experts"):
+        return swiglu(
+            GateUp(inputs.gate, inputs.up), update, activation=settings.spec.activation, backend=settings.backend
+        )
 
 
 def _mixed_dora(
@@ -185,33 +185,28 @@ def _swiglu(
 ) -> tuple[Tensor, Tensor]:
     """c [N, F] and z [N, n*r] of all the slots in ``routing``."""
     spec = settings.spec
-    state, fold_gate, fold_up = inputs.update or (None, None, None)
+    seed = draw_seed(spec, inputs.gate.device)
+    scales = biases = None
+    if experts.gate_scale is not None and experts.up_scale is not None:
+        scales = GateUp(experts.gate_scale, experts.up_scale)
+    if experts.gate_bias is not None and experts.up_bias is not None:
+        biases = GateUp(experts.gate_bias, experts.up_bias)
+    operands = ExpertOperands(
+        GateUp(inputs.gate, inputs.up),
+        inputs.low,
+        GateUp(experts.gate_B, experts.up_B),
+        experts.down_A,
+        routing.routing_weights,
+        routing.expert_ids,
+        low_update=inputs.low_update,
+        update=None if inputs.update is None else LowRankUpdate(*inputs.update),
+        scales=scales,
+        biases=biases,
+        dropout=None if seed is None else Dropout(spec.dropout, seed),
+        token_order=token_order(routing, inputs.gate, experts.down_A, settings.backend),
+    )
     with named_range("experts"):
-        return expert_swiglu(
-            inputs.gate,
-            inputs.up,
-            inputs.low,
-            experts.gate_B,
-            experts.up_B,
-            experts.down_A,
-            routing.routing_weights,
-            routing.expert_ids,
-            scale=spec.scale,
-            activation=spec.activation,
-            state=state,
-            fold_gate=fold_gate,
-            fold_up=fold_up,
-            low_update=inputs.low_update,
-            gate_scale=experts.gate_scale,
-            up_scale=experts.up_scale,
-            gate_bias=experts.gate_bias,
-            up_bias=experts.up_bias,
-            dropout=spec.dropout,
-            seed=draw_seed(spec, inputs.gate.device),
-            order=token_order(routing, inputs.gate, experts.down_A, settings.backend),
-            tickets=routing.tickets,
-            backend=settings.backend,
-        )
+        return expert_swiglu(operands, scale=spec.scale, activation=spec.activation, backend=settings.backend)
 
 
 def add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:

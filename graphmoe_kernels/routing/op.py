@@ -1,4 +1,4 @@
-"""Registration of `graphmoe::route` with torch: schema, fake (shapes only) and backward."""
+"""Registration of the routing operators with torch: schemas, fakes (shapes only) and backward."""
 
 from __future__ import annotations
 
@@ -8,74 +8,74 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.exact_linear import exact_linear
-from graphmoe_kernels.routing import launch
+from graphmoe_kernels.routing.triton import launch
 
 
 @torch.library.custom_op("graphmoe::route", mutates_args=())
 def route_op(
-    x: Tensor | None,
-    router: Tensor | None,
-    offset: Tensor | None,
-    token_mask: Tensor | None,
-    top_k: int,
-    normalize: bool,
-    statistics: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logits, weights, experts, counts, mass, tickets: see `graphmoe_kernels.routing.launch.forward`."""
-    return launch.forward(x, router, offset, token_mask, top_k, normalize, statistics)
+    x: Tensor, router: Tensor, offset: Tensor | None, top_k: int, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits, routing weights and expert ids: see `graphmoe_kernels.routing.triton.launch.route`."""
+    return launch.route(x, router, offset, top_k, normalize)
 
 
 @route_op.register_fake
-def _(x, router, offset, token_mask, top_k, normalize, statistics):
-    main, num_experts = launch.main_input(x, router, offset)
-    stores_logits = x is not None or main.dtype != torch.float32
-    return launch.allocate(main, num_experts, top_k, stores_logits, statistics)
+def _(x, router, offset, top_k, normalize):
+    return launch.allocate(x.shape[0], router.shape[0], top_k, x.device)
 
 
-@torch.library.custom_op("graphmoe::route_backward", mutates_args=())
-def route_backward_op(
-    d_logits: Tensor | None,
-    d_weights: Tensor | None,
-    d_mass: Tensor | None,
-    logits: Tensor,
-    experts: Tensor,
-    token_mask: Tensor | None,
-    normalize: bool,
-    statistics: str | None,
+@torch.library.custom_op("graphmoe::topk_softmax", mutates_args=())
+def topk_softmax_op(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Return routing weights and expert ids of fp32 logits: see `graphmoe_kernels.routing.triton.launch`."""
+    return launch.topk_softmax(logits, top_k, normalize)
+
+
+@topk_softmax_op.register_fake
+def _(logits, top_k, normalize):
+    return launch.allocate(logits.shape[0], 0, top_k, logits.device)[1:]
+
+
+@torch.library.custom_op("graphmoe::routing_backward", mutates_args=())
+def routing_backward_op(
+    d_routing_weights: Tensor, d_logits: Tensor | None, logits: Tensor, expert_ids: Tensor, normalize: bool
 ) -> Tensor:
-    """The gradient of the logits, [N, n] fp32."""
-    return launch.backward(d_logits, d_weights, d_mass, logits, experts, token_mask, normalize, statistics)
+    """Return the gradient of the logits, [N, n] fp32."""
+    return launch.backward(d_routing_weights, d_logits, logits, expert_ids, normalize)
 
 
-@route_backward_op.register_fake
-def _(d_logits, d_weights, d_mass, logits, *rest):
-    return logits.new_empty(logits.shape, dtype=torch.float32)
+@routing_backward_op.register_fake
+def _(d_routing_weights, d_logits, logits, expert_ids, normalize):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, router, offset, token_mask, _, ctx.normalize, ctx.statistics = inputs
-    logits, _, experts, counts, *_ = output
-    ctx.stores_logits = x is not None or offset.dtype != torch.float32
-    ctx.x_dtype, ctx.offset_dtype = (None if t is None else t.dtype for t in (x, offset))
+@torch.library.custom_op("graphmoe::expert_order", mutates_args=())
+def expert_order_op(expert_ids: Tensor) -> Tensor:
+    """Return the order of tokens, int32 [N]: see `graphmoe_kernels.expert_order`."""
+    return launch.token_order(expert_ids)
+
+
+@expert_order_op.register_fake
+def _(expert_ids):
+    return expert_ids.new_empty(expert_ids.shape[0], dtype=torch.int32)
+
+
+def _save_route(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, router, offset, _, ctx.normalize = inputs
+    logits, _, expert_ids = output
+    ctx.x_dtype, ctx.router_dtype, ctx.offset_dtype = x.dtype, router.dtype, None if offset is None else offset.dtype
     kept_x = x if ctx.needs_input_grad[1] else None
     kept_router = router if ctx.needs_input_grad[0] else None
-    ctx.router_dtype = None if router is None else router.dtype
-    ctx.save_for_backward(kept_x, kept_router, logits if ctx.stores_logits else offset, experts, token_mask)
-    ctx.mark_non_differentiable(counts)
+    ctx.save_for_backward(kept_x, kept_router, logits, expert_ids)
     ctx.set_materialize_grads(False)  # a zero gradient would be a launch, and another operand to read
 
 
-def _backward(
-    ctx: Any, d_logits: Any, d_weights: Any, d_experts: Any, d_counts: Any, d_mass: Any, d_tickets: Any
-) -> Any:
-    x, router, logits, experts, token_mask = ctx.saved_tensors
-    d_logits = d_logits if ctx.stores_logits else None
-    d_mass = d_mass if ctx.statistics is not None else None
-    if d_logits is None and d_weights is None and d_mass is None:
-        return (None,) * 7
-    total = route_backward_op(
-        d_logits, d_weights, d_mass, logits, experts, token_mask, ctx.normalize, ctx.statistics
-    )  # [N, n]
+def _route_backward(ctx: Any, d_logits: Any, d_routing_weights: Any, _: Any) -> Any:
+    if d_logits is None and d_routing_weights is None:
+        return (None,) * 5
+    x, router, logits, expert_ids = ctx.saved_tensors
+    total = d_logits  # [N, n]
+    if d_routing_weights is not None:
+        total = routing_backward_op(d_routing_weights, d_logits, logits, expert_ids, ctx.normalize)
     d_x = d_router = d_offset = None
     with torch.autocast(total.device.type, enabled=False):  # whoever calls backward() inside autocast
         if ctx.needs_input_grad[0]:
@@ -84,7 +84,20 @@ def _backward(
             d_router = exact_linear(total.T, x.T).to(ctx.router_dtype)  # [n, D]
         if ctx.needs_input_grad[2]:
             d_offset = total.to(ctx.offset_dtype)  # [N, n]
-    return d_x, d_router, d_offset, None, None, None, None
+    return d_x, d_router, d_offset, None, None
 
 
-route_op.register_autograd(_backward, setup_context=_setup_context)
+def _save_topk(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    logits, _, ctx.normalize = inputs
+    ctx.save_for_backward(logits, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _topk_backward(ctx: Any, d_routing_weights: Any, _: Any) -> Any:
+    if d_routing_weights is None:
+        return None, None, None
+    return routing_backward_op(d_routing_weights, None, *ctx.saved_tensors, ctx.normalize), None, None
+
+
+route_op.register_autograd(_route_backward, setup_context=_save_route)
+topk_softmax_op.register_autograd(_topk_backward, setup_context=_save_topk)

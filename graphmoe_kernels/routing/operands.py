@@ -13,17 +13,14 @@ class Routing(NamedTuple):
     Attributes:
         routing_weights: [N, k] fp32 (fp64 for fp64 logits), differentiable.
         expert_ids: [N, k] integer (int32 from Triton, else int64), distinct within a row, by falling probability.
+        logits: [N, n] fp32 (fp64 where routing ran in it), differentiable.
         tokens_per_expert: [n], how many counted tokens chose each expert; None unless statistics were asked for.
         probability_sums: [n], differentiable; each expert's routing probability summed over the counted tokens, from
             the top-k entries alone (``statistics="topk"``, the paper's Eq. 8) or from the whole softmax (``"full"``).
-        logits: [N, n] fp32 (fp64 where routing ran in it), differentiable.
-        tickets: int32 zeros [ceil(N / 16)] from Triton, else empty: counters for the kernels that follow, which leave
-            them at zero. They are made here because that takes no launch of its own.
     """
 
     routing_weights: Tensor
     expert_ids: Tensor
-    tokens_per_expert: Tensor | None
-    probability_sums: Tensor | None
     logits: Tensor
-    tickets: Tensor
+    tokens_per_expert: Tensor | None = None
+    probability_sums: Tensor | None = None

@@ -1,6 +1,7 @@
-"""Top-k softmax routing (GraphMoE, Eq. 4 and 8; the routing of MixLoRA), in plain PyTorch.
+"""Top-k softmax routing and its statistics, in plain PyTorch.
 
-It is the oracle and the CPU path at once: a softmax over a few experts is a handful of small, fast calls.
+Routing here is the oracle and the CPU path at once: a softmax over a few experts is a handful of small, fast calls. The
+statistics are those of every backend.
 """
 
 from __future__ import annotations
@@ -12,32 +13,29 @@ from graphmoe_kernels.exact_linear import exact_linear
 
 
 def project(x: Tensor, router: Tensor, offset: Tensor | None) -> Tensor:
-    """offset + x router^T, [N, n], in fp32 (fp64 for fp64 ``x``) whatever the precision of fp32 products is."""
+    """Return offset + x router^T, [N, n], in fp32 (fp64 for fp64 ``x``) whatever the precision of fp32 products is."""
     logits = exact_linear(x, router)
     return logits if offset is None else logits + offset.to(logits.dtype)
 
 
-def route(
-    logits: Tensor, top_k: int, normalize: bool, statistics: str | None, token_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """See `graphmoe_kernels.topk_softmax_routing` for the contract; arguments are validated there."""
-    accumulate = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    probabilities = torch.softmax(logits, dim=-1, dtype=accumulate)  # [N, n]
-    chosen, experts = torch.topk(probabilities, top_k, dim=-1)  # [N, k] each
-    weights = chosen / chosen.sum(dim=-1, keepdim=True) if normalize else chosen
-    if statistics is None:
-        return weights, experts, None, None
+def topk_softmax(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Return routing weights and expert ids [N, k] of fp32 or fp64 ``logits`` [N, n] (GraphMoE, Eq. 4)."""
+    probabilities = torch.softmax(logits, dim=-1)  # [N, n]
+    chosen, expert_ids = torch.topk(probabilities, top_k, dim=-1)  # [N, k] each
+    return chosen / chosen.sum(dim=-1, keepdim=True) if normalize else chosen, expert_ids
 
-    counted = torch.ones_like(chosen)
-    if token_mask is not None:  # by selection, not by a product: what padding holds may be NaN
-        outside = ~token_mask.bool()[:, None]
-        chosen, probabilities = chosen.masked_fill(outside, 0), probabilities.masked_fill(outside, 0)
-        counted = counted.masked_fill(outside, 0)
-    zeros = probabilities.new_zeros(probabilities.shape[-1])
-    flat = experts.reshape(-1)
-    counts = zeros.scatter_add(0, flat, counted.reshape(-1))  # [n]
-    if statistics == "topk":
-        mass = zeros.scatter_add(0, flat, chosen.reshape(-1))  # [n]
-    else:
-        mass = probabilities.sum(dim=0)  # [n]
-    return weights, experts, counts, mass
+
+def count(logits: Tensor, expert_ids: Tensor, statistics: str, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return `Routing.tokens_per_expert` and `Routing.probability_sums`, [n] each (GraphMoE, Eq. 8).
+
+    Padding is left out by selection, not by a product, and before the softmax: it may hold NaN. Sums over the tokens
+    run in a fixed order, without atomics.
+    """
+    taken = torch.zeros_like(logits).scatter(1, expert_ids.long(), 1.0)  # [N, n]
+    counted = torch.ones_like(taken)
+    if token_mask is not None:
+        padding = ~token_mask.bool()[:, None]
+        logits, taken, counted = (t.masked_fill(padding, 0) for t in (logits, taken, counted))
+    summed = taken if statistics == "topk" else counted
+    probabilities = torch.softmax(logits, dim=-1).masked_fill(summed == 0, 0)
+    return taken.sum(dim=0), probabilities.sum(dim=0)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from graphmoe_kernels.registration import seen_from_outside
-from graphmoe_kernels.routing import launch, reference
-from graphmoe_kernels.routing.op import route_op
+from graphmoe_kernels.routing import reference
+from graphmoe_kernels.routing.op import expert_order_op, route_op
 from graphmoe_kernels.routing.operands import Routing
+from graphmoe_kernels.routing.triton import launch
 
 
 def run_routing(
@@ -26,10 +26,13 @@ def run_routing(
     """
     if backend != "triton":
         logits = reference.project(x, router, offset)
-        weights, ids, *_ = reference.route(logits, top_k, normalize, None, None)
-        return Routing(weights, ids, None, None, logits, torch.empty(0, dtype=torch.int32, device=x.device))
-    if seen_from_outside(x, router, offset):
-        logits, weights, ids, _, _, tickets = route_op(x, router, offset, None, top_k, normalize, None)
-    else:
-        logits, weights, ids, _, _, tickets = launch.forward(x, router, offset, None, top_k, normalize, None)
-    return Routing(weights, ids, None, None, logits, tickets)
+        routing_weights, expert_ids = reference.topk_softmax(logits, top_k, normalize)
+        return Routing(routing_weights, expert_ids, logits)
+    route = route_op if seen_from_outside(x, router, offset) else launch.route
+    logits, routing_weights, expert_ids = route(x, router, offset, top_k, normalize)
+    return Routing(routing_weights, expert_ids, logits)
+
+
+def run_expert_order(expert_ids: Tensor) -> Tensor:
+    """Return `graphmoe_kernels.expert_order` of ids [N, k] that are known to be right, on Triton."""
+    return expert_order_op(expert_ids) if seen_from_outside(expert_ids) else launch.token_order(expert_ids)

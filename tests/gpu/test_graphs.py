@@ -114,6 +114,28 @@ def autocast_forward(ffn, x):
         ffn(x)
 
 
+def test_graphs_replayed_on_two_streams_beside_an_eager_call():
+    """Launches that run at once share no counter: each of them sums its splits when all of its own have come."""
+    layer = make(rounds=3, dtype="bf16")
+    ffn = layer.fused.eval()
+    inputs = [layer.input(16, seed=seed)[0] for seed in (1, 2, 3)]
+    with torch.no_grad():
+        expected = [ffn(x) for x in inputs]
+    graphs = [captured(ffn, x) for x in inputs[:2]]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream, (graph, y) in zip(streams, graphs, strict=False):
+            with torch.cuda.stream(stream):
+                y.fill_(float("nan"))
+                graph.replay()
+        with torch.cuda.stream(streams[2]), torch.no_grad():
+            eager = ffn(inputs[2])
+        torch.cuda.synchronize()
+        for found, exact in zip((*(y for _, y in graphs), eager), expected, strict=True):
+            assert torch.equal(found, exact)
+
+
 LETTING_GO = {
     "refold()": lambda ffn, _: ffn.refold(),
     "train()": lambda ffn, _: ffn.train(),

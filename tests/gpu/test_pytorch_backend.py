@@ -9,7 +9,16 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from graphmoe_kernels import RethinkingSpec, expert_swiglu, rethink_folded, rethink_literal, rethink_reference
+from graphmoe_kernels import (
+    Dropout,
+    ExpertOperands,
+    GateUp,
+    RethinkingSpec,
+    expert_swiglu,
+    rethink_folded,
+    rethink_literal,
+    rethink_reference,
+)
 from graphmoe_kernels.testing import cast_layer, relative_error, within_budget
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
 from tests.kernels.cases import Sizes, decided_tokens, errors, gradients, layer, rounded
@@ -71,7 +80,13 @@ def test_dropout_masks_are_the_same_on_cuda_as_on_the_cpu(backend: str) -> None:
     arguments += [torch.randn(*s) for s in ((n, width, r), (n, width, r), (n, r, width))]
     arguments += [torch.rand(tokens, k), torch.stack([torch.randperm(n)[:k] for _ in range(tokens)])]
     seed = torch.tensor([5])
-    on_cpu = expert_swiglu(*arguments, dropout=0.5, seed=seed)
-    on_cuda = expert_swiglu(*(a.cuda() for a in arguments), dropout=0.5, seed=seed.cuda(), backend=backend)
+
+    def run(tensors, seed, backend):
+        gate, up, low, gate_B, up_B, *rest = tensors
+        operands = ExpertOperands(GateUp(gate, up), low, GateUp(gate_B, up_B), *rest, dropout=Dropout(0.5, seed))
+        return expert_swiglu(operands, backend=backend)
+
+    on_cpu = run(arguments, seed, "torch")
+    on_cuda = run([a.cuda() for a in arguments], seed.cuda(), backend)
     for a, b in zip(on_cpu, on_cuda, strict=True):
         torch.testing.assert_close(b.cpu(), a, rtol=1e-4, atol=1e-4)

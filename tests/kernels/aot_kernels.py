@@ -2,71 +2,84 @@
 
 import os
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
-from graphmoe_kernels.aot.case import CompileCase
+from graphmoe_kernels.aot.case import Variant
+from graphmoe_kernels.launching import launch
 
 
 @triton.jit
-def matmul(a_ptr, b_ptr, c_ptr, stride, SIZE: tl.constexpr, STEPS: tl.constexpr):
+def matmul(a, b, c, stride, SIZE: tl.constexpr, STEPS: tl.constexpr):
     """c = a @ b for a of SIZE x STEPS*SIZE; fp32 is multiplied in full precision, which no HGMMA instruction does."""
     rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     result = tl.zeros((SIZE, SIZE), tl.float32)
     for step in range(STEPS):
-        a = tl.load(a_ptr + rows * stride + step * SIZE + columns)
-        b = tl.load(b_ptr + (step * SIZE + rows) * stride + columns)
-        result = tl.dot(a, b, result, input_precision="ieee")
-    tl.store(c_ptr + rows * stride + columns, result)
+        left = tl.load(a + rows * stride + step * SIZE + columns)
+        right = tl.load(b + (step * SIZE + rows) * stride + columns)
+        result = tl.dot(left, right, result, input_precision="ieee")
+    tl.store(c + rows * stride + columns, result)
 
 
 @triton.jit
-def copy(x_ptr, out_ptr, SIZE: tl.constexpr):
+def copy(x, out, SIZE: tl.constexpr):
     """out = x, without a matrix instruction."""
     lanes = tl.arange(0, SIZE)
-    tl.store(out_ptr + lanes, tl.load(x_ptr + lanes))
+    tl.store(out + lanes, tl.load(x + lanes))
 
 
 @triton.jit
-def too_many_live_values(x_ptr, out_ptr, STEPS: tl.constexpr, SIZE: tl.constexpr):
+def too_many_live_values(x, out, STEPS: tl.constexpr, SIZE: tl.constexpr):
     """A sum of 256 numbers for each thread of one warp; a thread has 255 registers."""
     lanes = tl.arange(0, SIZE)
     total = tl.zeros((SIZE,), tl.float32)
     for step in range(STEPS):
-        total = total * 0.5 + tl.load(x_ptr + step * SIZE + lanes)
-    tl.store(out_ptr + lanes, total)
+        total = total * 0.5 + tl.load(x + step * SIZE + lanes)
+    tl.store(out + lanes, total)
 
 
 @triton.jit
-def does_not_compile(x_ptr, out_ptr, SIZE: tl.constexpr):
+def does_not_compile(x, out, SIZE: tl.constexpr):
     """A block of a size that is no power of two."""
     lanes = tl.arange(0, SIZE)
-    tl.store(out_ptr + lanes, tl.load(x_ptr + lanes))
+    tl.store(out + lanes, tl.load(x + lanes))
 
 
 class CrashesTheCompiler:
-    """Ends the process that asks for its arguments, as a failed assertion in a compiler does."""
+    """Ends the process that compiles it, as a failed assertion in a compiler does."""
 
-    @property
-    def arg_names(self) -> list[str]:
+    __name__ = "crash"
+    arg_names = ("x", "out", "SIZE")
+
+    def run(self, **_: Any) -> None:
         os._exit(1)
 
 
-def compile_cases(_configs: object) -> Iterator[CompileCase]:
-    """The cases; they need no configurations."""
+def product(dtype: torch.dtype, stages: int, size: int, steps: int) -> None:
+    """a @ b by `matmul`, whose rows are a multiple of 16 apart."""
+    a, b = (torch.empty(size * steps, size * steps, dtype=dtype, device="meta") for _ in range(2))
+    out = torch.empty(size, size, device="meta")
+    options = {"SIZE": size, "STEPS": steps, "num_warps": 4, "num_stages": stages}
+    launch(matmul, (1,), a, b, out, size * steps, device=a.device, **options)
 
-    def product(name: str, dtype: str, stages: int, size: int, steps: int) -> CompileCase:
-        signature = {"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "c_ptr": "*fp32", "stride": "i32"}
-        return CompileCase(name, matmul, signature, {"SIZE": size, "STEPS": steps}, 4, stages, True, ("stride",))
 
-    def vector(name: str, kernel: object, num_warps: int, **constexprs: object) -> CompileCase:
-        return CompileCase(name, kernel, {"x_ptr": "*fp32", "out_ptr": "*fp32"}, constexprs, num_warps, 2, False)
+def vector(kernel: Any, num_warps: int, **constants: int) -> None:
+    """A kernel from one vector to another."""
+    x, out = torch.empty(2**16, device="meta"), torch.empty(2**16, device="meta")
+    launch(kernel, (1,), x, out, device=x.device, **constants, num_warps=num_warps, num_stages=2)
 
-    yield vector("clean copy", copy, 4, SIZE=128)
-    yield product("clean matmul", "bf16", stages=2, size=64, steps=8)
-    yield product("faulty: no hgmma", "fp32", stages=2, size=32, steps=2)
-    yield product("faulty: shared", "bf16", stages=6, size=128, steps=16)
-    yield vector("faulty: spill", too_many_live_values, 1, SIZE=8192, STEPS=4)
-    yield vector("faulty: size", does_not_compile, 4, SIZE=100)
-    yield vector("faulty: crash", CrashesTheCompiler(), 4, SIZE=128)
+
+def variants() -> Iterator[Variant]:
+    """The calls, each with one launch."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    yield Variant("clean", partial(vector, copy, 4, SIZE=128))
+    yield Variant("clean", partial(product, bf16, 2, 64, 8), ("matmul",))
+    yield Variant("faulty: no hgmma", partial(product, fp32, 2, 32, 2), ("matmul",))
+    yield Variant("faulty: shared", partial(product, bf16, 6, 128, 16), ("matmul",))
+    yield Variant("faulty: spill", partial(vector, too_many_live_values, 1, SIZE=8192, STEPS=4))
+    yield Variant("faulty: size", partial(vector, does_not_compile, 4, SIZE=100))
+    yield Variant("faulty: crash", partial(vector, CrashesTheCompiler(), 4, SIZE=128))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from graphmoe_kernels import expert_swiglu
+from graphmoe_kernels import Dropout, ExpertOperands, GateUp, LowRankUpdate, expert_swiglu
 
-FLOATING = ["gate", "up", "low", "gate_B", "up_B", "down_A", "weights"]
+FLOATING = ["gate", "up", "low", "gate_B", "up_B", "down_A", "routing_weights"]
 LATER_ROUND = ["state", "fold_gate", "fold_up", "low_update"]
 SCALES = ["gate_scale", "up_scale"]
 BIASES = ["gate_bias", "up_bias"]  # constants: they get no gradient
@@ -36,8 +38,8 @@ def operands(
         "gate_B": draw(experts, width, rank),
         "up_B": draw(experts, width, rank),
         "down_A": draw(experts, rank, width) * width**-0.5,
-        "weights": torch.rand(tokens, top_k, dtype=torch.float64),
-        "experts": torch.stack(ids) if ids else torch.zeros(0, top_k, dtype=torch.long),
+        "routing_weights": torch.rand(tokens, top_k, dtype=torch.float64),
+        "expert_ids": torch.stack(ids) if ids else torch.zeros(0, top_k, dtype=torch.long),
     }
     if inner is not None:
         found |= {
@@ -57,20 +59,49 @@ def cast(given: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.
     """The floating operands in ``dtype``; routing weights in fp32 at least, as routing gives them."""
     wide = torch.promote_types(dtype, torch.float32)
     return {
-        name: t if not t.is_floating_point() else t.to(wide if name == "weights" else dtype)
+        name: t if not t.is_floating_point() else t.to(wide if name == "routing_weights" else dtype)
         for name, t in given.items()
     }
 
 
+def packed(given: dict[str, Any]) -> ExpertOperands:
+    """The operands by name as the operator takes them; ``dropout`` is a rate, with ``seed`` beside it."""
+
+    def group(kind: Any, *names: str) -> Any:
+        found = [given.get(name) for name in names]
+        return None if all(x is None for x in found) else kind(*found)
+
+    return ExpertOperands(
+        GateUp(given["gate"], given["up"]),
+        given["low"],
+        GateUp(given["gate_B"], given["up_B"]),
+        given["down_A"],
+        given["routing_weights"],
+        given["expert_ids"],
+        low_update=given.get("low_update"),
+        update=group(LowRankUpdate, "state", "fold_gate", "fold_up"),
+        scales=group(GateUp, *SCALES),
+        biases=group(GateUp, *BIASES),
+        dropout=Dropout(given["dropout"], given.get("seed")) if given.get("dropout") else None,
+        token_order=given.get("token_order"),
+    )
+
+
+def run(backend: str = "auto", scale: float = 1.0, activation: str = "silu", **given: Any) -> tuple[Any, Any]:
+    """`expert_swiglu` of operands by name."""
+    return expert_swiglu(packed(given), scale=scale, activation=activation, backend=backend)
+
+
 def results(given: dict[str, torch.Tensor], backend: str = "auto", **settings) -> dict[str, torch.Tensor]:
-    """c, z and the gradient of every floating operand under fixed random upstream gradients, by name."""
+    """hidden, low_down and the gradient of every floating operand under fixed random upstream gradients, by name."""
     generator = torch.Generator().manual_seed(1)
     leaves = {
         name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         for name, t in given.items()
         if t.is_floating_point() and name not in BIASES
     }
-    c, z = expert_swiglu(**(given | leaves), **(SETTINGS | settings), backend=backend)
-    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (c, z)]
-    torch.autograd.backward([c, z], upstream)
-    return {"c": c.detach(), "z": z.detach(), **{name: t.grad for name, t in leaves.items()}}
+    found = run(**(given | leaves), **(SETTINGS | settings), backend=backend)
+    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in found]
+    torch.autograd.backward(found, upstream)
+    outputs = dict(zip(("hidden", "low_down"), (t.detach() for t in found), strict=True))
+    return outputs | {name: t.grad for name, t in leaves.items()}

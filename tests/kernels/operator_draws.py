@@ -11,8 +11,12 @@ from torch import Tensor
 
 from graphmoe_kernels import (
     ACTIVATIONS,
+    Dropout,
+    ExpertOperands,
+    GateUp,
     LayerWeights,
     LinearRouters,
+    LowRankUpdate,
     RethinkingSpec,
     expert_order,
     expert_swiglu,
@@ -20,6 +24,7 @@ from graphmoe_kernels import (
     rethink,
     rethink_reference,
     route_tokens,
+    swiglu,
     topk_softmax_routing,
 )
 from graphmoe_kernels.testing import cast_layer, make_layer
@@ -86,8 +91,17 @@ def logits_arguments(draw: Any) -> dict[str, Any]:
     return {"logits": randn(tokens, experts, dtype=given.pop("x").dtype, seed=draw(seeds)), **given}
 
 
+# Operands by the names that refusals call them by.
+FIELDS = {
+    **{"gate": "pre_activations.gate", "up": "pre_activations.up", "gate_B": "B.gate", "up_B": "B.up"},
+    **{"state": "update.state", "fold_gate": "update.gate", "fold_up": "update.up"},
+    **{"gate_scale": "scales.gate", "up_scale": "scales.up", "gate_bias": "biases.gate", "up_bias": "biases.up"},
+    **{"dropout": "dropout.rate", "seed": "dropout.seed"},
+}
+
+
 @st.composite
-def swiglu_arguments(draw: Any) -> dict[str, Any]:
+def expert_arguments(draw: Any) -> dict[str, Any]:
     experts = draw(st.integers(1, 5))
     torch.manual_seed(draw(seeds))
     given: dict[str, Any] = expert_operands.operands(
@@ -101,9 +115,36 @@ def swiglu_arguments(draw: Any) -> dict[str, Any]:
         biases=draw(st.booleans()),
     )
     given = expert_operands.cast(given, draw(st.sampled_from(DTYPES)))
-    dropout = draw(st.sampled_from([0.0, 0.0, 0.5]))
-    extras = {"scale": 1.5, "activation": draw(st.sampled_from(sorted(ACTIVATIONS))), "dropout": dropout}
-    return {**given, **extras, "seed": torch.tensor([7]) if dropout else None, "backend": draw(backends)}
+    if draw(st.sampled_from([False, False, True])):
+        given |= {"dropout": draw(st.sampled_from([0.0, 0.5])), "seed": torch.tensor([7])}
+    given = {FIELDS.get(name, name): value for name, value in given.items()}
+    activation = draw(st.sampled_from(sorted(ACTIVATIONS)))
+    return {**given, "scale": 1.5, "activation": activation, "backend": draw(backends)}
+
+
+@st.composite
+def shared_arguments(draw: Any) -> dict[str, Any]:
+    given = draw(expert_arguments())
+    names = [name for name in given if name.startswith(("pre_activations.", "update."))]
+    return {name: given[name] for name in (*names, "activation", "backend")}
+
+
+def grouped(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, those of one group (``update.state``) as its type."""
+    kinds = {"update": LowRankUpdate, "dropout": Dropout}
+    found = {name: value for name, value in given.items() if "." not in name}
+    for group in dict.fromkeys(name.partition(".")[0] for name in given if "." in name):
+        own = {name.partition(".")[2]: value for name, value in given.items() if name.startswith(f"{group}.")}
+        found[group] = kinds.get(group, GateUp)(**own)
+    return found
+
+
+def run_experts(scale: Any, activation: Any, backend: Any, **given: Any) -> Any:
+    return expert_swiglu(ExpertOperands(**grouped(given)), scale=scale, activation=activation, backend=backend)
+
+
+def run_shared(**given: Any) -> Any:
+    return swiglu(**grouped(given))
 
 
 @st.composite
@@ -221,19 +262,27 @@ def check_routing(given: dict[str, Any], found: Any) -> None:
     assert_near(found.probability_sums, (mass * counted).sum(0), torch.float32)
 
 
-def check_swiglu(given: dict[str, Any], found: tuple[Tensor, Tensor]) -> None:
-    """Against the slot by slot definition in fp64, of what a call in that dtype reads."""
-    dtype = given["gate"].dtype
-    own = ("weights", "gate_scale", "up_scale")
-    wide = {
+def _wide(given: dict[str, Any]) -> dict[str, Any]:
+    """What a call reads in the dtype of its pre-activations, in fp64."""
+    dtype, own = given["pre_activations.gate"].dtype, ("routing_weights", "scales.gate", "scales.up")
+    return {
         name: (value if name in own else value.to(dtype)).double()
         if isinstance(value, Tensor) and value.is_floating_point()
         else value
         for name, value in given.items()
     }
-    exact = expert_swiglu(**{**wide, "backend": "reference"})
+
+
+def check_experts(given: dict[str, Any], found: tuple[Tensor, Tensor]) -> None:
+    """Against the slot by slot definition in fp64."""
+    exact = run_experts(**{**_wide(given), "backend": "reference"})
     for mine, theirs in zip(found, exact, strict=True):
-        assert_near(mine, theirs, dtype)
+        assert_near(mine, theirs, given["pre_activations.gate"].dtype)
+
+
+def check_shared(given: dict[str, Any], found: Tensor) -> None:
+    exact = run_shared(**{**_wide(given), "backend": "reference"})
+    assert_near(found, exact, given["pre_activations.gate"].dtype)
 
 
 def check_gru(given: dict[str, Any], found: Tensor) -> None:
@@ -263,7 +312,8 @@ def check_order(given: dict[str, Any], found: Tensor) -> None:
 OPERATORS = {
     "topk_softmax_routing": Operator(topk_softmax_routing, logits_arguments(), check_routing),
     "route_tokens": Operator(route_tokens, routing_arguments(), check_routing),
-    "expert_swiglu": Operator(expert_swiglu, swiglu_arguments(), check_swiglu),
+    "expert_swiglu": Operator(run_experts, expert_arguments(), check_experts),
+    "swiglu": Operator(run_shared, shared_arguments(), check_shared),
     "gru_step": Operator(gru_step, gru_arguments(), check_gru),
     "rethink": Operator(run_rethink, rethinking_arguments(), check_rethinking),
     "expert_order": Operator(expert_order, order_arguments, check_order),

@@ -35,5 +35,5 @@ def run(given, top_k, upstream=("logits", "routing_weights", "probability_sums")
     outputs = {name: t for name, t in found._asdict().items() if name in upstream and t is not None}
     grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs.values()]
     torch.autograd.backward(list(outputs.values()), grads)
-    results = {name: t.detach() for name, t in found._asdict().items() if t is not None and name != "tickets"}
+    results = {name: t.detach() for name, t in found._asdict().items() if t is not None}
     return results | {f"d_{name}": t.grad for name, t in leaves.items() if t is not None}

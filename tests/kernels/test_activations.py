@@ -1,11 +1,14 @@
 """The activations' names, their values against Transformers, and their derivatives against autograd."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from graphmoe_kernels import ACTIVATIONS, expert_swiglu, get_activation, register_activation, rethink_folded
-from graphmoe_kernels.activations import ALIASES
+from graphmoe_kernels import ACTIVATIONS, GateUp, get_activation, register_activation, rethink_folded, swiglu
+from graphmoe_kernels.activations import ALIASES, triton_form
 from graphmoe_kernels.rethinking import RethinkingSpec, rethink_reference
 from tests.kernels.cases import assert_equal_to, gradients, layer
 
@@ -23,7 +26,7 @@ def away_from_kinks() -> torch.Tensor:
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_derivative_is_that_of_the_function(name):
     """Backward multiplies with the hand-written derivative: a wrong one trains in a wrong direction."""
-    function, derivative = ACTIVATIONS[name]
+    function, derivative, *_ = ACTIVATIONS[name]
     x = away_from_kinks().requires_grad_()
     (exact,) = torch.autograd.grad(function(x).sum(), x)
     torch.testing.assert_close(derivative(x.detach()), exact, rtol=1e-12, atol=1e-14)
@@ -42,7 +45,7 @@ def test_name_means_what_transformers_means_by_it(name):
 def test_function_and_derivative_keep_dtype_and_shape(name, dtype):
     """A Python scalar or a comparison inside an activation must not widen what the operator computes in."""
     x = torch.randn(3, 4).to(dtype)
-    for part in ACTIVATIONS[name]:
+    for part in ACTIVATIONS[name][:2]:
         assert part(x).dtype == dtype
         assert part(x).shape == x.shape
 
@@ -81,7 +84,49 @@ def test_unknown_name_lists_the_known_ones():
         get_activation("sliu")
     x = torch.zeros(1, 2)
     with pytest.raises(ValueError, match="unknown activation 'sliu'"):
-        expert_swiglu(
-            x, x, torch.zeros(1, 2), torch.zeros(1, 2, 1), torch.zeros(1, 2, 1),
-            torch.zeros(1, 1, 2), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long), activation="sliu",
-        )  # fmt: skip
+        swiglu(GateUp(x, x), activation="sliu")
+
+
+def test_an_activation_without_a_triton_form_is_refused_there():
+    """Triton's kernels cannot call a PyTorch function: an error that says what to add, and never another backend."""
+    register_activation("test_without_triton", torch.sin, torch.cos)
+    try:
+        with pytest.raises(
+            ValueError, match=r"'test_without_triton' has no Triton form \(there are silu, .*triton=\.\.\."
+        ):
+            triton_form("test_without_triton")
+    finally:
+        del ACTIVATIONS["test_without_triton"]
+
+
+@pytest.mark.parametrize(
+    "given, error, message",
+    [
+        ({"triton": torch.sin}, ValueError, "triton and triton_derivative belong together"),
+        ({"triton": torch.sin, "triton_derivative": torch.cos}, TypeError, "triton must be .* @triton.jit, got <built"),
+        ({"function": None}, TypeError, "function must be a function of a tensor, got None"),
+        ({"derivative": 1.0}, TypeError, "derivative must be a function of a tensor, got 1.0"),
+        ({"name": 3}, TypeError, "an activation's name must be a string, got 3"),
+    ],
+)
+def test_wrong_registrations_are_refused(given, error, message):
+    """What a kernel could not call is refused where it is given, not when it first runs."""
+    before = dict(ACTIVATIONS)
+    with pytest.raises(error, match=message):
+        register_activation(**{"name": "test_wrong", "function": torch.sin, "derivative": torch.cos, **given})
+    assert before == ACTIVATIONS
+
+
+def test_the_table_needs_no_triton():
+    """Whoever runs on PyTorch alone never loads Triton; every built-in name has its form there."""
+    code = """
+import sys
+from graphmoe_kernels import ACTIVATIONS, register_activation
+register_activation("mine", abs, abs)
+assert "triton" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name in ACTIVATIONS:
+        value, derivative, approximate = triton_form(name)
+        assert (value.__name__, derivative.__name__) == (name, f"{name}_derivative")
+        assert approximate is value or approximate.__name__ == f"approximate_{name}"

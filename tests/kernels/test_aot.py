@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from graphmoe_kernels.aot import __main__ as command_line
+from graphmoe_kernels.aot.case import configuration, specialization
 from graphmoe_kernels.aot.catalogue import MODULES, cases
 from graphmoe_kernels.aot.limits import sm_90_blocks
+from graphmoe_kernels.launching import DEVICE_CLASSES, config_table
 
 pytestmark = [
     pytest.mark.kernels,
@@ -46,11 +49,11 @@ def test_faults_are_named_and_fail_the_run(made_for_this):
     assert result.returncode == 1
     assert "7 cases, 5 with faults" in result.stdout
     for name, fault in {
-        "faulty: no hgmma": "a matrix kernel without HGMMA instructions",
-        "faulty: spill": "spills",
-        "faulty: shared": "bytes of shared memory; the limit is 232448",
-        "faulty: size": "does not compile",
-        "faulty: crash": "the compiler crashed",
+        "matmul faulty: no hgmma": "a matrix kernel without HGMMA instructions",
+        "too_many_live_values faulty: spill": "spills",
+        "matmul faulty: shared": "bytes of shared memory; the limit is 232448",
+        "does_not_compile faulty: size": "does not compile",
+        "crash faulty: crash": "the compiler crashed",
     }.items():
         assert len(readings[name]["faults"]) == 1
         assert fault in readings[name]["faults"][0]
@@ -59,8 +62,8 @@ def test_faults_are_named_and_fail_the_run(made_for_this):
 
 def test_clean_kernels_have_no_fault(made_for_this):
     _, readings = made_for_this
-    matmul = readings["clean matmul"]
-    assert readings["clean copy"]["faults"] == matmul["faults"] == []
+    matmul = readings["matmul clean"]
+    assert readings["copy clean"]["faults"] == matmul["faults"] == []
     assert matmul["hgmma"] > 0
     assert matmul["registers"] > 32
     assert matmul["shared_bytes"] > 0
@@ -71,7 +74,7 @@ def test_readings_of_other_targets(tmp_path):
     """Each target's matrix instructions are counted in its own column, and a clean run succeeds."""
     path, targets = tmp_path / "readings.json", {"sm_80": "hmma", "sm_100": "tcgen05", "gfx942": "mfma"}
     arguments = [word for target in targets for word in ("--target", target)]
-    result = run_inspector("--cases", MADE_FOR_THIS, "--kernel", "clean matmul", *arguments, "--json", str(path))
+    result = run_inspector("--cases", MADE_FOR_THIS, "--kernel", "matmul clean", *arguments, "--json", str(path))
     assert result.returncode == 0, result.stdout + result.stderr
     for reading in json.loads(path.read_text()):
         counts = {name: reading[name] for name in ("hgmma", "hmma", "tcgen05", "mfma")}
@@ -107,6 +110,50 @@ def test_one_kernel_of_each_operator():
     names = [cases(module, "sm_90")[0].name for module in MODULES]
     result = run_inspector("--target", "sm_90", *(word for name in names for word in ("--kernel", name)))
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_cases_are_what_a_layer_launches():
+    """The catalogue comes from the operators' own host code: no kernel of theirs, and no configuration, is left out."""
+    for target in DEVICE_CLASSES:
+        found = [case for module in MODULES for case in cases(module, target)]
+        for operator in ("routing", "gru", "experts"):
+            for name, sizes in config_table(target, operator).items():
+                kernel = name.removesuffix("_wide_rank").removesuffix("_unaligned")
+                own = [case.launch for case in found if case.launch.name == kernel]
+                for by_dtype in sizes.values():
+                    for config in by_dtype.values():
+                        assert any(has(launch, config, operator) for launch in own), (target, name, config)
+
+
+def has(launch, config, operator):
+    """Whether a launch runs a configuration. Routing bounds its blocks by n; two experts' kernels share a BLOCK_M."""
+    given = launch.constants | launch.options
+    bounded = ("BLOCK_M", "BLOCK_D", "num_warps") if operator == "routing" else ()
+    return all(given[name] == value for name, value in config.items() if name not in bounded)
+
+
+def test_a_case_is_specialised_as_its_launch_is():
+    """What a layer passes decides: None is compiled without, what is divisible by 16 with that knowledge, a batch's
+    size is left free.
+    """
+    found = {case.name: dict(specialization(case.launch)[1:]) for case in cases(MODULES[1], "sm_90")}
+    folded = found["gru_forward wide bf16 folded, later round, training"]
+    literal = found["gru_forward wide bf16 literal, later round, training"]
+    assert folded["width"] == folded["stride_weight"] == (False, True)
+    assert literal["width"] == literal["stride_weight"] == (False, False)
+    assert folded["state"] == (torch.bfloat16, True)
+    first = found["gru_forward wide bf16 folded, first round, training"]
+    assert first["state"] is first["total"] is first["candidate"] is None
+
+
+def test_committed_readings_are_of_the_present_kernels():
+    """PREDICTIONS.md reads occupancies from them: readings of other cases or configurations would be of other kernels.
+
+    `python -m graphmoe_kernels.aot --target sm_90 --json benchmarks/aot_sm_90.json` makes them again.
+    """
+    found = {(case.name, configuration(case)) for module in MODULES for case in cases(module, "sm_90")}
+    readings = json.loads((ROOT / "benchmarks" / "aot_sm_90.json").read_text())
+    assert {(reading["name"], reading["configuration"]) for reading in readings} == found
 
 
 @pytest.mark.slow

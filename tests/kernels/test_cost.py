@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from graphmoe_kernels import FoldSettings, build_fold, expert_swiglu, gru_step, topk_softmax_routing
+from graphmoe_kernels import (
+    ExpertOperands,
+    FoldSettings,
+    GateUp,
+    build_fold,
+    expert_swiglu,
+    gru_step,
+    topk_softmax_routing,
+)
 from graphmoe_kernels.cost import (
     COUNTS,
     FORMS,
@@ -136,9 +144,10 @@ def test_the_counter_sees_into_the_expert_operator():
     experts = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 3], [1, 0]])
 
     def run():
-        return expert_swiglu(
-            gate, up, low, e.gate_B, e.up_B, e.down_A, torch.full((tokens, k), 0.5), experts, scale=2.0
+        operands = ExpertOperands(
+            GateUp(gate, up), low, GateUp(e.gate_B, e.up_B), e.down_A, torch.full((tokens, k), 0.5), experts
         )
+        return expert_swiglu(operands, scale=2.0)
 
     forward = count_flops(run)
     assert forward == 3 * 2 * tokens * k * 48 * 2  # B of gate and up and A of down, on chosen experts
@@ -160,7 +169,8 @@ def test_the_counter_refuses_what_it_cannot_see(part):
         if part == "routing":
             topk_softmax_routing(low, 2, backend="triton")
         elif part == "experts":
-            expert_swiglu(wide, wide, low, e.gate_B, e.up_B, e.down_A, weights, experts, backend="triton")
+            operands = ExpertOperands(GateUp(wide, wide), low, GateUp(e.gate_B, e.up_B), e.down_A, weights, experts)
+            expert_swiglu(operands, backend="triton")
         else:
             gru_step(wide, None, None, None, torch.zeros(16, 16, device=device), low[0], backend="triton")
 

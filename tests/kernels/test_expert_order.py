@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from graphmoe_kernels import expert_order
-from graphmoe_kernels.routing import order
+from graphmoe_kernels.routing.triton import launch
 from tests.kernels.routing_operands import DEVICE
 from tests.kernels.triton_marks import MARKS
 
@@ -21,7 +21,7 @@ def sort_keys(experts):
 @pytest.mark.parametrize("tokens, experts, top_k", [(1, 4, 2), (130, 3, 1), (200, 8, 2), (200, 5, 5), (128, 256, 3)])
 def test_expert_order_is_the_stable_sort_of_each_window(tokens, experts, top_k, dtype, monkeypatch):
     """Tiles of consecutive tokens share experts; several windows, one that is not full, and many equal keys."""
-    monkeypatch.setattr(order, "ORDER_WINDOW", 128)
+    monkeypatch.setattr(launch, "ORDER_WINDOW", 128)
     chosen = torch.rand(tokens, experts, device=DEVICE).topk(top_k).indices.to(dtype)
     windows = sort_keys(chosen).split(128)
     expected = [torch.argsort(keys, stable=True) + 128 * i for i, keys in enumerate(windows)]

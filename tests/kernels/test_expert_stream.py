@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphmoe_kernels import expert_swiglu
-from graphmoe_kernels.experts import stream
-from graphmoe_kernels.experts.call import Sizes, prepare
-from graphmoe_kernels.experts.operands import Inputs, Settings
+from graphmoe_kernels.experts.triton import launch_stream as stream
+from graphmoe_kernels.experts.triton.sizes import Sizes, sizes
 from graphmoe_kernels.testing import relative_error, within_budget
 from tests import interpreter
-from tests.kernels.expert_operands import cast, operands, results
+from tests.kernels.expert_operands import cast, operands, packed, results
+from tests.kernels.expert_operands import run as run_experts
 from tests.kernels.triton_marks import MARKS
 
 pytestmark = MARKS
@@ -29,14 +28,14 @@ def launched(monkeypatch) -> list[str]:
     return found
 
 
-STEPS = ["count_tuples", "place_tokens", "stream_kernel", "stream_sum_kernel"]
+STEPS = ["experts_count_tuples", "experts_place_tokens", "experts_stream", "experts_stream_sum"]
 
 
 @torch.no_grad()
 def run(given: Given, backend: str = "triton", **settings: object) -> tuple[torch.Tensor, torch.Tensor]:
     device = DEVICE if backend == "triton" else "cpu"
     here = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in (given | settings).items()}
-    return expert_swiglu(**here, scale=1.5, backend=backend)
+    return run_experts(**here, scale=1.5, backend=backend)
 
 
 def assert_within_budget(given: Given, dtype: torch.dtype, **settings: object) -> None:
@@ -44,7 +43,7 @@ def assert_within_budget(given: Given, dtype: torch.dtype, **settings: object) -
     given = cast(cast(given, dtype), torch.float64)
     exact, own = run(given, "reference", **settings), run(cast(given, dtype), "reference", **settings)
     found = run(cast(given, dtype), **settings)
-    for name, a, b, plain in zip(("c", "z"), found, exact, own, strict=True):
+    for name, a, b, plain in zip(("hidden", "low_down"), found, exact, own, strict=True):
         error, theirs = relative_error(a.cpu(), b), relative_error(plain, b)
         assert within_budget(error, theirs, dtype), f"{name}: {error:.2e}, reference {theirs:.2e}"
 
@@ -88,7 +87,7 @@ def test_dropout_draws_the_mask_of_the_other_backends(top_k, launched):
 def test_all_tokens_to_one_tuple(chosen, launched):
     """Five tuples of six are empty, and their tiles leave at once; the order of a token's slots does not matter."""
     given = operands(tokens=97, experts=4, inner=6)
-    given["experts"] = torch.tensor(chosen).expand(97, 2)
+    given["expert_ids"] = torch.tensor(chosen).expand(97, 2)
     assert_within_budget(given, torch.bfloat16)
     assert launched == STEPS
 
@@ -138,8 +137,8 @@ def test_layout_does_not_matter(plain):
         given
         | {"gate": gate, "up": up, "fold_gate": fold_gate, "fold_up": fold_up}
         | {"low_update": given["low_update"].repeat(1, 2)[:, : given["low"].shape[1]]}
-        | {"state": given["state"].repeat(1, 2)[:, :6], "experts": given["experts"].to(torch.uint8)}
-        | {"order": torch.arange(65, dtype=torch.int32).flip(0)}
+        | {"state": given["state"].repeat(1, 2)[:, :6], "expert_ids": given["expert_ids"].to(torch.uint8)}
+        | {"token_order": torch.arange(65, dtype=torch.int32).flip(0)}
     )
     for a, b in zip(found, exact, strict=True):
         assert torch.equal(a, b)
@@ -164,8 +163,8 @@ def test_an_id_that_is_no_expert_makes_its_token_nan(wrong, top_k):
         pytest.skip("one id cannot stand twice")
     given = cast(operands(tokens=65, experts=2 if top_k == 1 else 3, top_k=top_k, inner=6), torch.bfloat16)
     clean = run(given)
-    given["experts"][3, -1] = given["experts"][3, 0] if wrong is None else wrong
-    given["experts"][40, 0] = 17
+    given["expert_ids"][3, -1] = given["expert_ids"][3, 0] if wrong is None else wrong
+    given["expert_ids"][40, 0] = 17
     found = run(given)
     assert found[0][[3, 40]].isnan().all()
     others = [i for i in range(65) if i not in (3, 40)]
@@ -178,13 +177,12 @@ def test_an_id_that_is_no_expert_makes_its_token_nan(wrong, top_k):
 def test_tokens_are_placed_by_tuple_and_padded(tokens, top_k):
     """Every token once, in its own order within its tuple; every tile of one tuple, its first row a token's."""
     given = cast(operands(tokens=tokens, experts=6, top_k=top_k, rank=1, width=4), torch.bfloat16)
-    given["experts"][5] = 9  # no expert
-    names = {name: given.get(name) for name in Inputs._fields}
-    call = prepare(
-        Inputs(**{n: t if t is None else t.to(DEVICE) for n, t in names.items()}), Settings(1.0, "silu", 0.0)
-    )
-    order = stream.place(call, 32).cpu()
-    keys = [tuple(sorted(row)) for row in given["experts"].tolist()]
+    given["expert_ids"][5] = 9  # no expert
+    here = packed({name: t.to(DEVICE) for name, t in given.items()})
+    plan = stream.plan_of(here, sizes(here), "silu")
+    order = stream.place(here.expert_ids, sizes(here), plan).cpu()
+    assert plan.stream["BLOCK_M"] == 32
+    keys = [tuple(sorted(row)) for row in given["expert_ids"].tolist()]
     seen: dict[tuple[int, ...], list[int]] = {}
     used = True
     for rows in order.view(-1, 32).tolist():

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from graphmoe_kernels import expert_swiglu, get_activation
+from graphmoe_kernels import get_activation
 from graphmoe_kernels.experts import pytorch
 from graphmoe_kernels.testing import relative_error, within_budget
-from tests.kernels.expert_operands import FLOATING, LATER_ROUND, SCALES, SETTINGS, cast, operands, results
+from tests.kernels.expert_operands import FLOATING, LATER_ROUND, SCALES, SETTINGS, cast, operands, results, run
 
 
 def by_definition(given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,7 +16,7 @@ def by_definition(given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.T
     c, z = torch.zeros_like(given["gate"]), torch.zeros_like(given["low"].chunk(2, dim=1)[0])
     low = given["low"] + given.get("low_update", 0)
     rank, s = given["down_A"].shape[1], SETTINGS["scale"]
-    for i, row in enumerate(given["experts"].tolist()):
+    for i, row in enumerate(given["expert_ids"].tolist()):
         gate, up = given["gate"][i], given["up"][i]
         if "state" in given:
             gate = gate + given["fold_gate"] @ given["state"][i]
@@ -27,7 +27,7 @@ def by_definition(given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.T
             g = (gate + s * given["gate_B"][e] @ low_gate) * (given["gate_scale"][e] if "gate_scale" in given else 1)
             u = (up + s * given["up_B"][e] @ low_up) * (given["up_scale"][e] if "up_scale" in given else 1)
             g, u = g + given.get("gate_bias", 0), u + given.get("up_bias", 0)
-            hidden = given["weights"][i, j] * act(g) * u
+            hidden = given["routing_weights"][i, j] * act(g) * u
             c[i] += hidden
             z[i, own] += given["down_A"][e] @ hidden
     return c, z
@@ -60,8 +60,8 @@ def test_equals_definition_and_reference(shape, inner):
     given = operands(**shape, inner=inner)
     oracle, found = results(given, "reference"), results(given)
     c, z = by_definition(given)
-    assert relative_error(oracle["c"], c) <= 1e-14
-    assert relative_error(oracle["z"], z) <= 1e-14
+    assert relative_error(oracle["hidden"], c) <= 1e-14
+    assert relative_error(oracle["low_down"], z) <= 1e-14
     assert found.keys() == oracle.keys()
     for name, exact in oracle.items():
         assert found[name].shape == exact.shape
@@ -72,7 +72,7 @@ def test_equals_definition_and_reference(shape, inner):
 def test_experts_that_nobody_chose_get_zero_gradients(chosen):
     """All tokens to the same experts: the others' gradients exist and are exactly zero (DDP reduces them)."""
     given = operands()
-    given["experts"] = torch.tensor(chosen).expand(9, 2)
+    given["expert_ids"] = torch.tensor(chosen).expand(9, 2)
     oracle, found = results(given, "reference"), results(given)
     for name, exact in oracle.items():
         assert relative_error(found[name], exact) <= 1e-13, name
@@ -93,10 +93,10 @@ LAYOUTS = {
     "fused gate and up": _strided,
     "low-rank activations transposed": lambda given: given | {"low": given["low"].T.contiguous().T},
     "state strided": lambda given: given | {"state": given["state"].repeat(1, 2)[:, :6]},
-    "weights transposed": lambda given: given | {"weights": given["weights"].T.contiguous().T},
+    "weights transposed": lambda given: given | {"routing_weights": given["routing_weights"].T.contiguous().T},
     "B transposed": lambda given: given | {"gate_B": given["gate_B"].mT.contiguous().mT},
     "A transposed": lambda given: given | {"down_A": given["down_A"].mT.contiguous().mT},
-    "int32 ids": lambda given: given | {"experts": given["experts"].int()},
+    "int32 ids": lambda given: given | {"expert_ids": given["expert_ids"].int()},
 }
 
 
@@ -138,17 +138,17 @@ def test_dropout_masks_what_down_A_reads_and_nothing_else(inner):
     for name, exact in oracle.items():
         assert relative_error(found[name], exact) <= 1e-13, name
     without = results(given)
-    assert torch.equal(found["c"], without["c"])
-    assert relative_error(found["z"], without["z"]) > 0.1
+    assert torch.equal(found["hidden"], without["hidden"])
+    assert relative_error(found["low_down"], without["low_down"]) > 0.1
 
 
 def test_dropout_keeps_the_mean():
     """Entries are dropped with the given probability, the rest scaled up: z is right on average."""
     given = cast(operands(16, width=32), torch.float32)
-    exact = expert_swiglu(**given, **SETTINGS)[1]
+    exact = run(**given, **SETTINGS)[1]
     seeds = 64
-    mean = sum(expert_swiglu(**given, **SETTINGS, dropout=0.25, seed=torch.tensor([seed]))[1] for seed in range(seeds))
-    one = expert_swiglu(**given, **SETTINGS, dropout=0.25, seed=torch.tensor([0]))[1]
+    mean = sum(run(**given, **SETTINGS, dropout=0.25, seed=torch.tensor([seed]))[1] for seed in range(seeds))
+    one = run(**given, **SETTINGS, dropout=0.25, seed=torch.tensor([0]))[1]
     noise = relative_error(one, exact)
     assert relative_error(mean / seeds, exact) < 1.5 * noise / seeds**0.5
 
@@ -156,7 +156,7 @@ def test_dropout_keeps_the_mean():
 def test_seed_names_the_mask():
     """The same seed gives the same z bit for bit, another seed another one."""
     given = operands()
-    a, b, c = (expert_swiglu(**given, dropout=0.5, seed=torch.tensor([s]))[1] for s in (3, 3, 4))
+    a, b, c = (run(**given, dropout=0.5, seed=torch.tensor([s]))[1] for s in (3, 3, 4))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
@@ -172,11 +172,11 @@ def test_gradcheck(activation, scales, inner, dropout):
     names = FLOATING + (LATER_ROUND if inner else []) + (SCALES if scales else [])
     seed = torch.tensor([5]) if dropout else None
 
-    def run(*tensors):
+    def by_tensors(*tensors):
         changed = dict(zip(names, tensors, strict=True))
-        return expert_swiglu(**(given | changed), scale=0.7, activation=activation, dropout=dropout, seed=seed)
+        return run(**(given | changed), scale=0.7, activation=activation, dropout=dropout, seed=seed)
 
-    assert torch.autograd.gradcheck(run, [given[name].requires_grad_() for name in names])
+    assert torch.autograd.gradcheck(by_tensors, [given[name].requires_grad_() for name in names])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -7,17 +7,19 @@ import contextlib
 import pytest
 import torch
 
-from graphmoe_kernels import ACTIVATIONS, expert_swiglu, launching
+from graphmoe_kernels import ACTIVATIONS, launching
+from graphmoe_kernels.experts.op import flatten
 from graphmoe_kernels.routing import expert_order
 from graphmoe_kernels.testing import relative_error, within_budget
 from tests import interpreter
-from tests.kernels.expert_operands import FLOATING, LATER_ROUND, SCALES, cast, operands, results
+from tests.kernels.expert_operands import FLOATING, LATER_ROUND, SCALES, cast, operands, packed, results, run
 from tests.kernels.triton_marks import MARKS
 
 pytestmark = MARKS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DIFFERENTIABLE = [*FLOATING, *LATER_ROUND, *SCALES]
 
 
 def placed(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -51,8 +53,7 @@ CASES = {
     "biases": {"biases": True, "inner": 6},
     "n = 64": {"tokens": 20, "experts": 64, "rank": 2, "width": 40},
     "rank 40, LoRA": {"experts": 1, "top_k": 1, "rank": 40, "width": 40},
-    "rank 0, mixed experts": {"experts": 1, "top_k": 1, "rank": 0, "inner": 20, "width": 40},
-    "rank 0, two splits of F": {"experts": 1, "top_k": 1, "rank": 0, "tokens": 70, "width": 200, "inner": 20},
+    "rank 0": {"experts": 2, "rank": 0, "inner": 20, "width": 40},
 }
 
 
@@ -80,7 +81,7 @@ def test_dropout_draws_the_mask_of_the_other_backends(dtype):
 def test_experts_that_nobody_chose_get_zero_gradients(chosen):
     """All tokens to two experts: the others' gradients are there, and exactly zero."""
     given = operands()
-    given["experts"] = torch.tensor(chosen).expand(9, 2)
+    given["expert_ids"] = torch.tensor(chosen).expand(9, 2)
     assert_within_budget(given, torch.float32)
     found = results(placed(cast(given, torch.float32)), "triton")
     for name in ("gate_B", "up_B", "down_A"):
@@ -92,8 +93,8 @@ def test_no_tokens():
     """Nothing in, nothing out, and gradients of the parameters' shapes that are zero."""
     given = placed(cast(operands(tokens=0, inner=6), torch.float32))
     found = results(given, "triton")
-    assert found["c"].shape == (0, 21)
-    assert found["z"].shape == (0, 15)
+    assert found["hidden"].shape == (0, 21)
+    assert found["low_down"].shape == (0, 15)
     for name in [*FLOATING, *LATER_ROUND]:
         assert found[name].shape == given[name].shape
         assert not found[name].any()
@@ -123,10 +124,10 @@ LAYOUTS = {
     ),
     "low in a wider tensor": lambda t: {"low": t["low"].repeat(1, 2)[:, : t["low"].shape[1]]},
     "state strided": lambda t: {"state": t["state"].repeat(1, 2)[:, :6]},
-    "weights transposed": lambda t: {"weights": t["weights"].T.contiguous().T},
+    "weights transposed": lambda t: {"routing_weights": t["routing_weights"].T.contiguous().T},
     "B transposed": lambda t: {"gate_B": t["gate_B"].mT.contiguous().mT},
-    "int32 ids": lambda t: {"experts": t["experts"].int()},
-    "uint8 ids": lambda t: {"experts": t["experts"].to(torch.uint8)},
+    "int32 ids": lambda t: {"expert_ids": t["expert_ids"].int()},
+    "uint8 ids": lambda t: {"expert_ids": t["expert_ids"].to(torch.uint8)},
 }
 
 
@@ -142,7 +143,10 @@ def test_layout_does_not_matter(layout):
 def test_padded_slots_are_no_experts():
     """Ids of one byte with 256 experts, three slots in four: what is no slot is not expert 0."""
     given = placed(cast(operands(tokens=4, experts=256, rank=1, top_k=3, width=16), torch.float32))
-    found, narrow = results(given, "triton"), results(given | {"experts": given["experts"].to(torch.uint8)}, "triton")
+    found, narrow = (
+        results(given, "triton"),
+        results(given | {"expert_ids": given["expert_ids"].to(torch.uint8)}, "triton"),
+    )
     for name, exact in found.items():
         assert torch.equal(narrow[name], exact), name
 
@@ -153,7 +157,7 @@ def test_a_place_that_is_no_tokens_is_left_alone():
     order = torch.arange(9, dtype=torch.int32, device=DEVICE)
     order[3] = 9
     with torch.no_grad():
-        plain, found = (expert_swiglu(**given, order=o, backend="triton") for o in (None, order))
+        plain, found = (run(**given, token_order=o, backend="triton") for o in (None, order))
     others = [i for i in range(9) if i != 3]
     assert torch.equal(found[0][others], plain[0][others])
 
@@ -161,10 +165,10 @@ def test_a_place_that_is_no_tokens_is_left_alone():
 def test_order_changes_no_bit():
     """Tiles of like experts compute what tiles of neighbours do."""
     given = placed(cast(operands(tokens=70, experts=8, inner=6), torch.bfloat16))
-    order = expert_order(given["experts"])
+    order = expert_order(given["expert_ids"])
     assert not torch.equal(order, torch.arange(70, dtype=torch.int32, device=DEVICE))
     with torch.no_grad():
-        plain, found = (expert_swiglu(**given, order=o, backend="triton") for o in (None, order))
+        plain, found = (run(**given, token_order=o, backend="triton") for o in (None, order))
     for a, b in zip(plain, found, strict=True):
         assert torch.equal(a, b)
 
@@ -181,25 +185,14 @@ def test_results_do_not_depend_on_which_program_comes_last(order):
         assert torch.equal(found[name], exact), name
 
 
-def test_tickets_are_zero_again():
-    """Counters given from outside serve one round after the other."""
-    given = placed(cast(operands(tokens=40, width=200), torch.float32))
-    tickets = torch.zeros(3, dtype=torch.int32, device=DEVICE)
-    first, second, own = (expert_swiglu(**given, tickets=t, backend="triton") for t in (tickets, tickets, None))
-    assert not tickets.any()
-    for a, b, c in zip(first, second, own, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
-
-
 @pytest.mark.parametrize("wrong", [5, -1])
 def test_an_id_that_is_no_expert_makes_its_token_nan(wrong):
     """No memory of others is read, nothing is clipped, and no other token moves."""
     given = placed(cast(operands(), torch.float32))
     with torch.no_grad():
-        clean = expert_swiglu(**given, backend="triton")
-        given["experts"][3, 1] = wrong
-        found = expert_swiglu(**given, backend="triton")
+        clean = run(**given, backend="triton")
+        given["expert_ids"][3, 1] = wrong
+        found = run(**given, backend="triton")
     others = [i for i in range(9) if i != 3]
     assert found[0][3].isnan().all()
     for a, b in zip(found, clean, strict=True):
@@ -210,12 +203,12 @@ def test_an_id_that_is_no_expert_makes_its_token_nan(wrong):
 def test_a_broken_token_spoils_its_own_experts_alone(bad):
     """A NaN in one token's row is in its own outputs and its own experts' gradients, and nowhere else."""
     given = placed(cast(operands(experts=5), torch.float32))
-    given["experts"][:] = torch.tensor([0, 1])
-    given["experts"][4] = torch.tensor([2, 3])
+    given["expert_ids"][:] = torch.tensor([0, 1])
+    given["expert_ids"][4] = torch.tensor([2, 3])
     given["gate"][4] = bad
     found = results(given, "triton")
-    assert not found["c"][4].isfinite().any()
-    assert found["c"][[i for i in range(9) if i != 4]].isfinite().all()
+    assert not found["hidden"][4].isfinite().any()
+    assert found["hidden"][[i for i in range(9) if i != 4]].isfinite().all()
     for name in ("gate_B", "up_B", "down_A"):
         assert found[name][[0, 1]].isfinite().all(), name
 
@@ -229,7 +222,7 @@ def test_autocast_and_fp32_parameters():
     with torch.autocast(DEVICE, torch.bfloat16):
         found = results(mixed, "triton")
     assert found["gate_B"].dtype == torch.float32
-    assert found["c"].dtype == torch.bfloat16
+    assert found["hidden"].dtype == torch.bfloat16
     for name, exact in plain.items():
         assert torch.equal(found[name], exact), name
 
@@ -240,10 +233,11 @@ def test_frozen_inputs_get_no_gradient_and_cost_none(monkeypatch):
     plain = results(given, "triton")
     seen = []
     monkeypatch.setattr(
-        "graphmoe_kernels.experts.launch.launch", lambda k, *a, **o: (seen.append(k), launching.launch(k, *a, **o))
+        "graphmoe_kernels.experts.triton.launch.launch",
+        lambda k, *a, **o: (seen.append(k), launching.launch(k, *a, **o)),
     )
-    leaves = {name: given[name].requires_grad_() for name in ("gate", "weights", "low")}
-    c, z = expert_swiglu(**(given | leaves), scale=1.5, backend="triton")
+    leaves = {name: given[name].requires_grad_() for name in ("gate", "routing_weights", "low")}
+    c, z = run(**(given | leaves), scale=1.5, backend="triton")
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (c, z)]
     torch.autograd.backward([c, z], upstream)
@@ -256,17 +250,16 @@ def test_frozen_inputs_get_no_gradient_and_cost_none(monkeypatch):
 @pytest.mark.parametrize("later", [False, True])
 def test_operator_is_registered_as_torch_expects(later):
     """Schema, fake, autograd and aot dispatch of operator and backward: what compile and export need."""
-    given = placed(cast(operands(inner=6 if later else None, scales=later), torch.float32))
-    names = ("gate", "up", *LATER_ROUND[:3], "low", "low_update", "gate_B", "up_B", "down_A", *SCALES, "weights")
-    floating = [t if t is None else t.requires_grad_() for t in (given.get(name) for name in names)]
-    seed = torch.tensor([3], device=DEVICE) if later else None
-    biases = [torch.randn(21, device=DEVICE) if later else None for _ in range(2)]
-    rest = (given["experts"], 1.5, "silu", 0.3 if later else 0.0, *biases, seed, None, None, "triton")
-    torch.library.opcheck(torch.ops.graphmoe.expert_swiglu.default, (*floating, *rest))
-    plain = [t if t is None else t.detach() for t in floating]
+    given = placed(cast(operands(inner=6 if later else None, scales=later, biases=later), torch.float32))
+    given = {name: t.requires_grad_() if name in DIFFERENTIABLE else t for name, t in given.items()}
+    dropout = {"dropout": 0.3, "seed": torch.tensor([3], device=DEVICE)} if later else {}
+    flat = flatten(packed(given | dropout))
+    torch.library.opcheck(torch.ops.graphmoe.expert_swiglu.default, (*flat, 1.5, "silu", "triton"))
+    plain = [t.detach() if isinstance(t, torch.Tensor) else t for t in flat]
     grads = torch.randn(9, 21, device=DEVICE), torch.randn(9, 15, device=DEVICE)
-    needed = [t is not None for t in floating]
-    torch.library.opcheck(torch.ops.graphmoe.expert_swiglu_backward.default, (*grads, *plain, *rest, needed))
+    needed = [t is not None for t in packed(given).floating()]
+    arguments = (*grads, *plain, 1.5, "silu", "triton", needed)
+    torch.library.opcheck(torch.ops.graphmoe.expert_swiglu_backward.default, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -274,16 +267,16 @@ def test_compiles_into_one_graph(dynamic):
     """Forward and backward in a full graph; one graph serves all token counts when they are dynamic."""
     torch._dynamo.reset()
     given = placed(cast(operands(tokens=6, inner=6), torch.float32))
-    sized = ("gate", "up", "low", "low_update", "weights", "state", "experts")
+    sized = ("gate", "up", "low", "low_update", "routing_weights", "state", "expert_ids")
 
-    def run(**tensors):
-        return expert_swiglu(**tensors, scale=1.5, backend="triton")
+    def by_name(**tensors):
+        return run(**tensors, scale=1.5, backend="triton")
 
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(by_name, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for tokens in (6, 4):
         part = {name: t[:tokens] if name in sized else t for name, t in given.items()}
         outcomes = []
-        for call in (run, compiled):
+        for call in (by_name, compiled):
             leaves = {n: t.detach().clone().requires_grad_() for n, t in part.items() if t.is_floating_point()}
             c, z = call(**(part | leaves))
             (c.sum() + z.square().sum()).backward()
@@ -308,14 +301,18 @@ def test_refusals_name_argument_and_expectation(change, message):
     change = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in change.items()}
     try:
         with pytest.raises(ValueError, match=message):
-            expert_swiglu(**given, **change, backend="triton")
+            run(**given, **change, backend="triton")
     finally:
         ACTIVATIONS.pop("mine", None)
 
 
 def test_unsupported_sizes_and_dtypes_are_refused():
     """Too many slots for a program's registers, and fp64, are errors that name what would work."""
-    with pytest.raises(ValueError, match=r"k=20 experts a token of rank 3 .*need 512 columns.*up to 256.*lower top_k"):
-        expert_swiglu(**placed(cast(operands(experts=20, top_k=20), torch.float32)), backend="triton")
-    with pytest.raises(ValueError, match=r"gate is torch.float64: the Triton kernels take float32.*backend='torch'"):
-        expert_swiglu(**placed(operands()), backend="triton")
+    with pytest.raises(
+        ValueError, match=r"k=20 experts per token of rank 3 .*need 512 columns.*up to 256.*lower top_k"
+    ):
+        run(**placed(cast(operands(experts=20, top_k=20), torch.float32)), backend="triton")
+    with pytest.raises(
+        ValueError, match=r"pre_activations.gate is torch.float64: the Triton kernels take float32.*backend='torch'"
+    ):
+        run(**placed(operands()), backend="triton")

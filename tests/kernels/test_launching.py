@@ -4,16 +4,23 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from graphmoe_kernels import launching
+from graphmoe_kernels.backend import standing_for
 
 pytestmark = [
     pytest.mark.kernels,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
 ]
+
+
+CPU = torch.device("cpu")
+# Kernels that read no tensor of the activations' dtype.
+OF_FP32 = ("routing_topk", "routing_backward", "routing_order")
 
 
 def run_without_interpreter(code: str, **environment: str) -> str:
@@ -25,32 +32,35 @@ def run_without_interpreter(code: str, **environment: str) -> str:
 
 
 def test_token_counts_are_not_compiled_into_kernels():
-    """A runtime integer that follows the batch is in no kernel's cache key: its names are those of parameters."""
+    """A runtime integer that follows the batch is in no kernel's cache key: two batches' launches share a kernel."""
     printed = run_without_interpreter("""
-from graphmoe_kernels.experts.triton_backward_tokens import backward_tokens_kernel
-from graphmoe_kernels.experts.triton_backward_weights import backward_weights_kernel
-from graphmoe_kernels.experts.triton_forward import forward_kernel
-from graphmoe_kernels.experts.triton_stream import stream_kernel, stream_sum_kernel
-from graphmoe_kernels.experts.triton_tuples import count_tuples, place_tokens
-from graphmoe_kernels.gru.triton_kernels import gru_backward, gru_forward
-from graphmoe_kernels.routing.triton_kernels import route_backward, route_forward
-from graphmoe_kernels.routing.triton_order import order_tokens
+import torch
+from graphmoe_kernels.aot.case import specialization
+from graphmoe_kernels.backend import standing_for
+from graphmoe_kernels.gru.triton import launch as gru
+from graphmoe_kernels.launching import recorded, stubbed
+from graphmoe_kernels.routing.triton import launch as routing
 
-for kernel in (forward_kernel, backward_tokens_kernel, backward_weights_kernel, gru_forward, gru_backward,
-               route_forward, route_backward, order_tokens, stream_kernel, stream_sum_kernel, count_tuples,
-               place_tokens):
-    print(kernel.fn.__name__, *(p.name for p in kernel.params if p.do_not_specialize))
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+def run(tokens):
+    logits, weights, ids = routing.route(empty(tokens, 64), empty(8, 64), None, 2, True)
+    routing.topk_softmax(logits, 2, True)
+    routing.backward(weights, None, logits, ids, True)
+    routing.token_order(ids)
+    inputs, state = empty(tokens, 96), (empty(tokens, 64), empty(tokens, 32), empty(tokens, 32))
+    out, candidate = gru.step(inputs, *state, empty(32, 32), empty(32), "tanh", True)
+    gru.step_backward(out, inputs, *state[:2], candidate, empty(32, 32), empty(32), "tanh", True, True)
+
+keys = []
+for tokens in (1, 16, 17):
+    with standing_for("sm_90"), stubbed(), recorded() as launches:
+        run(tokens)
+    keys.append([specialization(each) for each in launches])
+print(len(keys[0]), all(each == keys[0] for each in keys))
 """)
-    found = {name: set(rest) for name, *rest in map(str.split, printed.splitlines())}
-    assert len(found) == 12
-    for name, free in found.items():
-        assert {"tokens", "num_tokens", "positions"} & free, name
-    for name in ("forward_kernel", "backward_tokens_kernel"):
-        assert "splits" in found[name]
-    assert "split_tiles" in found["backward_weights_kernel"]
-    assert {"first_block", "end_block", "split_blocks", "first_split"} <= found["stream_kernel"]
-    assert "splits" in found["stream_sum_kernel"]
-    assert "blocks" in found["place_tokens"]
+    assert printed.split() == ["6", "True"]
 
 
 @pytest.mark.parametrize("device", launching.DEVICE_CLASSES)
@@ -58,16 +68,18 @@ for kernel in (forward_kernel, backward_tokens_kernel, backward_weights_kernel, 
 def test_every_class_has_a_configuration(device, operator):
     """Each kernel has one for every size class and dtype class that it runs in, with blocks that are powers of two."""
     for kernel, sizes in launching.config_table(device, operator).items():
-        alone = kernel == "stream"  # of many tokens in half precision
+        assert kernel.startswith(f"{operator}_")
+        alone = kernel == "experts_stream"  # of many tokens in half precision
         assert sizes.keys() == ({"wide"} if alone else set(launching.SIZE_CLASSES)), kernel
+        dtypes = {"half"} if alone else {"float"} if kernel in OF_FP32 else set(launching.DTYPE_CLASSES)
         for by_dtype in sizes.values():
-            assert by_dtype.keys() == ({"half"} if alone else set(launching.DTYPE_CLASSES)), kernel
+            assert by_dtype.keys() == dtypes, kernel
             for config in by_dtype.values():
                 assert {"num_warps", "num_stages"} < config.keys(), kernel
                 blocks = {name: size for name, size in config.items() if name.startswith("BLOCK_")}
                 assert all(size & (size - 1) == 0 for size in blocks.values()), (kernel, config)
-                if operator == "routing" and blocks["BLOCK_N"] == 1:  # a token at a time, without matrix units
-                    del blocks["BLOCK_N"]
+                if operator == "routing" and blocks["BLOCK_M"] == 1:  # a token at a time, without matrix units
+                    del blocks["BLOCK_M"]
                 assert all(size >= 16 for size in blocks.values()), (kernel, config)
 
 
@@ -110,10 +122,91 @@ except Exception as error:
 @torch.no_grad()
 def test_work_is_cut_into_few_waves():
     """Programs come in multiples of what runs at once, or nearly: no second wave for a few of them."""
-    from graphmoe_kernels.experts.call import cut
+    from graphmoe_kernels.experts.triton.sizes import cut
 
     for tiles in (1, 4, 16, 24, 32, 48, 64, 128, 129):
         splits, pieces = cut(224, tiles, 132)
         assert (splits - 1) * pieces < 224 <= splits * pieces
         waves = -(-tiles * splits // 132)
         assert waves * pieces * 132 <= 1.25 * max(224 * tiles, 132), (tiles, splits, pieces)
+
+
+def stand_in(name):
+    """What `launch` needs of a kernel, which notes what it was called with."""
+    calls = []
+
+    class Kernel:
+        __name__ = name
+        arg_names = ("x", "size", "BLOCK_M")
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: calls.append((grid, args, options))
+
+    return Kernel(), calls
+
+
+def test_a_record_has_every_argument_by_its_name_and_can_be_launched_again():
+    """Benchmarks and compile cases read the record: whichever way an argument was given, it is there by its name."""
+    kernel, calls = stand_in("some_kernel")
+    x = torch.zeros(3)
+    with launching.recorded() as outer:
+        launching.launch(kernel, (2, 1), x, size=3, BLOCK_M=16, num_warps=4, device=CPU)
+        with launching.recorded() as inner:
+            launching.launch(kernel, [1], x, 5, device=CPU, BLOCK_M=32, num_warps=8)
+            launching.launch(kernel, (0,), x, 5, device=CPU, BLOCK_M=32, num_warps=8)
+    launching.launch(kernel, (1,), x, 5, device=CPU, BLOCK_M=32, num_warps=8)
+    assert len(outer) == 2  # no program, no launch; and what is outside is in no record
+    assert inner[0] == outer[1]
+    first = outer[0]
+    assert (first.name, first.grid, first.device) == ("some_kernel", (2, 1), CPU)
+    assert list(first.arguments) == ["x", "size", "BLOCK_M"]
+    assert first.arguments["x"] is x
+    assert first.constants == {"BLOCK_M": 16}
+    assert first.options == {"num_warps": 4}
+    before = len(calls)
+    first.again()
+    grid, args, options = calls[before]
+    assert (grid, args) == ((2, 1), ())
+    assert options == {"x": x, "size": 3, "BLOCK_M": 16, "num_warps": 4}
+
+
+def test_records_end_with_their_own_context():
+    """Two equal, empty records side by side: the one that ends must not take the other with it."""
+    kernel, _ = stand_in("some_kernel")
+    with launching.recorded() as outer:
+        with launching.recorded():
+            pass
+        launching.launch(kernel, (1,), 1, 2, 3, device=CPU)
+    assert len(outer) == 1
+
+
+def test_stubbed_launches_do_nothing_and_are_recorded():
+    """The host's time without launches, and records of what is not to run."""
+    kernel, calls = stand_in("some_kernel")
+    with launching.stubbed(), launching.recorded() as launches:
+        launching.launch(kernel, (1,), 1, 2, 3, device=CPU)
+    assert (len(launches), len(calls)) == (1, 0)
+    launching.launch(kernel, (1,), 1, 2, 3, device=CPU)
+    assert len(calls) == 1
+
+
+def test_records_hold_what_other_threads_launch():
+    """A backward's launches come from autograd's threads."""
+    kernel, _ = stand_in("some_kernel")
+    with launching.recorded() as launches:
+        thread = threading.Thread(target=launching.launch, args=(kernel, (1,), 1, 2, 3), kwargs={"device": CPU})
+        thread.start()
+        thread.join()
+    assert len(launches) == 1
+
+
+def test_what_only_stands_for_a_gpu_launches_nothing():
+    """A forgotten stub must not run a kernel on tensors that have no memory, or on the CPU as if it were a GPU."""
+    kernel, calls = stand_in("some_kernel")
+    with standing_for("sm_80"):
+        assert launching.device_class(CPU) == "sm_80"
+        assert launching.multiprocessors(torch.device("meta")) == 108
+        with pytest.raises(RuntimeError, match=r"some_kernel cannot run: cpu only stands for a GPU; use .*stubbed"):
+            launching.launch(kernel, (1,), 1, 2, 3, device=CPU)
+    assert calls == []
+    assert launching.multiprocessors(CPU) == 4

@@ -13,11 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from graphmoe_kernels.experts import launch as experts_launch
-from graphmoe_kernels.experts import stream as experts_stream
-from graphmoe_kernels.gru import launch as gru_launch
-from graphmoe_kernels.routing import launch as routing_launch
-from graphmoe_kernels.routing import order as routing_order
+from graphmoe_kernels.launching import recorded
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
 from tests.kernels.triton_marks import MARKS
@@ -85,20 +81,15 @@ def test_launches_of_a_forward(rounds, count, adapters, monkeypatch):
     ffn = make_ffn(rounds).eval().to(torch.bfloat16)
     ffn.lora_graphmoe.to(adapters)
     x = tokens(count, torch.bfloat16)
-    kernels = []
-    for module in (experts_launch, experts_stream, gru_launch, routing_launch, routing_order):
-        plain = module.launch
-        counted = lambda k, *a, plain=plain, **o: (kernels.append(k.__name__), plain(k, *a, **o))  # noqa: E731
-        monkeypatch.setattr(module, "launch", counted)
     apart = []  # inside an operator, where a dispatch mode does not see them
     mm = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, **o: (apart.append(a), mm(*a, **o)))
     with torch.no_grad():
         ffn(x)  # the kept fold is built
-        kernels.clear()
         apart.clear()
-        with Launches() as seen:
+        with Launches() as seen, recorded() as launches:
             ffn(x)
+    kernels = [launch.name for launch in launches]
     assert set(seen.operators) <= PRODUCTS | OURS, f"launches besides products and kernels: {seen.operators}"
     each = {DECODE: 3, PREFILL: 4, STREAM: 6}[count]
     assert len(kernels) == each * rounds - 1, Counter(kernels)

@@ -11,29 +11,29 @@ import triton.language as tl
 
 
 @triton.jit
-def tuple_keys(experts, token, live, num_experts, SLOTS: tl.constexpr, KEYS: tl.constexpr):
+def tuple_keys(expert_ids, token, live, num_experts, SLOTS: tl.constexpr, KEYS: tl.constexpr):
     """The number of every token's tuple: KEYS - 1 for ids that are none, KEYS where there is no token.
 
     Of two experts a < b it is b (b - 1) / 2 + a, which numbers pairs without a gap.
     """
-    a = tl.load(experts + token.to(tl.int64) * SLOTS, mask=live, other=0).to(tl.int32)
+    a = tl.load(expert_ids + token.to(tl.int64) * SLOTS, mask=live, other=0).to(tl.int32)
     real = (a >= 0) & (a < num_experts)
     key = a
     if SLOTS == 2:
-        b = tl.load(experts + token.to(tl.int64) * SLOTS + 1, mask=live, other=0).to(tl.int32)
+        b = tl.load(expert_ids + token.to(tl.int64) * SLOTS + 1, mask=live, other=0).to(tl.int32)
         real &= (b >= 0) & (b < num_experts) & (a != b)
         larger = tl.where(real, tl.maximum(a, b), 0)
         key = larger * (larger - 1) // 2 + tl.minimum(a, b)
     return tl.where(live, tl.where(real, key, KEYS - 1), KEYS)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def count_tuples(
-    experts, counts, tokens, num_experts, SLOTS: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr
+@triton.jit(do_not_specialize=["num_tokens"])
+def experts_count_tuples(
+    expert_ids, counts, num_tokens, num_experts, SLOTS: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """counts [blocks, KEYS] int32: how many of a block's BLOCK_N tokens have each tuple."""
-    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    key = tuple_keys(experts, token, token < tokens, num_experts, SLOTS, KEYS)
+    """counts [blocks, KEYS] int32: how many of a block's BLOCK_M tokens have each tuple."""
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    key = tuple_keys(expert_ids, token, token < num_tokens, num_experts, SLOTS, KEYS)
     k = tl.arange(0, KEYS)
     counted = tl.sum((key[:, None] == k[None, :]).to(tl.int32), axis=0)  # [KEYS]
     tl.store(counts + tl.program_id(0) * KEYS + k, counted)
@@ -53,32 +53,32 @@ def sum_counts(counts, blocks, block, KEYS: tl.constexpr, BLOCK_B: tl.constexpr)
     return total, before
 
 
-@triton.jit(do_not_specialize=["tokens", "blocks", "positions"])
-def place_tokens(
-    experts, counts, order, tokens, blocks, positions, num_experts,
-    SLOTS: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr,
+@triton.jit(do_not_specialize=["num_tokens", "num_positions"])
+def experts_place_tokens(
+    expert_ids, counts, order, num_tokens, num_positions, num_experts,
+    SLOTS: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, TILE: tl.constexpr,
 ):
-    """order [positions] int32: the tokens by tuple, each tuple's followed by -1 up to whole tiles of BLOCK_M.
+    """order [num_positions] int32: the tokens by tuple, each tuple's followed by -1 up to whole tiles of ``TILE``.
 
     Programs 0..blocks-1 place their tokens, the one after them writes -1 everywhere else. A tuple's tokens keep their
     order, so the result is the same in every run.
     """
-    block = tl.program_id(0)
+    block, blocks = tl.program_id(0), tl.num_programs(0) - 1
     k = tl.arange(0, KEYS)
     total, before = sum_counts(counts, blocks, block, KEYS, BLOCK_B)
-    padded = (total + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    padded = (total + TILE - 1) // TILE * TILE
     start = tl.cumsum(padded, 0) - padded  # [KEYS], where a tuple's first tile begins
     if block < blocks:
-        here = tl.arange(0, BLOCK_N)
-        token = block * BLOCK_N + here
-        key = tuple_keys(experts, token, token < tokens, num_experts, SLOTS, KEYS)
+        here = tl.arange(0, BLOCK_M)
+        token = block * BLOCK_M + here
+        key = tuple_keys(expert_ids, token, token < num_tokens, num_experts, SLOTS, KEYS)
         earlier = (key[:, None] == key[None, :]) & (here[None, :] < here[:, None])
         place = tl.sum(earlier.to(tl.int32), axis=1)
         place += tl.sum(tl.where(key[:, None] == k[None, :], (start + before)[None, :], 0), axis=1)
-        tl.store(order + place, token, mask=token < tokens)
+        tl.store(order + place, token, mask=token < num_tokens)
     else:
-        at = (start + total)[:, None] + tl.arange(0, BLOCK_M)[None, :]
-        tl.store(order + at, tl.full([KEYS, BLOCK_M], -1, tl.int32), mask=at < (start + padded)[:, None])
-        for p0 in range(tl.sum(padded), positions, BLOCK_N):
-            p = p0 + tl.arange(0, BLOCK_N)
-            tl.store(order + p, tl.full([BLOCK_N], -1, tl.int32), mask=p < positions)
+        at = (start + total)[:, None] + tl.arange(0, TILE)[None, :]
+        tl.store(order + at, tl.full([KEYS, TILE], -1, tl.int32), mask=at < (start + padded)[:, None])
+        for p0 in range(tl.sum(padded), num_positions, BLOCK_M):
+            p = p0 + tl.arange(0, BLOCK_M)
+            tl.store(order + p, tl.full([BLOCK_M], -1, tl.int32), mask=p < num_positions)

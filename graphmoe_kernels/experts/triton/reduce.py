@@ -1,50 +1,50 @@
-"""Sums over the splits of F in a fixed order, by the program of a tile that comes last."""
+"""Sums over the splits of F in a fixed order, by the program of a tile that comes last (`counters` counts them)."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from graphmoe_kernels.experts.triton_tile import next_expert
+from graphmoe_kernels.experts.triton.tile import compact_columns, next_expert, padded_rank
 
 
 @triton.jit
-def split_offsets(tile, tokens, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Where a tile's rows stand in one split's [tokens, COLUMNS], and which of them are there."""
+def split_offsets(tile, num_tokens, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where a tile's rows stand in one split's [num_tokens, COLUMNS], and which of them are there."""
     position = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return position[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], (position < tokens)[:, None]
+    return position[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], (position < num_tokens)[:, None]
 
 
 @triton.jit
-def store_split(rows, partial, tile, split, tokens, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Write this split's ``rows`` [BLOCK_M, COLUMNS] to ``partial`` [splits, tokens, COLUMNS]."""
-    at, live = split_offsets(tile, tokens, COLUMNS, BLOCK_M)
-    tl.store(partial + tl.cast(split, tl.int64) * tokens * COLUMNS + at, rows, mask=live)
+def store_split(rows, partial, tile, split, num_tokens, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Write this split's ``rows`` [BLOCK_M, COLUMNS] to ``partial`` [splits, N, COLUMNS]."""
+    at, live = split_offsets(tile, num_tokens, COLUMNS, BLOCK_M)
+    tl.store(partial + tl.cast(split, tl.int64) * num_tokens * COLUMNS + at, rows, mask=live)
 
 
 @triton.jit
-def comes_last(tickets, tile, splits):
+def comes_last(counters, tile, splits):
     """Whether this program is the last of its tile's splits to arrive here; the counter is back at zero then.
 
     It decides who sums, never the order of the sum: results are the same bit for bit in every run.
     """
     tl.debug_barrier()  # all threads' stores come before the one thread's release
-    last = tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu") == splits - 1
+    last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == splits - 1
     if last:
-        tl.atomic_xchg(tickets + tile, 0)
+        tl.atomic_xchg(counters + tile, 0)
     return last
 
 
 @triton.jit
-def sum_splits(partial, tile, splits, tokens, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The sum over ``partial`` [splits, tokens, COLUMNS] of a tile's rows, first split first: [BLOCK_M, COLUMNS]."""
-    at, live = split_offsets(tile, tokens, COLUMNS, BLOCK_M)
+def sum_splits(partial, tile, splits, num_tokens, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The sum over ``partial`` [splits, N, COLUMNS] of a tile's rows, first split first: [BLOCK_M, COLUMNS]."""
+    at, live = split_offsets(tile, num_tokens, COLUMNS, BLOCK_M)
     rows = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
     # Few tokens mean many splits: their loads wait for one another unless several are under way.
     AT_A_TIME: tl.constexpr = 16 if BLOCK_M * COLUMNS <= 1024 else 1
     for split in tl.range(0, splits, loop_unroll_factor=AT_A_TIME):
         # Past the L1 cache, which may hold what another multiprocessor has overwritten.
-        start = partial + tl.cast(split, tl.int64) * tokens * COLUMNS
+        start = partial + tl.cast(split, tl.int64) * num_tokens * COLUMNS
         rows += tl.load(start + at, mask=live, other=0.0, cache_modifier=".cg")
     return rows
 
@@ -52,8 +52,7 @@ def sum_splits(partial, tile, splits, tokens, COLUMNS: tl.constexpr, BLOCK_M: tl
 @triton.jit
 def write_wide(
     rows, out, stride_out, ids, token, live, num_experts,
-    SLOTS: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    SLOTS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     """Write compact rows to n*r columns of ``out``: each slot's r values at its expert's columns, zero elsewhere."""
     whole = num_experts * RANK
@@ -63,12 +62,12 @@ def write_wide(
         zero = tl.zeros([BLOCK_M, block], out.dtype.element_ty)
         tl.store(out + token[:, None] * stride_out + i[None, :], zero, mask=live[:, None] & (i < whole)[None, :])
     tl.debug_barrier()  # the zeros come before the values
-    column = tl.arange(0, COLUMNS)
-    i = column % RANK_PADDED
+    column = tl.arange(0, compact_columns(SLOTS, RANK))
+    i = column % padded_rank(RANK)
     chosen = tl.full([BLOCK_M], -1, tl.int32)
     for slot in range(SLOTS):
         chosen = next_expert(ids, chosen, num_experts)
-        own = (column // RANK_PADDED == slot) & (i < RANK)
+        own = (column // padded_rank(RANK) == slot) & (i < RANK)
         at = token[:, None] * stride_out + (chosen * RANK)[:, None] + i[None, :]
         inside = (live & (chosen < num_experts))[:, None] & own[None, :]
         tl.store(out + at, rows.to(out.dtype.element_ty), mask=inside)

@@ -5,12 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
-def sort_keys(experts_ptr, tokens, end, window, TOP_K: tl.constexpr, WINDOW: tl.constexpr, MAX_EXPERTS: tl.constexpr):
+def sort_keys(expert_ids, tokens, end, window, TOP_K: tl.constexpr, WINDOW: tl.constexpr, MAX_EXPERTS: tl.constexpr):
     """The two smallest experts of each token, then its place in the window: no two keys of a window are equal."""
     smallest = tl.full(tokens.shape, MAX_EXPERTS, tl.int32)
     second = tl.full(tokens.shape, MAX_EXPERTS, tl.int32)
     for slot in tl.range(0, TOP_K):
-        expert = tl.load(experts_ptr + tokens.to(tl.int64) * TOP_K + slot, mask=tokens < end, other=0).to(tl.int32)
+        expert = tl.load(expert_ids + tokens.to(tl.int64) * TOP_K + slot, mask=tokens < end, other=0).to(tl.int32)
         second = tl.minimum(second, tl.maximum(smallest, expert))
         smallest = tl.minimum(smallest, expert)
     if TOP_K == 1:
@@ -20,26 +20,24 @@ def sort_keys(experts_ptr, tokens, end, window, TOP_K: tl.constexpr, WINDOW: tl.
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def order_tokens(
-    experts_ptr,  # [N, k] integers
-    order_ptr,  # [N] int32
+def routing_order(
+    expert_ids,  # [N, k] integers
+    order,  # [N] int32
     num_tokens,
     TOP_K: tl.constexpr,
     WINDOW: tl.constexpr,
     MAX_EXPERTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # tokens of a program; divides WINDOW
+    BLOCK_M: tl.constexpr,  # tokens of a program; divides WINDOW
     BLOCK_J: tl.constexpr,  # tokens that they are compared with at a time
 ):
     """A token's position is the number of smaller keys in its window: no atomics, one possible result."""
-    first = tl.program_id(0) * BLOCK_N
+    first = tl.program_id(0) * BLOCK_M
     window = first // WINDOW * WINDOW
     end = tl.minimum(window + WINDOW, num_tokens)
-    tokens = first + tl.arange(0, BLOCK_N)
-    keys = sort_keys(experts_ptr, tokens, end, window, TOP_K, WINDOW, MAX_EXPERTS)[:, None]  # [BLOCK_N, 1]
-    smaller = tl.zeros([BLOCK_N, BLOCK_J], tl.int32)
+    tokens = first + tl.arange(0, BLOCK_M)
+    keys = sort_keys(expert_ids, tokens, end, window, TOP_K, WINDOW, MAX_EXPERTS)[:, None]  # [BLOCK_M, 1]
+    smaller = tl.zeros([BLOCK_M, BLOCK_J], tl.int32)
     for start in tl.range(window, end, BLOCK_J):
         others = start + tl.arange(0, BLOCK_J)
-        smaller += (sort_keys(experts_ptr, others, end, window, TOP_K, WINDOW, MAX_EXPERTS)[None, :] < keys).to(
-            tl.int32
-        )
-    tl.store(order_ptr + window + tl.sum(smaller, axis=1), tokens, mask=tokens < end)
+        smaller += (sort_keys(expert_ids, others, end, window, TOP_K, WINDOW, MAX_EXPERTS)[None, :] < keys).to(tl.int32)
+    tl.store(order + window + tl.sum(smaller, axis=1), tokens, mask=tokens < end)

@@ -1,0 +1,52 @@
+"""act(g) * u without experts on PyTorch: block by block of tokens, as the expert round, with nothing wide saved.
+
+Half-precision inputs are computed in fp32 within a block and rounded once on the way out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphmoe_kernels.activations import get_activation
+from graphmoe_kernels.experts.operands import GateUp, LowRankUpdate
+from graphmoe_kernels.experts.pytorch import add_update_gradients, blocks, compute_dtype, updated
+
+
+def swiglu(pre_activations: GateUp, update: LowRankUpdate | None, activation: str) -> Tensor:
+    """hidden [N, F]; see `graphmoe_kernels.swiglu`."""
+    act, (gate, up) = get_activation(activation).function, pre_activations
+    dtype = compute_dtype(gate.dtype)
+    hidden = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    for span in blocks(gate, 1):
+        g, u = updated(gate, up, update, span)
+        hidden[span] = act(g.to(dtype)) * u.to(dtype)
+    return hidden
+
+
+def swiglu_backward(
+    grad_hidden: Tensor,
+    pre_activations: GateUp,
+    update: LowRankUpdate | None,
+    activation: str,
+    needed: frozenset[str],
+) -> dict[str, Tensor]:
+    """The gradient of every operand by its name; recomputes each block's pre-activation."""
+    act, (gate, up) = get_activation(activation), pre_activations
+    dtype = compute_dtype(gate.dtype)
+    grads = {"gate": torch.empty_like(grad_hidden), "up": torch.empty_like(grad_hidden)}
+    if update is not None:
+        grads["state"] = torch.empty_like(update.state)
+        grads |= {"fold_gate": _zeros(update.gate, dtype), "fold_up": _zeros(update.up, dtype)}
+    for span in blocks(gate, 1):
+        g, u = (x.to(dtype) for x in updated(gate, up, update, span))
+        d = grad_hidden[span].to(dtype)
+        d_gate, d_up = act.derivative(g) * d * u, d * act.function(g)
+        grads["gate"][span], grads["up"][span] = d_gate, d_up
+        if update is not None:
+            add_update_gradients(grads, d_gate, d_up, update, span)
+    return grads
+
+
+def _zeros(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(x.shape, dtype=dtype, device=x.device)

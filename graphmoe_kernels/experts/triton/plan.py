@@ -1,0 +1,111 @@
+"""What follows from a call's sizes, dtype and device alone: grid, configuration and scratch, worked out once.
+
+Plans are kept by all that they depend on, device class and number of multiprocessors included; what a launch's strides
+and absent operands change is Triton's to look up.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from graphmoe_kernels import launching
+from graphmoe_kernels.activations import triton_form
+from graphmoe_kernels.backend import check_device
+from graphmoe_kernels.experts.triton.sizes import WIDE_RANK_COLUMNS, Sizes, cut, padded_slots, program_slots
+from graphmoe_kernels.launching import Config, config_table, dtype_class, size_class
+
+# Calls of so many different sizes are remembered.
+KEPT_PLANS = 4096
+
+
+class Target(NamedTuple):
+    """What a device is to a plan."""
+
+    device_class: str
+    multiprocessors: int
+
+
+class Plan(NamedTuple):
+    """How one kernel is launched.
+
+    Attributes:
+        grid: tiles and splits, or the other way round as the kernel has them.
+        constants: the kernel's constexprs by name, num_warps and num_stages.
+        scratch: elements of fp32 or int32 that its programs share.
+    """
+
+    grid: tuple[int, int]
+    constants: dict[str, Any]
+    scratch: int
+
+
+def target(device: torch.device) -> Target:
+    """What a device is to a plan; `ValueError` for one that Triton cannot run on."""
+    check_device("a kernel's work", device)
+    return Target(launching.device_class(device), launching.multiprocessors(device))
+
+
+def config(kernel: str, size: Sizes, dtype: torch.dtype, device_class: str) -> Config:
+    """The configuration of an experts' kernel."""
+    name = f"experts_{kernel}" + ("_wide_rank" if size.columns > WIDE_RANK_COLUMNS else "")
+    return config_table(device_class, "experts")[name][size_class(size.tokens)][dtype_class(dtype)]
+
+
+def constants(size: Sizes, activation: str, config: Config) -> dict[str, Any]:
+    """The constexprs of the kernels that have experts."""
+    return {"SLOTS": size.slots, "RANK": size.rank, "ACTIVATION": triton_form(activation), **config}
+
+
+def tiles_and_splits(tokens: int, width: int, config: Config, multiprocessors: int) -> tuple[int, int]:
+    """The tiles of the tokens, and into how many splits F is cut beside them."""
+    tiles = math.ceil(tokens / config["BLOCK_M"])
+    return tiles, cut(math.ceil(width / config["BLOCK_F"]), tiles, program_slots(config, multiprocessors))[0]
+
+
+@functools.lru_cache(KEPT_PLANS)
+def forward_plan(size: Sizes, activation: str, dtype: torch.dtype, target: Target) -> Plan:
+    """The forward in one launch. Scratch: sums of splits, lists of experts."""
+    chosen = config("forward", size, dtype, target.device_class)
+    tiles, splits = tiles_and_splits(size.tokens, size.width, chosen, target.multiprocessors)
+    sums = splits * size.tokens * size.columns if splits > 1 else 0
+    return Plan((tiles, splits), constants(size, activation, chosen), sums + lists(tiles * splits, size))
+
+
+@functools.lru_cache(KEPT_PLANS)
+def backward_tokens_plan(size: Sizes, activation: str, dtype: torch.dtype, target: Target) -> Plan:
+    """The backward to tokens. Scratch: sums of splits."""
+    chosen = config("backward_tokens", size, dtype, target.device_class)
+    tiles, splits = tiles_and_splits(size.tokens, size.width, chosen, target.multiprocessors)
+    sums = splits * size.tokens * (2 * size.columns + padded_slots(size.slots)) if splits > 1 else 0
+    return Plan((tiles, splits), constants(size, activation, chosen), sums)
+
+
+@functools.lru_cache(KEPT_PLANS)
+def backward_weights_plan(size: Sizes, activation: str, dtype: torch.dtype, target: Target) -> Plan:
+    """The backward to experts: columns by splits of the tokens. Scratch: none.
+
+    The lists of the tiles' experts were made for the tokens' kernel, so its BLOCK_M is that of this one too.
+    """
+    tokens = config("backward_tokens", size, dtype, target.device_class)
+    chosen = config("backward_weights", size, dtype, target.device_class) | {"BLOCK_M": tokens["BLOCK_M"]}
+    columns = math.ceil(size.width / chosen["BLOCK_F"])
+    tiles = math.ceil(size.tokens / chosen["BLOCK_M"])
+    splits, _ = cut(tiles, columns, program_slots(chosen, target.multiprocessors))
+    return Plan((columns, splits), constants(size, activation, chosen), 0)
+
+
+@functools.lru_cache(KEPT_PLANS)
+def swiglu_plan(kernel: str, tokens: int, width: int, activation: str, dtype: torch.dtype, target: Target) -> Plan:
+    """Without experts: the configurations are those of the experts' ``kernel``, whose loads of tiles it shares."""
+    chosen = config_table(target.device_class, "experts")[f"experts_{kernel}"][size_class(tokens)][dtype_class(dtype)]
+    grid = tiles_and_splits(tokens, width, chosen, target.multiprocessors)
+    return Plan(grid, {"ACTIVATION": triton_form(activation), **chosen}, 0)
+
+
+def lists(programs: int, size: Sizes) -> int:
+    """Elements of the programs' lists of experts."""
+    return programs * size.slots * (size.num_experts + 1)

@@ -1,0 +1,96 @@
+"""The sizes of a call of the experts' Triton kernels, and how its work is cut."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+from graphmoe_kernels.activations import check_triton_form
+from graphmoe_kernels.experts.operands import ExpertOperands
+from graphmoe_kernels.launching import Config
+
+# Columns of the compact low-rank rows (slots times padded rank) that a program can hold beside its tile.
+MAX_COLUMNS = 256
+# From so many columns on, a program's tile is smaller: the configurations named "..._wide_rank".
+WIDE_RANK_COLUMNS = 64
+# Warps of these kernels that a multiprocessor holds: they use all registers that a thread can have.
+WARPS_PER_MULTIPROCESSOR = 8
+
+
+# The next three are called by kernels too, as constexpr functions (`tile`), and Triton lets those call no other.
+
+
+def padded_rank(rank: int) -> int:
+    """A rank's columns in a matrix instruction: the power of two that holds them, at least 16."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def padded_slots(slots: int) -> int:
+    """The power of two that holds the slots, at least 2."""
+    return max(2, 1 << (slots - 1).bit_length())
+
+
+def compact_columns(slots: int, rank: int) -> int:
+    """Columns of compact rows, which hold every slot's padded rank: a power of two."""
+    return 1 << (slots * max(16, 1 << (rank - 1).bit_length()) - 1).bit_length()
+
+
+class Sizes(NamedTuple):
+    """The sizes that the kernels are compiled for or called with."""
+
+    tokens: int
+    width: int
+    num_experts: int
+    rank: int
+    slots: int
+
+    @property
+    def columns(self) -> int:
+        """Columns of compact rows."""
+        return compact_columns(self.slots, self.rank)
+
+
+def sizes(operands: ExpertOperands) -> Sizes:
+    """The sizes of a call."""
+    n, r, width = operands.down_A.shape
+    tokens, slots = operands.expert_ids.shape
+    return Sizes(tokens, width, n, r, slots)
+
+
+def check_supported(operands: ExpertOperands, activation: str) -> None:
+    """Raise `ValueError` for what the kernels do not take, naming the argument and what works."""
+    size = sizes(operands)
+    check_triton_form(activation)
+    if size.columns > MAX_COLUMNS:
+        raise ValueError(
+            f"k={size.slots} experts per token of rank {size.rank} (padded to {padded_rank(size.rank)}) need "
+            f"{size.columns} columns, and the Triton kernels hold up to {MAX_COLUMNS}; lower top_k or r, or use "
+            "backend='torch'"
+        )
+    inner = 0 if operands.update is None else operands.update.state.shape[1]
+    check_offsets(size.width, inner, size.rank)
+
+
+def check_offsets(width: int, inner: int, rank: int = 0) -> None:
+    """Raise `ValueError` where an offset within one matrix of [F, G] or [F, r] exceeds 32 bits."""
+    if width * max(inner, rank) >= 2**31:
+        raise ValueError(f"F={width} times G={inner} or r={rank} exceeds 2^31; use backend='torch'")
+
+
+@functools.lru_cache(maxsize=4096)
+def cut(work: int, others: int, slots: int) -> tuple[int, int]:
+    """Into how many splits to cut ``work`` pieces beside ``others`` programs, and the pieces of one.
+
+    ``slots`` programs run at once. The time is that of the waves times a program's pieces and half a piece for its
+    beginning and end. The pieces of a split are the least for so many splits, ``ceil(work / splits)``, so that a kernel
+    knows them by the number of its programs.
+    """
+    work = max(work, 1)
+    pieces = min(range(1, work + 1), key=lambda p: math.ceil(others * math.ceil(work / p) / slots) * (p + 0.5))
+    return math.ceil(work / pieces), pieces
+
+
+def program_slots(config: Config, multiprocessors: int) -> int:
+    """How many programs run at once: registers hold eight warps of these kernels on a multiprocessor."""
+    return multiprocessors * max(1, WARPS_PER_MULTIPROCESSOR // config["num_warps"])

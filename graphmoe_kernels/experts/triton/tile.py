@@ -1,0 +1,255 @@
+"""What the expert kernels share: one tile of tokens by columns of F, computed the same way in forward and backward.
+
+A program holds BLOCK_M tokens (consecutive in an order that puts tokens of like experts together) and walks over
+columns of F. The low-rank terms of a slot are products with one expert's matrices at a time, rows of other experts
+masked to zero, and only the experts that are present in the tile are visited: the cost follows the experts in the
+tile, not the number of experts.
+
+``operands`` is an `ExpertOperands` whose ``dropout`` is a `Mask`, ``strides`` a `RowStrides` (both in `layout`). What
+is None in them is compiled without: no flag says so a second time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from graphmoe_kernels.experts.triton import sizes
+
+padded_rank = triton.constexpr_function(sizes.padded_rank)
+padded_slots = triton.constexpr_function(sizes.padded_slots)
+compact_columns = triton.constexpr_function(sizes.compact_columns)
+
+
+@triton.jit
+def tile_rows(order, tile, num_tokens, BLOCK_M: tl.constexpr):
+    """The tokens of a tile (int64, 0 where there is none) and which of its rows are there."""
+    position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = position < num_tokens
+    if order is not None:
+        token = tl.load(order + position, mask=live, other=0)
+        live &= (token >= 0) & (token < num_tokens)  # what is no token's place reads and writes nothing
+        token = tl.where(live, token, 0)
+    else:
+        token = tl.where(live, position, 0)
+    return token.to(tl.int64), live
+
+
+@triton.jit
+def row_experts(expert_ids, token, live, num_experts, SLOTS: tl.constexpr):
+    """The experts of every row, [BLOCK_M, padded slots] int32; num_experts, which is none, where there is none."""
+    slot = tl.arange(0, padded_slots(SLOTS))
+    inside = live[:, None] & (slot < SLOTS)[None, :]
+    e = tl.load(expert_ids + token[:, None] * SLOTS + slot[None, :], mask=inside, other=num_experts).to(tl.int32)
+    return tl.where(inside & (e >= 0) & (e < num_experts), e, num_experts)
+
+
+@triton.jit
+def next_expert(ids, last, num_experts):
+    """Every row's smallest expert above ``last``, [BLOCK_M]: the kernels take a token's slots by rising expert.
+
+    So neighbours with the same experts have them in the same slots, whichever was the more probable.
+    """
+    return tl.min(tl.where(ids > last[:, None], ids, num_experts), axis=1)
+
+
+@triton.jit
+def expert_weights(routing_weights, ids, chosen, token, live, num_experts, SLOTS: tl.constexpr):
+    """The routing weight of every row's chosen expert, [BLOCK_M] fp32: NaN for an id that is none, so that it shows."""
+    slot = tl.arange(0, padded_slots(SLOTS))
+    inside = live[:, None] & (slot < SLOTS)[None, :]
+    w = tl.load(routing_weights + token[:, None] * SLOTS + slot[None, :], mask=inside, other=0.0).to(tl.float32)
+    w = tl.sum(tl.where(ids == chosen[:, None], w, 0.0), axis=1)
+    return tl.where(live & (chosen == num_experts), float("nan"), w)
+
+
+@triton.jit
+def list_present(ids, present, num_experts, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Write to ``present`` [SLOTS, 1 + num_experts] how many experts each slot has in this tile, then which.
+
+    The list is the program's own scratch; walking it is a plain loop whose loads the compiler can see ahead.
+    """
+    chosen = tl.full([BLOCK_M], -1, tl.int32)
+    for slot in range(SLOTS):
+        chosen = next_expert(ids, chosen, num_experts)
+        row = present + slot * (num_experts + 1)
+        count = 0
+        e = tl.min(chosen)
+        while e < num_experts:
+            tl.store(row + 1 + count, e)
+            count += 1
+            e = tl.min(tl.where(chosen > e, chosen, num_experts))
+        tl.store(row, count)
+    tl.debug_barrier()  # the list is written by one thread and read by all
+
+
+@triton.jit
+def load_pair(pair, row_strides, token, live, f, width):
+    """The same rows and columns of two tensors of activations, [BLOCK_M, columns] fp32 each."""
+    inside = live[:, None] & (f < width)[None, :]
+    stride_gate, stride_up = row_strides
+    g = tl.load(pair.gate + token[:, None] * stride_gate + f[None, :], mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(pair.up + token[:, None] * stride_up + f[None, :], mask=inside, other=0.0).to(tl.float32)
+    return g, u
+
+
+@triton.jit
+def add_fold(g, u, h, update, f, k, width, inner):
+    """g and u plus h M^T for the inner columns k."""
+    inside = (k < inner)[:, None] & (f < width)[None, :]
+    at = f[None, :] * inner + k[:, None]
+    g = tl.dot(h, tl.load(update.gate + at, mask=inside, other=0.0), g, input_precision="ieee")
+    u = tl.dot(h, tl.load(update.up + at, mask=inside, other=0.0), u, input_precision="ieee")
+    return g, u
+
+
+@triton.jit
+def base_tile(
+    pre_activations, update, strides, token, live, f0, width, inner,
+    PARTS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Gate and up pre-activations that all slots share, P_1 + H M^T, by parts of [BLOCK_M, BLOCK_F // PARTS] fp32.
+
+    Two parts read a tile's H once, and what follows needs registers for one of them at a time. With one part the
+    second of each pair is the first.
+    """
+    part: tl.constexpr = BLOCK_F // PARTS
+    f = f0 + tl.arange(0, part)
+    g0, u0 = load_pair(pre_activations, (strides.gate, strides.up), token, live, f, width)
+    g1, u1 = g0, u0
+    if PARTS == 2:
+        g1, u1 = load_pair(pre_activations, (strides.gate, strides.up), token, live, f + part, width)
+    if update is not None:
+        for k0 in range(0, inner, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            inside = live[:, None] & (k < inner)[None, :]
+            h = tl.load(update.state + token[:, None] * strides.state + k[None, :], mask=inside, other=0.0)
+            g0, u0 = add_fold(g0, u0, h, update, f, k, width, inner)
+            if PARTS == 2:
+                g1, u1 = add_fold(g1, u1, h, update, f + part, k, width, inner)
+    if PARTS == 1:
+        g1, u1 = g0, u0
+    return (g0, g1), (u0, u1)
+
+
+@triton.jit
+def low_rank_rows(low, low_update, token, hit, column, stride_low, stride_update, RANK: tl.constexpr):
+    """Columns from ``column`` on of ``low`` for the rows that are hit, zero in the others: [BLOCK_M, padded rank]."""
+    i = tl.arange(0, padded_rank(RANK))
+    inside = hit[:, None] & (i < RANK)[None, :]
+    a = tl.load(low + token[:, None] * stride_low + (column + i)[None, :], mask=inside, other=0.0)
+    if low_update is not None:
+        update = tl.load(low_update + token[:, None] * stride_update + (column + i)[None, :], mask=inside, other=0.0)
+        a = (a.to(tl.float32) + update.to(tl.float32)).to(a.dtype)
+    return a
+
+
+@triton.jit
+def low_rows(operands, strides, token, hit, column, RANK: tl.constexpr):
+    """`low_rank_rows` of the operands' A x, a later round's part in it."""
+    return low_rank_rows(
+        operands.low, operands.low_update, token, hit, column, strides.low, strides.low_update, RANK
+    )
+
+
+@triton.jit
+def expert_columns(B, e, f, width, RANK: tl.constexpr):
+    """B_e^T for columns f of B [n, F, r]: [padded rank, BLOCK_F]."""
+    i = tl.arange(0, padded_rank(RANK))
+    inside = (i < RANK)[:, None] & (f < width)[None, :]
+    return tl.load(B + e.to(tl.int64) * width * RANK + f[None, :] * RANK + i[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def expert_rows(A, e, f, width, RANK: tl.constexpr):
+    """A_e for columns f of A [n, r, F]: [padded rank, BLOCK_F]."""
+    i = tl.arange(0, padded_rank(RANK))
+    inside = (i < RANK)[:, None] & (f < width)[None, :]
+    return tl.load(A + e.to(tl.int64) * RANK * width + i[:, None] * width + f[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def slot_rows(A, e, slot, f, width, SLOTS: tl.constexpr, RANK: tl.constexpr):
+    """A_e^T for columns f of A [n, r, F] in the columns of one slot, zero in the others': [BLOCK_F, columns].
+
+    A product with it adds to one slot's part of compact rows, whatever the number of slots.
+    """
+    column = tl.arange(0, compact_columns(SLOTS, RANK))
+    i = column % padded_rank(RANK)
+    inside = (f < width)[:, None] & ((column // padded_rank(RANK) == slot) & (i < RANK))[None, :]
+    return tl.load(A + e.to(tl.int64) * RANK * width + i[None, :] * width + f[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def slot_columns(B, e, slot, f, width, SLOTS: tl.constexpr, RANK: tl.constexpr):
+    """`slot_rows` for B [n, F, r]: B_e for columns f in the columns of one slot, [BLOCK_F, columns]."""
+    column = tl.arange(0, compact_columns(SLOTS, RANK))
+    i = column % padded_rank(RANK)
+    inside = (f < width)[:, None] & ((column // padded_rank(RANK) == slot) & (i < RANK))[None, :]
+    return tl.load(B + e.to(tl.int64) * width * RANK + f[:, None] * RANK + i[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def slot_pre_activation(
+    g, u, operands, strides, listed, chosen, token, f, width, num_experts, scale, RANK: tl.constexpr
+):
+    """One slot's pre-activations: the shared g and u plus s B_e a_e of every row's expert."""
+    low_g = tl.zeros_like(g)
+    low_u = tl.zeros_like(u)
+    for i in range(tl.load(listed)):
+        e = tl.load(listed + 1 + i)
+        hit = chosen == e
+        a = low_rows(operands, strides, token, hit, e * RANK, RANK)
+        low_g = tl.dot(a, expert_columns(operands.B.gate, e, f, width, RANK), low_g, input_precision="ieee")
+        a = low_rows(operands, strides, token, hit, (num_experts + e) * RANK, RANK)
+        low_u = tl.dot(a, expert_columns(operands.B.up, e, f, width, RANK), low_u, input_precision="ieee")
+    return g + scale * low_g, u + scale * low_u
+
+
+@triton.jit
+def scale_rows(g, u, scales, listed, chosen, f, width):
+    """g and u [BLOCK_M, BLOCK_F], every row times its expert's scale vectors [n, F].
+
+    Expert by expert as they are listed: a vector of columns in registers at a time, not a gathered tile.
+    """
+    for i in range(tl.load(listed)):
+        e = tl.load(listed + 1 + i)
+        hit = (chosen == e)[:, None]
+        at = e.to(tl.int64) * width + f
+        s = tl.load(scales.gate + at, mask=f < width, other=0.0).to(tl.float32)
+        g = tl.where(hit, g * s[None, :], g)
+        s = tl.load(scales.up + at, mask=f < width, other=0.0).to(tl.float32)
+        u = tl.where(hit, u * s[None, :], u)
+    return g, u
+
+
+@triton.jit
+def scale_and_shift(g, u, operands, listed, chosen, f, width):
+    """g and u times their expert's scale vectors, and the biases [F]."""
+    if operands.scales is not None:
+        g, u = scale_rows(g, u, operands.scales, listed, chosen, f, width)
+    return shift(g, u, operands.biases, f, width)
+
+
+@triton.jit
+def shift(g, u, biases, f, width):
+    """g and u plus the biases [F], where there are any."""
+    if biases is not None:
+        g += tl.load(biases.gate + f, mask=f < width, other=0.0).to(tl.float32)[None, :]
+        u += tl.load(biases.up + f, mask=f < width, other=0.0).to(tl.float32)[None, :]
+    return g, u
+
+
+@triton.jit
+def keep_mask(dropout, token, e, f0, BLOCK_F: tl.constexpr):
+    """Which entries of a tile dropout keeps for the rows' experts e [BLOCK_M]: [BLOCK_M, BLOCK_F].
+
+    As `graphmoe_kernels.experts.dropout` says: one call of Philox gives eight 16-bit numbers, of eight columns.
+    """
+    octet = f0 // 8 + tl.arange(0, BLOCK_F // 8)
+    zero = tl.zeros([token.shape[0], BLOCK_F // 8], tl.int32)
+    c1 = zero + token.to(tl.int32)[:, None]
+    w0, w1, w2, w3 = tl.philox(tl.load(dropout.seed), zero + octet[None, :], c1, zero + e[:, None], zero)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    number = tl.interleave(words & 0xFFFF, words >> 16)
+    return number.to(tl.int32) >= dropout.threshold

@@ -1,0 +1,1 @@
+"""The GRU step on Triton: what the host launches, and the kernels."""

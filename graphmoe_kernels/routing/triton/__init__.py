@@ -1,0 +1,1 @@
+"""Routing on Triton: what the host launches, and the kernels."""

@@ -1,0 +1,155 @@
+"""How the routing kernels are launched: outputs, block sizes, precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphmoe_kernels.backend import interpreting, per_device
+from graphmoe_kernels.launching import SKINNY_TOKENS, Config, kernel_config, launch, power_of_two, with_row_stride
+
+MAX_EXPERTS = 256  # a row's experts are handled in registers, all at once
+# Tokens are ordered within windows of this size: the work per token grows with the window, and a window's tokens are
+# enough to fill tiles of any combination of experts. Window, and two experts below 256, make keys of 30 bits.
+ORDER_WINDOW = 16384
+
+# A kernel, and everything that is the same in all its launches of a kind: constants, blocks, warps and stages.
+Kind = tuple[Any, dict[str, Any]]
+
+
+def blocks(config: Config, num_experts: int) -> Config:
+    """A kernel's configuration with BLOCK_E, which holds all experts.
+
+    Beside it a block over tokens has no more than 2048 elements, but 16 rows, as matrix instructions take; so with more
+    than 128 experts eight warps share what four cannot hold. A program of one token multiplies without them, and has a
+    block over columns of 16,384 elements.
+    """
+    alone = config["BLOCK_M"] == 1
+    block_experts = max(1 if alone else 16, power_of_two(num_experts))
+    largest = max(1 if alone else 16, (16384 if alone else 2048) // block_experts)
+    bounded = {name: min(size, largest) for name, size in config.items() if name.startswith("BLOCK_")}
+    warps = max(config["num_warps"], 8) if block_experts > 128 else config["num_warps"]
+    return {**config, **bounded, "BLOCK_E": block_experts, "num_warps": warps}
+
+
+def kind(name: str, num_tokens: int, dtype: torch.dtype, device: torch.device, *sizes: Any) -> Kind:
+    """The kernel called ``name`` and the constants of its launches; ``sizes`` are n, k and whether to normalise."""
+    return _kind(name, 1 if num_tokens <= SKINNY_TOKENS else SKINNY_TOKENS + 1, dtype, device, *sizes)
+
+
+@per_device
+def _kind(
+    name: str, num_tokens: int, dtype: torch.dtype, device: torch.device, num_experts: int, top_k: int, normalize: bool
+) -> Kind:
+    from graphmoe_kernels.routing.triton import backward, forward
+
+    constants = {"NORMALIZE": normalize, "NUM_EXPERTS": num_experts, "TOP_K": top_k}
+    if name != "routing_backward":
+        constants["TOP_K_PADDED"] = power_of_two(top_k)
+    kernel = getattr(backward if name == "routing_backward" else forward, name)
+    return kernel, constants | blocks(kernel_config(name, num_tokens, dtype, device), num_experts)
+
+
+def route(
+    x: Tensor, router: Tensor, offset: Tensor | None, top_k: int, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits [N, n], routing weights [N, k] and expert ids [N, k] of ``offset + x router^T``, in one launch."""
+    num_tokens, hidden = x.shape
+    num_experts, device = router.shape[0], x.device
+    logits, routing_weights, expert_ids = allocate(num_tokens, num_experts, top_k, device)
+    kernel, constants = kind("routing_forward", num_tokens, x.dtype, device, num_experts, top_k, normalize)
+    x, stride_x = with_row_stride(x)
+    launch(
+        kernel,
+        (-(-num_tokens // constants["BLOCK_M"]),),
+        x,
+        router.contiguous(),
+        None if offset is None else offset.contiguous(),
+        logits,
+        routing_weights,
+        expert_ids,
+        num_tokens,
+        hidden,
+        stride_x,
+        device=device,
+        **constants,
+    )
+    return logits, routing_weights, expert_ids
+
+
+def allocate(num_tokens: int, num_experts: int, top_k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised outputs of `route`."""
+    return (
+        torch.empty(num_tokens, num_experts, dtype=torch.float32, device=device),
+        torch.empty(num_tokens, top_k, dtype=torch.float32, device=device),
+        torch.empty(num_tokens, top_k, dtype=torch.int32, device=device),
+    )
+
+
+def topk_softmax(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Return routing weights [N, k] and expert ids [N, k] of fp32 ``logits`` [N, n], in one launch."""
+    num_tokens, num_experts = logits.shape
+    _, routing_weights, expert_ids = allocate(num_tokens, 0, top_k, logits.device)
+    kernel, constants = kind("routing_topk", num_tokens, logits.dtype, logits.device, num_experts, top_k, normalize)
+    launch(
+        kernel,
+        (-(-num_tokens // constants["BLOCK_M"]),),
+        logits.contiguous(),
+        routing_weights,
+        expert_ids,
+        num_tokens,
+        device=logits.device,
+        **constants,
+    )
+    return routing_weights, expert_ids
+
+
+def backward(
+    d_routing_weights: Tensor, d_logits: Tensor | None, logits: Tensor, expert_ids: Tensor, normalize: bool
+) -> Tensor:
+    """Return the gradient of fp32 ``logits`` [N, n] from that of the weights and what arrives at them directly."""
+    num_tokens, num_experts = logits.shape
+    top_k, device = expert_ids.shape[1], logits.device
+    total = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=device)
+    kernel, constants = kind("routing_backward", num_tokens, logits.dtype, device, num_experts, top_k, normalize)
+    launch(
+        kernel,
+        (-(-num_tokens // constants["BLOCK_M"]),),
+        d_routing_weights.contiguous(),
+        None if d_logits is None else d_logits.contiguous(),
+        logits.contiguous(),
+        expert_ids,
+        total,
+        num_tokens,
+        device=device,
+        **constants,
+    )
+    return total
+
+
+def token_order(expert_ids: Tensor) -> Tensor:
+    """Return the order of `graphmoe_kernels.expert_order`, int32 [N], in one launch."""
+    from graphmoe_kernels.routing.triton.order import routing_order
+
+    if interpreting() and bool(((expert_ids < 0) | (expert_ids >= MAX_EXPERTS)).any()):
+        found = f"{int(expert_ids.min())} to {int(expert_ids.max())}"
+        raise ValueError(f"experts must be in 0..{MAX_EXPERTS - 1}, got {found}")
+    expert_ids = expert_ids.contiguous()
+    num_tokens, top_k = expert_ids.shape
+    order = torch.empty(num_tokens, dtype=torch.int32, device=expert_ids.device)
+    config = kernel_config("routing_order", num_tokens, torch.float32, expert_ids.device)
+    launch(
+        routing_order,
+        (-(-num_tokens // config["BLOCK_M"]),),
+        expert_ids,
+        order,
+        num_tokens,
+        device=expert_ids.device,
+        TOP_K=top_k,
+        WINDOW=ORDER_WINDOW,
+        MAX_EXPERTS=MAX_EXPERTS,
+        **config,
+    )
+    return order
