@@ -19,7 +19,7 @@ from benchmarks.operators import DTYPES
 from benchmarks.plain import Forward
 from graphmoe_kernels import DenseMLP, LayerWeights, RethinkingSpec, rethink
 from graphmoe_kernels.cost import Sizes
-from graphmoe_kernels.rethinking import round_routing
+from graphmoe_kernels.rethinking import call
 from graphmoe_kernels.testing import cast_layer, trainable
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
 
@@ -102,13 +102,11 @@ class Layer:
         adapter: Any = self._first.lora_graphmoe["default"]
         self.adapter = adapter
         assert adapter.gru is not None
-        self._all = LayerWeights(
-            dense_weights(self.mlp), adapter.routers(), adapter.experts.tensors(), adapter.gru.tensors()
-        )
+        self._all = adapter.weights(dense_weights(self.mlp))
         with torch.no_grad():
-            for router in self._all.routers():  # logits of the same spread at every width: that of D = 4096
+            for router in self._all.experts.routers():  # logits of the same spread at every width: that of D = 4096
                 router.mul_((4096 / router.shape[1]) ** 0.5)
-            for magnitude in self._all.experts.magnitudes or ():  # off their start, where DoRA's vectors are 1
+            for magnitude in self._all.experts.lora.magnitudes or ():  # off their start, where DoRA's vectors are 1
                 magnitude.mul_(1 + 0.25 * torch.rand_like(magnitude))
         self._exact: LayerWeights | None = None
 
@@ -174,7 +172,7 @@ class Layer:
     def input(self, sizes: Sizes) -> tuple[Tensor, Tensor]:
         """x [N, D] and the rows of the sample, whose routing is decided beyond rounding in every round."""
         rows = sample_rows(sizes.tokens, self.device.torch)
-        routers = max(1, len(self._all.routers()))
+        routers = max(1, len(self._all.experts.routers()))
         pool = self.draw(4 * routers * len(rows) + 16, seed=2)
         decided = pool[self.decided(pool, sizes)]
         if decided.shape[0] < len(rows):
@@ -189,7 +187,7 @@ class Layer:
             return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
         with torch.no_grad(), _recorded_logits() as seen:
             self.definition(sizes, exact=True).run({"x": x.double()})
-        routings = sizes.rounds * len(self._all.routers())
+        routings = sizes.rounds * len(self._all.experts.routers())
         logits = torch.stack([torch.cat(seen[i::routings]) for i in range(routings)])  # [T * routers, N, n]
         ordered = logits.sort(dim=-1, descending=True).values
         gap = ordered[..., sizes.top_k - 1] - ordered[..., sizes.top_k]
@@ -199,12 +197,12 @@ class Layer:
 @contextmanager
 def _recorded_logits() -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
-    original = round_routing.route_tokens
+    original = call.run_routing
 
     def route(*arguments: Any, **options: Any) -> Any:
         routing = original(*arguments, **options)
         seen.append(routing.logits)
         return routing
 
-    with mock.patch.object(round_routing, "route_tokens", route):
+    with mock.patch.object(call, "run_routing", route):
         yield seen

@@ -23,7 +23,7 @@ from graphmoe_kernels import (
 )
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.launching import SKINNY_TOKENS, Launch, recorded
-from graphmoe_kernels.rethinking.folding import padded
+from graphmoe_kernels.rethinking.weights import padded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 Draw = Callable[..., Tensor]

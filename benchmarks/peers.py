@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.plain import Forward, rounds_of
-from graphmoe_kernels import DenseMLP, LayerWeights, RethinkingSpec, get_activation
+from graphmoe_kernels import ChosenExperts, DenseMLP, LayerWeights, RethinkingSpec, get_activation
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -58,8 +58,8 @@ def _mixlora(x: Tensor, base: DenseMLP, weights: LayerWeights, spec: RethinkingS
     """y [N, D] of one round."""
     activation = get_activation(spec.activation).function
     wide = torch.promote_types(x.dtype, torch.float32)
-    assert isinstance(weights.router, Tensor)
-    probabilities = torch.softmax(F.linear(x.to(wide), weights.router.to(wide)), dim=-1)  # [N, n]
+    assert isinstance(weights.experts, ChosenExperts)
+    probabilities = torch.softmax(F.linear(x.to(wide), weights.experts.router.to(wide)), dim=-1)  # [N, n]
     mixing, chosen = torch.topk(probabilities, spec.top_k, dim=-1)
     mixing = (mixing / mixing.sum(dim=-1, keepdim=True)).to(x.dtype)  # [N, k]
     chosen_by = F.one_hot(chosen, probabilities.shape[1]).permute(2, 1, 0)  # [n, k, N]
@@ -67,7 +67,7 @@ def _mixlora(x: Tensor, base: DenseMLP, weights: LayerWeights, spec: RethinkingS
     gate, up = base.project_in(x)  # [N, F] each
     outputs = []
     # Taken apart once: the gradient of `tensor[i]` would be as large as the stack of all experts, n times.
-    for i, pairs in enumerate(zip(*(t.unbind() for t in weights.experts.pairs), strict=True)):
+    for i, pairs in enumerate(zip(*(t.unbind() for t in weights.experts.lora.pairs), strict=True)):
         gate_A, gate_B, up_A, up_B, down_A, down_B = pairs
         _, tokens = torch.where(chosen_by[i])  # [m]
         read = x[tokens]
@@ -107,7 +107,7 @@ def mixlora_package(mlp: nn.Module, weights: LayerWeights, spec: RethinkingSpec)
     moe, linears = _mixlora_module(mlp, weights, spec)
 
     def layer(x: Tensor) -> Tensor:
-        for stacked, held in zip(weights.experts.pairs, linears, strict=True):
+        for stacked, held in zip(weights.experts.lora.pairs, linears, strict=True):
             for linear, own in zip(held, stacked.unbind(), strict=True):
                 vars(linear)["weight"] = own  # nn.Module's own assignment would be 5% of a call for one token
         return moe(x[None])[0]  # it wants [batch, tokens, D]
@@ -127,7 +127,7 @@ def _mixlora_module(mlp: LlamaMLP, weights: LayerWeights, spec: RethinkingSpec) 
     linears lose their Parameters and are handed slices before they run.
     """
     package, lora_linear = importlib.import_module("mixlora.model"), importlib.import_module("mixlora.lora_linear")
-    num_experts, rank, _ = weights.experts.gate_A.shape
+    num_experts, rank, _ = weights.experts.lora.gate_A.shape
     config = package.MixLoraConfig.from_config(
         {
             "base_model_name_or_path": "",
@@ -142,11 +142,11 @@ def _mixlora_module(mlp: LlamaMLP, weights: LayerWeights, spec: RethinkingSpec) 
             "top_k": spec.top_k,
         }
     )
-    assert isinstance(weights.router, Tensor)
-    config.model_type_, config.dtype_ = "llama", weights.router.dtype
+    assert isinstance(weights.experts, ChosenExperts)
+    config.model_type_, config.dtype_ = "llama", weights.experts.router.dtype
     config.act_fn_ = get_activation(spec.activation).function  # left out, it would be None and be called all the same
     moe = package.MixLoraSparseMoe(mlp, config)
-    moe.gate_ = weights.router
+    moe.gate_ = weights.experts.router
     linears: list[list[Any]] = []
     for name in PROJECTIONS:
         loras = [lora_linear.LoraLinear(getattr(mlp, name), config).eval() for _ in range(num_experts)]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphmoe_kernels import GRUWeights, LayerWeights, RethinkingSpec, get_activation
+from graphmoe_kernels import ChosenExperts, GRUWeights, LayerWeights, RethinkingSpec, get_activation
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -26,14 +26,14 @@ def plain_literal(weights: LayerWeights, spec: RethinkingSpec) -> Forward:
     Returns:
         x [N, D] -> y_T [N, D].
     """
-    base, e = weights.base.dense(), weights.experts
+    base, e = weights.base.dense(), weights.experts.lora
     experts, rank, _ = e.gate_A.shape
     activation = get_activation(spec.activation).function
 
     def layer(x: Tensor) -> Tensor:
         wide = at_least_fp32(x.dtype)
-        assert isinstance(weights.router, Tensor)
-        probabilities = torch.softmax(F.linear(x.to(wide), weights.router.to(wide)), dim=-1)  # [N, n]
+        assert isinstance(weights.experts, ChosenExperts)
+        probabilities = torch.softmax(F.linear(x.to(wide), weights.experts.router.to(wide)), dim=-1)  # [N, n]
         mixing, chosen = torch.topk(probabilities, spec.top_k, dim=-1)  # [N, k] each
         if spec.normalize:
             mixing = mixing / mixing.sum(dim=-1, keepdim=True)

@@ -15,7 +15,7 @@ from benchmarks.units import seconds
 from benchmarks.work import KERNELS, Work, kernel_work
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.launching import SKINNY_TOKENS
-from graphmoe_kernels.rethinking.folding import padded
+from graphmoe_kernels.rethinking.weights import padded
 from graphmoe_model.presentation import markdown_table
 
 LLAMA_8B = Sizes(4096, 14336, 409, dtype="bf16")

@@ -16,8 +16,8 @@ import torch
 from graphmoe_kernels.cost import Sizes, Term, fold_build, layer_terms, round_terms
 from graphmoe_kernels.experts.triton.sizes import cut, program_slots
 from graphmoe_kernels.launching import SIZE_CLASSES, SKINNY_TOKENS, Config, config_table, power_of_two
-from graphmoe_kernels.rethinking.folding import padded
 from graphmoe_kernels.rethinking.policy import fold_break_even
+from graphmoe_kernels.rethinking.weights import padded
 
 # Products with frozen weights: their backward has the gradient of the input alone.
 FROZEN = ("base gate, up", "base down")

@@ -12,8 +12,8 @@ from graphmoe_kernels.dora import dora_scale, scaled_by, scaled_rows
 from graphmoe_kernels.mixing import mixed_change, mixing_weights, side_by_side, weighted
 from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking.folding import FoldSettings
-from graphmoe_kernels.rethinking.round_routing import RoundSettings, route_one
-from graphmoe_kernels.routing import Routing
+from graphmoe_kernels.rethinking.weights import RouterSettings
+from graphmoe_kernels.routing import Routing, route_tokens
 
 
 class LinearExperts(NamedTuple):
@@ -39,13 +39,13 @@ class PreparedLinear(NamedTuple):
     Attributes:
         A: [n*r, in].
         B: s B of all experts side by side, [out, n*r]; with DoRA its rows are scaled.
-        scale: DoRA's m / ||W + s B A||, [n, out], or None.
+        change: DoRA's m / ||W + s B A|| - 1, [n, out] in fp32 at least, or None.
         bias: [out] where DoRA has to tell it from the product, or None.
     """
 
     A: Tensor
     B: Tensor
-    scale: Tensor | None
+    change: Tensor | None
     bias: Tensor | None
 
     def tensors(self) -> list[Tensor]:
@@ -61,18 +61,26 @@ def prepare_linear(experts: LinearExperts, settings: FoldSettings, copy: bool = 
     """
     if (experts.magnitude is None) != (experts.weight is None):
         raise ValueError("DoRA's magnitude and the linear's weight belong together: pass both or none")
-    dtype, scale, vectors = settings.dtype, settings.scale, None
+    dtype, scale, vectors, change = settings.dtype, settings.scale, None, None
     with torch.autocast(experts.A.device.type, enabled=False):
         if experts.magnitude is not None and experts.weight is not None:
             vectors = dora_scale(experts.magnitude, experts.weight, experts.A, experts.B, scale)
+            change = vectors - 1
         B = scale * side_by_side(scaled_rows(experts.B, vectors))
         A = experts.A.flatten(0, 1).to(dtype, copy=copy)
         bias = None if experts.bias is None else experts.bias.to(dtype, copy=copy)
-        return PreparedLinear(A, B.to(dtype), vectors, bias)
+        return PreparedLinear(A, B.to(dtype), change, bias)
 
 
 def mix_linear(
-    y: Tensor, x: Tensor, router: Tensor, experts: PreparedLinear, settings: RoundSettings
+    y: Tensor,
+    x: Tensor,
+    router: Tensor,
+    experts: PreparedLinear,
+    settings: RouterSettings,
+    *,
+    dropout: float = 0.0,
+    backend: str = "auto",
 ) -> tuple[Tensor, Routing]:
     """What a linear with mixed experts gives.
 
@@ -81,17 +89,21 @@ def mix_linear(
         x: [N, in], its input.
         router: [n, in].
         experts: of `prepare_linear`, in the dtype of ``y``.
-        settings: of the routing and of LoRA's dropout; what is about rounds and activations is not read.
+        settings: of the router.
+        dropout: probability on the input of A; 0 outside training.
+        backend: of the routing; see `graphmoe_kernels.backend`.
 
     Returns:
         [N, out] in the dtype of ``y``, and the routing.
     """
     with named_range("routing"):
-        routing = route_one(x, router, settings)
+        top_k, normalize = settings
+        routing = route_tokens(x, router, top_k, normalize=normalize, backend=backend)
         mixing = mixing_weights(routing)
     with named_range("experts"):
-        low = weighted(F.linear(F.dropout(x.to(y.dtype), settings.spec.dropout), experts.A), mixing)  # [N, n*r]
-        if experts.scale is not None:
-            change, bias = mixed_change(mixing, experts.scale), experts.bias
+        x = x.to(y.dtype)
+        low = weighted(F.linear(F.dropout(x, dropout) if dropout > 0 else x, experts.A), mixing)  # [N, n*r]
+        if experts.change is not None:
+            change, bias = mixed_change(mixing, experts.change), experts.bias
             y = scaled_by(y, change) if bias is None else scaled_by(y - bias, change) + bias
         return torch.addmm(y, low, experts.B.T), routing

@@ -31,6 +31,6 @@ def weighted(low: Tensor, mixing: Tensor) -> Tensor:
     return (low.unflatten(1, (mixing.shape[1], -1)) * mixing.to(low.dtype)[..., None]).flatten(1)
 
 
-def mixed_change(mixing: Tensor, scale: Tensor) -> Tensor:
-    """sum_i p_i (m_i - 1), [N, out], for mixing weights [N, n] and DoRA's vectors m [n, out]."""
-    return F.linear(mixing, (scale - 1).T.to(mixing.dtype))
+def mixed_change(mixing: Tensor, change: Tensor) -> Tensor:
+    """sum_i p_i (m_i - 1), [N, out], for mixing weights [N, n] and DoRA's vectors, less 1: m - 1, [n, out]."""
+    return F.linear(mixing, change.T.to(mixing.dtype))

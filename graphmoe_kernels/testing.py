@@ -11,7 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.rethinking.weights import DenseMLP, ExpertWeights, GRUWeights, LayerWeights, LinearRouters
+from graphmoe_kernels.rethinking.chosen import ChosenExperts, SingleExpert
+from graphmoe_kernels.rethinking.kinds import ExpertKind, LayerWeights
+from graphmoe_kernels.rethinking.mixed import MixedExperts
+from graphmoe_kernels.rethinking.weights import DenseMLP, ExpertWeights, GRUWeights, LinearRouters, Magnitudes
 
 # Absolute slack, relative to the oracle's norm: what is left when the literal computation happens to be exact.
 SLACK = {torch.float64: 1e-12, torch.float32: 2e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}
@@ -44,7 +47,7 @@ def make_layer(
     D, F, n, r = hidden, intermediate, num_experts, rank
     biases = (draw(F, std=0.3), draw(F, std=0.3), draw(D, std=0.3)) if bias else (None, None, None)
     base = DenseMLP(draw(F, D, std=D**-0.5), draw(F, D, std=D**-0.5), draw(D, F, std=F**-0.5), *biases)
-    experts = ExpertWeights(
+    lora = ExpertWeights(
         gate_A=draw(n, r, D, std=D**-0.5),
         gate_B=draw(n, F, r, std=0.5 * r**-0.5),
         up_A=draw(n, r, D, std=D**-0.5),
@@ -57,14 +60,18 @@ def make_layer(
         G = gru_width
         update, reset, candidate = (draw(G, G + D, std=(G + D) ** -0.5) for _ in range(3))
         gru = GRUWeights(update, reset, candidate, draw(G, std=0.3), draw(D, G, std=G**-0.5))
-    router: Tensor | LinearRouters | None = draw(n, D, std=2 * D**-0.5)
+    router = draw(n, D, std=2 * D**-0.5)
+    linear_routers = None
     if routers == "linear":
-        router = LinearRouters(*(draw(n, width, std=2 * width**-0.5) for width in (D, D, F)))
+        linear_routers = LinearRouters(*(draw(n, width, std=2 * width**-0.5) for width in (D, D, F)))
     if dora:
         norms = (torch.linalg.vector_norm(weight, dim=1) for weight in (base.gate, base.up, base.down))
         gate, up, down = (norm * (1 + 0.5 * draw(n, len(norm), std=1).tanh()) for norm in norms)
-        experts = experts._replace(gate_magnitude=gate, up_magnitude=up, down_magnitude=down)
-    return LayerWeights(base, None if routers is None else router, experts, gru)
+        lora = lora._replace(magnitudes=Magnitudes(gate, up, down))
+    experts: ExpertKind = SingleExpert(lora) if routers is None else ChosenExperts(lora, router)
+    if linear_routers is not None:
+        experts = MixedExperts(lora, linear_routers)
+    return LayerWeights(base, experts, gru)
 
 
 def cast_layer(
@@ -72,28 +79,30 @@ def cast_layer(
 ) -> LayerWeights:
     """The layer's tensors copied to ``dtype``, on ``device`` or where they are; new leaves if ``requires_grad``."""
 
-    def cast(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach().to(device, dtype, copy=True).requires_grad_(requires_grad)
+    def cast(part: Any) -> Any:  # a tensor, or a named tuple of them
+        if isinstance(part, Tensor):
+            return part.detach().to(device, dtype, copy=True).requires_grad_(requires_grad)
+        return None if part is None else type(part)(*map(cast, part))
 
     base = weights.base.dense()
     frozen = [None if t is None else t.detach().to(device, dtype) for t in base]
-    gru = None if weights.gru is None else GRUWeights(*map(cast, weights.gru))  # type: ignore[arg-type]
-    experts = ExpertWeights(*map(cast, weights.experts))  # type: ignore[arg-type]
-    parts: Any = weights.router
-    router: Any = LinearRouters(*map(cast, parts)) if isinstance(parts, LinearRouters) else cast(parts)  # type: ignore[arg-type]
-    return LayerWeights(DenseMLP(*frozen), router, experts, gru)  # type: ignore[arg-type]
+    return LayerWeights(DenseMLP(*frozen), cast(weights.experts), cast(weights.gru))  # type: ignore[arg-type]
 
 
 def trainable(weights: LayerWeights) -> dict[str, Tensor]:
     """The layer's trainable tensors by name."""
-    named: dict[str, Tensor | None] = {"router": None, **weights.experts._asdict()}
-    if isinstance(weights.router, LinearRouters):
-        named |= {f"router.{name}": tensor for name, tensor in weights.router._asdict().items()}
-    else:
-        named["router"] = weights.router
+    experts = weights.experts
+    named: dict[str, Tensor] = {}
+    if isinstance(experts, ChosenExperts):
+        named["router"] = experts.router
+    named |= dict(zip(ExpertWeights._fields, experts.lora.pairs, strict=False))
+    if experts.lora.magnitudes is not None:
+        named |= {f"{name}_magnitude": tensor for name, tensor in experts.lora.magnitudes._asdict().items()}
+    if isinstance(experts, MixedExperts):
+        named |= {f"router.{name}": tensor for name, tensor in experts.linear_routers._asdict().items()}
     if weights.gru is not None:
         named |= {f"gru.{name}": tensor for name, tensor in weights.gru._asdict().items()}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
+    return named
 
 
 def relative_error(value: Tensor, oracle: Tensor) -> float:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from graphmoe_kernels.cost.sizes import Sizes
 from graphmoe_kernels.cost.terms import Term, round_terms
-from graphmoe_kernels.rethinking.folding import padded
+from graphmoe_kernels.rethinking.weights import padded
 
 
 def layer_terms(form: str, sizes: Sizes, count: str = "needed") -> list[Term]:

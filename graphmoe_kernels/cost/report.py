@@ -9,8 +9,8 @@ from graphmoe_kernels.cost.counter import Reading
 from graphmoe_kernels.cost.model import fold_build, fold_bytes, further_round, layer_terms, multiply_adds, traffic
 from graphmoe_kernels.cost.sizes import Sizes
 from graphmoe_kernels.cost.terms import COUNTS, FORMS
-from graphmoe_kernels.rethinking.folding import padded
 from graphmoe_kernels.rethinking.policy import fold_break_even
+from graphmoe_kernels.rethinking.weights import padded
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

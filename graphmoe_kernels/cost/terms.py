@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from graphmoe_kernels.cost.sizes import Sizes
-from graphmoe_kernels.rethinking.folding import padded
+from graphmoe_kernels.rethinking.weights import padded
 
 FORMS = ("dense", "peers", "literal", "folded")
 COUNTS = ("needed", "executed")

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from graphmoe_kernels.rethinking.cache import FoldCache, exporting, fold_sources
 from graphmoe_kernels.rethinking.checks import CANDIDATE_INPUTS, check_call
+from graphmoe_kernels.rethinking.chosen import ChosenExperts, SingleExpert
 from graphmoe_kernels.rethinking.folded import folded_rounds, rethink_folded
-from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, build_fold, padded
+from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, build_fold
+from graphmoe_kernels.rethinking.kinds import ExpertKind, LayerWeights
 from graphmoe_kernels.rethinking.literal import literal_rounds, rethink_literal
+from graphmoe_kernels.rethinking.mixed import MixedExperts
 from graphmoe_kernels.rethinking.policy import FOLD_MODES, fold_break_even
 from graphmoe_kernels.rethinking.reference import rethink_reference
 from graphmoe_kernels.rethinking.weights import (
@@ -19,10 +22,12 @@ from graphmoe_kernels.rethinking.weights import (
     DenseMLP,
     ExpertWeights,
     GRUWeights,
-    LayerWeights,
     LinearRouters,
+    Magnitudes,
     RethinkingOutput,
     RethinkingSpec,
+    RouterSettings,
+    padded,
 )
 from graphmoe_kernels.validation import shown
 
@@ -101,8 +106,8 @@ def _pays(x: Tensor, weights: LayerWeights, spec: RethinkingSpec) -> bool:
 
 def _break_even(weights: LayerWeights, spec: RethinkingSpec) -> float:
     assert weights.gru is not None
-    hidden, intermediate = weights.experts.gate_A.shape[2], weights.experts.gate_B.shape[1]
-    dora = weights.experts.magnitudes is not None
+    lora = weights.experts.lora
+    hidden, intermediate, dora = lora.gate_A.shape[2], lora.gate_B.shape[1], lora.magnitudes is not None
     return fold_break_even(hidden, intermediate, padded(weights.gru.width), spec.rounds, dora)
 
 
@@ -110,7 +115,9 @@ __all__ = [
     "CANDIDATE_INPUTS",
     "FOLD_MODES",
     "BaseMLP",
+    "ChosenExperts",
     "DenseMLP",
+    "ExpertKind",
     "ExpertWeights",
     "Fold",
     "FoldCache",
@@ -118,8 +125,12 @@ __all__ = [
     "GRUWeights",
     "LayerWeights",
     "LinearRouters",
+    "Magnitudes",
+    "MixedExperts",
     "RethinkingOutput",
     "RethinkingSpec",
+    "RouterSettings",
+    "SingleExpert",
     "build_fold",
     "fold_break_even",
     "rethink",

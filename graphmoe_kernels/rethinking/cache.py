@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import secrets
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +23,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from graphmoe_kernels.rethinking import streams
 from graphmoe_kernels.rethinking.folding import FoldSettings, build_fold
+from graphmoe_kernels.rethinking.kinds import LayerWeights
 from graphmoe_kernels.rethinking.streams import StreamFill
-from graphmoe_kernels.rethinking.weights import LayerWeights
 from graphmoe_kernels.tracing import asked_while_tracing
 
-Source = tuple[int, int, torch.dtype, torch.device, tuple[int, ...]]
+Fingerprint = tuple[tuple[int, ...], tuple[Any, ...]]
 
 # The start is drawn: a handle that was saved with a graph finds no cache of another process, rather than a wrong one.
 _serial = itertools.count(secrets.randbits(62))
@@ -41,26 +42,41 @@ def exporting() -> bool:
 
 
 def fold_sources(weights: LayerWeights) -> list[Tensor]:
-    """Every tensor that a layer's fold is computed from."""
-    found: list[Tensor | None] = list(weights.experts)
-    if weights.gru is not None or weights.experts.magnitudes is not None:
-        found += weights.base.sources()
+    """List every tensor that a layer's fold is computed from."""
+    experts, base, gru = weights.experts, weights.base, weights.gru
+    found = experts.lora.tensors()
+    if gru is not None or experts.lora.magnitudes is not None:
+        found += base.sources()
     else:
-        found.append(weights.base.biases()[2])  # all of the base that prepared experts hold
-    if weights.gru is not None:
-        found += [*weights.routers(), *weights.gru]
-    return [t for t in found if t is not None]
+        bias = base.biases()[2]  # all of the base that the cast experts hold
+        return found if bias is None else [*found, bias]
+    return found if gru is None else [*found, *experts.routers(), *gru]
 
 
-def fingerprint(tensors: list[Tensor]) -> tuple[Source, ...]:
+def fingerprint(tensors: list[Tensor]) -> Fingerprint:
     """What tells these tensors, as they are now, from any others: storage, version, dtype, device, shape.
 
     Two writes leave no trace in it: through ``.data``, and to a tensor created inside ``torch.inference_mode`` (such
     tensors count no versions). See `FoldCache.drop`.
     """
-    return tuple(
-        (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device, tuple(t.shape)) for t in tensors
-    )
+    addresses = tuple(map(Tensor.data_ptr, tensors))
+    try:
+        return addresses, tuple(map(_state, tensors))
+    except RuntimeError:  # an inference tensor refuses to tell its version
+        return addresses, tuple((0 if t.is_inference() else t._version, *_state_but_version(t)) for t in tensors)
+
+
+# By functions that loop and read in C: every forward that uses a kept fold asks.
+_state = operator.attrgetter("_version", "dtype", "device", "shape")
+_state_but_version = operator.attrgetter("dtype", "device", "shape")
+
+
+class _Key(NamedTuple):
+    """What a fold was computed from: settings, the count of optimizers' steps, `fingerprint`."""
+
+    settings: FoldSettings
+    optimizer_steps: int
+    sources: Fingerprint
 
 
 @functools.cache
@@ -86,7 +102,7 @@ class _Kept:
     """
 
     fold: Any
-    key: tuple[FoldSettings, int, tuple[Source, ...]] | None = None
+    key: _Key | None = None
     held: list[Tensor] = field(default_factory=list)
     fill: StreamFill = field(default_factory=lambda: StreamFill([]))
 
@@ -154,7 +170,7 @@ class FoldCache:
         Raises:
             RuntimeError: there is no fold of these weights, in a CUDA graph's capture, where none can be computed.
         """
-        key = (settings, _optimizer_steps, fingerprint(sources))
+        key = _Key(settings, _optimizer_steps, fingerprint(sources))
         kept, captures = self._kept, streams.capturing()
         if kept is None or kept.key != key:
             if captures:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
-from graphmoe_kernels.backend import check_backend
+from graphmoe_kernels.backend import resolve_backend
 from graphmoe_kernels.gru import check_candidate_activation
+from graphmoe_kernels.rethinking.chosen import ChosenExperts, SingleExpert
+from graphmoe_kernels.rethinking.kinds import LayerWeights
+from graphmoe_kernels.rethinking.mixed import MixedExperts
 from graphmoe_kernels.rethinking.weights import (
     DenseMLP,
     ExpertWeights,
     GRUWeights,
-    LayerWeights,
     LinearRouters,
+    Magnitudes,
     RethinkingSpec,
+    padded,
 )
 from graphmoe_kernels.validation import (
     FLOAT_DTYPES,
@@ -34,12 +39,30 @@ from graphmoe_kernels.validation import (
 CANDIDATE_INPUTS = ("expert_output", "hidden_state")
 
 
+# Settings that `check_spec` has passed, by identity, beside what else it read. They hold the settings, so that no id
+# comes back as another object's; equality would take rounds=True for rounds=1.
+_passed: dict[tuple[int, int, bool], RethinkingSpec] = {}
+_MOST_PASSED = 4096
+
+
 def check_call(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backend: str) -> None:
-    """`TypeError` or `ValueError` for arguments of `graphmoe_kernels.rethink` that make no sense alone or together."""
+    """`TypeError` or `ValueError` for arguments of `graphmoe_kernels.rethink` that make no sense alone or together.
+
+    Settings are checked once for each object that holds them, and each number of experts.
+    """
     check_weights(weights)
-    check_spec(spec, weights)
+    gru = weights.gru
+    key = (id(spec), weights.experts.lora.gate_A.shape[0], gru is None)
+    if torch.compiler.is_compiling():
+        check_spec(spec, weights)
+    elif _passed.get(key) is not spec:
+        check_spec(spec, weights)
+        if len(_passed) >= _MOST_PASSED:
+            _passed.clear()
+        _passed[key] = spec
     check_input(x, weights)
-    check_backend(backend)
+    if resolve_backend(backend, "x", x) == "triton":
+        weights.experts.check_kernels(spec.top_k, 0 if gru is None else padded(gru.width), spec.activation)
 
 
 def check_spec(spec: RethinkingSpec, weights: LayerWeights) -> None:
@@ -59,17 +82,18 @@ def check_spec(spec: RethinkingSpec, weights: LayerWeights) -> None:
             f"unknown candidate_input {shown(spec.candidate_input)}; expected 'expert_output' or 'hidden_state'"
         )
     check_candidate_activation(spec.candidate_activation)
-    check_top_k(spec.top_k, weights.experts.gate_A.shape[0])
+    check_top_k(spec.top_k, weights.experts.lora.gate_A.shape[0])
     check_dropout(spec.dropout)
 
 
 def check_input(x: Tensor, weights: LayerWeights) -> None:
     """`TypeError` or `ValueError` for an x that is no batch of hidden states for this layer."""
-    hidden, base = weights.experts.gate_A.shape[2], weights.base
+    gate_A, base = weights.experts.lora.gate_A, weights.base
+    hidden = gate_A.shape[2]
     check_floats("x", x)
     if x.dim() != 2 or x.shape[1] != hidden:
         raise ValueError(f"x must be [tokens, {hidden}], got {list(x.shape)}; flatten a batch first")
-    check_device("x", x, "the experts", weights.experts.gate_A)
+    check_device("x", x, "the experts", gate_A)
     if isinstance(base, DenseMLP) and x.dtype != base.gate.dtype:
         cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, base.gate.dtype)
         if not cast:
@@ -87,26 +111,31 @@ def check_weights(weights: LayerWeights) -> None:
     if not isinstance(weights, LayerWeights):
         raise TypeError(f"weights must be LayerWeights, got {type(weights).__name__}")
     experts, base, gru = weights.experts, weights.base, weights.gru
-    if not isinstance(experts, ExpertWeights):
-        raise TypeError(f"experts must be ExpertWeights, got {type(experts).__name__}")
+    if not isinstance(experts, KINDS):
+        names = ", ".join(kind.__name__ for kind in KINDS)
+        raise TypeError(f"experts must be of a kind ({names}), got {type(experts).__name__}")
+    lora = experts.lora
+    if not isinstance(lora, ExpertWeights):
+        raise TypeError(f"experts.lora must be ExpertWeights, got {type(lora).__name__}")
     if gru is not None and not isinstance(gru, GRUWeights):
         raise TypeError(f"gru must be GRUWeights, got {type(gru).__name__}")
     if not hasattr(base, "project_in"):
         raise TypeError(f"base must be a BaseMLP, such as DenseMLP, got {type(base).__name__}")
     if isinstance(base, DenseMLP):
-        _check_tensors(experts, base, gru)
-    _check_routers(weights)
+        _check_tensors(lora, base, gru)
+    _ROUTER_CHECKS[type(experts)](experts)
 
 
-def _check_tensors(experts: ExpertWeights, base: DenseMLP, gru: GRUWeights | None) -> None:
-    n, r, D, F = _sizes(experts)
+def _check_tensors(lora: ExpertWeights, base: DenseMLP, gru: GRUWeights | None) -> None:
+    n, r, D, F = _sizes(lora)
     sizes = f"{n} experts of rank {r}, D={D} and F={F} (by gate_A and gate_B)"
     wide, narrow = (n, F, r), (n, r, D)
     shapes: tuple[tuple[int, ...], ...] = (narrow, wide, narrow, wide, (n, r, F), (n, D, r))
-    if experts.magnitudes is not None:
-        shapes += ((n, F), (n, F), (n, D))
-    _check_shapes(experts, shapes, experts.gate_A, sizes)
-    _check_shapes(base, ((F, D), (F, D), (D, F), (F,), (F,), (D,)), experts.gate_A, sizes)
+    _check_shapes(lora, shapes, lora.gate_A, sizes)
+    if lora.magnitudes is not None:
+        _check_magnitudes(lora.magnitudes)
+        _check_shapes(lora.magnitudes, ((n, F), (n, F), (n, D)), lora.gate_A, sizes)
+    _check_shapes(base, ((F, D), (F, D), (D, F), (F,), (F,), (D,)), lora.gate_A, sizes)
     for name, tensor in zip(base._fields, base, strict=True):
         if tensor is not None and tensor.dtype != base.gate.dtype:
             raise TypeError(f"base.{name} is {tensor.dtype}, base.gate {base.gate.dtype}; an MLP has one dtype")
@@ -116,24 +145,41 @@ def _check_tensors(experts: ExpertWeights, base: DenseMLP, gru: GRUWeights | Non
             found = list(gru.candidate_bias.shape)
             raise ValueError(f"gru.candidate_bias must be [G] with G of at least 1, got {found}")
         gate = (gru.width, gru.width + D)
-        _check_shapes(gru, (gate, gate, gate, (gru.width,), (D, gru.width)), experts.gate_A, sizes)
+        _check_shapes(gru, (gate, gate, gate, (gru.width,), (D, gru.width)), lora.gate_A, sizes)
 
 
-def _sizes(experts: ExpertWeights) -> tuple[int, int, int, int]:
+def _check_magnitudes(magnitudes: Magnitudes) -> None:
+    if not isinstance(magnitudes, Magnitudes):
+        raise TypeError(f"magnitudes must be Magnitudes or None, got {type(magnitudes).__name__}")
+    missing = [f"magnitudes.{name}" for name, tensor in magnitudes._asdict().items() if tensor is None]
+    if missing:
+        raise ValueError(
+            f"DoRA's magnitudes belong together, and {' and '.join(missing)} is missing: pass all three, or "
+            "magnitudes=None"
+        )
+
+
+def _sizes(lora: ExpertWeights) -> tuple[int, int, int, int]:
     """n, r, D and F, as the gate's experts have them."""
-    for name, tensor in (("gate_A", experts.gate_A), ("gate_B", experts.gate_B)):
+    for name, tensor in (("gate_A", lora.gate_A), ("gate_B", lora.gate_B)):
         check_floats(name, tensor)
         if tensor.dim() != 3:
             raise ValueError(f"{name} must have three dimensions, one for the experts; got {list(tensor.shape)}")
-    n, r, D = experts.gate_A.shape
-    F = experts.gate_B.shape[1]
+    n, r, D = lora.gate_A.shape
+    F = lora.gate_B.shape[1]
     if n == 0 or D == 0 or F == 0:
         raise ValueError(f"a layer has experts, a hidden and an intermediate size; got {n} experts, D={D} and F={F}")
     return n, r, D, F
 
 
 # The part of a layer that a tensor belongs to, for messages.
-_PREFIXES = {ExpertWeights: "", DenseMLP: "base.", GRUWeights: "gru.", LinearRouters: "router."}
+_PREFIXES = {
+    ExpertWeights: "",
+    Magnitudes: "magnitudes.",
+    DenseMLP: "base.",
+    GRUWeights: "gru.",
+    LinearRouters: "linear_routers.",
+}
 
 
 def _check_shapes(part: Any, shapes: tuple[tuple[int, ...], ...], main: Tensor, sizes: str) -> None:
@@ -151,17 +197,39 @@ def _check_shapes(part: Any, shapes: tuple[tuple[int, ...], ...], main: Tensor, 
         raise ValueError(f"{name} must be {list(shape)} for {sizes}; got {list(tensor.shape)}")
 
 
-def _check_routers(weights: LayerWeights) -> None:
-    """A router with fewer rows than experts would never choose some, one with more what is not there."""
-    experts, router = weights.experts, weights.router
-    n, _, D = experts.gate_A.shape
-    if isinstance(router, LinearRouters):
-        F = experts.gate_B.shape[1]
-        _check_shapes(router, ((n, D), (n, D), (n, F)), experts.gate_A, f"{n} experts, a row for each")
-    elif router is not None:
-        check_floats("router", router)
-        if router.shape != (n, D):
-            raise ValueError(f"router must be [{n}, {D}] for {n} experts, a row for each; got {list(router.shape)}")
-        check_device("router", router, "gate_A", experts.gate_A)
-    elif n != 1:
+# Routers are checked at every call: one with fewer rows than experts would never choose some, one with more what is not
+# there, and a kept fold of one round does not know them.
+
+
+def _check_router(experts: ChosenExperts) -> None:
+    gate_A, router = experts.lora.gate_A, experts.router
+    n, _, D = gate_A.shape
+    if router is None:
+        raise ValueError(f"{n} experts need a router; without one there can be one expert (SingleExpert)")
+    check_floats("router", router)
+    if router.shape != (n, D):
+        raise ValueError(f"router must be [{n}, {D}] for {n} experts, a row for each; got {list(router.shape)}")
+    check_device("router", router, "gate_A", gate_A)
+
+
+def _check_single(experts: SingleExpert) -> None:
+    n = experts.lora.gate_A.shape[0]
+    if n != 1:
         raise ValueError(f"{n} experts need a router; without one there can be one expert")
+
+
+def _check_linear_routers(experts: MixedExperts) -> None:
+    gate_A, routers = experts.lora.gate_A, experts.linear_routers
+    if not isinstance(routers, LinearRouters):
+        raise TypeError(f"linear_routers must be LinearRouters, got {type(routers).__name__}")
+    n, _, D = gate_A.shape
+    F = experts.lora.gate_B.shape[1]
+    _check_shapes(routers, ((n, D), (n, D), (n, F)), gate_A, f"{n} experts, a row for each")
+
+
+_ROUTER_CHECKS: dict[type, Callable[[Any], None]] = {
+    ChosenExperts: _check_router,
+    SingleExpert: _check_single,
+    MixedExperts: _check_linear_routers,
+}
+KINDS = tuple(_ROUTER_CHECKS)

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphmoe_kernels.gru import gru_step
+from graphmoe_kernels.experts.operands import GateUp, LowRankUpdate
 from graphmoe_kernels.ranges import named_range
-from graphmoe_kernels.rethinking import rounds
+from graphmoe_kernels.rethinking.call import Call, GRUState, make_call
 from graphmoe_kernels.rethinking.checks import check_call
 from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, RoundsFold, build_fold
-from graphmoe_kernels.rethinking.round_routing import (
-    RoundRouting,
-    RoundSettings,
-    mixed_weight,
-    route,
-)
-from graphmoe_kernels.rethinking.weights import LayerWeights, RethinkingOutput, RethinkingSpec
+from graphmoe_kernels.rethinking.kinds import LayerWeights, RoundInputs
+from graphmoe_kernels.rethinking.weights import RethinkingOutput, RethinkingSpec, collect
 
 
 def rethink_folded(
@@ -46,93 +40,58 @@ def folded_rounds(
     fold: Fold | None = None,
 ) -> RethinkingOutput:
     """`rethink_folded` of arguments that were checked."""
-    base, down_router = weights.base, weights.down_router
-    mixed, settings = down_router is not None, RoundSettings(spec, backend)
+    base, call = weights.base, make_call(x, spec, backend)
     # Before the cast to the projections' dtype: autocast would lower the router's input.
-    first = routing = route(x, weights.input_router(), mixed, settings)
-    gate, up = rounds.project_in(base, x)  # [N, F] each, read by every round
-    x = x.to(gate.dtype)
+    first = routing = weights.experts.route(x, call)
+    with named_range("mlp"):
+        pre_activations = GateUp(*base.project_in(x))  # [N, F] each, read by every round
+    if x.dtype is not pre_activations.gate.dtype:
+        x = x.to(pre_activations.gate.dtype)
     if fold is None:
-        fold = build_fold(weights, FoldSettings(gate.dtype, spec.scale, spec.candidate_input))
+        fold = build_fold(weights, FoldSettings(x.dtype, spec.scale, spec.candidate_input))
     experts = fold.experts
-    gate, up = rounds.without_bias(gate, up, experts)
-
-    low = rounds.project_low(x, experts, spec)  # [N, 2nr]
-    out = rounds.expert_round(rounds.RoundInputs(gate, up, low), experts, routing, down_router, settings)
-    routings, state = [out.routings], None
+    pre_activations = experts.read(pre_activations)
+    with named_range("experts"):
+        low = F.linear(call.drop(x), experts.low_A)  # [N, 2nr]
+    out = experts.round(RoundInputs(pre_activations, low), routing, call)
+    logits, state, total = [out.logits], None, None
+    later = fold.later
     for _ in range(1, spec.rounds):
-        later = fold.later
         assert later is not None
         with named_range("gru"):
-            reads = _gru_inputs(out, x, state, routing, weights, fold, spec)
-            state = _think(reads, state, later, spec, backend)
+            gru_inputs = later.read(out, x, total, base, experts.down)
+            state = gru_round(gru_inputs, state, later, call)
         del out  # before the next one is made: the widest tensor of a round
-        total = state.total
-        routing = route(total, later.router, mixed, settings, before=first)
-        low_t, low_update = low, state.low_update if spec.dropout == 0 else None
-        if spec.dropout > 0:  # dropout(x_t) is not linear in x_t: form x_t, for A alone
-            low_t = rounds.project_low(x + F.linear(total, later.output), experts, spec)
-        inputs = rounds.RoundInputs(gate, up, low_t, (total, later.gate, later.up), low_update)
-        out = rounds.expert_round(inputs, experts, routing, down_router, settings)
-        routings.append(out.routings)
-    return rounds.collect(rounds.output(base, out, experts, routing, spec), routings)
+        total = state.gru.total
+        routing = later.router.route(total, first, call)
+        low_t, low_update = low, state.low_update
+        if call.dropout > 0:  # dropout(x_t) is not linear in x_t: form x_t, for A alone
+            with named_range("experts"):
+                low_t, low_update = F.linear(call.drop(x + F.linear(total, later.output)), experts.low_A), None
+        inputs = RoundInputs(pre_activations, low_t, LowRankUpdate(total, *later.update), low_update)
+        out = experts.round(inputs, routing, call)
+        logits.append(out.logits)
+    return collect(experts.down.output(base, out), logits)
 
 
-class State(NamedTuple):
+class RoundState(NamedTuple):
     """What a GRU step leaves to the next round; all are columns of two tensors.
 
     Attributes:
-        last, total: h and the sum H of all states so far, [N, G'] each.
-        low_update: (A W_g) H, [N, 2nr].
-        recurrent: W_z h beside W_r h, [N, 2G'], for the next step.
+        gru: what the next step reads, of width G'.
+        low_update: (A W_g) H, [N, 2nr], what the round's experts read.
     """
 
-    last: Tensor
-    total: Tensor
-    low_update: Tensor
-    recurrent: Tensor
+    gru: GRUState
+    low_update: Tensor | None
 
 
-def _think(reads: Tensor, state: State | None, fold: RoundsFold, spec: RethinkingSpec, backend: str) -> State:
-    """One GRU step on what it ``reads`` [N, 3G'], and the product that reads h and H for the round after it."""
-    pair = gru_step(
-        reads,
-        None if state is None else state.recurrent,
-        None if state is None else state.last,
-        None if state is None else state.total,
-        fold.candidate_weight,
-        fold.candidate_bias,
-        candidate_activation=spec.candidate_activation,
-        backend=backend,
-    )
-    width = pair.shape[1] // 2
-    reread = F.linear(pair, fold.reread)  # [N, 2nr + 2G']
-    low_update, recurrent = reread[:, : -2 * width], reread[:, -2 * width :]
-    return State(pair[:, :width], pair[:, width:], low_update, recurrent)
-
-
-def _gru_inputs(
-    out: rounds.RoundOutput,
-    x: Tensor,
-    state: State | None,
-    routing: RoundRouting,
-    weights: LayerWeights,
-    fold: Fold,
-    spec: RethinkingSpec,
-) -> Tensor:
-    """The GRU's input [N, 3G'] from a round's experts: without a down projection, unless DoRA scales what it gives."""
-    later = fold.later
-    assert later is not None
-    if later.inputs_low is None:
-        inputs = F.linear(rounds.output(weights.base, out, fold.experts, routing, spec), later.inputs)
-    else:
-        inputs = rounds.add_product(F.linear(out.c[0], later.inputs), out.z, later.inputs_low)
-    if later.inputs_bias is not None:
-        mixed = mixed_weight(routing, spec, inputs.dtype)
-        inputs = inputs + (later.inputs_bias if mixed is None else mixed * later.inputs_bias)
-    if later.candidate_x is None or later.candidate_state is None:
-        return inputs
-    candidate = F.linear(x, later.candidate_x)
-    if state is not None:
-        candidate = rounds.add_product(candidate, state.total, later.candidate_state)
-    return torch.cat([inputs, candidate], dim=1)
+def gru_round(gru_inputs: Tensor, state: RoundState | None, fold: RoundsFold, call: Call) -> RoundState:
+    """One GRU step on ``gru_inputs`` [N, 3G'], and the product that reads h and H for the round after it."""
+    before = None if state is None else state.gru
+    state_and_total = call.gru_step(gru_inputs, before, fold.candidate_weight, fold.candidate_bias)  # [N, 2G']
+    last, total = state_and_total.chunk(2, dim=1)
+    reread = F.linear(state_and_total, fold.reread)  # [N, 2nr + 2G']
+    low, width = fold.reread_widths
+    low_update, recurrent = reread.narrow(1, 0, low), reread.narrow(1, low, width)
+    return RoundState(GRUState(recurrent, last, total), low_update)

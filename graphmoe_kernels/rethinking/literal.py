@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphmoe_kernels.gru import gru_step
+from graphmoe_kernels.experts.operands import GateUp
 from graphmoe_kernels.ranges import named_range
-from graphmoe_kernels.rethinking import rounds
+from graphmoe_kernels.rethinking.call import Call, GRUState, make_call
 from graphmoe_kernels.rethinking.checks import check_call
-from graphmoe_kernels.rethinking.prepared import prepare_experts
-from graphmoe_kernels.rethinking.round_routing import RoundSettings, route
-from graphmoe_kernels.rethinking.weights import GRUWeights, LayerWeights, RethinkingOutput, RethinkingSpec
+from graphmoe_kernels.rethinking.folding import cast_experts
+from graphmoe_kernels.rethinking.kinds import CastExperts, LayerWeights, RoundInputs
+from graphmoe_kernels.rethinking.weights import GRUWeights, RethinkingOutput, RethinkingSpec, collect
 
 
 def rethink_literal(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backend: str = "auto") -> RethinkingOutput:
@@ -27,50 +27,44 @@ def rethink_literal(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, back
 
 def literal_rounds(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backend: str) -> RethinkingOutput:
     """`rethink_literal` of arguments that were checked."""
-    base, gru, router, down_router = weights.base, weights.gru, weights.input_router(), weights.down_router
-    settings = RoundSettings(spec, backend)
-    experts, pair, routings = None, None, []
+    base, call = weights.base, make_call(x, spec, backend)
+    experts: CastExperts | None = None
+    state, logits = None, []
     for t in range(spec.rounds):
-        routing = route(x, router, down_router is not None, settings)
-        gate, up = rounds.project_in(base, x)
-        if experts is None:
-            with named_range("experts"):
-                experts = prepare_experts(weights, gate.dtype, spec.scale)
-        low = rounds.project_low(x.to(gate.dtype), experts, spec)  # [N, 2nr]
-        inputs = rounds.RoundInputs(*rounds.without_bias(gate, up, experts), low)
-        out = rounds.expert_round(inputs, experts, routing, down_router, settings)
-        routings.append(out.routings)
-        y = rounds.output(base, out, experts, routing, spec)
+        routing = weights.experts.route(x, call)
+        with named_range("mlp"):
+            pre_activations = GateUp(*base.project_in(x))  # [N, F] each
+        dtype = pre_activations.gate.dtype
+        with named_range("experts"):
+            if experts is None:
+                experts = cast_experts(weights, dtype, spec.scale)
+            low = F.linear(call.drop(x.to(dtype)), experts.low_A)  # [N, 2nr]
+        out = experts.round(RoundInputs(experts.read(pre_activations), low), routing, call)
+        logits.append(out.logits)
+        y = experts.down.output(base, out)
         if t == spec.rounds - 1:
             break
+        gru = weights.gru
         assert gru is not None
         with named_range("gru"):
-            pair = _gru_round(x, y, pair, gru, spec, backend)
-            x = x + F.linear(pair[:, : gru.width], gru.output.to(pair.dtype))
-    return rounds.collect(y, routings)
+            state = gru_round(x, y, state, gru, spec.candidate_input, call)
+            x = x + F.linear(state[:, : gru.width], gru.output.to(state.dtype))
+    return collect(y, logits)
 
 
-def _gru_round(
-    x: Tensor, y: Tensor, pair: Tensor | None, gru: GRUWeights, spec: RethinkingSpec, backend: str
+def gru_round(
+    x: Tensor, y: Tensor, state_and_total: Tensor | None, gru: GRUWeights, candidate_input: str, call: Call
 ) -> Tensor:
     """h and the sum of all states side by side, [N, 2G], from those of the round before."""
     columns, width = gru.input_columns().to(y.dtype), gru.width  # [3G, D]
-    if spec.candidate_input == "expert_output":
-        inputs = F.linear(y, columns)
+    if candidate_input == "expert_output":
+        gru_inputs = F.linear(y, columns)
     else:
         reads_y, reads_x = columns[: 2 * width], columns[2 * width :]
-        inputs = torch.cat([F.linear(y, reads_y), F.linear(x.to(y.dtype), reads_x)], dim=1)
-    state = total = recurrent = None
-    if pair is not None:
-        state, total = pair[:, :width], pair[:, width:]
-        recurrent = F.linear(state, gru.recurrent_gates().to(pair.dtype))  # [N, 2G]
-    return gru_step(
-        inputs,
-        recurrent,
-        state,
-        total,
-        gru.recurrent_candidate(),
-        gru.candidate_bias,
-        candidate_activation=spec.candidate_activation,
-        backend=backend,
-    )
+        gru_inputs = torch.cat([F.linear(y, reads_y), F.linear(x.to(y.dtype), reads_x)], dim=1)
+    before = None
+    if state_and_total is not None:
+        last, total = state_and_total[:, :width], state_and_total[:, width:]
+        before = GRUState(F.linear(last, gru.recurrent_gates().to(last.dtype)), last, total)  # W_z h, W_r h: [N, 2G]
+    weight = gru.recurrent_candidate().to(gru_inputs.dtype)
+    return call.gru_step(gru_inputs, before, weight, gru.candidate_bias)

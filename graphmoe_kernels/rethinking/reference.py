@@ -6,12 +6,17 @@ expert runs on every token, and the routing weights pick afterwards. Use it in f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
-from graphmoe_kernels.rethinking.weights import LayerWeights, LinearRouters, RethinkingSpec
+from graphmoe_kernels.rethinking.chosen import SingleExpert
+from graphmoe_kernels.rethinking.kinds import LayerWeights
+from graphmoe_kernels.rethinking.mixed import MixedExperts
+from graphmoe_kernels.rethinking.weights import RethinkingSpec
 
 
 def rethink_reference(x: Tensor, weights: LayerWeights, spec: RethinkingSpec) -> Tensor:
@@ -37,16 +42,17 @@ def rethink_reference(x: Tensor, weights: LayerWeights, spec: RethinkingSpec) ->
 
 def _mixture(x: Tensor, weights: LayerWeights, spec: RethinkingSpec) -> Tensor:
     """sum_i p_i E_i(x) by one router, or an MLP of linears that each mix their own experts by a router of their own."""
-    experts = range(weights.experts.gate_A.shape[0])
-    if isinstance(weights.router, LinearRouters):
-        gate = _mixed_linear(x, weights, spec, "gate", weights.router.gate)
-        up = _mixed_linear(x, weights, spec, "up", weights.router.up)
+    kind: Any = weights.experts
+    if isinstance(kind, MixedExperts):
+        routers = kind.linear_routers
+        gate = _mixed_linear(x, weights, spec, "gate", routers.gate)
+        up = _mixed_linear(x, weights, spec, "up", routers.up)
         hidden = get_activation(spec.activation).function(gate) * up
-        return _mixed_linear(hidden, weights, spec, "down", weights.router.down)
-    if weights.router is None:
+        return _mixed_linear(hidden, weights, spec, "down", routers.down)
+    if isinstance(kind, SingleExpert):
         return _expert(x, weights, spec, 0)
-    mixing = _mixing(x, weights.router, spec)  # [N, n]
-    return torch.stack([mixing[:, i, None] * _expert(x, weights, spec, i) for i in experts]).sum(0)
+    mixing = _mixing(x, kind.router, spec)  # [N, n]
+    return torch.stack([mixing[:, i, None] * _expert(x, weights, spec, i) for i in range(mixing.shape[1])]).sum(0)
 
 
 def _mixing(x: Tensor, router: Tensor, spec: RethinkingSpec) -> Tensor:
@@ -77,10 +83,9 @@ def _mixed_linear(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, name: 
 
 def _adapted_linear(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, name: str, i: int) -> Tensor:
     """W~ x + b with W~ = W + s B_i A_i; with DoRA m_i * (W + s B_i A_i) / ||W + s B_i A_i||, row by row."""
-    base, e = weights.base.dense(), weights.experts
-    adapted = getattr(base, name) + spec.scale * getattr(e, f"{name}_B")[i] @ getattr(e, f"{name}_A")[i]
-    magnitude = getattr(e, f"{name}_magnitude")
-    if magnitude is not None:
+    base, lora = weights.base.dense(), weights.experts.lora
+    adapted = getattr(base, name) + spec.scale * getattr(lora, f"{name}_B")[i] @ getattr(lora, f"{name}_A")[i]
+    if lora.magnitudes is not None:
         norm = torch.linalg.vector_norm(adapted.detach(), dim=1)
-        adapted = (magnitude[i] / norm)[:, None].to(adapted.dtype) * adapted
+        adapted = (getattr(lora.magnitudes, name)[i] / norm)[:, None].to(adapted.dtype) * adapted
     return F.linear(x, adapted, getattr(base, f"{name}_bias"))

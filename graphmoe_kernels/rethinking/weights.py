@@ -28,7 +28,7 @@ class BaseMLP(Protocol):
         """Those of gate [F], up [F] and down [D]."""
         ...
 
-    def sources(self) -> list[Tensor | None]:
+    def sources(self) -> list[Tensor]:
         """The tensors that `dense` reads, as they are stored: what a cached fold depends on."""
         ...
 
@@ -63,20 +63,27 @@ class DenseMLP(NamedTuple):
         """See `BaseMLP.biases`."""
         return self.gate_bias, self.up_bias, self.down_bias
 
-    def sources(self) -> list[Tensor | None]:
+    def sources(self) -> list[Tensor]:
         """Its tensors."""
-        return list(self)
+        return [t for t in self if t is not None]
 
     def stores_dense(self) -> bool:
         """True."""
         return True
 
 
-class ExpertWeights(NamedTuple):
-    """LoRA pairs of n experts of rank r on gate, up and down, and DoRA's magnitudes, all three or none.
+class Magnitudes(NamedTuple):
+    """DoRA's magnitudes of n experts: gate, up [n, F] and down [n, D]."""
 
-    gate_A, up_A [n, r, D]; gate_B, up_B [n, F, r]; down_A [n, r, F]; down_B [n, D, r]; gate_magnitude, up_magnitude
-    [n, F]; down_magnitude [n, D].
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class ExpertWeights(NamedTuple):
+    """LoRA pairs of n experts of rank r on gate, up and down, and DoRA's magnitudes if the experts have them.
+
+    gate_A, up_A [n, r, D]; gate_B, up_B [n, F, r]; down_A [n, r, F]; down_B [n, D, r].
     """
 
     gate_A: Tensor
@@ -85,27 +92,16 @@ class ExpertWeights(NamedTuple):
     up_B: Tensor
     down_A: Tensor
     down_B: Tensor
-    gate_magnitude: Tensor | None = None
-    up_magnitude: Tensor | None = None
-    down_magnitude: Tensor | None = None
+    magnitudes: Magnitudes | None = None
 
     @property
-    def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def pairs(self) -> tuple[Tensor, ...]:
         """A and B of gate, up and down."""
-        return self.gate_A, self.gate_B, self.up_A, self.up_B, self.down_A, self.down_B
+        return self[:6]
 
-    @property
-    def magnitudes(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Those of gate, up and down, or None without DoRA; ``ValueError`` for one or two of the three."""
-        gate, up, down = self.gate_magnitude, self.up_magnitude, self.down_magnitude
-        if gate is None or up is None or down is None:
-            if gate is None and up is None and down is None:
-                return None
-            missing = [name for name in self._fields[6:] if getattr(self, name) is None]
-            raise ValueError(
-                f"DoRA's magnitudes belong together, and {' and '.join(missing)} is missing: pass all three or none"
-            )
-        return gate, up, down
+    def tensors(self) -> list[Tensor]:
+        """The pairs, then the magnitudes."""
+        return [*self.pairs, *(self.magnitudes or ())]
 
 
 class LinearRouters(NamedTuple):
@@ -117,6 +113,14 @@ class LinearRouters(NamedTuple):
     gate: Tensor
     up: Tensor
     down: Tensor
+
+
+ALIGNMENT = 16  # the inner dimension that suits the hardware
+
+
+def padded(width: int) -> int:
+    """``width`` of a GRU rounded up to a multiple of `ALIGNMENT`, as a fold has it."""
+    return -(-width // ALIGNMENT) * ALIGNMENT
 
 
 class GRUWeights(NamedTuple):
@@ -152,37 +156,16 @@ class GRUWeights(NamedTuple):
         return self.candidate[:, : self.width]
 
 
-class LayerWeights(NamedTuple):
-    """Everything a rethinking layer computes with.
+class RouterSettings(NamedTuple):
+    """How a router's logits become routing weights.
 
     Attributes:
-        base: the frozen MLP.
-        router: [n, D], one router that chooses whole experts; or one for each linear; or None for a single expert.
-        experts: their weights.
-        gru: there if there is a second round.
+        top_k: experts per token; n where all are mixed.
+        normalize: divide the chosen routing weights by their sum.
     """
 
-    base: BaseMLP
-    router: Tensor | LinearRouters | None
-    experts: ExpertWeights
-    gru: GRUWeights | None
-
-    @property
-    def down_router(self) -> Tensor | None:
-        """[n, F], the router that reads the down projection's input, where every linear has one."""
-        return self.router.down if isinstance(self.router, LinearRouters) else None
-
-    def input_router(self) -> Tensor | None:
-        """The routers that read x, one over the other: [n, D], or [2n, D] (gate, up) where every linear has one."""
-        if isinstance(self.router, LinearRouters):
-            return torch.cat([self.router.gate, self.router.up])
-        return self.router
-
-    def routers(self) -> list[Tensor]:
-        """All of them, in the order in which `RethinkingOutput` counts."""
-        if isinstance(self.router, LinearRouters):
-            return list(self.router)
-        return [] if self.router is None else [self.router]
+    top_k: int
+    normalize: bool = True
 
 
 class RethinkingSpec(NamedTuple):
@@ -190,10 +173,9 @@ class RethinkingSpec(NamedTuple):
 
     Attributes:
         rounds: T; 1 is the plain mixture of LoRA experts.
-        top_k: experts a token and round; n where all are mixed.
+        top_k, normalize: of the routers, see `RouterSettings`.
         scale: s = alpha / r.
         activation: the MLP's, by a name of `graphmoe_kernels.ACTIVATIONS`.
-        normalize: divide the chosen routing weights by their sum.
         candidate_input: what the GRU's candidate reads besides the state: ``"expert_output"`` (y_t, Eq. 6) or
             ``"hidden_state"`` (x_t, Algorithm 1 line 31).
         candidate_activation: ``"sigmoid"`` or ``"tanh"``.
@@ -209,6 +191,11 @@ class RethinkingSpec(NamedTuple):
     candidate_activation: str = "sigmoid"
     dropout: float = 0.0
 
+    @property
+    def router(self) -> RouterSettings:
+        """What its routers read."""
+        return RouterSettings(self.top_k, self.normalize)
+
 
 class RethinkingOutput(NamedTuple):
     """What T rounds give.
@@ -222,3 +209,8 @@ class RethinkingOutput(NamedTuple):
 
     y: Tensor
     router_logits: tuple[tuple[Tensor, ...], ...]
+
+
+def collect(y: Tensor, logits: list[tuple[Tensor, ...]]) -> RethinkingOutput:
+    """The output with the logits of the routers, given by round, by router."""
+    return RethinkingOutput(y, tuple(zip(*logits, strict=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -12,6 +13,26 @@ from graphmoe_model.layers.mlp_layouts import MLPLayout, find_layout
 from graphmoe_model.storage.dequantise import dense_weight, is_quantised, run_linear, stored_tensors
 
 
+def _part(mlp: Any, name: str) -> Any:
+    """Read an attribute of an MLP, past ``nn.Module.__getattr__`` where it is a module."""
+    parts = mlp._modules
+    return parts[name] if name in parts else getattr(mlp, name)
+
+
+def _stored(linears: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for linear in linears:
+        found += stored_tensors(linear)
+        parameters = linear._parameters
+        if "bias" not in parameters:  # HQQ's is a plain attribute
+            bias = linear.bias
+        else:
+            bias = parameters["bias"]
+        if bias is not None:
+            found.append(bias)
+    return found
+
+
 class SeparateMLP(NamedTuple):
     """An MLP with a linear each for gate, up and down."""
 
@@ -20,8 +41,8 @@ class SeparateMLP(NamedTuple):
 
     def linears(self) -> tuple[Any, Any, Any]:
         """The modules of gate, up and down."""
-        gate, up, down, *_ = self.layout
-        return getattr(self.mlp, gate), getattr(self.mlp, up), getattr(self.mlp, down)
+        mlp, (gate, up, down, *_) = self.mlp, self.layout
+        return _part(mlp, gate), _part(mlp, up), _part(mlp, down)
 
     def project_in(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `graphmoe_kernels.BaseMLP`; the modules are called, so their hooks and quantisation count."""
@@ -42,9 +63,9 @@ class SeparateMLP(NamedTuple):
         gate, up, down = self.linears()
         return gate.bias, up.bias, down.bias
 
-    def sources(self) -> list[Tensor | None]:
-        """The stored tensors of three weights, and three biases."""
-        return [t for linear in self.linears() for t in (*stored_tensors(linear), linear.bias)]
+    def sources(self) -> list[Tensor]:
+        """The stored tensors of three weights, and the biases."""
+        return _stored(self.linears())
 
     def stores_dense(self) -> bool:
         """See `graphmoe_kernels.BaseMLP`."""
@@ -59,7 +80,7 @@ class FusedMLP(NamedTuple):
 
     def linears(self) -> tuple[Any, Any]:
         """The modules of gate and up, and of down."""
-        return getattr(self.mlp, self.layout.gate), getattr(self.mlp, self.layout.down)
+        return _part(self.mlp, self.layout.gate), _part(self.mlp, self.layout.down)
 
     def project_in(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `graphmoe_kernels.BaseMLP`: two views of one product."""
@@ -82,9 +103,9 @@ class FusedMLP(NamedTuple):
         gate, up = (None, None) if both.bias is None else both.bias.chunk(2)
         return gate, up, down.bias
 
-    def sources(self) -> list[Tensor | None]:
-        """The stored tensors of two weights, and two biases."""
-        return [t for linear in self.linears() for t in (*stored_tensors(linear), linear.bias)]
+    def sources(self) -> list[Tensor]:
+        """The stored tensors of two weights, and the biases."""
+        return _stored(self.linears())
 
     def stores_dense(self) -> bool:
         """See `graphmoe_kernels.BaseMLP`."""

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graphmoe_kernels import ExpertWeights, LinearRouters, row_norms
+from graphmoe_kernels import ExpertWeights, LinearRouters, Magnitudes, row_norms
+
+
+def own_parameter(module: nn.Module, name: str) -> Any:
+    """Read a module's parameter past ``nn.Module.__getattr__``, which takes longer than a small product.
+
+    By its dictionary at every call, so that a parameter that was replaced is seen, and by its brackets, in which ZeRO-3
+    gathers. What is None, or computed by a parametrisation, is found as it always is.
+    """
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 class Router(nn.Module):
@@ -86,6 +96,7 @@ class MLPExperts(nn.Module):
         routers: Literal["layer", "linear"] | None = "layer",
     ) -> None:
         super().__init__()
+        self.dora = dora
 
         def pairs(in_features: int, out_features: int) -> LoRAPairs:
             own = routers == "linear"
@@ -96,14 +107,27 @@ class MLPExperts(nn.Module):
         self.down_proj = pairs(intermediate, hidden)
 
     def tensors(self) -> ExpertWeights:
-        """The parameters as the kernels take them."""
-        g, u, d = self.gate_proj, self.up_proj, self.down_proj
-        return ExpertWeights(g.A, g.B, u.A, u.B, d.A, d.B, g.magnitude, u.magnitude, d.magnitude)
+        """Give the parameters as the kernels take them."""
+        parts: Any = self._modules
+        gate, up, down = parts["gate_proj"], parts["up_proj"], parts["down_proj"]
+        magnitudes = None
+        if self.dora:
+            magnitudes = Magnitudes(*(own_parameter(pairs, "magnitude") for pairs in (gate, up, down)))
+        return ExpertWeights(
+            own_parameter(gate, "A"),
+            own_parameter(gate, "B"),
+            own_parameter(up, "A"),
+            own_parameter(up, "B"),
+            own_parameter(down, "A"),
+            own_parameter(down, "B"),
+            magnitudes,
+        )
 
-    def routers(self) -> LinearRouters | None:
-        """The linears' routers as the kernels take them, or None if they have none."""
-        routers = (self.gate_proj.router, self.up_proj.router, self.down_proj.router)
-        return None if None in routers else LinearRouters(*(router.weight for router in routers))  # type: ignore[union-attr]
+    def linear_routers(self) -> LinearRouters:
+        """Give the linears' routers as the kernels take them, where every linear has one."""
+        parts: Any = self._modules
+        pairs = (parts["gate_proj"], parts["up_proj"], parts["down_proj"])
+        return LinearRouters(*(own_parameter(own.router, "weight") for own in pairs))
 
 
 def check_rows(weight: Tensor, name: str, module: str) -> None:

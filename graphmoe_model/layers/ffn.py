@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,25 +11,42 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from graphmoe_kernels import FoldCache, LayerWeights, LinearRouters, fold_sources, rethink
+from graphmoe_kernels import (
+    BaseMLP,
+    ChosenExperts,
+    ExpertKind,
+    FoldCache,
+    LayerWeights,
+    MixedExperts,
+    SingleExpert,
+    fold_sources,
+    rethink,
+)
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.layers.base_mlp import dense_weights, down_projection, wrap_mlp
-from graphmoe_model.layers.experts import MLPExperts, Router, check_rows
+from graphmoe_model.layers.base_mlp import FusedMLP, SeparateMLP, dense_weights, down_projection, wrap_mlp
+from graphmoe_model.layers.experts import MLPExperts, Router, check_rows, own_parameter
 from graphmoe_model.layers.gru import RethinkingGRU
 from graphmoe_model.layers.mlp_checks import check_mlp, dropout_rate
 from graphmoe_model.layers.recomputation import Run
 from graphmoe_model.layers.routed_layer import RoutedLayer, experts_of_layer
 from graphmoe_model.layers.scaling import scaled_experts, scaled_gru
-from graphmoe_model.storage.dequantise import input_dtype, stored_tensors
-from graphmoe_model.storage.offloading import with_onloaded_weights
-from graphmoe_model.storage.weight_management import allowed_fold, gathered_weights
+from graphmoe_model.storage.dequantise import stored_tensors
+from graphmoe_model.storage.weight_management import WeightManager, allowed_fold, gathered_weights
 
 # The routers' names relative to the layer, in the order of `RethinkingOutput.router_logits`.
-ROUTER_NAMES = {"layer": ("",), "linear": ("gate_proj", "up_proj", "down_proj"), None: ()}
+ROUTER_NAMES: dict[str | None, tuple[str, ...]] = {
+    "layer": ("",),
+    "linear": ("gate_proj", "up_proj", "down_proj"),
+    None: (),
+}
 
 
 class GraphMoEAdapter(nn.Module):
-    """The trainable part of one layer: experts with their routers and (for more than one round) the GRU."""
+    """The trainable part of one layer: experts with their routers and (for more than one round) the GRU.
+
+    Attributes:
+        router_names: of its routers relative to the layer, in the order of `RethinkingOutput.router_logits`.
+    """
 
     def __init__(
         self,
@@ -45,6 +63,7 @@ class GraphMoEAdapter(nn.Module):
         self._scale = config.scaling(r, alpha)
         self.num_experts = num_experts
         neutral, routers = bool(config.init_lora_weights), config.base_method.routers
+        self.router_names, self._read_experts = ROUTER_NAMES[routers], _READERS[routers]
         self.router = Router(num_experts, hidden) if routers == "layer" else None
         self.experts = MLPExperts(
             num_experts, self.rank, hidden, intermediate, zero_B=neutral, dora=config.use_dora, routers=routers
@@ -58,9 +77,42 @@ class GraphMoEAdapter(nn.Module):
         """s, as trained; a layer's ``scaling`` says how it counts now."""
         return self._scale
 
-    def routers(self) -> Tensor | LinearRouters | None:
-        """As the kernels take them."""
-        return self.experts.routers() if self.router is None else self.router.weight
+    @property
+    def rounds(self) -> int:
+        """T."""
+        return self.config.rounds
+
+    def trained(self) -> Tensor:
+        """One of its parameters."""
+        experts: Any = self._modules["experts"]
+        return own_parameter(experts._modules["down_proj"], "B")
+
+    def weights(self, base: BaseMLP) -> LayerWeights:
+        """Give the parameters over ``base`` as the kernels take them."""
+        gru: Any = self._modules.get("gru")
+        return LayerWeights(base, self._read_experts(self), None if gru is None else gru.tensors())
+
+
+def _chosen_experts(adapter: GraphMoEAdapter) -> ExpertKind:
+    parts: Any = adapter._modules
+    return ChosenExperts(parts["experts"].tensors(), own_parameter(parts["router"], "weight"))
+
+
+def _mixed_experts(adapter: GraphMoEAdapter) -> ExpertKind:
+    experts: Any = adapter._modules["experts"]
+    return MixedExperts(experts.tensors(), experts.linear_routers())
+
+
+def _single_expert(adapter: GraphMoEAdapter) -> ExpertKind:
+    experts: Any = adapter._modules["experts"]
+    return SingleExpert(experts.tensors())
+
+
+_READERS: dict[str | None, Callable[[GraphMoEAdapter], ExpertKind]] = {
+    "layer": _chosen_experts,
+    "linear": _mixed_experts,
+    None: _single_expert,
+}
 
 
 class FusedGraphMoEFFN(RoutedLayer):
@@ -91,12 +143,14 @@ class FusedGraphMoEFFN(RoutedLayer):
             ``config.num_experts`` differs by layer and no ``num_experts`` is given.
     """
 
+    width_name = "MLP's hidden size"
+
     def __init__(self, mlp: nn.Module, config: GraphMoEConfig, adapter_name: str = "default", **kwargs: Any) -> None:
         if isinstance(mlp, BaseTunerLayer):
             raise TypeError(f"this MLP is wrapped already ({type(mlp).__name__}); use update_layer to add an adapter")
         traits = check_mlp(mlp)
         super().__init__(mlp, config, adapter_name)
-        self.traits = traits
+        self.traits, self._wrapped = traits, wrap_mlp(mlp)
         self.in_features = self.out_features = traits.hidden
         self.update_layer(adapter_name, config, **kwargs)
 
@@ -129,43 +183,35 @@ class FusedGraphMoEFFN(RoutedLayer):
                 getattr(adapter.experts, name).start_magnitudes(weight, adapter.scale)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    @with_onloaded_weights
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., D] for x [..., D] of a floating dtype, on the MLP's device.
-
-        A non-finite x gives a non-finite y for its token and leaves the other tokens alone.
-
-        Raises:
-            TypeError: x is not floating point, or of another dtype than the MLP's plain weights outside of autocast; in
-                training, a linear of the MLP passes no gradient to its input.
-            ValueError: x has another width or is on another device.
-            RuntimeError: FSDP or tensor parallelism was applied to a part of the layer.
-        """
-        name = self.counted_name()
-        if name is None:
-            return self.base_layer(x)
-        down = down_projection(self.base_layer)
-        adapter: GraphMoEAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
-        manager = self._manager(down, adapter.experts.down_proj.B, name)
-        self._check_x(x, stored_tensors(down)[0], input_dtype(down), self.traits.hidden, "MLP's hidden size")
+    def _adapted(
+        self, x: Tensor, name: str, adapter: GraphMoEAdapter, manager: WeightManager
+    ) -> tuple[Tensor, tuple[tuple[Tensor, ...], ...]]:
         config = adapter.config
         output = rethink(
-            x.reshape(-1, x.shape[-1]),  # [N, D]
+            x if x.dim() == 2 else x.reshape(-1, x.shape[-1]),  # [N, D]
             self._weights(name),
-            config.spec(self.scaling[name], adapter.num_experts, self.traits.activation, training=self.training),
+            self._spec(name, adapter),
             fold=allowed_fold(manager, config.fold),
             cache=None if self.training else self._kept_fold(name, manager),
             backend=config.backend,
         )
-        logits = dict(zip(ROUTER_NAMES[config.base_method.routers], output.router_logits, strict=True))
-        y = F.dropout(output.y, self._output_dropout())
-        return self._finish(y.view(*x.shape[:-1], y.shape[-1]), x, logits)
+        y, dropout = output.y, self._output_dropout()
+        if dropout > 0:
+            y = F.dropout(y, dropout)
+        return (y if x.dim() == 2 else y.view(x.shape)), output.router_logits
 
-    def router_shapes(self) -> dict[str, tuple[int, int]]:
-        """[T, n] of each of the active adapter's routers, by name relative to the layer."""
-        adapter: GraphMoEAdapter = self.lora_graphmoe[self.active_name()]  # type: ignore[assignment,index]
-        names = ROUTER_NAMES[adapter.config.base_method.routers]
-        return dict.fromkeys(names, (adapter.config.rounds, adapter.num_experts))
+    def _output_linear(self) -> Any:
+        return self._base().linears()[-1]
+
+    def _activation(self) -> str:
+        return self.traits.activation
+
+    def _base(self) -> SeparateMLP | FusedMLP:
+        """The MLP as the kernels' `BaseMLP`; made once for each module that is the base."""
+        base = wrap_mlp(self._modules["base_layer"], self._wrapped)  # type: ignore[arg-type]
+        if base is not self._wrapped:  # written alone where it changes: a compiled forward writes nothing
+            self._wrapped = base
+        return base
 
     def _output_dropout(self) -> float:
         """The rate of the MLP's own dropout on its output; 0 where it has none, or is in evaluation mode."""
@@ -182,16 +228,16 @@ class FusedGraphMoEFFN(RoutedLayer):
         weights, strength = self._stored(adapter_name), self.strength(adapter_name)
         if strength == 1:
             return weights
-        experts = weights.experts
-        if experts.magnitudes is not None:
+        experts: Any = weights.experts
+        if experts.lora.magnitudes is not None:
             dense = weights.base.dense()
-            experts = scaled_experts(experts, (dense.gate, dense.up, dense.down), strength)
+            lora = scaled_experts(experts.lora, (dense.gate, dense.up, dense.down), strength)
+            experts = experts._replace(lora=lora)
         return weights._replace(experts=experts, gru=weights.gru and scaled_gru(weights.gru, strength))
 
     def _stored(self, adapter_name: str) -> LayerWeights:
-        adapter: GraphMoEAdapter = self.lora_graphmoe[adapter_name]  # type: ignore[assignment]
-        gru = None if adapter.gru is None else adapter.gru.tensors()
-        return LayerWeights(wrap_mlp(self.base_layer), adapter.routers(), adapter.experts.tensors(), gru)
+        adapter: GraphMoEAdapter = self.adapter(adapter_name)
+        return adapter.weights(self._base())
 
     def _fold_sources(self, adapter_name: str, weights: LayerWeights) -> list[Tensor]:
         """What a kept fold is compared with: the parameters, not what a strength made of them in this forward."""
@@ -199,8 +245,8 @@ class FusedGraphMoEFFN(RoutedLayer):
 
     def _read_by_forward(self, adapter_name: str) -> list[Tensor]:
         stored = self._stored(adapter_name)
-        adapter = [t for t in (*stored.experts, *stored.routers(), *(stored.gru or ())) if t is not None]
-        return [*adapter, *(t for linear in wrap_mlp(self.base_layer).linears() for t in stored_tensors(linear))]
+        adapter = [*stored.experts.lora.tensors(), *stored.experts.routers(), *(stored.gru or ())]
+        return [*adapter, *(t for linear in self._base().linears() for t in stored_tensors(linear))]
 
     def __getattr__(self, name: str) -> Any:
         """As ``nn.Module``; who looks for the MLP's projections here is told where they are."""

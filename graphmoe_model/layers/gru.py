@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from graphmoe_kernels import GRUWeights
+from graphmoe_model.layers.experts import own_parameter
 
 
 class RethinkingGRU(nn.Module):
@@ -26,10 +29,11 @@ class RethinkingGRU(nn.Module):
 
     def tensors(self) -> GRUWeights:
         """The parameters as the kernels take them."""
+        parts: Any = self._modules
         return GRUWeights(
-            self.update_gate.weight,
-            self.reset_gate.weight,
-            self.candidate.weight,
-            self.candidate.bias,
-            self.output_proj.weight,
+            own_parameter(parts["update_gate"], "weight"),
+            own_parameter(parts["reset_gate"], "weight"),
+            own_parameter(parts["candidate"], "weight"),
+            own_parameter(parts["candidate"], "bias"),
+            own_parameter(parts["output_proj"], "weight"),
         )

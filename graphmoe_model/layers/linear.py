@@ -9,28 +9,18 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from graphmoe_kernels import (
-    FoldCache,
-    FoldSettings,
-    LinearExperts,
-    PreparedLinear,
-    RoundSettings,
-    mix_linear,
-    prepare_linear,
-)
+from graphmoe_kernels import FoldCache, FoldSettings, LinearExperts, PreparedLinear, mix_linear, prepare_linear
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.layers.experts import LoRAPairs, check_rows
+from graphmoe_model.layers.experts import LoRAPairs, check_rows, own_parameter
 from graphmoe_model.layers.routed_layer import RoutedLayer, experts_of_layer
 from graphmoe_model.layers.scaling import scaled_magnitude
 from graphmoe_model.storage.dequantise import (
     check_dense,
     dense_weight,
-    input_dtype,
     is_linear,
     run_linear,
     stored_tensors,
 )
-from graphmoe_model.storage.offloading import with_onloaded_weights
 from graphmoe_model.storage.weight_management import WeightManager, check_unsharded, gathered_weights
 
 
@@ -51,12 +41,17 @@ class LinearAdapter(LoRAPairs):
         )
         self.config = config
         self.num_experts = num_experts
+        self.router_names, self.rounds = ("",), 1
         self._scale = scale
 
     @property
     def scale(self) -> float:
         """s, as trained; a layer's ``scaling`` says how it counts now."""
         return self._scale
+
+    def trained(self) -> Tensor:
+        """One of its parameters."""
+        return own_parameter(self, "B")
 
 
 class RoutedLoRALinear(RoutedLayer):
@@ -76,6 +71,8 @@ class RoutedLoRALinear(RoutedLayer):
         ValueError: the config's method has no experts outside of MLPs, DoRA on a weight with a zero row, or
             ``config.num_experts`` differs by layer and no ``num_experts`` is given.
     """
+
+    width_name = "linear's input size"
 
     def __init__(self, linear: nn.Module, config: GraphMoEConfig, adapter_name: str = "default", **kwargs: Any) -> None:
         check_linear(linear)
@@ -109,32 +106,27 @@ class RoutedLoRALinear(RoutedLayer):
                 adapter.start_magnitudes(dense_weight(self.base_layer), scale)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    @with_onloaded_weights
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y [..., out] for x [..., in]; raises as `FusedGraphMoEFFN.forward`."""
-        name = self.counted_name()
-        if name is None:
-            return self.base_layer(x, *args, **kwargs)
-        base = self.base_layer
-        adapter: LinearAdapter = self.lora_graphmoe[name]  # type: ignore[assignment]
-        manager = self._manager(base, adapter.B, name)
-        self._check_x(x, stored_tensors(base)[0], input_dtype(base), self.in_features, "linear's input size")
-        config = adapter.config
-        y = run_linear(base, x, *args, **kwargs)
-        spec = config.spec(self.scaling[name], adapter.A.shape[0], training=self.training)
+    def _adapted(
+        self, x: Tensor, name: str, adapter: LinearAdapter, manager: WeightManager, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, tuple[tuple[Tensor, ...], ...]]:
+        config, spec = adapter.config, self._spec(name, adapter)
+        y = run_linear(self.base_layer, x, *args, **kwargs)
         mixed, routing = mix_linear(
             y.reshape(-1, y.shape[-1]),  # [N, out]
             x.reshape(-1, x.shape[-1]),  # [N, in]
-            adapter.router.weight,  # type: ignore[union-attr]
+            own_parameter(adapter.router, "weight"),  # type: ignore[arg-type]
             self._prepared(name, adapter, y.dtype, manager),
-            RoundSettings(spec, config.backend),
+            spec.router,
+            dropout=spec.dropout,
+            backend=config.backend,
         )
-        return self._finish(mixed.view(y.shape), x, {"": (routing.logits,)})
+        return mixed.view(y.shape), ((routing.logits,),)
 
-    def router_shapes(self) -> dict[str, tuple[int, int]]:
-        """[1, n] of the active adapter's router, which is the layer's own."""
-        adapter: LinearAdapter = self.lora_graphmoe[self.active_name()]  # type: ignore[assignment,index]
-        return {"": (1, adapter.num_experts)}
+    def _output_linear(self) -> Any:
+        return self.base_layer
+
+    def _activation(self) -> str:
+        return "silu"  # no activation follows a linear; the kernels' settings have one all the same
 
     def _prepared(
         self, name: str, adapter: LinearAdapter, dtype: torch.dtype, manager: WeightManager

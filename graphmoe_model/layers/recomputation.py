@@ -115,10 +115,12 @@ def same_run(y: Tensor, layer: RepeatedLayer) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return y
+    differentiated, repeats = torch.is_grad_enabled() and y.requires_grad, in_backward()
+    if not differentiated and not repeats:
+        return y
     run = layer.run()
-    differentiated = torch.is_grad_enabled() and y.requires_grad
     random = random_state(y.device) if run.dropout > 0 and differentiated else None
-    if in_backward():
+    if repeats:
         layer.repeats.add(random)
     if not differentiated:
         return y

@@ -8,13 +8,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, distributed, nn
 
-from graphmoe_kernels import FoldCache
+from graphmoe_kernels import FoldCache, RethinkingSpec
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.layers.recomputation import Repeats, Run, same_run
 from graphmoe_model.layers.scaling import ScaledLayer
 from graphmoe_model.routing.global_routing import sum_over_processes
 from graphmoe_model.routing.record import RoutingContext, RoutingRecord
-from graphmoe_model.storage.dequantise import keep_unpacked
+from graphmoe_model.storage.dequantise import input_dtype, keep_unpacked, stored_device
+from graphmoe_model.storage.offloading import is_offloaded, onloaded_for_forward
 from graphmoe_model.storage.weight_management import (
     WeightManager,
     check_nothing_wrapped,
@@ -50,6 +51,8 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
         repeats: its forwards that checkpointing ran again in the last backward pass that did.
     """
 
+    in_features: int
+    width_name: str  # what messages call in_features
     adapter_layer_names = ("lora_graphmoe",)
     other_param_names = ("scaling",)
 
@@ -64,6 +67,7 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
         self.router_loss_hooks: RouterLossHooks | None = None
         self.repeats = Repeats()
         self._folds: dict[str, FoldCache] = {}
+        self._specs: dict[str, tuple[tuple[Any, ...], RethinkingSpec]] = {}  # by adapter, with what they were made of
         self._under_fsdp = False
         base_layer.requires_grad_(False)
         keep_unpacked(base_layer)
@@ -98,6 +102,7 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its folds; the next one by name becomes active if it was."""
         self._folds.pop(adapter_name, None)
+        self._specs.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
         if self.router_loss_hooks is not None:
             self.router_loss_hooks.remove_if_unused()
@@ -110,11 +115,63 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
         """Refused, as nothing can have been merged."""
         raise NotImplementedError("GraphMoE adapters are never merged, so there is nothing to unmerge")
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y [..., out] for x [..., in] of a floating dtype, on the base layer's device.
+
+        A non-finite x gives a non-finite y for its token and leaves the other tokens alone.
+
+        Raises:
+            TypeError: x is not floating point, or of another dtype than the base's plain weights outside of autocast;
+                in training, a linear of the base passes no gradient to its input.
+            ValueError: x has another width or is on another device.
+            RuntimeError: FSDP or tensor parallelism was applied to a part of the layer, or parameters that get
+                gradients are offloaded.
+        """
+        if is_offloaded(self):
+            with onloaded_for_forward(self):
+                return self._forward(x, *args, offloaded=True, **kwargs)
+        return self._forward(x, *args, offloaded=False, **kwargs)
+
+    def _forward(self, x: Tensor, *args: Any, offloaded: bool, **kwargs: Any) -> Tensor:
+        """`forward` with all weights on their device."""
+        name = self.counted_name()
+        if name is None:
+            return self.base_layer(x, *args, **kwargs)
+        adapter = self.adapter(name)
+        linear = self._output_linear()
+        self._check_x(x, linear)
+        manager = self._manager(linear, adapter.trained(), name, offloaded)
+        y, logits = self._adapted(x, name, adapter, manager, *args, **kwargs)
+        return self._finish(y, x, adapter, logits)
+
+    def _adapted(
+        self, x: Tensor, name: str, adapter: Any, manager: WeightManager, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, tuple[tuple[Tensor, ...], ...]]:
+        """y [..., out] of the adapter called ``name``, and its routers' logits: by router, then by round, [N, n] each.
+
+        Args:
+            x: [..., in], checked.
+            name: of the active adapter.
+            adapter: that adapter.
+            manager: who manages the layer's weights.
+            args, kwargs: for the base layer.
+        """
+        raise NotImplementedError
+
+    def _output_linear(self) -> Any:
+        """The base's linear that gives its output."""
+        raise NotImplementedError
+
+    def adapter(self, name: str) -> Any:
+        """The trainable part called ``name``; past ``nn.Module.__getattr__``, as every forward asks."""
+        return self._modules["lora_graphmoe"]._modules[name]  # type: ignore[union-attr]
+
     def active_name(self) -> str | None:
         """The adapter to run, or None for the base layer alone; ``ValueError`` if there is more than one."""
         if self.disable_adapters:
             return None
-        present = [name for name in self.active_adapters if name in self.lora_graphmoe]
+        adapters = self._modules["lora_graphmoe"]._modules  # type: ignore[union-attr]
+        present = [name for name in self.active_adapters if name in adapters]
         if len(present) > 1:
             raise ValueError(
                 f"one GraphMoE adapter can be active at a time, got {', '.join(present)}: rounds of different "
@@ -130,7 +187,7 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
     def active_config(self) -> GraphMoEConfig | None:
         """The active adapter's configuration."""
         name = self.active_name()
-        return None if name is None else self.lora_graphmoe[name].config  # type: ignore[return-value]
+        return None if name is None else self.adapter(name).config
 
     def run(self) -> Run:
         """What a forward depends on now besides tensors."""
@@ -139,27 +196,50 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
             return Run(None, 0.0, 1.0)
         return Run(name, config.lora_dropout if self.training else 0.0, self.scaling[name])
 
-    def _finish(self, y: Tensor, x: Tensor, logits: dict[str, tuple[Tensor, ...]]) -> Tensor:
-        """y, once a forward on x [..., in] has left its routers' logits ([N, n] of every round) behind."""
-        config = self.active_config()
-        assert config is not None
+    def _finish(self, y: Tensor, x: Tensor, adapter: Any, logits: tuple[tuple[Tensor, ...], ...]) -> Tensor:
+        """y, once a forward on x [..., in] has left its routers' logits ([N, n], by router and round) behind."""
+        config, context = adapter.config, self.routing_context
         trains = self.training and config.router_aux_loss_coef > 0
-        if logits and (trains or self.routing_context.loads):
-            mask = self.routing_context.token_mask(x)
-            records = [self._routing_record(config, name, rounds, mask) for name, rounds in logits.items()]
-            alone = self.routing_context.record(self, records, trains=trains)
+        if logits and (trains or context.loads):
+            mask = context.token_mask(x)
+            named = zip(adapter.router_names, logits, strict=True)
+            records = [self._routing_record(adapter, name, rounds, mask) for name, rounds in named]
+            alone = context.record(self, records, trains=trains)
             if alone is not None:
                 sum_over_processes(alone, [self])
         return same_run(y, self)
 
-    def router_shapes(self) -> dict[str, tuple[int, int]]:
-        """[T, n] of each of the active adapter's routers, by name relative to the layer."""
+    def _spec(self, name: str, adapter: Any) -> RethinkingSpec:
+        """The active adapter's settings for the kernels as they are now; the same object as long as they are the same.
+
+        By that `graphmoe_kernels.rethink` knows that it has checked them.
+        """
+        config, scale = adapter.config, self.scaling[name]
+        if torch.compiler.is_compiling():
+            return config.spec(scale, adapter.num_experts, self._activation(), training=self.training)
+        key = (
+            *(scale, self.training, config.rounds, config.top_k, config.norm_topk_prob, config.method),
+            *(config.candidate_input, config.candidate_activation, config.lora_dropout, adapter.num_experts),
+        )
+        kept = self._specs.get(name)
+        if kept is None or kept[0] != key:
+            spec = config.spec(scale, adapter.num_experts, self._activation(), training=self.training)
+            kept = self._specs[name] = key, spec
+        return kept[1]
+
+    def _activation(self) -> str:
+        """The kernels' name of the base's activation."""
         raise NotImplementedError
 
+    def router_shapes(self) -> dict[str, tuple[int, int]]:
+        """[T, n] of each of the active adapter's routers, by name relative to the layer."""
+        adapter = self.adapter(self.active_name())  # type: ignore[arg-type]
+        return dict.fromkeys(adapter.router_names, (adapter.rounds, adapter.num_experts))
+
     def _routing_record(
-        self, config: GraphMoEConfig, router: str, logits: tuple[Tensor, ...], token_mask: Tensor | None
+        self, adapter: Any, router: str, logits: tuple[Tensor, ...], token_mask: Tensor | None
     ) -> RoutingRecord:
-        adapter = self.lora_graphmoe[self.active_name()]  # type: ignore[index]
+        config = adapter.config
         return RoutingRecord(
             logits,
             token_mask,
@@ -172,13 +252,13 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
             router=router,
         )
 
-    def _manager(self, linear: nn.Module, trained: Tensor, adapter_name: str) -> WeightManager:
-        """Who manages this layer's weights at present; ``linear`` and ``trained`` are as in `weight_manager`.
+    def _manager(self, linear: nn.Module, trained: Tensor, adapter_name: str, offloaded: bool) -> WeightManager:
+        """Who manages this layer's weights at present; ``linear`` and further ones are as in `weight_manager`.
 
         Raises:
             RuntimeError: a part of the layer is split over processes by itself.
         """
-        manager = weight_manager(self, linear, trained)
+        manager = weight_manager(self, linear, trained, offloaded)
         if manager is not WeightManager.ZERO3 and distributed.is_available() and distributed.is_initialized():
             check_whole(self, self._read_by_forward(adapter_name))
         if manager is WeightManager.FSDP and not self._under_fsdp:
@@ -199,13 +279,14 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
         """The parameters that a forward reads itself, those of the base included."""
         raise NotImplementedError
 
-    def _check_x(self, x: Tensor, weight: Tensor, dtype: torch.dtype | None, width: int, what: str) -> None:
-        """`TypeError` or `ValueError` for an x that the base layer, whose ``weight`` this is, does not take."""
+    def _check_x(self, x: Tensor, linear: nn.Module) -> None:
+        """`TypeError` or `ValueError` for an x that the base layer, with this ``linear`` in it, does not take."""
+        width = self.in_features
         if not x.is_floating_point():
             raise TypeError(f"x must be floating point, got {x.dtype}; pass hidden states, not token ids")
         if x.shape[-1] != width:
-            raise ValueError(f"x must have the {what} {width} as its last dimension, got {list(x.shape)}")
-        device = weight.device
+            raise ValueError(f"x must have the {self.width_name} {width} as its last dimension, got {list(x.shape)}")
+        device, dtype = stored_device(linear), input_dtype(linear)
         if device.type == "meta":
             raise ValueError(
                 "this layer's weights hold no data (meta device), and no hook of accelerate's brings them; load them "

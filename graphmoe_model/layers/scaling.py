@@ -16,7 +16,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from graphmoe_kernels import ExpertWeights, GRUWeights, row_norms
+from graphmoe_kernels import ExpertWeights, GRUWeights, Magnitudes, row_norms
 from graphmoe_model.storage.dequantise import dense_linear, is_quantised
 from graphmoe_model.storage.offloading import with_onloaded_weights
 
@@ -84,7 +84,7 @@ def scaled_experts(experts: ExpertWeights, dense: tuple[Tensor, Tensor, Tensor],
         scaled_magnitude(magnitude, weight, *pair, strength)
         for magnitude, weight, pair in zip(experts.magnitudes, dense, pairs, strict=True)
     )
-    return experts._replace(gate_magnitude=gate, up_magnitude=up, down_magnitude=down)
+    return experts._replace(magnitudes=Magnitudes(gate, up, down))
 
 
 def scaled_gru(gru: GRUWeights, strength: float) -> GRUWeights:

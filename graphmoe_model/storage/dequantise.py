@@ -46,12 +46,23 @@ def dense_linear(linear: Any, dtype: torch.dtype | None = None) -> nn.Linear:
 
 def stored_tensors(linear: nn.Module) -> list[Tensor]:
     """List every tensor that `dense_weight` reads, as stored and on the linear's device; the weight's own first."""
-    return [linear.weight] if _is_usual(linear) else known_kind(linear).stored(linear)  # type: ignore[list-item]
+    if _is_usual(linear):
+        return [linear._parameters["weight"]]  # type: ignore[list-item]
+    return known_kind(linear).stored(linear)
+
+
+def stored_device(linear: nn.Module) -> torch.device:
+    """Return the device on which a linear's weight is stored."""
+    if _is_usual(linear):
+        return linear._parameters["weight"].device  # type: ignore[union-attr]
+    return known_kind(linear).stored(linear)[0].device
 
 
 def input_dtype(linear: nn.Module) -> torch.dtype | None:
     """Return the dtype that a linear's input must have, or None where it takes any floating-point dtype."""
-    return linear.weight.dtype if _is_usual(linear) else known_kind(linear).input_dtype(linear)  # type: ignore
+    if _is_usual(linear):
+        return linear._parameters["weight"].dtype  # type: ignore[union-attr]
+    return known_kind(linear).input_dtype(linear)
 
 
 def is_linear(module: Any) -> bool:
@@ -178,7 +189,8 @@ def keep_unpacked(model: nn.Module) -> None:
 
 def _is_usual(linear: nn.Module) -> bool:
     """Tell whether it is a plain ``nn.Linear``, the usual case, which a compiled forward asks too."""
-    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.weight.dtype in FLOATS
+    weight = linear._parameters.get("weight") if type(linear) is nn.Linear else None
+    return type(weight) is nn.Parameter and weight.dtype in FLOATS
 
 
 def _is_product(linear: Any) -> bool:

@@ -30,7 +30,18 @@ TRAINED_WHILE_OFFLOADED = (
 
 def is_offloaded(module: nn.Module) -> bool:
     """Tell whether accelerate offloads a tensor of this module or of one inside it."""
-    return next(_offloading(module), None) is not None
+    rest: list[nn.Module | None] = [module]  # as `_offloading`, which is slower: every forward asks
+    while rest:
+        own = rest.pop()
+        if own is None:
+            continue
+        state = own.__dict__
+        if "_hf_hook" in state and any(hook.offload for hook in _hooks(own)):
+            return True
+        children = state["_modules"]
+        if children:
+            rest.extend(children.values())
+    return False
 
 
 @contextmanager
@@ -52,6 +63,19 @@ def onloaded(module: nn.Module) -> Iterator[None]:
             own._hf_hook.post_forward(own, None)  # type: ignore[operator, union-attr]
 
 
+@contextmanager
+def onloaded_for_forward(layer: nn.Module) -> Iterator[None]:
+    """Have what is offloaded of a layer on its device inside the block, in which its forward runs.
+
+    Raises:
+        RuntimeError: in training, where parameters that get gradients are offloaded.
+    """
+    if layer.training and torch.is_grad_enabled():
+        _check_trainable(layer)
+    with onloaded(layer):
+        yield
+
+
 def with_onloaded_weights(forward: Function) -> Function:
     """Run a layer's forward, whose first argument is the layer, with what is offloaded of it on its device.
 
@@ -63,9 +87,7 @@ def with_onloaded_weights(forward: Function) -> Function:
     def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not is_offloaded(layer):
             return forward(layer, *args, **kwargs)
-        if layer.training and torch.is_grad_enabled():
-            _check_trainable(layer)
-        with onloaded(layer):
+        with onloaded_for_forward(layer):
             return forward(layer, *args, **kwargs)
 
     return cast(Function, run)
@@ -112,7 +134,7 @@ def check_not_offloaded(module: nn.Module, name: str, field: str) -> None:
 
 
 def _offloading(module: nn.Module) -> Iterator[nn.Module]:
-    """Iterate over the modules from this one on whose hooks offload; fast, as every forward asks."""
+    """Iterate over the modules from this one on whose hooks offload."""
     rest: list[nn.Module | None] = [module]
     while rest:
         own = rest.pop()

@@ -70,26 +70,30 @@ def allowed_fold(manager: WeightManager, mode: str) -> str:
     return "always" if manager is WeightManager.ZERO and torch.is_grad_enabled() else "auto"
 
 
-def weight_manager(layer: nn.Module, linear: nn.Module, trained: Tensor) -> WeightManager:
+def weight_manager(
+    layer: nn.Module, linear: nn.Module, trained: Tensor, offloaded: bool | None = None
+) -> WeightManager:
     """Find out who manages the weights of a layer, as it is now.
 
     Args:
         layer: the layer of experts.
         linear: one of its base's linears, or the base itself.
         trained: one of the active adapter's parameters.
+        offloaded: what `is_offloaded` says of the layer, if it was asked already.
     """
     if is_under_fsdp(layer):
         return WeightManager.FSDP
-    if hasattr(getattr(linear, "weight", None), "ds_id"):
+    weight = linear._parameters.get("weight")  # not by its brackets, in which ZeRO-3 gathers it
+    if hasattr(getattr(linear, "weight", None) if weight is None else weight, "ds_id"):
         return WeightManager.ZERO3
-    if is_offloaded(layer):
+    if is_offloaded(layer) if offloaded is None else offloaded:
         return WeightManager.OFFLOAD
     return WeightManager.ZERO if hasattr(trained, "_hp_mapping") else WeightManager.LAYER
 
 
 def is_under_fsdp(module: nn.Module) -> bool:
     """Tell whether FSDP 1 or 2 manages a module's parameters: both mark every module inside of what they shard."""
-    return getattr(module, "_is_fsdp_managed_module", False) is True
+    return module.__dict__.get("_is_fsdp_managed_module") is True
 
 
 def is_dtensor(tensor: object) -> bool:

@@ -51,8 +51,8 @@ def llama(base: DenseMLP) -> LlamaMLP:
 def problem(rounds: int, dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[LayerWeights, Tensor, Tensor]:
     """A layer, x and the gradient of y. Feature 0 of x is 1 in every round and keeps expert `UNCHOSEN` unchosen."""
     weights = make_layer(D, F, EXPERTS, RANK, WIDTH if rounds > 1 else None, bias=bias, dtype=dtype)
-    weights.router[UNCHOSEN] = 0
-    weights.router[UNCHOSEN, 0] = -50
+    weights.experts.router[UNCHOSEN] = 0
+    weights.experts.router[UNCHOSEN, 0] = -50
     if weights.gru is not None:
         weights.gru.output[0] = 0
     x, upstream = torch.randn(2, TOKENS, D, dtype=torch.float64).to(dtype).unbind()

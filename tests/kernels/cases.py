@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels import LayerWeights, RethinkingSpec, rethink_literal
-from graphmoe_kernels.rethinking import round_routing
+from graphmoe_kernels.rethinking import call
 from graphmoe_kernels.testing import cast_layer, make_layer, trainable
 
 # Below this share of the upstream gradient's norm a gradient is judged by its absolute error: some are zero
@@ -52,7 +52,7 @@ def gradients(
     x_trainable: bool = True,
 ) -> dict[str, Tensor]:
     """y and the gradient of every trainable tensor (and of x) under an upstream gradient, by name."""
-    weights = cast_layer(weights, weights.experts.gate_A.dtype, requires_grad=True)
+    weights = cast_layer(weights, weights.experts.lora.gate_A.dtype, requires_grad=True)
     x = x.detach().clone().requires_grad_(x_trainable)
     y = run(x, weights)
     y.backward(upstream.to(y.dtype))
@@ -82,7 +82,7 @@ def assert_equal_to(found: dict[str, Tensor], oracle: dict[str, Tensor], upstrea
 def recorded_logits() -> Iterator[list[Tensor]]:
     """The router logits of every round of every recurrence run inside, in order."""
     seen: list[Tensor] = []
-    original = round_routing.route_tokens
+    original = call.run_routing
 
     def route(*args, **kwargs):
         routing = original(*args, **kwargs)
@@ -90,7 +90,7 @@ def recorded_logits() -> Iterator[list[Tensor]]:
         return routing
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(round_routing, "route_tokens", route)
+        patch.setattr(call, "run_routing", route)
         yield seen
 
 

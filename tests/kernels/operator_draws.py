@@ -11,13 +11,20 @@ from torch import Tensor
 
 from graphmoe_kernels import (
     ACTIVATIONS,
+    ChosenExperts,
+    DenseMLP,
     Dropout,
     ExpertOperands,
+    ExpertWeights,
     GateUp,
+    GRUWeights,
     LayerWeights,
     LinearRouters,
     LowRankUpdate,
+    Magnitudes,
+    MixedExperts,
     RethinkingSpec,
+    SingleExpert,
     expert_order,
     expert_swiglu,
     gru_step,
@@ -184,7 +191,7 @@ def rethinking_arguments(draw: Any) -> dict[str, Any]:
         "candidate_activation": draw(st.sampled_from(["sigmoid", "tanh"])),
         "dropout": 0.0,
     }
-    tokens, hidden = draw(st.integers(0, 5)), weights.experts.gate_A.shape[2]
+    tokens, hidden = draw(st.integers(0, 5)), weights.experts.lora.gate_A.shape[2]
     return {
         "x": randn(tokens, hidden, dtype=dtype, seed=draw(seeds)),
         **flat(weights),
@@ -195,26 +202,36 @@ def rethinking_arguments(draw: Any) -> dict[str, Any]:
 
 
 def flat(weights: LayerWeights) -> dict[str, Any]:
-    """A layer's tensors by name: ``base.gate``, ``experts.up_A``, ``gru.update``, ``router`` or ``router.gate``."""
+    """A layer's tensors by their paths: ``base.gate``, ``experts.router``, ``experts.lora.up_A``, ``gru.update``."""
     found: dict[str, Any] = {}
-    for part, value in weights._asdict().items():
-        if hasattr(value, "_asdict"):
-            found |= {f"{part}.{name}": tensor for name, tensor in value._asdict().items()}
-        else:
-            found[part] = value
+
+    def enter(path: str, value: Any) -> None:
+        if not hasattr(value, "_asdict"):
+            found[path] = value
+            return
+        for name, part in value._asdict().items():
+            enter(f"{path}.{name}", part)
+
+    for name, part in weights._asdict().items():
+        enter(name, part)
     return found
 
 
 def layer_of(given: dict[str, Any]) -> LayerWeights:
     """The inverse of `flat`."""
-    weights = make_layer(1, 1, 1, 1, 1)
-    parts: dict[str, Any] = {"router": given.get("router"), "gru": given.get("gru")}
-    kinds = {"base": type(weights.base), "experts": type(weights.experts), "gru": type(weights.gru)}
-    for part, kind in {**kinds, "router": LinearRouters}.items():
-        own = {name.partition(".")[2]: value for name, value in given.items() if name.startswith(f"{part}.")}
-        if own:
-            parts[part] = kind(**own)
-    return LayerWeights(**parts)
+
+    def part(kind: type, path: str) -> Any:
+        own = {name.removeprefix(f"{path}.") for name in given if name.startswith(f"{path}.")}
+        return kind(**{name: given[f"{path}.{name}"] for name in own if "." not in name}) if own else given.get(path)
+
+    lora = part(ExpertWeights, "experts.lora")
+    lora = lora._replace(magnitudes=part(Magnitudes, "experts.lora.magnitudes"))
+    experts: Any = SingleExpert(lora)
+    if "experts.router" in given:
+        experts = ChosenExperts(lora, given["experts.router"])
+    elif any(name.startswith("experts.linear_routers") for name in given):
+        experts = MixedExperts(lora, part(LinearRouters, "experts.linear_routers"))
+    return LayerWeights(part(DenseMLP, "base"), experts, part(GRUWeights, "gru"))
 
 
 def run_rethink(**given: Any) -> Any:

@@ -137,7 +137,7 @@ def test_executed_arithmetic_is_what_the_code_executes(sizes):
 def test_the_counter_sees_into_the_expert_operator():
     """An opaque operator would read as zero FLOP, and any model of it would pass."""
     layer = make_layer(8, 48, 4, 2, None, dtype=torch.float32)
-    e = layer.experts
+    e = layer.experts.lora
     tokens, k = 5, 2
     gate, up = torch.randn(2, tokens, 48).unbind()
     low = torch.randn(tokens, 16, requires_grad=True)
@@ -161,7 +161,7 @@ def test_the_counter_refuses_what_it_cannot_see(part):
     """The products of a Triton kernel would read as zero FLOP, and a layer on Triton as nearly free."""
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    e = make_layer(16, 48, 4, 2, None, dtype=torch.float32, device=device).experts
+    e = make_layer(16, 48, 4, 2, None, dtype=torch.float32, device=device).experts.lora
     wide, low, weights = (torch.randn(5, size, device=device) for size in (48, 16, 2))
     experts = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 3], [1, 0]], device=device)
 

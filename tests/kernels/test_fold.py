@@ -37,26 +37,29 @@ def test_contents(width, padded, candidate_input):
     """M, Q and the small products, each against its definition; padding is zero and nothing else."""
     weights = layer(SPEC, ODD._replace(width=width), bias=True)
     fold = build_fold(weights, settings(SPEC._replace(candidate_input=candidate_input))).later
-    base, e, gru = weights.base, weights.experts, weights.gru
-    for product, left in ((fold.gate, base.gate), (fold.up, base.up), (fold.router, weights.router)):
+    base, e, gru = weights.base, weights.experts.lora, weights.gru
+    for product, left in (
+        (fold.update.gate, base.gate),
+        (fold.update.up, base.up),
+        (fold.router.weight, weights.experts.router),
+    ):
         assert product.shape == (left.shape[0], padded)
         torch.testing.assert_close(product[:, :width], left @ gru.output, rtol=1e-12, atol=1e-13)
         assert not product[:, width:].any()
     reads = [gru.update[:, width:], gru.reset[:, width:]]
     if candidate_input == "expert_output":
         reads.append(gru.candidate[:, width:])
-        assert fold.candidate_x is None
-        assert fold.candidate_state is None
+        assert fold.hidden_state is None
     else:
-        torch.testing.assert_close(fold.candidate_x[:width], gru.candidate[:, width:])
-        torch.testing.assert_close(fold.candidate_state[:width, :width], gru.candidate[:, width:] @ gru.output)
+        torch.testing.assert_close(fold.hidden_state.x[:width], gru.candidate[:, width:])
+        torch.testing.assert_close(fold.hidden_state.total[:width, :width], gru.candidate[:, width:] @ gru.output)
     down_B = torch.cat([1.5 * B for B in e.down_B], dim=1)  # [D, n*r]
     for i, columns in enumerate(reads):
         rows = slice(i * padded, i * padded + width)
-        torch.testing.assert_close(fold.inputs[rows], columns @ base.down, rtol=1e-12, atol=1e-13)
-        torch.testing.assert_close(fold.inputs_low[rows], columns @ down_B, rtol=1e-12, atol=1e-13)
-        torch.testing.assert_close(fold.inputs_bias[rows], columns @ base.down_bias, rtol=1e-12, atol=1e-13)
-    assert fold.inputs.shape == (len(reads) * padded, ODD.intermediate)
+        torch.testing.assert_close(fold.reader.inputs[rows], columns @ base.down, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(fold.reader.inputs_low[rows], columns @ down_B, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(fold.reader.inputs_bias[rows], columns @ base.down_bias, rtol=1e-12, atol=1e-13)
+    assert fold.reader.inputs.shape == (len(reads) * padded, ODD.intermediate)
     for kept, own in ((fold.candidate_weight, gru.candidate[:, :width]), (fold.output, gru.output)):
         assert kept.shape[1] == padded
         assert torch.equal(kept[: own.shape[0], :width], own)
@@ -72,7 +75,7 @@ def test_reread(width, padded):
     A nonzero in the wrong half would let a round read the state for the sum of states, or the other way about.
     """
     weights = layer(SPEC, ODD._replace(width=width))
-    e, gru = weights.experts, weights.gru
+    e, gru = weights.experts.lora, weights.gru
     low = ODD.experts * ODD.rank
     expected = torch.zeros(2 * low + 2 * padded, 2 * padded, dtype=torch.float64)
     expected[:low, padded : padded + width] = e.gate_A.flatten(0, 1) @ gru.output
@@ -89,27 +92,28 @@ def test_reread(width, padded):
 def test_prepared_experts(spec):
     """The experts as the operators take them: A of gate over A of up, s B_D side by side, the rest as it is."""
     weights = layer(spec)
-    fold, e = build_fold(weights, settings()), weights.experts
+    fold, e = build_fold(weights, settings()), weights.experts.lora
     assert torch.equal(fold.experts.low_A, torch.cat([*e.gate_A, *e.up_A]))
-    assert torch.equal(fold.experts.down_B, torch.cat([1.5 * B for B in e.down_B], dim=1))
-    for name in ("gate_B", "up_B", "down_A"):
-        assert torch.equal(getattr(fold.experts, name), getattr(e, name))
+    assert torch.equal(fold.experts.down.B, torch.cat([1.5 * B for B in e.down_B], dim=1))
+    for kept, own in zip((*fold.experts.B, fold.experts.down_A), (e.gate_B, e.up_B, e.down_A), strict=True):
+        assert torch.equal(kept, own)
 
 
 def test_a_layer_of_one_round_folds_its_experts_alone():
     """Without a GRU there are no later rounds; what remains must be all that is kept, counted and refreshed."""
     fold = build_fold(layer(ONE_ROUND), settings(ONE_ROUND))
     assert fold.later is None
-    assert [t.data_ptr() for t in fold.tensors()] == [t.data_ptr() for t in fold.experts if t is not None]
+    assert [t.data_ptr() for t in fold.tensors()] == [t.data_ptr() for t in fold.experts.tensors()]
 
 
 def test_dtypes():
     """The fold has the compute dtype, also from fp32 adapters on a bf16 base; the router's part stays fp32."""
     weights = cast_layer(layer(SPEC), torch.float32)
     fold = build_fold(weights, settings(dtype=torch.bfloat16))
-    assert fold.later.router.dtype == torch.float32
-    lowered = [fold.later.gate, fold.later.inputs, fold.later.reread, fold.later.candidate_weight, *fold.experts]
-    assert {t.dtype for t in lowered if t is not None} == {torch.bfloat16}
+    assert fold.later.router.weight.dtype == torch.float32
+    later = fold.later
+    lowered = [*later.update, *later.reader.tensors(), later.reread, later.candidate_weight, *fold.experts.tensors()]
+    assert {t.dtype for t in lowered} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("candidate_input", ["expert_output", "hidden_state"])
@@ -157,7 +161,7 @@ class Counted:
 
     def check(self, builds: int, spec: RethinkingSpec = SPEC) -> None:
         """Two forwards give Algorithm 1's result on the weights as they are; so many folds were built in all."""
-        x = torch.randn(4, self.weights.router.shape[1], dtype=torch.float64)
+        x = torch.randn(4, self.weights.experts.lora.gate_A.shape[2], dtype=torch.float64)
         for _ in range(2):
             y = rethink(x, self.weights, spec, cache=self.cache).y
             assert relative_error(y, rethink_reference(x, self.weights, spec)) <= 1e-12
@@ -173,12 +177,13 @@ def test_cache_builds_once_and_again_after_a_change(width):
     layer.check(2)
     layer.weights.base.up.add_(0.1)
     layer.check(3)
-    layer.weights.experts.gate_B.mul_(2.0)
+    layer.weights.experts.lora.gate_B.mul_(2.0)
     layer.check(4)
     layer.check(5, SPEC._replace(scale=0.5))
     layer.check(6, SPEC._replace(scale=0.5, candidate_input="hidden_state"))
     layer.check(6, SPEC._replace(scale=0.5, candidate_input="hidden_state", rounds=5, normalize=False))
-    layer.weights = layer.weights._replace(router=layer.weights.router.clone())
+    experts = layer.weights.experts
+    layer.weights = layer.weights._replace(experts=experts._replace(router=experts.router.clone()))
     layer.check(7, SPEC._replace(scale=0.5, candidate_input="hidden_state"))
     layer.cache.drop()
     layer.check(8, SPEC._replace(scale=0.5, candidate_input="hidden_state"))
@@ -201,10 +206,14 @@ def _in_place(weights, name):
 
 def _replaced(weights, name):
     """The layer with another tensor in one place."""
-    owner, _, field = name.rpartition(".")
-    owner = owner or next(o for o in ("base", "experts", "") if name in getattr(weights, o, weights)._fields)
-    part = getattr(weights, owner, weights)._replace(**{field: 1.25 * _tensor(weights, name)})
-    return weights._replace(**{owner: part}) if owner else part
+    field, changed, experts = name.rpartition(".")[2], 1.25 * _tensor(weights, name), weights.experts
+    if name in weights.base._fields:
+        return weights._replace(base=weights.base._replace(**{field: changed}))
+    if name.startswith("gru."):
+        return weights._replace(gru=weights.gru._replace(**{field: changed}))
+    if name in experts._fields:
+        return weights._replace(experts=experts._replace(**{field: changed}))
+    return weights._replace(experts=experts._replace(lora=experts.lora._replace(**{field: changed})))
 
 
 def _tensor(weights, name):
@@ -239,11 +248,11 @@ def test_one_round_uses_the_kept_experts(monkeypatch):
     literal = rethink_literal(x, weights, ONE_ROUND).y
     assert torch.equal(rethink(x, weights, ONE_ROUND, cache=kept).y, literal)
 
-    def prepare_experts(*_):
+    def cast_experts(*_):
         raise AssertionError("prepared again")
 
-    monkeypatch.setattr(literal_loop, "prepare_experts", prepare_experts)
-    monkeypatch.setattr(folding, "prepare_experts", prepare_experts)
+    monkeypatch.setattr(literal_loop, "cast_experts", cast_experts)
+    monkeypatch.setattr(folding, "cast_experts", cast_experts)
     for fold in ("auto", "always"):
         assert torch.equal(rethink(x, weights, ONE_ROUND, fold=fold, cache=kept).y, literal)
     with pytest.raises(AssertionError, match="prepared again"):

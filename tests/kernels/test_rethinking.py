@@ -133,7 +133,7 @@ def test_all_tokens_to_the_same_experts(top_k):
     order = torch.tensor([3.0, 9.0, 1.0, 6.0, 0.0], dtype=torch.float64)
     # x is positive and W_g small, so these rows order the experts alike for every token in every round.
     weights = weights._replace(
-        router=order[:, None] * torch.ones(5, ODD.hidden, dtype=torch.float64),
+        experts=weights.experts._replace(router=order[:, None] * torch.ones(5, ODD.hidden, dtype=torch.float64)),
         gru=weights.gru._replace(output=1e-3 * weights.gru.output),
     )
     x = tokens(7).abs() + 0.5
@@ -253,12 +253,14 @@ def test_layer_maker_makes_every_term_matter():
     y = rethink_reference(x, weights, spec)
     for name in trainable(weights):
         part, _, field = name.rpartition(".")
-        group = {"": weights.experts, "gru": weights.gru}[part]
+        experts = weights.experts
+        group = {"": experts.lora, "gru": weights.gru}[part]
         if name == "router":
-            changed = weights._replace(router=1.5 * weights.router)
+            changed = weights._replace(experts=experts._replace(router=1.5 * experts.router))
         elif part == "gru":
             changed = weights._replace(gru=group._replace(**{field: 1.5 * getattr(group, field)}))
         else:
-            changed = weights._replace(experts=group._replace(**{field: 1.5 * getattr(group, field)}))
+            lora = group._replace(**{field: 1.5 * getattr(group, field)})
+            changed = weights._replace(experts=experts._replace(lora=lora))
         moved = (rethink_reference(x, changed, spec) - y).norm() / y.norm()
         assert moved > 1e-3, f"{name} moves y by {moved:.1e} only"

@@ -72,10 +72,11 @@ def test_tokens_are_independent(problem, random):
 def test_expert_names_mean_nothing(problem, random):
     """Permuting the experts with the router's rows leaves y alone and permutes the logits."""
     spec, weights, x = problem
-    order = list(range(weights.router.shape[0]))
+    experts, lora = weights.experts, weights.experts.lora
+    order = list(range(experts.router.shape[0]))
     random.shuffle(order)
     permuted = weights._replace(
-        router=weights.router[order], experts=type(weights.experts)(*(t[order] for t in weights.experts.pairs))
+        experts=type(experts)(type(lora)(*(t[order] for t in lora.pairs)), experts.router[order])
     )
     for run in (rethink_folded, rethink_literal):
         before, after = run(x, weights, spec), run(x, permuted, spec)
@@ -90,10 +91,9 @@ def test_all_experts_equal_is_one_expert(problem):
     """n copies of one expert with normalised weights are that expert: routing cannot matter then."""
     spec, weights, x = problem
     spec = spec._replace(normalize=True)
-    copies = type(weights.experts)(*(t[:1].expand_as(t).contiguous() for t in weights.experts.pairs))
-    single = weights._replace(
-        router=weights.router[:1], experts=type(weights.experts)(*(t[:1] for t in weights.experts.pairs))
-    )
+    experts, lora = weights.experts, weights.experts.lora
+    copies = experts._replace(lora=type(lora)(*(t[:1].expand_as(t).contiguous() for t in lora.pairs)))
+    single = weights._replace(experts=type(experts)(type(lora)(*(t[:1] for t in lora.pairs)), experts.router[:1]))
     alone = rethink_reference(x, single, spec._replace(top_k=1))
     for run in (rethink_folded, rethink_literal):
         assert relative_error(run(x, weights._replace(experts=copies), spec).y, alone) <= 1e-11

@@ -48,7 +48,7 @@ CALL_REFUSALS = [
     ({"x": torch.zeros(2, ODD.hidden, device="meta")}, ValueError, "x is on meta, the experts on cpu"),
     ({"x": [[0.0] * ODD.hidden]}, TypeError, "x must be a tensor, got list"),
     ({"x": tokens(4).float()}, TypeError, "x is torch.float32, the base MLP's weights torch.float64; cast one"),
-    ({"weights": layer(BASE).experts}, TypeError, "weights must be LayerWeights, got ExpertWeights"),
+    ({"weights": layer(BASE).experts}, TypeError, "weights must be LayerWeights, got ChosenExperts"),
     ({"spec": {"rounds": 3}}, TypeError, "spec must be a RethinkingSpec, got dict"),
     ({"spec": BASE._replace(rounds=2.0)}, TypeError, "rounds must be an integer, got 2.0"),
     ({"spec": BASE._replace(top_k="2")}, TypeError, "top_k must be an integer, got '2'"),
@@ -69,48 +69,65 @@ def test_refused_arguments_are_named(change, error, message):
 
 def spoilt(part: str, **changes) -> LayerWeights:
     """A layer with some tensors of one of its parts replaced; a callable makes one from what was there."""
-    weights = layer(BASE, bias=True, dora=part == "experts", routers="linear" if part == "router" else "layer")
-    if part == "layer":
-        return weights._replace(**changes)
-    group = getattr(weights, part)
-    changes = {name: change(getattr(group, name)) if callable(change) else change for name, change in changes.items()}
-    return weights._replace(**{part: group._replace(**changes)})
+    mixed = part == "experts.linear_routers"
+    weights = layer(BASE, bias=True, dora="lora" in part, routers="linear" if mixed else "layer")
+    return replaced(weights, [own for own in part.split(".") if own], changes)
+
+
+def replaced(group, path: list[str], changes: dict):
+    if path:
+        return group._replace(**{path[0]: replaced(getattr(group, path[0]), path[1:], changes)})
+    return group._replace(
+        **{k: change(getattr(group, k)) if callable(change) else change for k, change in changes.items()}
+    )
 
 
 WEIGHT_REFUSALS = {
-    "router with fewer rows": (("layer", {"router": torch.zeros(4, 13).double()}), r"router must be \[5, 13\] for 5"),
+    "router with fewer rows": (("experts", {"router": torch.zeros(4, 13).double()}), r"router must be \[5, 13\] for 5"),
     "router with more rows": (
-        ("layer", {"router": torch.zeros(6, 13).double()}),
+        ("experts", {"router": torch.zeros(6, 13).double()}),
         r"router must be \[5, 13\].*\[6, 13\]",
     ),
-    "router is a list": (("layer", {"router": [0.0]}), "router must be a tensor, got list"),
-    "no router": (("layer", {"router": None}), "5 experts need a router"),
-    "a linear's router": (("router", {"down": lambda t: t[:3]}), r"router.down must be \[5, 21\].*a row for each; got"),
-    "one magnitude missing": (("experts", {"up_magnitude": None}), "up_magnitude is missing: pass all three or none"),
-    "one magnitude alone": (
-        ("experts", {"gate_magnitude": None, "down_magnitude": None}),
-        "gate_magnitude and down_magnitude is missing",
+    "router is a list": (("experts", {"router": [0.0]}), "router must be a tensor, got list"),
+    "no router": (("experts", {"router": None}), "5 experts need a router"),
+    "a linear's router": (
+        ("experts.linear_routers", {"down": lambda t: t[:3]}),
+        r"linear_routers.down must be \[5, 21\].*a row for each; got",
     ),
-    "magnitude of one expert": (("experts", {"down_magnitude": lambda t: t[0]}), r"down_magnitude must be \[5, 13\]"),
-    "A of another rank": (("experts", {"up_A": lambda t: t[:, :2]}), r"up_A must be \[5, 3, 13\] .*got \[5, 2, 13\]"),
-    "B of one expert": (("experts", {"gate_B": lambda t: t[0]}), "gate_B must have three dimensions"),
-    "no experts": (("experts", {"gate_A": lambda t: t[:0]}), "got 0 experts, D=13 and F=21"),
-    "F = 0": (("experts", {"gate_B": lambda t: t[:, :0]}), "got 5 experts, D=13 and F=0"),
+    "one magnitude missing": (
+        ("experts.lora.magnitudes", {"up": None}),
+        "magnitudes.up is missing: pass all three, or ",
+    ),
+    "one magnitude alone": (
+        ("experts.lora.magnitudes", {"gate": None, "down": None}),
+        "magnitudes.gate and magnitudes.down is missing",
+    ),
+    "magnitude of one expert": (
+        ("experts.lora.magnitudes", {"down": lambda t: t[0]}),
+        r"magnitudes.down must be \[5, 13\]",
+    ),
+    "A of another rank": (
+        ("experts.lora", {"up_A": lambda t: t[:, :2]}),
+        r"up_A must be \[5, 3, 13\] .*got \[5, 2, 13\]",
+    ),
+    "B of one expert": (("experts.lora", {"gate_B": lambda t: t[0]}), "gate_B must have three dimensions"),
+    "no experts": (("experts.lora", {"gate_A": lambda t: t[:0]}), "got 0 experts, D=13 and F=21"),
+    "F = 0": (("experts.lora", {"gate_B": lambda t: t[:, :0]}), "got 5 experts, D=13 and F=0"),
     "experts as integers": (
-        ("experts", {"down_B": lambda t: t.long()}),
+        ("experts.lora", {"down_B": lambda t: t.long()}),
         "down_B must be floating point, got torch.int64",
     ),
-    "sparse": (("experts", {"down_B": lambda t: t.to_sparse()}), "down_B must be a dense tensor, got layout"),
-    "experts elsewhere": (("experts", {"down_A": lambda t: t.to("meta")}), "down_A is on meta, gate_A on cpu"),
+    "sparse": (("experts.lora", {"down_B": lambda t: t.to_sparse()}), "down_B must be a dense tensor, got layout"),
+    "experts elsewhere": (("experts.lora", {"down_A": lambda t: t.to("meta")}), "down_A is on meta, gate_A on cpu"),
     "bias of shape [1]": (("base", {"gate_bias": lambda t: t[:1]}), r"base.gate_bias must be \[21\] .*got \[1\]"),
     "bias of another dtype": (
         ("base", {"down_bias": lambda t: t.half()}),
         "base.down_bias is torch.float16, base.gate",
     ),
     "down transposed": (("base", {"down": lambda t: t.T}), r"base.down must be \[13, 21\]"),
-    "no base": (("layer", {"base": None}), "base must be a BaseMLP, such as DenseMLP, got NoneType"),
-    "experts are a tuple": (("layer", {"experts": (1, 2)}), "experts must be ExpertWeights, got tuple"),
-    "GRU is a tensor": (("layer", {"gru": torch.zeros(3)}), "gru must be GRUWeights, got Tensor"),
+    "no base": (("", {"base": None}), "base must be a BaseMLP, such as DenseMLP, got NoneType"),
+    "experts are a tuple": (("", {"experts": (1, 2)}), r"experts must be of a kind \(ChosenExperts, .*got tuple"),
+    "GRU is a tensor": (("", {"gru": torch.zeros(3)}), "gru must be GRUWeights, got Tensor"),
     "GRU of width 0": (("gru", {"candidate_bias": lambda t: t[:0]}), r"gru.candidate_bias must be \[G\]"),
     "GRU of another D": (("gru", {"update": lambda t: t[:, :-1]}), r"gru.update must be \[6, 19\] .*got \[6, 18\]"),
     "output transposed": (("gru", {"output": lambda t: t.T}), r"gru.output must be \[13, 6\]"),

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from graphmoe_kernels import DenseMLP, LayerWeights, rethink_reference
+from graphmoe_kernels import ChosenExperts, DenseMLP, LayerWeights, rethink_reference
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN
 from tests.model.small_mlps import EXPERTS, MLPS, RANK, SIZES, D, F, config, ffn, hidden_states, llama_mlp
@@ -24,7 +24,7 @@ def by_algorithm_1(layer: FusedGraphMoEFFN, x: Tensor) -> Tensor:
     linears = ("gate_proj", "up_proj", "down_proj")
     mlp = DenseMLP(*(base[f"{n}.weight"] for n in linears), *(base.get(f"{n}.bias") for n in linears))
     adapter = layer._weights("default")
-    experts = type(adapter.experts)(*(state[f"experts.{n}.{part}"] for n in linears for part in "AB"))
+    lora = type(adapter.experts.lora)(*(state[f"experts.{n}.{part}"] for n in linears for part in "AB"))
     gru = adapter.gru and type(adapter.gru)(
         state["gru.update_gate.weight"],
         state["gru.reset_gate.weight"],
@@ -34,7 +34,7 @@ def by_algorithm_1(layer: FusedGraphMoEFFN, x: Tensor) -> Tensor:
     )
     settings = layer.lora_graphmoe["default"].config
     spec = settings.spec(settings.scaling(), settings.num_experts, layer.traits.activation, training=False)
-    weights = LayerWeights(mlp, state["router.weight"], experts, gru)
+    weights = LayerWeights(mlp, ChosenExperts(lora, state["router.weight"]), gru)
     return rethink_reference(x.reshape(-1, D), weights, spec).view(x.shape)
 
 

@@ -60,7 +60,11 @@ def sizes(operands: ExpertOperands) -> Sizes:
 
 def check_supported(operands: ExpertOperands, activation: str) -> None:
     """Raise `ValueError` for what the kernels do not take, naming the argument and what works."""
-    size = sizes(operands)
+    check_sizes(sizes(operands), 0 if operands.update is None else operands.update.state.shape[1], activation)
+
+
+def check_sizes(size: Sizes, inner: int, activation: str) -> None:
+    """Do as `check_supported` by the sizes alone; ``inner`` is G of an update of the pre-activations, 0 without one."""
     check_triton_form(activation)
     if size.columns > MAX_COLUMNS:
         raise ValueError(
@@ -68,7 +72,6 @@ def check_supported(operands: ExpertOperands, activation: str) -> None:
             f"{size.columns} columns, and the Triton kernels hold up to {MAX_COLUMNS}; lower top_k or r, or use "
             "backend='torch'"
         )
-    inner = 0 if operands.update is None else operands.update.state.shape[1]
     check_offsets(size.width, inner, size.rank)
 
 

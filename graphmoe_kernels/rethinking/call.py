@@ -1,0 +1,176 @@
+"""What the rounds of one call have in common, and the operators as the rounds call them: unchecked, on one backend."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphmoe_kernels.backend import resolve_backend, without_autocast
+from graphmoe_kernels.experts.operands import Dropout, ExpertOperands, GateUp, LowRankUpdate
+from graphmoe_kernels.experts.run import run_experts, run_swiglu
+from graphmoe_kernels.experts.triton import launch_stream
+from graphmoe_kernels.experts.triton.sizes import Sizes, check_sizes
+from graphmoe_kernels.gru.run import run_gru_step
+from graphmoe_kernels.launching import SKINNY_TOKENS
+from graphmoe_kernels.rethinking.weights import RethinkingSpec, RouterSettings
+from graphmoe_kernels.routing import Routing
+from graphmoe_kernels.routing.run import run_expert_order, run_routing
+from graphmoe_kernels.routing.triton.launch import MAX_EXPERTS
+
+
+class Call(NamedTuple):
+    """One call's settings, as every round reads them.
+
+    Attributes:
+        router: of its routers.
+        scale, activation, candidate_activation, dropout: as in `RethinkingSpec`.
+        backend: ``"triton"``, ``"torch"`` or ``"reference"``.
+        autocast: whether products are cast as autocast says. The operators are kept out of it.
+    """
+
+    router: RouterSettings
+    scale: float
+    activation: str
+    candidate_activation: str
+    dropout: float
+    backend: str
+    autocast: bool
+
+    def route(self, x: Tensor, router: Tensor, offset: Tensor | None = None) -> Routing:
+        """Route x by ``router``; see `graphmoe_kernels.route_tokens`."""
+        top_k, normalize = self.router
+        if self.autocast:
+            with without_autocast(x):
+                return run_routing(x, router, top_k, offset=offset, normalize=normalize, backend=self.backend)
+        return run_routing(x, router, top_k, offset=offset, normalize=normalize, backend=self.backend)
+
+    def experts(self, operands: ExpertOperands) -> tuple[Tensor, Tensor]:
+        """Give hidden [N, F] and low_down [N, n*r]; see `graphmoe_kernels.expert_swiglu`."""
+        if self.autocast:
+            with without_autocast(operands.low):
+                return run_experts(_alike(operands), self.scale, self.activation, self.backend)
+        return run_experts(operands, self.scale, self.activation, self.backend)
+
+    def swiglu(self, pre_activations: GateUp, update: LowRankUpdate | None = None) -> Tensor:
+        """Give act(g) * u, [N, F]; see `graphmoe_kernels.swiglu`."""
+        if self.autocast:
+            gate = pre_activations.gate
+            with without_autocast(gate):
+                return run_swiglu(pre_activations, _update_in(gate.dtype, update), self.activation, self.backend)
+        return run_swiglu(pre_activations, update, self.activation, self.backend)
+
+    def gru_step(
+        self, inputs: Tensor, before: GRUState | None, candidate_weight: Tensor, candidate_bias: Tensor
+    ) -> Tensor:
+        """Give h' beside H', [N, 2G]; see `graphmoe_kernels.gru_step`."""
+        recurrent, last, total = (None, None, None) if before is None else before
+        weight, bias = candidate_weight, candidate_bias
+        if bias.dtype is torch.float64 and self.backend == "triton":
+            bias = bias.float()
+        if self.autocast:  # products before it may have come in another dtype than the state
+            kind = inputs.dtype
+            recurrent, last, total = (None if t is None else t.to(kind) for t in (recurrent, last, total))
+            with without_autocast(inputs):
+                return run_gru_step(
+                    inputs, recurrent, last, total, weight.to(kind), bias, self.candidate_activation, self.backend
+                )
+        return run_gru_step(inputs, recurrent, last, total, weight, bias, self.candidate_activation, self.backend)
+
+    def token_order(self, expert_ids: Tensor, down_A: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Order the tokens for the Triton kernels, or not (None) where that gains nothing: for few tokens, and where a
+        forward that runs as a stream has no backward after it.
+
+        Every round has its own, as rethinking sends tokens to other experts: in the order of another round a tile holds
+        more experts, and the kernel's time follows their number. It never changes a result.
+        """
+        tokens, slots = expert_ids.shape
+        if tokens <= SKINNY_TOKENS:
+            return None
+        n, r, width = down_A.shape
+        if not torch.is_grad_enabled() and launch_stream.suits(Sizes(tokens, width, n, r, slots), dtype):
+            return None
+        return run_expert_order(expert_ids)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Give x with LoRA's dropout on it; x itself outside training."""
+        return F.dropout(x, self.dropout) if self.dropout > 0 else x
+
+    def draw_dropout(self, device: torch.device) -> Dropout | None:
+        """Draw a fresh seed from the device's generator for the dropout inside the operator; None without dropout."""
+        if self.dropout == 0:
+            return None
+        return Dropout(self.dropout, torch.randint(2**62, (1,), dtype=torch.int64, device=device))
+
+
+class GRUState(NamedTuple):
+    """What a GRU step reads of the steps before it.
+
+    Attributes:
+        recurrent: W_z h beside W_r h, [N, 2G].
+        last, total: h and H, the sum of all states so far, [N, G] each.
+    """
+
+    recurrent: Tensor
+    last: Tensor
+    total: Tensor
+
+
+def make_call(x: Tensor, spec: RethinkingSpec, backend: str) -> Call:
+    """Resolve the settings of a call on x.
+
+    Raises:
+        ValueError: the backend cannot run on x (`graphmoe_kernels.backend.resolve_backend`).
+    """
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return Call(
+        RouterSettings(spec.top_k, spec.normalize),
+        spec.scale,
+        spec.activation,
+        spec.candidate_activation,
+        spec.dropout,
+        resolve_backend(backend, "x", x),
+        autocast,
+    )
+
+
+def _update_in(dtype: torch.dtype, update: LowRankUpdate | None) -> LowRankUpdate | None:
+    return None if update is None else LowRankUpdate(*(t.to(dtype) for t in update))
+
+
+def _alike(operands: ExpertOperands) -> ExpertOperands:
+    """Cast the operands to the pre-activations' dtype, all but routing weights and scale vectors."""
+    o, dtype = operands, operands.pre_activations.gate.dtype
+    return o._replace(
+        low=o.low.to(dtype),
+        B=GateUp(*(B.to(dtype) for B in o.B)),
+        down_A=o.down_A.to(dtype),
+        low_update=None if o.low_update is None else o.low_update.to(dtype),
+        update=_update_in(dtype, o.update),
+        biases=None if o.biases is None else GateUp(*(b.to(dtype) for b in o.biases)),
+    )
+
+
+# What the Triton kernels do not take, asked before a call begins.
+
+
+def check_routed(num_experts: int) -> None:
+    """`ValueError` for more experts than a router's kernels choose from."""
+    if num_experts > MAX_EXPERTS:
+        raise ValueError(
+            f"{num_experts} experts: the Triton kernels route up to {MAX_EXPERTS}; use fewer or backend='torch'"
+        )
+
+
+def check_experts(down_A: tuple[int, ...], slots: int, width: int, activation: str) -> None:
+    """`ValueError` for experts of this shape [n, r, F] that the kernels cannot run, ``slots`` of them per token."""
+    n, r, intermediate = down_A
+    check_sizes(Sizes(0, intermediate, n, r, slots), width, activation)
+
+
+def check_swiglu(intermediate: int, width: int, activation: str) -> None:
+    """`ValueError` for an update of this width that the kernels cannot add."""
+    check_sizes(Sizes(0, intermediate, 1, 0, 1), width, activation)

@@ -1,0 +1,214 @@
+"""What comes after a round's SwiGLU: the output, and what the GRU reads of it in a folded round.
+
+Without DoRA all slots share the base's down projection, which runs once on their sum, and a folded round needs none at
+all. DoRA scales what the projection gives by a vector of each expert: it then runs once per slot, and the GRU reads the
+output itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from graphmoe_kernels.dora import scaled_by
+from graphmoe_kernels.experts.operands import GateUp
+from graphmoe_kernels.ranges import named_range
+from graphmoe_kernels.rethinking.weights import BaseMLP
+
+
+class RoundOutput(NamedTuple):
+    """A round's experts before the down projection.
+
+    Attributes:
+        hidden: what the base down projection reads, [N, F] each: all slots together, or with DoRA one by one.
+        low_down: [N, n*r], what B of the down projection reads.
+        changes: with DoRA one for each ``hidden``: by how much more than once its projection counts, [N, D].
+        weight_sum: [N, 1], sum_j w_j, or None where it is 1 by construction.
+        logits: of all routers, in the order of `ExpertKind.routers`.
+    """
+
+    hidden: tuple[Tensor, ...]
+    low_down: Tensor
+    changes: tuple[Tensor, ...]
+    weight_sum: Tensor | None
+    logits: tuple[Tensor, ...]
+
+
+class GRUReader(Protocol):
+    """What the GRU reads of a folded round's experts."""
+
+    def read(self, out: RoundOutput, base: BaseMLP, down: Down) -> Tensor:
+        """Give W^y y, [N, 3G'] or, where the candidate reads x, [N, 2G']."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """The fold's tensors in it."""
+        ...
+
+
+class Down(Protocol):
+    """The down projection of experts with or without DoRA."""
+
+    def output(self, base: BaseMLP, out: RoundOutput) -> Tensor:
+        """Give y [N, D] of a round."""
+        ...
+
+    def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, GRUReader]:
+        """Multiply the base's weights: W_G and W_U with W_g [D, G'], W_D with W^y [3G' or 2G', D] where that holds."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Its tensors."""
+        ...
+
+
+class PlainDown(NamedTuple):
+    """Experts without DoRA: y = W_D c + s B_D z + (sum_j w_j) b_D for the combined hidden c.
+
+    Attributes:
+        B: s B_D of all experts side by side, [D, n*r].
+        bias: [D] or None, the base down projection's.
+    """
+
+    B: Tensor
+    bias: Tensor | None
+
+    def output(self, base: BaseMLP, out: RoundOutput) -> Tensor:
+        """See `Down`."""
+        with named_range("mlp"):
+            y = base.project_out(out.hidden[0])
+        with named_range("experts"):
+            y = add_product(y, out.low_down, self.B)
+        if self.bias is None or out.weight_sum is None:
+            return y
+        # project_out added the bias once; unnormalised weights do not sum to one
+        return y + (out.weight_sum.to(y.dtype) - 1) * self.bias.to(y.dtype)
+
+    def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, GRUReader]:
+        """See `Down`."""
+        *products, inputs = _with_base(base, output, columns)
+        bias = None if self.bias is None else columns @ self.bias
+        return GateUp(*products), HiddenReader(inputs, columns @ self.B, bias)
+
+    def tensors(self) -> list[Tensor]:
+        """B, and the bias if there is one."""
+        return [self.B] if self.bias is None else [self.B, self.bias]
+
+
+class ScaledDown(NamedTuple):
+    """Experts with DoRA: y is the sum over slots of each one's scaled W_D c.
+
+    Attributes:
+        B: s m B_D of all experts side by side, [D, n*r].
+        bias: [D] or None, the base down projection's.
+        change: DoRA's m / ||W + s B A|| - 1, [n, D], in fp32 at least.
+    """
+
+    B: Tensor
+    bias: Tensor | None
+    change: Tensor
+
+    def output(self, base: BaseMLP, out: RoundOutput) -> Tensor:
+        """See `Down`."""
+        parts = []
+        for hidden, change in zip(out.hidden, out.changes, strict=True):
+            with named_range("mlp"):
+                part = base.project_out(hidden)
+            if self.bias is not None:
+                part = part - self.bias.to(part.dtype)
+            parts.append(scaled_by(part, change))
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        with named_range("experts"):
+            y = add_product(total, out.low_down, self.B)
+        if self.bias is None:
+            return y
+        bias = self.bias.to(y.dtype)
+        return y + (bias if out.weight_sum is None else out.weight_sum.to(y.dtype) * bias)
+
+    def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, GRUReader]:
+        """See `Down`; the vectors stand between W^y and W_D."""
+        return GateUp(*_with_base(base, output)), OutputReader(columns)
+
+    def tensors(self) -> list[Tensor]:
+        """B, the bias if there is one, the vectors."""
+        return [self.B, self.change] if self.bias is None else [self.B, self.bias, self.change]
+
+
+class HiddenReader(NamedTuple):
+    """W^y y by products with what the down projection would read.
+
+    Attributes:
+        inputs: W^y W_D (Q), [3G', F]; [2G', F] where the candidate reads x.
+        inputs_low: W^y s B_D, [3G' or 2G', n*r].
+        inputs_bias: W^y b_D, [3G' or 2G'], or None for an MLP whose down projection has no bias.
+    """
+
+    inputs: Tensor
+    inputs_low: Tensor
+    inputs_bias: Tensor | None
+
+    def read(self, out: RoundOutput, base: BaseMLP, down: Down) -> Tensor:
+        """See `GRUReader`."""
+        inputs = add_product(F.linear(out.hidden[0], self.inputs), out.low_down, self.inputs_low)
+        if self.inputs_bias is None:
+            return inputs
+        if out.weight_sum is None:
+            return inputs + self.inputs_bias
+        return inputs + out.weight_sum.to(inputs.dtype) * self.inputs_bias
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [t for t in self if t is not None]
+
+
+class OutputReader(NamedTuple):
+    """W^y y by y itself.
+
+    Attributes:
+        columns: W^y, [3G' or 2G', D].
+    """
+
+    columns: Tensor
+
+    def read(self, out: RoundOutput, base: BaseMLP, down: Down) -> Tensor:
+        """See `GRUReader`."""
+        return F.linear(down.output(base, out), self.columns)
+
+    def tensors(self) -> list[Tensor]:
+        """The one."""
+        return [self.columns]
+
+
+def add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y + x weight^T, written to y: a fresh tensor that nothing else reads."""
+    dtype = y.dtype
+    if x.dtype is not dtype or weight.dtype is not dtype:
+        x, weight = x.to(dtype), weight.to(dtype)
+    return y.addmm_(x, weight.t())
+
+
+def _with_base(base: BaseMLP, output: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+    """The products of the base's weights: W_G and W_U with ``output`` [D, G'], and ``columns`` [3G', D] with W_D.
+
+    Autograd would keep weights that are made dense for this until the backward pass, all layers' at once; they are made
+    again there instead.
+    """
+    kept = base.stores_dense() or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if kept or not any(t.requires_grad for t in (output, *columns)):
+        return _products(base, output, *columns)
+    products: tuple[Tensor, ...] = checkpoint(
+        _products, base, output, *columns, use_reentrant=False, preserve_rng_state=False
+    )
+    return products
+
+
+def _products(base: BaseMLP, output: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+    dense, dtype = base.dense(), output.dtype
+    inputs = [own @ dense.down.to(dtype) for own in columns]
+    return dense.gate.to(dtype) @ output, dense.up.to(dtype) @ output, *inputs
