@@ -1,7 +1,7 @@
 """When a call goes through an operator that is registered with torch, and when its implementation is called as it is.
 
 The registered operator costs 5 to 20 us of host time per call. It is there for whoever looks at a call from outside:
-autograd, a compiler or exporter, a mode that sees every operation, a tensor of a class of its own.
+autograd, a compiler or exporter, a mode that sees every operation, a tensor of a class of its own or without data.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ def seen_from_outside(*tensors: Tensor | None) -> bool:
         return True
     with_gradients = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or (with_gradients and tensor.requires_grad)):
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.is_meta or (with_gradients and tensor.requires_grad):
             return True
     return False

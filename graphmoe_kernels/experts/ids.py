@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+TWICE = "expert_ids must be distinct within a row: a token chooses an expert once, got some id twice"
+
 
 def expert_bounds(ordered: Tensor, chosen: Tensor, num_experts: int) -> list[int]:
     """Where each expert's pairs begin among the sorted ones, and where the last one's end: n + 1 numbers.
@@ -28,10 +30,20 @@ def expert_bounds(ordered: Tensor, chosen: Tensor, num_experts: int) -> list[int
     else:
         bounds = found.tolist()
     if bounds[0] > 0 or bounds[-1] < len(ordered):
-        raise ValueError(
-            f"expert_ids must be in 0..{num_experts - 1} (there are {num_experts}), got {int(ordered[0])} to "
-            f"{int(ordered[-1])}"
-        )
+        raise _outside(int(ordered[0]), int(ordered[-1]), num_experts)
     if not distinct:
-        raise ValueError("expert_ids must be distinct within a row: a token chooses an expert once, got some id twice")
+        raise ValueError(TWICE)
     return bounds
+
+
+def check_ids(chosen: Tensor, num_experts: int) -> None:
+    """Raise the errors of `expert_bounds` for the ids [b, k] of a few tokens, which the host reads one by one."""
+    for row in chosen.tolist():
+        if len(set(row)) < len(row):
+            raise ValueError(TWICE)
+        if min(row) < 0 or max(row) >= num_experts:
+            raise _outside(int(chosen.min()), int(chosen.max()), num_experts)
+
+
+def _outside(least: int, most: int, num_experts: int) -> ValueError:
+    return ValueError(f"expert_ids must be in 0..{num_experts - 1} (there are {num_experts}), got {least} to {most}")

@@ -11,8 +11,6 @@ Half-precision inputs are computed in fp32 within a block and rounded once on th
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,38 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
+from graphmoe_kernels.experts import pytorch_few
 from graphmoe_kernels.experts.dropout import dropout_mask
 from graphmoe_kernels.experts.ids import expert_bounds
-from graphmoe_kernels.experts.operands import FLOATING, ExpertOperands, LowRankUpdate
-
-# Bytes of one block's wide intermediate [tokens * k, 2F] in the dtype of the computation. Measured on a 2-core CPU with
-# F = 5632, at 256 and at 1024 tokens: an eighth of it costs about twice the time, twice of it gains nothing.
-BLOCK_BYTES = 12 * 2**20
-MIN_BLOCK_TOKENS = 16
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a block is computed: fp32 for half precision, the input's own otherwise."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def blocks(gate: Tensor, slots: int) -> Iterator[slice]:
-    """Slices of the tokens of ``gate`` [N, F], as even as can be, whose wide intermediate takes about `BLOCK_BYTES`."""
-    tokens, width = gate.shape
-    token_bytes = slots * 2 * width * compute_dtype(gate.dtype).itemsize
-    largest = max(MIN_BLOCK_TOKENS, BLOCK_BYTES // token_bytes)
-    size = max(1, math.ceil(tokens / max(1, math.ceil(tokens / largest))))
-    for start in range(0, tokens, size):
-        yield slice(start, min(start + size, tokens))
-
-
-def updated(gate: Tensor, up: Tensor, update: LowRankUpdate | None, tokens: slice) -> tuple[Tensor, Tensor]:
-    """The pre-activations [b, F] of some tokens, an update of low rank in them."""
-    gate, up = gate[tokens], up[tokens]
-    if update is None:
-        return gate, up
-    state = update.state[tokens]
-    return torch.addmm(gate, state, update.gate.T), torch.addmm(up, state, update.up.T)
+from graphmoe_kernels.experts.operands import FLOATING, ExpertOperands
+from graphmoe_kernels.experts.pytorch_blocks import add_update_gradients, blocks, compute_dtype, updated
 
 
 class Rows(NamedTuple):
@@ -156,6 +127,8 @@ class Block:
 
 def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Tensor, Tensor]:
     """hidden [N, F] and low_down [N, n*r]; see `graphmoe_kernels.expert_swiglu`."""
+    if pytorch_few.suits(operands):
+        return pytorch_few.forward(operands, scale, activation)
     act = get_activation(activation).function
     gate = operands.pre_activations.gate
     hidden = torch.empty_like(gate, memory_format=torch.contiguous_format)
@@ -206,16 +179,6 @@ def backward(
     if operands.low_update is not None:
         grads["low_update"] = grads["low"].clone()
     return grads
-
-
-def add_update_gradients(
-    grads: dict[str, Tensor], d_gate: Tensor, d_up: Tensor, update: LowRankUpdate, span: slice
-) -> None:
-    """Write the gradients of an update's state for some tokens, and add these tokens' to those of its matrices."""
-    state, fold_gate, fold_up = (t.to(d_gate.dtype) for t in update)
-    grads["state"][span] = torch.addmm(d_gate @ fold_gate, d_up, fold_up)
-    grads["fold_gate"].addmm_(d_gate.T, state[span])
-    grads["fold_up"].addmm_(d_up.T, state[span])
 
 
 def _block_backward(

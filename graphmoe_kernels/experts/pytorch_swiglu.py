@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts.operands import GateUp, LowRankUpdate
-from graphmoe_kernels.experts.pytorch import add_update_gradients, blocks, compute_dtype, updated
+from graphmoe_kernels.experts.pytorch_blocks import add_update_gradients, blocks, compute_dtype, updated
 
 
 def swiglu(pre_activations: GateUp, update: LowRankUpdate | None, activation: str) -> Tensor:

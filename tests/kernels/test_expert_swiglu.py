@@ -4,9 +4,15 @@ import pytest
 import torch
 
 from graphmoe_kernels import get_activation
-from graphmoe_kernels.experts import pytorch
+from graphmoe_kernels.experts import pytorch, pytorch_blocks, pytorch_few
 from graphmoe_kernels.testing import relative_error, within_budget
 from tests.kernels.expert_operands import FLOATING, LATER_ROUND, SCALES, SETTINGS, cast, operands, results, run
+
+
+@pytest.fixture(params=["by expert", "gathered"], autouse=True)
+def form(request, monkeypatch):
+    """Both forms of the PyTorch forward, whatever the sizes."""
+    monkeypatch.setattr(pytorch_few, "MOST_PAIRS", 10**6 if request.param == "gathered" else 0)
 
 
 def by_definition(given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,9 +123,10 @@ def test_blocks_do_not_matter(tokens, dropout, monkeypatch):
     """Cutting a batch into blocks changes neither results nor gradients, nor which mask a token gets."""
     given = operands(tokens, inner=6)
     settings = {"dropout": dropout, "seed": torch.tensor([7]) if dropout else None}
+    monkeypatch.setattr(pytorch_few, "MOST_PAIRS", 0)
     whole = results(given, "torch", **settings)
-    monkeypatch.setattr(pytorch, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(pytorch, "MIN_BLOCK_TOKENS", 16)
+    monkeypatch.setattr(pytorch_blocks, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(pytorch_blocks, "MIN_BLOCK_TOKENS", 16)
     made = []
     monkeypatch.setattr(pytorch, "Block", lambda *rest, new=pytorch.Block: made.append(rest) or new(*rest))
     cut = results(given, "torch", **settings)

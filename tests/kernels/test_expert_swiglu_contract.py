@@ -8,12 +8,19 @@ import pytest
 import torch
 
 from graphmoe_kernels import GateUp, LowRankUpdate, expert_swiglu, swiglu
+from graphmoe_kernels.experts import pytorch_few
 from graphmoe_kernels.experts.op import flatten
 from graphmoe_kernels.testing import SLACK, relative_error
 from tests.kernels.expert_operands import FLOATING, LATER_ROUND, SCALES, cast, operands, packed, results, run
 
 
-def test_fp32_parameters_with_bf16_activations():
+@pytest.fixture(params=["by expert", "gathered"])
+def form(request, monkeypatch):
+    """Both forms of the PyTorch forward, whatever the sizes."""
+    monkeypatch.setattr(pytorch_few, "MOST_PAIRS", 10**6 if request.param == "gathered" else 0)
+
+
+def test_fp32_parameters_with_bf16_activations(form):
     """Adapters stay fp32 on a bf16 model: c and z are bf16, and the adapters' gradients come back in fp32."""
     given = operands(inner=6, scales=True)
     parameters = ("gate_B", "up_B", "down_A", "fold_gate", "fold_up", "routing_weights", *SCALES)
@@ -25,7 +32,7 @@ def test_fp32_parameters_with_bf16_activations():
         assert relative_error(found[name], rounded[name]) <= SLACK[torch.bfloat16] * 2
 
 
-def test_autocast_changes_nothing():
+def test_autocast_changes_nothing(form):
     """Dtypes are the caller's choice: fp32 is computed in fp32 inside autocast too, also in backward."""
     given = cast(operands(inner=6), torch.float32)
     plain = results(given)
@@ -37,7 +44,7 @@ def test_autocast_changes_nothing():
 
 @pytest.mark.parametrize("inner", [None, 6], ids=["first round", "later round"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_token_stays_its_own_problem(bad, inner):
+def test_non_finite_token_stays_its_own_problem(bad, inner, form):
     """A broken token is NaN or infinite itself and moves no other token, with valid ids and no crash."""
     given = cast(operands(inner=inner), torch.float32)
     clean_c, clean_z = run(**given)
@@ -356,7 +363,7 @@ IDS = pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, t
 @BACKENDS
 @pytest.mark.parametrize("wrong", [5, -1, 2**40])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_an_id_out_of_range_is_refused(top_k, wrong, backend):
+def test_an_id_out_of_range_is_refused(top_k, wrong, backend, form):
     """It would read another expert's weights, or make a count of its size: 8 TB for 2^40."""
     given = operands(top_k=top_k)
     given["expert_ids"][3, -1] = wrong
@@ -365,7 +372,7 @@ def test_an_id_out_of_range_is_refused(top_k, wrong, backend):
 
 
 @BACKENDS
-def test_an_expert_twice_in_a_row_is_refused(backend):
+def test_an_expert_twice_in_a_row_is_refused(backend, form):
     """One of the two would be lost in z and counted in c."""
     given = operands()
     given["expert_ids"][8] = 3
@@ -375,7 +382,7 @@ def test_an_expert_twice_in_a_row_is_refused(backend):
 
 @BACKENDS
 @IDS
-def test_ids_of_every_integer_dtype(backend, dtype):
+def test_ids_of_every_integer_dtype(backend, dtype, form):
     """A narrow dtype must not wrap in the arithmetic on ids, nor bytes index as a mask; dropout reads ids too."""
     given = operands(inner=6)
     settings = {"dropout": 0.5, "seed": torch.tensor([3]), "backend": backend}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphmoe_kernels import ACTIVATIONS, ExpertOperands, GateUp, LowRankUpdate, expert_swiglu, get_activation, swiglu
-from graphmoe_kernels.experts import pytorch
+from graphmoe_kernels.experts import pytorch_blocks
 from graphmoe_kernels.testing import relative_error, within_budget
 from tests.kernels.triton_marks import MARKS
 
@@ -113,7 +113,7 @@ def test_blocks_do_not_matter(tokens, monkeypatch):
     """Cutting a batch into blocks changes neither results nor gradients."""
     given = operands(tokens)
     whole = results(given, "torch")
-    monkeypatch.setattr(pytorch, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(pytorch_blocks, "BLOCK_BYTES", 1)
     cut = results(given, "torch")
     for name, exact in whole.items():
         assert relative_error(cut[name], exact) <= 1e-13, name
