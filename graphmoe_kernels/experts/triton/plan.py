@@ -50,8 +50,12 @@ def target(device: torch.device) -> Target:
 
 
 def config(kernel: str, size: Sizes, dtype: torch.dtype, device_class: str) -> Config:
-    """The configuration of an experts' kernel."""
-    name = f"experts_{kernel}" + ("_wide_rank" if size.columns > WIDE_RANK_COLUMNS else "")
+    """The configuration of an experts' kernel.
+
+    Of an F that is no multiple of 16 rows are not aligned, and loads take more registers: blocks are smaller.
+    """
+    narrow = "_unaligned" if size.width % 16 else ""
+    name = f"experts_{kernel}" + ("_wide_rank" if size.columns > WIDE_RANK_COLUMNS else narrow)
     return config_table(device_class, "experts")[name][size_class(size.tokens)][dtype_class(dtype)]
 
 
