@@ -37,6 +37,8 @@ def test_token_counts_are_not_compiled_into_kernels():
 import torch
 from graphmoe_kernels.aot.case import specialization
 from graphmoe_kernels.backend import standing_for
+from graphmoe_kernels.experts.operands import FLOATING, ExpertOperands, GateUp, LowRankUpdate
+from graphmoe_kernels.experts.triton import launch as experts
 from graphmoe_kernels.gru.triton import launch as gru
 from graphmoe_kernels.launching import recorded, stubbed
 from graphmoe_kernels.routing.triton import launch as routing
@@ -53,14 +55,29 @@ def run(tokens):
     out, candidate = gru.step(inputs, *state, empty(32, 32), empty(32), "tanh", True)
     gru.step_backward(out, inputs, *state[:2], candidate, empty(32, 32), empty(32), "tanh", True, True)
 
-keys = []
-for tokens in (1, 16, 17):
-    with standing_for("sm_90"), stubbed(), recorded() as launches:
-        run(tokens)
-    keys.append([specialization(each) for each in launches])
-print(len(keys[0]), all(each == keys[0] for each in keys))
+def run_experts(tokens):
+    pair = GateUp(empty(tokens, 256), empty(tokens, 256))
+    update = LowRankUpdate(empty(tokens, 32), empty(256, 32), empty(256, 32))
+    ids = empty(tokens, 2, dtype=torch.int32)
+    operands = ExpertOperands(pair, empty(tokens, 256), GateUp(empty(8, 256, 16), empty(8, 256, 16)),
+                              empty(8, 16, 256), empty(tokens, 2, dtype=torch.float32), ids, update=update)
+    hidden, low_down = experts.forward(operands, 2.0, "silu")
+    experts.backward(hidden, low_down, operands, 2.0, "silu", frozenset(FLOATING))
+    experts.swiglu_backward(experts.swiglu(pair, update, "silu"), pair, update, "silu", frozenset(FLOATING))
+
+for call, counts in ((run, (1, 16, 17)), (run_experts, (1, 16, 17)), (run_experts, (1000, 1008, 3001))):
+    keys = []
+    for tokens in counts:
+        with standing_for("sm_90"), stubbed(), recorded() as launches:
+            call(tokens)
+        keys.append({specialization(each) for each in launches})
+    print(*sorted({key[0] for key in keys[0]}), all(each == keys[0] for each in keys))
 """)
-    assert printed.split() == ["6", "True"]
+    shared = {"experts_backward_tokens", "experts_backward_weights", "swiglu_forward", "swiglu_backward", "True"}
+    stream = {"experts_stream", "experts_stream_sum", "experts_count_tuples", "experts_place_tokens"}
+    of_layer = {"routing_forward", "routing_topk", "routing_backward", "routing_order", "gru_forward", "gru_backward"}
+    found = [set(line.split()) for line in printed.splitlines()]
+    assert found == [of_layer | {"True"}, shared | {"experts_forward"}, shared | stream]
 
 
 @pytest.mark.parametrize("device", launching.DEVICE_CLASSES)
