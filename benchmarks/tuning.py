@@ -18,6 +18,7 @@ from benchmarks.devices import Device
 from benchmarks.kernels import replayed
 from benchmarks.operators import OPERATORS, Operator, check_operator, launches_of
 from benchmarks.timing import copies_for
+from graphmoe_kernels.backend import forget_answers
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.launching import CONFIGS, Config, config_table, device_class
 
@@ -116,10 +117,12 @@ def trying(cell: Cell, config: Config, device: str) -> Iterator[None]:
     entry = config_table(device, cell.operator)[cell.kernel][cell.size]
     before = entry[cell.dtype]
     entry[cell.dtype] = config
+    forget_answers()
     try:
         yield
     finally:
         entry[cell.dtype] = before
+        forget_answers()
 
 
 def cells() -> list[Cell]:

@@ -103,10 +103,8 @@ def operator_work(group: str, sizes: Sizes, later: bool, training: bool) -> Work
 
 def shipped_config(kernel: str, tokens: int, device: str = "sm_90", dtype_class: str = "half") -> Config:
     """The configuration that the package ships for a kernel at a token count."""
-    operator, name = kernel.split("_", 1)
-    table = config_table(device, operator)
-    found = table.get(kernel, table.get(name, {}))[SIZE_CLASSES[tokens > SKINNY_TOKENS]][dtype_class]
-    return {"BLOCK_M" if size == "BLOCK_N" else size: value for size, value in found.items()}
+    table = config_table(device, kernel.partition("_")[0])[kernel][SIZE_CLASSES[tokens > SKINNY_TOKENS]]
+    return table[dtype_class if dtype_class in table else "float"]  # some kernels read nothing in half precision
 
 
 @functools.cache

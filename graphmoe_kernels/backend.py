@@ -29,15 +29,23 @@ interpreter_repaired = False
 # The device class that tensors on no GPU stand for; see `standing_for`.
 _target: str | None = None
 _caches: list[Any] = []
+# Answers of one function that are kept: there is one for every token count that occurs.
+KEPT_ANSWERS = 4096
 
 Cached = TypeVar("Cached", bound=Callable[..., Any])
 
 
 def per_device(function: Cached) -> Cached:
-    """Keep what ``function`` answers about a device and what is made of it, until another target stands for it."""
-    cached: Any = functools.cache(function)
+    """Keep what ``function`` answers about a device and its configurations, until `forget_answers`."""
+    cached: Any = functools.lru_cache(KEPT_ANSWERS)(function)
     _caches.append(cached)
     return cached
+
+
+def forget_answers() -> None:
+    """Have all that is kept `per_device` be asked again: another target stands for a device, or configurations changed."""
+    for cached in _caches:
+        cached.cache_clear()
 
 
 @contextmanager
@@ -58,8 +66,7 @@ def standing_for(device_class: str) -> Iterator[None]:
 def _set_target(device_class: str | None) -> None:
     global _target
     _target = device_class
-    for cached in _caches:
-        cached.cache_clear()
+    forget_answers()
 
 
 def stands_for(device: torch.device) -> str | None:

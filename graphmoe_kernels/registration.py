@@ -27,3 +27,8 @@ def seen_from_outside(*tensors: Tensor | None) -> bool:
         if type(tensor) not in _PLAIN or tensor.is_meta or (with_gradients and tensor.requires_grad):
             return True
     return False
+
+
+def unseen(x: Tensor) -> bool:
+    """Tell of a whole call, by its input, that nobody looks at what it does: then its operators need not ask each."""
+    return not torch.is_grad_enabled() and not seen_from_outside(x)

@@ -12,7 +12,7 @@ from torch import Tensor
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts.dropout import dropout_mask
 from graphmoe_kernels.experts.ids import check_ids
-from graphmoe_kernels.experts.operands import ExpertOperands
+from graphmoe_kernels.experts.operands import ExpertOperands, GateUp
 from graphmoe_kernels.experts.pytorch_blocks import compute_dtype
 
 # Up to so many pairs, and bytes of all pairs' matrices, gathering is the quicker way. Measured on one core, r = 16 in
@@ -31,43 +31,65 @@ def suits(operands: ExpertOperands) -> bool:
 
 def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Tensor, Tensor]:
     """Return hidden [N, F] and low_down [N, n*r]; see `graphmoe_kernels.expert_swiglu`."""
-    (gate, up), update = operands.pre_activations, operands.update
-    if update is not None:
-        gate = torch.addmm(gate, update.state, update.gate.t())  # [N, F]
-        up = torch.addmm(up, update.state, update.up.t())
-    ids, dtype = operands.expert_ids, compute_dtype(gate.dtype)
+    ids, dtype = operands.expert_ids, compute_dtype(operands.low.dtype)
     n, rank, width = operands.down_A.shape
     tokens, slots = ids.shape
     check_ids(ids, n)
-    pairs = tokens * slots
-    wide_ids = ids.to(torch.int64)
-    chosen = wide_ids.reshape(pairs)
-    low = operands.low if operands.low_update is None else operands.low + operands.low_update
-    at = wide_ids[:, None, :, None]  # [N, 1, k, 1]
-    own = low.view(tokens, 2, n, rank).gather(2, at.expand(tokens, 2, slots, rank)).to(dtype)  # [N, 2, k, r]
+    chosen = _cast(ids.reshape(-1), torch.int64)  # [p], p = N k
+    token, rows = None, chosen  # rows: where a pair's expert stands in [N * n, r]
+    if tokens > 1:
+        token = torch.arange(tokens, dtype=chosen.dtype, device=ids.device).repeat_interleave(slots)
+        rows = chosen + n * token
     g, u = (
-        _pre_activation(base, own[:, part], B.index_select(0, chosen).to(dtype), scale, slots)
-        for part, (base, B) in enumerate(zip((gate, up), operands.B, strict=True))
+        _pre_activation(base, token, low.index_select(0, rows), B.index_select(0, chosen), scale, dtype)
+        for base, low, B in zip(_bases(operands), _halves(operands, n), operands.B, strict=True)
     )  # [p, F] each
     if operands.scales is not None:
         g, u = (x.mul_(vector.index_select(0, chosen)) for x, vector in zip((g, u), operands.scales, strict=True))
     if operands.biases is not None:
         g, u = (x.add_(bias) for x, bias in zip((g, u), operands.biases, strict=True))
     hidden = get_activation(activation).function(g).mul_(u)  # [p, F]
-    weights = operands.routing_weights.to(dtype)  # [N, k]
-    combined = torch.bmm(weights[:, None], hidden.view(tokens, slots, width))  # [N, 1, F]
+    weights = _cast(operands.routing_weights, dtype)  # [N, k]
+    if token is None:
+        combined = torch.mm(weights, hidden)  # [1, F]
+    else:
+        combined = torch.bmm(weights.unsqueeze(1), hidden.view(tokens, slots, width)).squeeze(1)
     if operands.dropout is not None:
         rate, seed = operands.dropout
         hidden = hidden * dropout_mask(seed.to(ids.device), rate, 0, ids, width).to(dtype).flatten(0, 1)
-    A = operands.down_A.index_select(0, chosen).to(dtype)  # [p, r, F]
-    narrow = torch.bmm(A, hidden[..., None]).view(tokens, slots, rank) * weights[..., None]
-    low_down = low.new_zeros(tokens, n, rank)
-    low_down.scatter_(1, at[:, 0].expand(tokens, slots, rank), narrow.to(low.dtype))
-    return combined.view(tokens, width).to(gate.dtype), low_down.view(tokens, n * rank)
+    A = _cast(operands.down_A.index_select(0, chosen), dtype)  # [p, r, F]
+    narrow = torch.bmm(A, hidden.unsqueeze(2)).squeeze(2) * weights.reshape(-1, 1)  # [p, r]
+    low_down = torch.zeros(tokens * n, rank, dtype=operands.low.dtype, device=ids.device)
+    low_down.index_copy_(0, rows, _cast(narrow, low_down.dtype))
+    return _cast(combined, operands.low.dtype), low_down.view(tokens, n * rank)
 
 
-def _pre_activation(base: Tensor, low: Tensor, B: Tensor, scale: float, slots: int) -> Tensor:
-    """base + s B (A x) of every pair, [p, F], for base [N, F], low [N, k, r] and each pair's B [p, F, r]."""
-    pairs, width, rank = B.shape
-    own = base.to(B.dtype)[:, None].expand(-1, slots, width).reshape(pairs, width, 1)
-    return torch.baddbmm(own, B, low.reshape(pairs, rank, 1), alpha=scale).view(pairs, width)
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in ``dtype``; asked first, as a ``to`` that does nothing takes ten times as long."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def _bases(operands: ExpertOperands) -> GateUp:
+    """Return the pre-activations with a later round's update in them, [N, F] each."""
+    if operands.update is None:
+        return operands.pre_activations
+    (gate, up), (state, for_gate, for_up) = operands.pre_activations, operands.update
+    return GateUp(torch.addmm(gate, state, for_gate.t()), torch.addmm(up, state, for_up.t()))
+
+
+def _halves(operands: ExpertOperands, n: int) -> tuple[Tensor, Tensor]:
+    """Return the low-rank activations of gate and of up, an expert's in a row: [N * n, r] each."""
+    low = operands.low if operands.low_update is None else operands.low + operands.low_update
+    rows, rank = len(low) * n, operands.down_A.shape[1]
+    gate, up = low.chunk(2, dim=1) if rank else (low, low)
+    return gate.reshape(rows, rank), up.reshape(rows, rank)
+
+
+def _pre_activation(
+    base: Tensor, token: Tensor | None, low: Tensor, B: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """Return base + s B (A x) of every pair, [p, F], for base [N, F], each pair's low [p, r] and B [p, F, r]."""
+    own = base if token is None else base.index_select(0, token)
+    return torch.baddbmm(
+        _cast(own, dtype).unsqueeze(2), _cast(B, dtype), _cast(low, dtype).unsqueeze(2), alpha=scale
+    ).squeeze(2)

@@ -15,7 +15,9 @@ from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpd
 from graphmoe_kernels.registration import seen_from_outside
 
 
-def run_experts(operands: ExpertOperands, scale: float, activation: str, backend: str) -> tuple[Tensor, Tensor]:
+def run_experts(
+    operands: ExpertOperands, scale: float, activation: str, backend: str, *, unseen: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return hidden [N, F] and low_down [N, n*r] of a round of experts; see `graphmoe_kernels.expert_swiglu`.
 
     Args:
@@ -24,21 +26,25 @@ def run_experts(operands: ExpertOperands, scale: float, activation: str, backend
         scale: s = alpha / r.
         activation: a name of `graphmoe_kernels.ACTIVATIONS`.
         backend: ``"triton"``, ``"torch"`` or ``"reference"``.
+        unseen: it is known that nobody looks on (`graphmoe_kernels.registration.unseen`).
     """
     if backend == "reference":
         return reference.expert_swiglu(operands, scale, activation)
-    if seen_from_outside(*operands.floating(), *operands.constants()):
+    if not unseen and seen_from_outside(*operands.floating(), *operands.constants()):
         found: Any = expert_swiglu_op(*flatten(operands), scale, activation, backend)
         return found
     return EXPERTS[backend].forward(operands, scale, activation)
 
 
-def run_swiglu(pre_activations: GateUp, update: LowRankUpdate | None, activation: str, backend: str) -> Tensor:
+def run_swiglu(
+    pre_activations: GateUp, update: LowRankUpdate | None, activation: str, backend: str, *, unseen: bool = False
+) -> Tensor:
     """Return act(g) * u, [N, F], without experts; see `graphmoe_kernels.swiglu`. Arguments as in `run_experts`."""
     if backend == "reference":
         return reference.swiglu(pre_activations, update, activation)
-    flat = flatten_shared(pre_activations, update)
-    if seen_from_outside(*flat):
-        found: Any = swiglu_op(*flat, activation, backend)
-        return found
+    if not unseen:
+        flat = flatten_shared(pre_activations, update)
+        if seen_from_outside(*flat):
+            found: Any = swiglu_op(*flat, activation, backend)
+            return found
     return SWIGLU[backend].swiglu(pre_activations, update, activation)

@@ -19,16 +19,19 @@ def run_gru_step(
     candidate_bias: Tensor,
     candidate_activation: str,
     backend: str,
+    *,
+    unseen: bool = False,
 ) -> Tensor:
     """Return h' beside H', [N, 2G]: `graphmoe_kernels.gru_step` of arguments that are known to be right.
 
     All tensors are of the dtype of ``inputs`` but the bias, which has any that the backend computes in; ``backend`` is
-    one of `resolve_backend`'s; autocast is off unless it is Triton.
+    one of `resolve_backend`'s; autocast is off unless it is Triton. ``unseen``: it is known that nobody
+    looks on (`graphmoe_kernels.registration.unseen`).
     """
     if backend != "triton":
         return reference.step(inputs, recurrent, state, total, candidate_weight, candidate_bias, candidate_activation)
     tensors = (inputs, recurrent, state, total, candidate_weight, candidate_bias)
-    if not seen_from_outside(*tensors):
+    if unseen or not seen_from_outside(*tensors):
         return launch.step(*tensors, candidate_activation, False)[0]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return op.step(*tensors, candidate_activation, save)[0]

@@ -15,6 +15,7 @@ from graphmoe_kernels.experts.triton import launch_stream
 from graphmoe_kernels.experts.triton.sizes import Sizes, check_sizes
 from graphmoe_kernels.gru.run import run_gru_step
 from graphmoe_kernels.launching import SKINNY_TOKENS
+from graphmoe_kernels.registration import unseen
 from graphmoe_kernels.rethinking.weights import RethinkingSpec, RouterSettings
 from graphmoe_kernels.routing import Routing
 from graphmoe_kernels.routing.run import run_expert_order, run_routing
@@ -29,6 +30,7 @@ class Call(NamedTuple):
         scale, activation, candidate_activation, dropout: as in `RethinkingSpec`.
         backend: ``"triton"``, ``"torch"`` or ``"reference"``.
         autocast: whether products are cast as autocast says. The operators are kept out of it.
+        unseen: see `graphmoe_kernels.registration.unseen`.
     """
 
     router: RouterSettings
@@ -38,6 +40,7 @@ class Call(NamedTuple):
     dropout: float
     backend: str
     autocast: bool
+    unseen: bool
 
     def route(self, x: Tensor, router: Tensor, offset: Tensor | None = None) -> Routing:
         """Route x by ``router``; see `graphmoe_kernels.route_tokens`."""
@@ -45,14 +48,16 @@ class Call(NamedTuple):
         if self.autocast:
             with without_autocast(x):
                 return run_routing(x, router, top_k, offset=offset, normalize=normalize, backend=self.backend)
-        return run_routing(x, router, top_k, offset=offset, normalize=normalize, backend=self.backend)
+        return run_routing(
+            x, router, top_k, offset=offset, normalize=normalize, backend=self.backend, unseen=self.unseen
+        )
 
     def experts(self, operands: ExpertOperands) -> tuple[Tensor, Tensor]:
         """Give hidden [N, F] and low_down [N, n*r]; see `graphmoe_kernels.expert_swiglu`."""
         if self.autocast:
             with without_autocast(operands.low):
                 return run_experts(_alike(operands), self.scale, self.activation, self.backend)
-        return run_experts(operands, self.scale, self.activation, self.backend)
+        return run_experts(operands, self.scale, self.activation, self.backend, unseen=self.unseen)
 
     def swiglu(self, pre_activations: GateUp, update: LowRankUpdate | None = None) -> Tensor:
         """Give act(g) * u, [N, F]; see `graphmoe_kernels.swiglu`."""
@@ -60,7 +65,7 @@ class Call(NamedTuple):
             gate = pre_activations.gate
             with without_autocast(gate):
                 return run_swiglu(pre_activations, _update_in(gate.dtype, update), self.activation, self.backend)
-        return run_swiglu(pre_activations, update, self.activation, self.backend)
+        return run_swiglu(pre_activations, update, self.activation, self.backend, unseen=self.unseen)
 
     def gru_step(
         self, inputs: Tensor, before: GRUState | None, candidate_weight: Tensor, candidate_bias: Tensor
@@ -77,7 +82,8 @@ class Call(NamedTuple):
                 return run_gru_step(
                     inputs, recurrent, last, total, weight.to(kind), bias, self.candidate_activation, self.backend
                 )
-        return run_gru_step(inputs, recurrent, last, total, weight, bias, self.candidate_activation, self.backend)
+        activation, backend = self.candidate_activation, self.backend
+        return run_gru_step(inputs, recurrent, last, total, weight, bias, activation, backend, unseen=self.unseen)
 
     def token_order(self, expert_ids: Tensor, down_A: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Order the tokens for the Triton kernels, or not (None) where that gains nothing: for few tokens, and where a
@@ -134,6 +140,7 @@ def make_call(x: Tensor, spec: RethinkingSpec, backend: str) -> Call:
         spec.dropout,
         resolve_backend(backend, "x", x),
         autocast,
+        unseen(x),
     )
 
 

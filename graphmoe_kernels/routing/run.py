@@ -19,16 +19,19 @@ def run_routing(
     offset: Tensor | None = None,
     normalize: bool = True,
     backend: str,
+    unseen: bool = False,
 ) -> Routing:
     """Return the routing of x [N, D] by ``router`` [n, D]: `graphmoe_kernels.route_tokens` without statistics.
 
     The arguments are known to be right; ``backend`` is one of `resolve_backend`'s; autocast is off unless it is Triton.
+    ``unseen``: it is known that nobody looks on (`graphmoe_kernels.registration.unseen`).
     """
     if backend != "triton":
         logits = reference.project(x, router, offset)
         routing_weights, expert_ids = reference.topk_softmax(logits, top_k, normalize)
         return Routing(routing_weights, expert_ids, logits)
-    route = route_op if seen_from_outside(x, router, offset) else launch.route
+    seen = not unseen and seen_from_outside(x, router, offset)
+    route = route_op if seen else launch.route
     logits, routing_weights, expert_ids = route(x, router, offset, top_k, normalize)
     return Routing(routing_weights, expert_ids, logits)
 

@@ -35,7 +35,7 @@ class ScaledLayer:
 
     def _trained_scale(self, adapter_name: str) -> float:
         """s by the adapter's rank and alpha."""
-        scale: float = self.lora_graphmoe[adapter_name].scale  # type: ignore[attr-defined]
+        scale: float = self.adapter(adapter_name).scale  # type: ignore[attr-defined]
         return scale
 
     def strength(self, adapter_name: str) -> float:

@@ -147,7 +147,7 @@ def test_mixed_batches_have_no_counterpart():
     ours, theirs = pair()
     names = ["default", "__base__"]
     mixed = theirs.eval()(input_ids=tokens(), adapter_names=names).logits
-    with pytest.raises(ValueError, match="run one batch an adapter, with set_adapter before each"):
+    with pytest.raises(ValueError, match="run one batch per adapter, with set_adapter before each"):
         ours.eval()(input_ids=tokens(), adapter_names=names)
     assert relative_error(logits(ours)[0], mixed[0]) <= 1e-10
     with ours.disable_adapter():

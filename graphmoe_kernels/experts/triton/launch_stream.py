@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.backend import interpreting
+from graphmoe_kernels.backend import interpreting, per_device
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.triton.layout import RowStrides
-from graphmoe_kernels.experts.triton.plan import KEPT_PLANS, Target, config, constants, target
+from graphmoe_kernels.experts.triton.plan import Target, config, constants, target
 from graphmoe_kernels.experts.triton.sizes import Sizes, cut, program_slots
 from graphmoe_kernels.launching import SKINNY_TOKENS, SMALLEST_TILE, Config, dtype_class, launch, power_of_two
 
@@ -91,7 +91,7 @@ class StreamPlan(NamedTuple):
     placing: dict[str, int]
 
 
-@functools.lru_cache(KEPT_PLANS)
+@per_device
 def stream_plan(
     size: Sizes, activation: str, dtype: torch.dtype, target: Target, dropping: bool, pieces: int, approximate: bool
 ) -> StreamPlan:

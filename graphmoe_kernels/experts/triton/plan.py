@@ -6,7 +6,6 @@ and absent operands change is Triton's to look up.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -14,12 +13,9 @@ import torch
 
 from graphmoe_kernels import launching
 from graphmoe_kernels.activations import triton_form
-from graphmoe_kernels.backend import check_device
+from graphmoe_kernels.backend import check_device, per_device
 from graphmoe_kernels.experts.triton.sizes import WIDE_RANK_COLUMNS, Sizes, cut, padded_slots, program_slots
 from graphmoe_kernels.launching import Config, config_table, dtype_class, size_class
-
-# Calls of so many different sizes are remembered.
-KEPT_PLANS = 4096
 
 
 class Target(NamedTuple):
@@ -70,7 +66,7 @@ def tiles_and_splits(tokens: int, width: int, config: Config, multiprocessors: i
     return tiles, cut(math.ceil(width / config["BLOCK_F"]), tiles, program_slots(config, multiprocessors))[0]
 
 
-@functools.lru_cache(KEPT_PLANS)
+@per_device
 def forward_plan(size: Sizes, activation: str, dtype: torch.dtype, target: Target) -> Plan:
     """The forward in one launch. Scratch: sums of splits, lists of experts."""
     chosen = config("forward", size, dtype, target.device_class)
@@ -79,7 +75,7 @@ def forward_plan(size: Sizes, activation: str, dtype: torch.dtype, target: Targe
     return Plan((tiles, splits), constants(size, activation, chosen), sums + lists(tiles * splits, size))
 
 
-@functools.lru_cache(KEPT_PLANS)
+@per_device
 def backward_tokens_plan(size: Sizes, activation: str, dtype: torch.dtype, target: Target) -> Plan:
     """The backward to tokens. Scratch: sums of splits."""
     chosen = config("backward_tokens", size, dtype, target.device_class)
@@ -88,7 +84,7 @@ def backward_tokens_plan(size: Sizes, activation: str, dtype: torch.dtype, targe
     return Plan((tiles, splits), constants(size, activation, chosen), sums)
 
 
-@functools.lru_cache(KEPT_PLANS)
+@per_device
 def backward_weights_plan(size: Sizes, activation: str, dtype: torch.dtype, target: Target) -> Plan:
     """The backward to experts: columns by splits of the tokens. Scratch: none.
 
@@ -102,7 +98,7 @@ def backward_weights_plan(size: Sizes, activation: str, dtype: torch.dtype, targ
     return Plan((columns, splits), constants(size, activation, chosen), 0)
 
 
-@functools.lru_cache(KEPT_PLANS)
+@per_device
 def swiglu_plan(kernel: str, tokens: int, width: int, activation: str, dtype: torch.dtype, target: Target) -> Plan:
     """Without experts: the configurations are those of the experts' ``kernel``, whose loads of tiles it shares."""
     chosen = config_table(target.device_class, "experts")[f"experts_{kernel}"][size_class(tokens)][dtype_class(dtype)]
