@@ -43,7 +43,7 @@ def per_device(function: Cached) -> Cached:
 
 
 def forget_answers() -> None:
-    """Have all that is kept `per_device` be asked again: another target stands for a device, or configurations changed."""
+    """Have all that is kept `per_device` be asked again: a device stands for another, or configurations changed."""
     for cached in _caches:
         cached.cache_clear()
 

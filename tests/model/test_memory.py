@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,8 +37,8 @@ def llama(layers: int) -> Any:
     return AutoConfig.for_model("llama", vocab_size=128, num_hidden_layers=layers, **sizes)
 
 
-def real(layers: int, checkpointing: bool) -> nn.Module:
-    model = get_peft_model(AutoModelForCausalLM.from_config(llama(layers)), ADAPTER).train()
+def real(layers: int, checkpointing: bool, adapter: GraphMoEConfig = ADAPTER) -> nn.Module:
+    model = get_peft_model(AutoModelForCausalLM.from_config(llama(layers)), adapter).train()
     if checkpointing:
         checkpoint_activations(model)
         model.enable_input_require_grads()
@@ -79,10 +80,18 @@ def saved(model: nn.Module) -> int:
     return sum(found.values())
 
 
-def test_a_layer_leaves_what_real_tensors_leave():
-    """Computed without memory, measured with it: within 1%. Something saved by the layer and not counted is a lot."""
-    layer = step_activations(lambda n: adapted_on_meta(ADAPTER, llama(n)).model, TOKENS, checkpointing=False).layer
-    assert layer == pytest.approx(saved(real(2, False)) - saved(real(1, False)), rel=0.01)
+@pytest.mark.parametrize(
+    ("coefficient", "tolerance"), [(0.0, 1e-3), (0.01, 0.015)], ids=["layers alone", "router loss"]
+)
+def test_a_layer_leaves_what_real_tensors_leave(coefficient, tolerance):
+    """Computed without memory, measured with it. Something saved by the layer and not counted is a lot.
+
+    A router loss takes its statistics after the layers, when part of theirs is free again: so far it is off.
+    """
+    adapter = replace(ADAPTER, router_aux_loss_coef=coefficient)
+    layer = step_activations(lambda n: adapted_on_meta(adapter, llama(n)).model, TOKENS, checkpointing=False).layer
+    measured = saved(real(2, False, adapter)) - saved(real(1, False, adapter))
+    assert layer == pytest.approx(measured, rel=tolerance)
 
 
 @pytest.mark.slow
