@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from graphmoe_kernels import FoldCache, RethinkingSpec
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.layers.recomputation import Repeats, Run, same_run
+from graphmoe_model.layers.refusals import NO_DATA_PARALLEL, NOT_MERGEABLE
 from graphmoe_model.layers.scaling import ScaledLayer
 from graphmoe_model.routing.global_routing import sum_over_processes
 from graphmoe_model.routing.record import RoutingContext, RoutingRecord
@@ -26,20 +27,6 @@ from graphmoe_model.storage.weight_management import (
 
 if TYPE_CHECKING:
     from graphmoe_model.routing.router_loss_hooks import RouterLossHooks
-
-NOT_MERGEABLE = (
-    "GraphMoE adapters cannot be merged into the base model: which experts run depends on the input, and later "
-    "rounds are nonlinear in it. Keep the adapter (its folds are cached for inference), or unload() it. An adapter of "
-    "method='lora' with one round can be merged as PEFT's own LoRA: graphmoe convert ADAPTER TARGET --to peft."
-)
-
-
-NO_DATA_PARALLEL = (
-    "GraphMoE layers do not run under nn.DataParallel, in which Trainer wraps a model by itself where it sees several "
-    "GPUs and no launcher: its copies have no parameters, so a router's loss would train no router, and all copies "
-    "would share one record of their routing. Start one process per GPU (torchrun --nproc-per-node=8 train.py, or "
-    "accelerate launch train.py), or show the process one GPU (CUDA_VISIBLE_DEVICES=0 in its environment)"
-)
 
 
 class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):

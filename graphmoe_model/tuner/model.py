@@ -15,7 +15,8 @@ from graphmoe_model.checkpoints import check_source, fitting_state, loaded_in_pl
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.layers.linear import RoutedLoRALinear
-from graphmoe_model.layers.routed_layer import NOT_MERGEABLE, RoutedLayer
+from graphmoe_model.layers.refusals import NOT_MERGEABLE
+from graphmoe_model.layers.routed_layer import RoutedLayer
 from graphmoe_model.layers.scaling import scale_dora
 from graphmoe_model.routing.router_loss_hooks import (
     attach_router_loss,
