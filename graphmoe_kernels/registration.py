@@ -1,19 +1,29 @@
 """When a call goes through an operator that is registered with torch, and when its implementation is called as it is.
 
 The registered operator costs 5 to 20 us of host time per call. It is there for whoever looks at a call from outside:
-autograd, a compiler or exporter, a mode that sees every operation, a tensor of a class of its own or without data.
+autograd, a compiler or exporter, a transformation of torch.func, a mode that sees every operation, a tensor of a class
+of its own or without data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
 def seen_from_outside(*tensors: Tensor | None) -> bool:
-    """Tell whether a call on ``tensors`` has to go through the registered operator."""
+    """Tell whether a call on ``tensors`` has to go through the registered operator.
+
+    Raises:
+        NotImplementedError: a tensor carries a forward-mode derivative, which the operator would lose.
+    """
+    if forward_ad._current_level >= 0:
+        _check_no_tangent(tensors)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     if torch._C._len_torch_function_stack() > 0 or torch._C._get_tracing_state() is not None:
@@ -27,6 +37,14 @@ def seen_from_outside(*tensors: Tensor | None) -> bool:
         if type(tensor) not in _PLAIN or tensor.is_meta or (with_gradients and tensor.requires_grad):
             return True
     return False
+
+
+def _check_no_tangent(tensors: Iterable[Tensor | None]) -> None:
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "graphmoe's operators have no forward-mode derivatives (torch.autograd.forward_ad, torch.func.jvp); use "
+            "backward derivatives, as torch.autograd.grad gives them"
+        )
 
 
 def unseen(x: Tensor) -> bool:
