@@ -49,16 +49,13 @@ def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Te
     if operands.biases is not None:
         g, u = (x.add_(bias) for x, bias in zip((g, u), operands.biases, strict=True))
     hidden = get_activation(activation).function(g).mul_(u)  # [p, F]
-    weights = _cast(operands.routing_weights, dtype)  # [N, k]
-    if token is None:
-        combined = torch.mm(weights, hidden)  # [1, F]
-    else:
-        combined = torch.bmm(weights.unsqueeze(1), hidden.view(tokens, slots, width)).squeeze(1)
+    hidden.mul_(_cast(operands.routing_weights, dtype).reshape(-1, 1))
+    combined = hidden.view(tokens, slots, width).sum(1)  # [N, F]
     if operands.dropout is not None:
         rate, seed = operands.dropout
         hidden = hidden * dropout_mask(seed.to(ids.device), rate, 0, ids, width).to(dtype).flatten(0, 1)
     A = _cast(operands.down_A.index_select(0, chosen), dtype)  # [p, r, F]
-    narrow = torch.bmm(A, hidden.unsqueeze(2)).squeeze(2) * weights.reshape(-1, 1)  # [p, r]
+    narrow = torch.bmm(A, hidden.unsqueeze(2)).squeeze(2)  # [p, r]
     low_down = torch.zeros(tokens * n, rank, dtype=operands.low.dtype, device=ids.device)
     low_down.index_copy_(0, rows, _cast(narrow, low_down.dtype))
     return _cast(combined, operands.low.dtype), low_down.view(tokens, n * rank)
