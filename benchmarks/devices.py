@@ -81,13 +81,23 @@ class CpuDevice:
         capability = torch.backends.cpu.get_cpu_capability()
         return {"name": f"{_cpu_model()} ({capability})", "threads": torch.get_num_threads()}
 
-    def free_bytes(self) -> int | None:
-        """Memory that a program can still have; None where the system does not tell."""
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/meminfo").read_text().splitlines():
-                if line.startswith("MemAvailable:"):
-                    return 1024 * int(line.split()[1])
-        return None
+    @contextlib.contextmanager
+    def memory_bounded(self) -> Iterator[None]:
+        """Inside, an allocation beyond the free memory raises, as on a GPU, instead of taking the machine with it."""
+        try:
+            used, free = _kilobytes("/proc/self/status", "VmData"), _kilobytes("/proc/meminfo", "MemAvailable")
+        except OSError:  # no Linux
+            yield
+            return
+        import resource
+
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = 1024 * (used + free)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if before[1] < 0 else min(limit, before[1]), before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
 
     def capture(self, call: Call) -> Call:
         """``call`` itself; on a GPU a graph of it."""
@@ -147,10 +157,9 @@ class CudaDevice:
             **_nvidia_smi(),
         }
 
-    def free_bytes(self) -> int | None:
-        """Device memory that is free, or that PyTorch keeps unused."""
-        unused = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
-        return torch.cuda.mem_get_info(self.torch)[0] + unused
+    def memory_bounded(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing: PyTorch raises where the device's memory ends."""
+        return contextlib.nullcontext()
 
     def capture(self, call: Call) -> Call:
         """A replay of the CUDA graph of ``call``, which must not wait for the device.
@@ -231,6 +240,11 @@ Device = CpuDevice | CudaDevice
 def load_average() -> float | None:
     """How many processes were running over the last minute, where the system tells."""
     return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+
+
+def _kilobytes(path: str, name: str) -> int:
+    """A figure that Linux tells in a file of ``name: figure kB``."""
+    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:"))
 
 
 def _cpu_model() -> str:

@@ -14,7 +14,6 @@ from benchmarks.importance import rank
 from benchmarks.layers import Layers
 from benchmarks.limits import LIMIT_SIZES, SMALL_SIZES, limits_of, measure_limits
 from benchmarks.measure import Found, Workplace, measure
-from benchmarks.memory import TooLarge
 from benchmarks.options import Chosen
 from benchmarks.sizes import TINY
 
@@ -76,7 +75,6 @@ class Session:
 
         Raises:
             NotMeasured: there is no time for it, or another process has begun it.
-            TooLarge: it does not fit in memory.
             DeviceLost: the device takes no more work; what was found until now is saved.
         """
         if case.name not in self._found:
@@ -99,11 +97,9 @@ class Session:
         self.document.begin(case.name)
         start = time.perf_counter()
         try:
-            found = measure(case._replace(contenders=tuple(self.selected.get(case.name, case.contenders))), place)
+            with device.memory_bounded():
+                found = measure(case._replace(contenders=tuple(self.selected.get(case.name, case.contenders))), place)
             device.synchronize()
-        except TooLarge as error:
-            self.document.end(case.name, "skipped", note=str(error))
-            return error
         except Exception as error:
             self.document.end(case.name, "failed", time.perf_counter() - start, _note(error))
             if any(word in str(error) for word in LOST):

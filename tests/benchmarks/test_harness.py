@@ -15,7 +15,6 @@ from benchmarks.devices import MIN_TURNS, CpuDevice, Samples
 from benchmarks.layers import Layer, Layers, over_tokens
 from benchmarks.limits import H200
 from benchmarks.measure import Workplace
-from benchmarks.memory import TooLarge, check_fits, needed_bytes
 from benchmarks.plain import plain_literal
 from benchmarks.providers import PROVIDERS, missing
 from benchmarks.sizes import MODELS
@@ -282,28 +281,3 @@ def test_peak_memory_is_what_is_held_at_once():
             a = a + 1
 
     assert CPU.peak_bytes(call) == pytest.approx(8e6, rel=0.01)
-
-
-@pytest.mark.parametrize("group", ["layer", "rounds", "decoder"])
-def test_a_case_takes_no_more_memory_than_it_is_said_to(group):
-    """An estimate below the truth lets a case take the machine with it."""
-    model = TINY._replace(hidden=128, intermediate=384, head_dim=32, experts=8, rank=8)
-    for case in table(model, "cpu", "fp32", PLAN._replace(prefill=(64, 512))):
-        if case.group == group and case.name != "against torch.compile":
-            case = case.keep(HERE)
-            layer = Layer(case.contenders[0].sizes, CPU)
-            kept = sum(p.numel() * p.element_size() for p in [*layer.mlp.parameters(), *layer.adapter.parameters()])
-            peaks = [row["peak bytes"] for row in measuring.measure(case, workplace()).rows]
-            assert kept + max(peaks) <= needed_bytes(case) <= 20 * (kept + max(peaks))
-
-
-def test_what_does_not_fit_is_refused_with_the_memory_it_needs():
-    """Skipped with a figure, before anything is allocated."""
-    case = next(
-        c
-        for c in table(MODELS["llama-3-8b"], "cuda", "bf16", PLANS["cuda"])
-        if (c.group, c.mode) == ("layer", "training")
-    )
-    with pytest.raises(TooLarge, match=r"needs about \d+\.\d GB of memory, and 2\.0 GB are free"):
-        check_fits(case, 2 * 10**9)
-    check_fits(case, None)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import devices
 from benchmarks import gpu_report as report
 from benchmarks import session as running
 from benchmarks.cases import GROUPS, NOT_BY_DEFAULT, Case
 from benchmarks.document import Document, load
 from benchmarks.importance import rank
-from benchmarks.memory import TooLarge
 from benchmarks.options import choose
 from benchmarks.providers import PROVIDERS
 from benchmarks.session import DeviceLost, NotMeasured, Session
@@ -188,9 +188,16 @@ def test_a_case_that_raises_is_measured_once_and_the_rest_goes_on(session, monke
     assert len(calls) == 1
     assert state(session)["state"] == "failed"
     assert state(session)["note"].startswith("ValueError: wrong shape (test_runner.py:")
-    large = session.chosen.cases[1]
-    assert isinstance(ask(session, raising(TooLarge("needs 9 GB of memory")), monkeypatch, large), TooLarge)
-    assert state(session, large)["note"] == "needs 9 GB of memory"
+
+
+def test_a_case_that_takes_more_memory_than_is_free_fails_alone(session, monkeypatch):
+    """On a CPU the system would end this process, or another one, instead of telling it; a GPU's allocator tells."""
+    kilobytes = devices._kilobytes
+    monkeypatch.setattr(devices, "_kilobytes", lambda path, name: 50_000 if "mem" in path else kilobytes(path, name))
+    refused = ask(session, lambda case, place: torch.ones(100_000_000), monkeypatch)
+    assert "you tried to allocate 400000000 bytes" in str(refused)
+    assert state(session)["state"] == "failed"
+    assert torch.ones(100_000_000).all()
 
 
 def test_a_lost_device_ends_the_process_and_the_next_one_goes_on(session, monkeypatch):
