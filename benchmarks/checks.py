@@ -100,6 +100,11 @@ class Verdict(NamedTuple):
         }
 
 
+def in_a_line(error: Exception) -> str:
+    """An error's kind and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:300]}"
+
+
 def device_error(value: Tensor, oracle: Tensor, floor: float = 0.0) -> float:
     """Norm of the difference over that of the oracle (or ``floor``, if larger), in fp64 where the tensors are."""
     oracle = oracle.double()

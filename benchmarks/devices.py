@@ -30,20 +30,13 @@ Call = Callable[[], object]
 
 
 class Samples(NamedTuple):
-    """Seconds of one call, turn by turn.
-
-    Attributes:
-        seconds: elapsed.
-        cpu: of the process, all its threads, where the call runs on the CPU: what remains comparable while other
-            programs use the machine. Empty elsewhere.
-    """
+    """Seconds of one call, turn by turn."""
 
     seconds: list[float]
-    cpu: list[float]
 
     def of_one(self, calls: int) -> Samples:
         """Of one of the ``calls`` equal calls that a turn made."""
-        return Samples(*([each / calls for each in times] for times in self))
+        return Samples([each / calls for each in self.seconds])
 
     def summary(self) -> dict[str, Any]:
         """Median, quartiles, shortest and number of turns."""
@@ -53,7 +46,6 @@ class Samples(NamedTuple):
             "quartiles": [low, high],
             "best": min(self.seconds),
             "turns": len(self.seconds),
-            "cpu median": statistics.median(self.cpu) if self.cpu else None,
         }
 
     def over(self, other: Samples) -> dict[str, Any]:
@@ -63,6 +55,16 @@ class Samples(NamedTuple):
         """
         ratios = [mine / its for mine, its in zip(self.seconds, other.seconds, strict=True)]
         return {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
+
+
+def repeated(call: Call, times: int) -> Call:
+    """``call`` so many times, one behind the other."""
+
+    def repeat() -> None:
+        for _ in range(times):
+            call()
+
+    return call if times == 1 else repeat
 
 
 class CpuDevice:
@@ -125,12 +127,11 @@ class CpuDevice:
 
     def in_turns(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Samples]:
         """Times every call once a turn, in an order drawn anew, until ``seconds`` are over; `MIN_TURNS` at least."""
-        found = {name: Samples([], []) for name in calls}
+        found = {name: Samples([]) for name in calls}
         for name in _turns(calls, seconds):
-            cpu, start = time.process_time(), self.clock()
+            start = self.clock()
             calls[name]()
             found[name].seconds.append(self.clock() - start)
-            found[name].cpu.append(time.process_time() - cpu)
         return found
 
 
@@ -220,7 +221,7 @@ class CudaDevice:
 
     def in_turns(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Samples]:
         """As `CpuDevice.in_turns`, by device events; the device is waited for after every call's turn."""
-        found = {name: Samples([], []) for name in calls}
+        found = {name: Samples([]) for name in calls}
         for call in calls.values():
             call()
         self.synchronize()

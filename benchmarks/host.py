@@ -58,7 +58,7 @@ def stubbed(case: Case, seconds: float) -> dict[str, Samples]:
     """Seconds of one call of every contender whose launches stop before the device, and of the others as they are."""
     wanted = [(c.label, c.provider, c.sizes.rounds) for c in case.contenders]
     found = in_own_process({"time": wanted, "sizes": vars(case.sizes), "seconds": seconds})
-    return {label: Samples(times, times) for label, times in found.items()}
+    return {label: Samples(times) for label, times in found.items()}
 
 
 def profiled(case: Case) -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from benchmarks import host
 from benchmarks.cases import OPERATOR_GROUPS, Case, Contender
-from benchmarks.checks import Verdict
+from benchmarks.checks import Verdict, in_a_line
 from benchmarks.decoders import DecoderTiming
-from benchmarks.devices import Call, Device, Samples
+from benchmarks.devices import Call, Device, Samples, repeated
 from benchmarks.document import WITHOUT_ROUNDS
 from benchmarks.generation import GenerationTiming
 from benchmarks.importance import TUNING
@@ -105,7 +105,7 @@ def measure(case: Case, place: Workplace) -> Found:
         return Found([], {}, [], [], found_profiles)
     if case.mode == "launches stubbed":
         samples = host.stubbed(case, place.seconds)
-        rows = [_row(case, c, samples, None, {"calls a turn": host.CALLS}) for c in case.contenders]
+        rows = [_row(case, contender, samples, host.CALLS) for contender in case.contenders]
         return Found([], samples, rows, [], [])
     if case.group == "host":
         with host.one_thread():
@@ -126,8 +126,7 @@ def _in_turns(case: Case, place: Workplace) -> Found:
         except Exception as error:  # it gets no time, the others do; a lost device raises in the next lines again
             device.release()
             device.synchronize()
-            reason = str(error).strip().splitlines() or ["no message"]
-            found = Verdict({}, f"{type(error).__name__}: {reason[0]}")
+            found = Verdict({}, in_a_line(error))
         checks.append(_record(case, contender, found))
     turns = device.in_turns({label: each.call for label, each in ready.items()}, place.seconds)
     samples = {label: turns[label].of_one(each.calls) for label, each in ready.items()}
@@ -158,16 +157,6 @@ def make_ready(prepared: Prepared, case: Case, device: Device) -> Ready:
     return Ready(prepared, repeated(prepared.call, repeats), repeats * prepared.calls, peak)
 
 
-def repeated(call: Call, times: int) -> Call:
-    """``call`` so many times, one behind the other."""
-
-    def repeat() -> None:
-        for _ in range(times):
-            call()
-
-    return call if times == 1 else repeat
-
-
 def _record(case: Case, contender: Contender, found: Verdict) -> dict[str, Any]:
     """A check as the document has it."""
     sizes = contender.sizes
@@ -175,26 +164,8 @@ def _record(case: Case, contender: Contender, found: Verdict) -> dict[str, Any]:
     return {**named, "tokens": sizes.tokens, "dtype": sizes.dtype, **found.record()}
 
 
-def _timed_row(case: Case, ready: Ready, samples: dict[str, Samples], limits: Limits | None) -> dict[str, Any]:
-    prepared, work = ready.prepared, ready.prepared.work
-    more: dict[str, Any] = {"calls a turn": ready.calls}
-    row = _row(case, prepared.contender, samples, ready.peak, more) | {"graph": ready.captured}
-    median = row["seconds"]["median"]
-    if prepared.units is not None:
-        row["tokens a second"] = prepared.units / median
-    if work is not None:
-        row["work"] = {"bytes": work.bytes, "operations": work.operations}
-    if work is not None and limits is not None:
-        times = limits.times(work)
-        row["limit"] = {name: times[name] for name in ("memory", "matrix")}
-        row["share"] = max(row["limit"].values()) / median
-    return row
-
-
-def _row(
-    case: Case, contender: Contender, samples: dict[str, Samples], peak: int | None, more: dict[str, Any]
-) -> dict[str, Any]:
-    """As the result document has it."""
+def _row(case: Case, contender: Contender, samples: dict[str, Samples], calls: int, **more: Any) -> dict[str, Any]:
+    """As the result document has it; of ``more`` what is known."""
     label = contender.label
     return {
         "case": case.name,
@@ -207,11 +178,22 @@ def _row(
         "provider": contender.provider,
         "label": label,
         "sizes": asdict(contender.sizes) | ({"rounds": 1} if contender.provider in WITHOUT_ROUNDS else {}),
-        "seconds": samples[label].summary() | more,
-        "peak bytes": peak,
-        "work": None,
-        "limit": None,
-        "share": None,
-        "tokens a second": None,
+        "seconds": samples[label].summary() | {"calls a turn": calls},
         "ratios": {other: samples[label].over(theirs) for other, theirs in samples.items() if other != label},
+        **{key.replace("_", " "): value for key, value in more.items() if value is not None},
     }
+
+
+def _timed_row(case: Case, ready: Ready, samples: dict[str, Samples], limits: Limits | None) -> dict[str, Any]:
+    prepared, work = ready.prepared, ready.prepared.work
+    row = _row(case, prepared.contender, samples, ready.calls, graph=ready.captured, peak_bytes=ready.peak)
+    median = row["seconds"]["median"]
+    if prepared.units is not None:
+        row["tokens a second"] = prepared.units / median
+    if work is not None:
+        row["work"] = {"bytes": work.bytes, "operations": work.operations}
+    if work is not None and limits is not None:
+        times = limits.times(work)
+        row["limit"] = {name: times[name] for name in ("memory", "matrix")}
+        row["share"] = max(row["limit"].values()) / median
+    return row

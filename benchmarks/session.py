@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.cases import Case, Contender
+from benchmarks.checks import in_a_line
 from benchmarks.conditions import conditions
 from benchmarks.document import Document
 from benchmarks.importance import rank
@@ -101,7 +102,9 @@ class Session:
                 found = measure(case._replace(contenders=tuple(self.selected.get(case.name, case.contenders))), place)
             device.synchronize()
         except Exception as error:
-            self.document.end(case.name, "failed", time.perf_counter() - start, _note(error))
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            note = f"{in_a_line(error)} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"
+            self.document.end(case.name, "failed", time.perf_counter() - start, note)
             if any(word in str(error) for word in LOST):
                 return DeviceLost(str(error).splitlines()[0])
             device.release()
@@ -111,10 +114,3 @@ class Session:
         device.release()  # graphs keep memory of their own until they are collected
         self.document.end(case.name, "done", time.perf_counter() - start)
         return found
-
-
-def _note(error: Exception) -> str:
-    """The error in a line, and where it came from."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    message = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {message[:300]} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.checks import in_a_line
 from benchmarks.devices import Device
 from benchmarks.kernels import replayed
 from benchmarks.operators import OPERATORS, Operator, check_operator, launches_of
@@ -190,7 +191,7 @@ class Tuner:
             self.device.synchronize()
         except Exception as error:  # does not compile, or takes more than the device has
             self.device.synchronize()  # a lost device raises here: then there is nothing more to try
-            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+            return in_a_line(error)
         return None
 
     def timed(self, configs: Sequence[Config]) -> list[float]:
