@@ -121,6 +121,11 @@ def run_routing(operands: Tensors, top_k: int, backend: str) -> Tensors:
     return {"routing_weights": found.routing_weights, "logits": found.logits, "expert_ids": found.expert_ids}
 
 
+def order_operands(draw: Draw, sizes: Sizes, later: bool) -> Tensors:
+    """Experts of every token [N, k]."""
+    return {"expert_ids": _chosen(draw, sizes)}
+
+
 def run_order(operands: Tensors, top_k: int, backend: str) -> Tensors:
     """The stable order by the two smallest experts of every token; elsewhere than on Triton by PyTorch's sort."""
     if backend == "triton":
@@ -186,14 +191,7 @@ OPERATORS = tuple(
         ("experts", (True, False), expert_operands, run_experts, EXPERTS_PER_TOKEN, ()),
         ("routing", (True, False), routing_operands, run_routing, ("x", "offset"), ("offset",)),
         ("gru", (True, False), gru_operands, run_gru, ("inputs", "recurrent", "state", "total"), ()),
-        (
-            "routing_order",
-            (False,),
-            lambda draw, s, _: {"expert_ids": _chosen(draw, s)},
-            run_order,
-            ("expert_ids",),
-            (),
-        ),
+        ("routing_order", (False,), order_operands, run_order, ("expert_ids",), ()),
     )
     for later in rounds
 )

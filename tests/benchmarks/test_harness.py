@@ -19,6 +19,7 @@ from benchmarks.plain import plain_literal
 from benchmarks.providers import PROVIDERS, missing
 from benchmarks.sizes import MODELS
 from benchmarks.table import PLANS, Plan, table
+from benchmarks.test_benchmarks import Replay
 
 TINY = MODELS["tiny"]
 PLAN = Plan((1,), (5, 12), batch=2, context=3, whole_layers=1, prompt=4, new_tokens=2, profiled=(4, 8))
@@ -47,13 +48,20 @@ def cases(group, kind="cpu"):
     return [case for case in table(TINY, kind, "fp32", PLAN) if case.group == group]
 
 
-def one(provider, mode="inference", rounds=3, tokens=12):
-    return Case("layer", TINY, mode, (Contender(provider, TINY.sizes(tokens, rounds, "fp32")),))
+def side_by_side(*providers, tokens=12, **changes):
+    contenders = tuple(Contender(provider, TINY.sizes(tokens, 3, "fp32")) for provider in providers)
+    return Case("layer", TINY, "inference", contenders, **changes)
 
 
-@pytest.mark.parametrize(
-    "group", [group for group in GROUPS if group not in ("check", "kernels", "profile", "host", "tune")]
-)
+def judged(rounds, training):
+    """A layer, its literal loop and who judges it."""
+    sizes = TINY.sizes(12, rounds, "fp32")
+    layer = Layer(sizes, CPU)
+    x, rows = layer.input(sizes)
+    return layer, PROVIDERS["literal"].build(layer, sizes), Judge({"x": x}, rows, training, torch.float32)
+
+
+@pytest.mark.parametrize("group", [group for group in GROUPS if group not in NOT_IN_TURNS])
 def test_every_provider_of_every_case_passes_its_check(group):
     """A comparison with a baseline that computes something else is worth nothing; nor is a check that refuses it."""
     place = workplace()
@@ -112,9 +120,7 @@ def test_a_wrong_provider_gets_no_time(monkeypatch):
 
     monkeypatch.setitem(PROVIDERS, "torch", PROVIDERS["torch"]._replace(build=build))
     monkeypatch.setitem(PROVIDERS, "dense", PROVIDERS["dense"]._replace(build=raising))
-    sizes = TINY.sizes(12, 3, "fp32")
-    case = Case("layer", TINY, "inference", tuple(Contender(name, sizes) for name in ("torch", "literal", "dense")))
-    found = measuring.measure(case, workplace())
+    found = measuring.measure(side_by_side("torch", "literal", "dense"), workplace())
     assert [row["label"] for row in found.rows] == ["literal"]
     assert found.fault("torch").startswith("y: error 1.0e-04, the plain computation's own is ")
     assert found.fault("dense") == "RuntimeError: no such path"
@@ -123,9 +129,7 @@ def test_a_wrong_provider_gets_no_time(monkeypatch):
 
 def test_a_wrong_gradient_is_refused():
     """A training step is its gradients: a right output alone does not earn a time."""
-    sizes = TINY.sizes(12, 3, "fp32")
-    layer = Layer(sizes, CPU)
-    built = PROVIDERS["literal"].build(layer, sizes)
+    _, built, judge = judged(3, True)
 
     class Halved(torch.autograd.Function):
         @staticmethod
@@ -136,8 +140,6 @@ def test_a_wrong_gradient_is_refused():
         def backward(ctx, grad):
             return grad * 0.5
 
-    x, rows = layer.input(sizes)
-    judge = Judge({"x": x}, rows, True, torch.float32)
     assert judge.check(built).fault is None
     forward = built.subject.run
     wrong = built.subject._replace(run=lambda given: {"y": Halved.apply(forward(given)["y"])})
@@ -151,12 +153,9 @@ def test_a_wrong_gradient_is_refused():
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_what_is_compiled_computes_the_layer(rounds, training):
     """The compiled baseline has to be the layer before a compiler touches it; compiling takes too long for a test."""
+    layer, built, judge = judged(rounds, training)
     sizes = TINY.sizes(12, rounds, "fp32")
-    layer = Layer(sizes, CPU)
-    built = PROVIDERS["literal"].build(layer, sizes)
     subject = over_tokens(plain_literal(layer.weights(sizes), layer.spec(sizes)), built.subject.shared)
-    x, rows = layer.input(sizes)
-    judge = Judge({"x": x}, rows, training, torch.float32)
     assert judge.check(built._replace(subject=subject, module=None)).fault is None
 
 
@@ -166,8 +165,7 @@ def test_a_graph_holds_those_that_can_be_captured_and_the_row_says_so():
     class Capturing(CpuDevice):
         graphs = True
 
-    sizes = TINY.sizes(1, 3, "fp32")
-    case = Case("layer", TINY, "inference", (Contender("dense", sizes), Contender("peer_mixlora", sizes)), graph=True)
+    case = side_by_side("dense", "peer_mixlora", tokens=1, graph=True)
     found = measuring.measure(case, Workplace(Layers(Capturing()), None, 0.0))
     assert {row["provider"]: row["graph"] for row in found.rows} == {"dense": True, "peer_mixlora": False}
 
@@ -182,8 +180,7 @@ def test_a_graph_that_replays_another_result_is_refused(monkeypatch):
             y = call()["y"]
             return lambda: {"y": y * 1.01}
 
-    sizes = TINY.sizes(1, 3, "fp32")
-    case = Case("layer", TINY, "inference", (Contender("dense", sizes),), graph=True)
+    case = side_by_side("dense", tokens=1, graph=True)
     found = measuring.measure(case, Workplace(Layers(Replaying()), None, 0.0))
     assert found.rows == []
     assert "in a CUDA graph, y: error 1.0e-02" in found.fault("dense")
@@ -222,22 +219,9 @@ def test_calls_take_turns(monkeypatch):
 
 def test_time_is_what_the_clock_says():
     """Samples are seconds of the clock, all of a call, each once a turn."""
-
-    class Clock:
-        now = 100.0
-
-        def __call__(self):
-            return self.now
-
-    clock = Clock()
-
-    def takes(seconds):
-        def call():
-            clock.now += seconds
-
-        return call
-
-    timed = CpuDevice(clock).in_turns({"short": takes(0.5), "long": takes(2.0)}, 0.0)
+    clock = Replay()
+    calls = {"short": lambda: clock.advance(0.5), "long": lambda: clock.advance(2.0)}
+    timed = CpuDevice(clock).in_turns(calls, 0.0)
     assert timed["short"].summary()["median"] == pytest.approx(0.5)
     assert timed["long"].summary()["best"] == pytest.approx(2.0)
 
@@ -252,9 +236,7 @@ def test_ratios_are_taken_turn_by_turn():
 def test_ratios_are_of_one_call_each(monkeypatch):
     """A short call is repeated within a turn and a long one is not: their ratio is still that of one call each."""
     monkeypatch.setattr(measuring, "SHORTEST_TURN", 1e-3)
-    sizes = TINY.sizes(1, 3, "fp32")
-    case = Case("layer", TINY, "inference", (Contender("dense", sizes), Contender("literal", sizes)))
-    dense, literal = measuring.measure(case, workplace()).rows
+    dense, literal = measuring.measure(side_by_side("dense", "literal", tokens=1), workplace()).rows
     assert dense["seconds"]["calls a turn"] > literal["seconds"]["calls a turn"]
     ratio = literal["ratios"]["dense"]["median"]
     assert ratio == pytest.approx(literal["seconds"]["median"] / dense["seconds"]["median"], rel=0.8)
@@ -263,12 +245,12 @@ def test_ratios_are_of_one_call_each(monkeypatch):
 
 def test_rows_say_what_was_measured_and_what_the_limit_is():
     """A figure without sizes, spread and limit cannot be judged."""
-    (row,) = measuring.measure(one("torch"), workplace()).rows
+    (row,) = measuring.measure(side_by_side("torch"), workplace()).rows
     assert row["sizes"] == dataclasses.asdict(TINY.sizes(12, 3, "fp32"))
     assert (row["group"], row["model"], row["mode"], row["graph"]) == ("layer", "tiny", "inference", False)
     assert row["peak bytes"] > 0
     assert row["share"] == pytest.approx(max(row["limit"].values()) / row["seconds"]["median"])
-    (dense,) = measuring.measure(one("dense"), workplace()).rows
+    (dense,) = measuring.measure(side_by_side("dense"), workplace()).rows
     assert dense["sizes"]["rounds"] == 1
 
 

@@ -289,23 +289,13 @@ def test_pytest_benchmark_reads_and_compares_a_run(tmp_path, capfd, monkeypatch)
         monkeypatch.delenv(name, raising=False)
     saved = tmp_path / "a.json"
     few = ["--sizes", "tiny", "--groups", "layer", "--providers", "dense,torch", "--tokens", "1", "--seconds", "0"]
-    few = [
-        "benchmarks",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        str(ROOT),
-        "-c",
-        str(ROOT / "pyproject.toml"),
-        *few,
-    ]
+    few += ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     few += ["--device", "cpu", "--only", "layer, tiny, inference, 1 tokens, T=1, n=4, fp32", "-k", "not compile"]
-    assert pytest.main([*few, f"--benchmark-json={saved}"]) == 0
+    assert pytest.main(["benchmarks", *few, f"--benchmark-json={saved}"]) == 0
     stored = json.loads(saved.read_text())["benchmarks"]
     assert [each["extra_info"]["label"] for each in stored] == ["torch", "dense"]
     assert all(each["stats"]["rounds"] >= 6 and each["stats"]["median"] > 0 for each in stored)
     assert "(NOW)" not in capfd.readouterr().out
-    assert pytest.main([*few, f"--benchmark-compare={saved}"]) == 0
+    assert pytest.main(["benchmarks", *few, f"--benchmark-compare={saved}"]) == 0
     compared = capfd.readouterr().out
     assert all(f"T1-n4-fp32-{name}] (NOW)" in compared for name in ("torch", "dense"))
