@@ -53,15 +53,10 @@ class Source(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """One row's figure over another's.
+    """One row's figure over another's."""
 
-    Attributes:
-        value: the median over the turns, or the ratio of two medians.
-        range: lowest and highest over the turns; None where there is no ratio turn by turn.
-    """
-
-    value: float
-    range: tuple[float, float] | None = None
+    value: float  # the median over the turns, or the ratio of two medians
+    range: tuple[float, float] | None = None  # lowest and highest over the turns, where there is a ratio turn by turn
 
     def __str__(self) -> str:
         if self.range is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from benchmarks import host
@@ -37,20 +37,15 @@ MAX_REPEATS = 200
 REPLAYS = 10
 
 
-class Found(NamedTuple):
-    """Of one case.
-
-    Attributes:
-        checks: a record for each contender.
-        samples: their times by label, of one call.
-        rows, kernels, profiles: as the document has them.
-    """
+@dataclass(frozen=True)
+class Found:
+    """Of one case: the times of one call by label; the others as the document has them."""
 
     checks: list[dict[str, Any]]
-    samples: dict[str, Samples]
-    rows: list[dict[str, Any]]
-    kernels: list[dict[str, Any]]
-    profiles: list[dict[str, Any]]
+    samples: dict[str, Samples] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    profiles: list[dict[str, Any]] = field(default_factory=list)
 
     def fault(self, label: str) -> str | None:
         """Why a contender was not timed."""
@@ -91,22 +86,21 @@ def measure(case: Case, place: Workplace) -> Found:
     place.layers.keep(contender.sizes for contender in case.contenders)
     if case.group == "check":
         found = check_operator(find_operator(case.operator, bool(case.later)), case.sizes, place.device.torch)
-        return Found([_record(case, case.contenders[0], found)], {}, [], [], [])
+        return Found([_record(case, case.contenders[0], found)])
     if case.group == "kernels":
         assert place.limits is not None
         operator = find_operator(case.operator, bool(case.later))
         found, kernels = time_kernels(operator, case.sizes, place.device, place.limits, place.seconds, REPLAYS)
-        return Found([_record(case, case.contenders[0], found)], {}, [], kernels, [])
+        return Found([_record(case, case.contenders[0], found)], kernels=kernels)
     if case.group == "tune":
         cell = Cell(*case.operator.split())
-        return Found([], {}, [], tune(cell, case.sizes, place.device, TUNING, REPLAYS), [])
+        return Found([], kernels=tune(cell, case.sizes, place.device, TUNING, REPLAYS))
     if case.mode == "profile":
-        found_profiles = host.profiled(case) if case.group == "host" else profiles(case, place.device)
-        return Found([], {}, [], [], found_profiles)
+        return Found([], profiles=host.profiled(case) if case.group == "host" else profiles(case, place.device))
     if case.mode == "launches stubbed":
         samples = host.stubbed(case, place.seconds)
         rows = [_row(case, contender, samples, host.CALLS) for contender in case.contenders]
-        return Found([], samples, rows, [], [])
+        return Found([], samples, rows)
     if case.group == "host":
         with host.one_thread():
             return _in_turns(case, Workplace(Layers(host.device()), None, place.seconds))
@@ -131,7 +125,7 @@ def _in_turns(case: Case, place: Workplace) -> Found:
     turns = device.in_turns({label: each.call for label, each in ready.items()}, place.seconds)
     samples = {label: turns[label].of_one(each.calls) for label, each in ready.items()}
     rows = [_timed_row(case, each, samples, place.limits) for each in ready.values()]
-    return Found(checks, samples, rows, [], [])
+    return Found(checks, samples, rows)
 
 
 def make_ready(prepared: Prepared, case: Case, device: Device) -> Ready:

@@ -30,23 +30,14 @@ Draw = Callable[..., Tensor]
 
 
 class Operator(NamedTuple):
-    """An operator in the first round or a later one.
+    """An operator in the first round or a later one."""
 
-    Attributes:
-        name: how cases and results call it.
-        later: whether it is a later round's call.
-        draw: (draw, sizes, later) -> random operands in which no term is small.
-        run: (operands, top_k, backend) -> outputs by name, the floating ones differentiable.
-        per_token: operands whose first dimension is the tokens.
-        fixed: floating operands that take no gradient.
-    """
-
-    name: str
-    later: bool
-    draw: Callable[[Draw, Sizes, bool], Tensors]
-    run: Callable[[Tensors, int, str], Tensors]
-    per_token: frozenset[str]
-    fixed: frozenset[str] = frozenset()
+    name: str  # as cases and results call it
+    later: bool  # whether it is a later round's call
+    draw: Callable[[Draw, Sizes, bool], Tensors]  # (draw, sizes, later) -> random operands in which no term is small
+    run: Callable[[Tensors, int, str], Tensors]  # (operands, top_k, backend) -> outputs, floating ones differentiable
+    per_token: frozenset[str]  # operands whose first dimension is the tokens
+    fixed: frozenset[str] = frozenset()  # floating operands that take no gradient
 
     @property
     def title(self) -> str:

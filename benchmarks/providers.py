@@ -28,19 +28,12 @@ from graphmoe_kernels.testing import trainable
 
 
 class Provider(NamedTuple):
-    """A named way to compute a layer.
-
-    Attributes:
-        build: (layer, sizes) -> the provider over that layer.
-        form: its arithmetic, a form of the cost model or ``"lora"``.
-        missing: why it cannot run on a device, or None.
-        capturable: whether a CUDA graph can hold it: nothing in it waits for the device.
-    """
+    """A way to compute a layer."""
 
     build: Callable[[Layer, Sizes], Built]
-    form: str
-    missing: Callable[[Device], str | None] = lambda device: None
-    capturable: bool = True
+    form: str  # its arithmetic, a form of the cost model or "lora"
+    missing: Callable[[Device], str | None] = lambda device: None  # why it cannot run on a device
+    capturable: bool = True  # whether a CUDA graph can hold it: nothing in it waits for the device
 
 
 def _rethinking(layer: Layer, sizes: Sizes, forward: Forward, module: nn.Module | None) -> Built:

@@ -33,11 +33,7 @@ HERE = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """As few turns and repeats as there can be."""
-    monkeypatch.setattr("benchmarks.devices.MIN_TURNS", 2)
-    monkeypatch.setattr(measuring, "SHORTEST_TURN", 0.0)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def workplace():
