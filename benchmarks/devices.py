@@ -238,11 +238,6 @@ class CudaDevice:
 Device = CpuDevice | CudaDevice
 
 
-def load_average() -> float | None:
-    """How many processes were running over the last minute, where the system tells."""
-    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-
-
 def _kilobytes(path: str, name: str) -> int:
     """A figure that Linux tells in a file of ``name: figure kB``."""
     return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,13 +231,26 @@ def test_ratios_are_taken_turn_by_turn():
 
 
 def test_ratios_are_of_one_call_each(monkeypatch):
-    """A short call is repeated within a turn and a long one is not: their ratio is still that of one call each."""
-    monkeypatch.setattr(measuring, "SHORTEST_TURN", 1e-3)
-    dense, literal = measuring.measure(side_by_side("dense", "literal", tokens=1), workplace()).rows
-    assert dense["seconds"]["calls a turn"] > literal["seconds"]["calls a turn"]
-    ratio = literal["ratios"]["dense"]["median"]
-    assert ratio == pytest.approx(literal["seconds"]["median"] / dense["seconds"]["median"], rel=0.8)
-    assert ratio > 1
+    """A short call is repeated within a turn and a long one less often: their ratio is still that of one call each."""
+    clock = Replay()
+
+    def taking(provider, seconds):
+        def build(layer, sizes):
+            built = provider.build(layer, sizes)
+            run = built.subject.run
+            timed = built.subject._replace(run=lambda given: (clock.advance(seconds), run(given))[1])
+            return built._replace(subject=timed)
+
+        return provider._replace(build=build)
+
+    for name, seconds in (("dense", 1.0), ("literal", 3.0)):
+        monkeypatch.setitem(PROVIDERS, name, taking(PROVIDERS[name], seconds))
+    monkeypatch.setattr(measuring, "SHORTEST_TURN", 6.0)
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=clock))
+    place = Workplace(Layers(CpuDevice(clock)), None, 0.0)
+    dense, literal = measuring.measure(side_by_side("dense", "literal", tokens=1), place).rows
+    assert (dense["seconds"]["calls a turn"], literal["seconds"]["calls a turn"]) == (6, 2)
+    assert literal["ratios"]["dense"]["median"] == pytest.approx(3.0)
 
 
 def test_rows_say_what_was_measured_and_what_the_limit_is():

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from benchmarks import devices, tuning
-from benchmarks.cases import OPERATOR_GROUPS
 from benchmarks.devices import CpuDevice
 from benchmarks.document import _check_entries
 from benchmarks.kernels import time_kernels
 from benchmarks.layers import Layers
 from benchmarks.limits import H200
 from benchmarks.measure import Workplace, measure
-from benchmarks.operators import OF_GROUP, OPERATORS, as_in_a_layer, check_operator, find_operator, launches_of
+from benchmarks.operators import OPERATORS, as_in_a_layer, check_operator, find_operator, launches_of
 from benchmarks.page import kernel_table
 from benchmarks.sizes import MODELS
 from benchmarks.table import PLANS, TINY_CHECKED, table
@@ -103,10 +102,6 @@ def test_a_launch_done_again_gives_the_same():
     launches[0].again()
     assert torch.equal(out, expected)
     assert {each.name for each in launches_of(GRU, FEW, operands)} == {"gru_forward", "gru_backward"}
-
-
-def test_every_group_of_an_operator_has_one():
-    assert {find_operator(OF_GROUP[group], True).name for group in OPERATOR_GROUPS} == {"routing", "experts", "gru"}
 
 
 A, B, C, D = ({"BLOCK_M": 16, "num_warps": warps, "num_stages": 2} for warps in (1, 2, 4, 8))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,18 +31,9 @@ NEED_TRITON = {"check", "kernels"}
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tries what happens without a CUDA device")
 
 
-class Config:
-    """The part of pytest's configuration that is read."""
-
-    def __init__(self, **options):
-        self.options = {**dict.fromkeys(NAMES), "device": "cpu", "only": [], **options}
-
-    def getoption(self, name):
-        return self.options[name]
-
-
 def chosen(**options):
-    return choose(Config(**{"sizes": "tiny", **options}))
+    given = {**dict.fromkeys(NAMES), "device": "cpu", "only": [], "sizes": "tiny", **options}
+    return choose(SimpleNamespace(getoption=given.__getitem__))
 
 
 def run(*arguments, timeout=300, **environment):
@@ -128,20 +120,11 @@ def test_a_limited_run_begins_with_what_matters():
     assert (8192, "eager") not in known
 
 
-class FakeClock:
-    now = 100.0
-
-    def monotonic(self):
-        return self.now
-
-    perf_counter = time.perf_counter
-
-
 @pytest.fixture
 def session(tmp_path, monkeypatch):
     """A run of a minute, by a clock that stands still, of measurements that do nothing."""
     monkeypatch.setattr(running, "LIMIT_SIZES", {"cpu": (2**16, (8, 8, 8))})
-    monkeypatch.setattr(running, "time", FakeClock())
+    monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: 100.0, perf_counter=time.perf_counter))
     found = chosen(groups="layer", seconds=0.0)._replace(end=160.0)
     return Session(found, Document(tmp_path / "r.json"))
 
@@ -172,7 +155,7 @@ def raising(error, calls=None):
 
 def test_what_no_time_is_left_for_is_skipped_and_named(session, monkeypatch):
     """The budget is hard: a case begins only if it can end in time, and later smaller ones still may."""
-    running.time.now = 145.0
+    running.time.monotonic = lambda: 145.0
     asked = ask(session, raising(AssertionError("begun")), monkeypatch)
     assert isinstance(asked, NotMeasured)
     assert state(session) == {"state": "skipped", "seconds": 0.0, "note": "15 s left, it may take 30"}
