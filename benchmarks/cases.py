@@ -50,36 +50,23 @@ class Contender(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Contenders that are timed in turns with each other.
+    """Contenders that are timed in turns with each other."""
 
-    Attributes:
-        group: a name of `GROUPS`.
-        model: whose sizes they have.
-        mode: ``"inference"`` or ``"training"`` (forward and backward); of a decoder layer ``"prefill"`` or
-            ``"decode"``; of a model ``"generate"`` or ``"profile"``; of the host's time also ``"launches stubbed"``.
-        contenders: who is timed.
-        graph: as a replayed CUDA graph, those of its contenders that one can hold.
-        operator: the operator's name, of checks and kernels.
-        later: of an operator: whether it is called as in a round after the first.
-        batch: sequences among which the tokens are divided (decoder).
-        context: tokens in the cache before the call (decoder, model).
-        layers, new_tokens, lengths: of a whole model: how many, made by `generate`, of profiled sequences.
-        note: what distinguishes it from a case that is otherwise alike.
-    """
-
-    group: str
+    group: str  # a name of `GROUPS`
     model: Model
+    # "inference" or "training" (forward and backward); of a decoder layer "prefill" or "decode"; of a model "generate"
+    # or "profile"; of the host's time also "launches stubbed".
     mode: str
     contenders: tuple[Contender, ...]
-    graph: bool = False
-    operator: str = ""
-    later: bool | None = None
-    batch: int = 1
-    context: int | None = None
-    layers: int = 1
-    new_tokens: int = 1
-    lengths: tuple[int, ...] = ()
-    note: str = ""
+    graph: bool = False  # as a replayed CUDA graph, those of its contenders that one can hold
+    operator: str = ""  # of checks and kernels
+    later: bool | None = None  # of an operator: whether it is called as in a round after the first
+    batch: int = 1  # sequences among which the tokens are divided (decoder)
+    context: int | None = None  # tokens in the cache before the call (decoder, model)
+    layers: int = 1  # of a whole model, and
+    new_tokens: int = 1  # made by `generate`
+    lengths: tuple[int, ...] = ()  # of profiled sequences
+    note: str = ""  # what distinguishes it from a case that is otherwise alike
 
     @property
     def name(self) -> str:

@@ -22,17 +22,11 @@ SAMPLE = {"cpu": 16, "cuda": 32}
 
 
 class Subject(NamedTuple):
-    """Something that computes outputs from operands, all by name.
+    """Something that computes outputs from operands, all by name."""
 
-    Attributes:
-        run: (operands) -> outputs, the floating ones differentiable.
-        shared: the operands that are no tokens', such as weights.
-        fixed: names of floating operands that take no gradient.
-    """
-
-    run: Callable[[Tensors], Tensors]
-    shared: Tensors
-    fixed: frozenset[str] = frozenset()
+    run: Callable[[Tensors], Tensors]  # operands -> outputs, the floating ones differentiable
+    shared: Tensors  # the operands that are no tokens', such as weights
+    fixed: frozenset[str] = frozenset()  # floating operands that take no gradient
 
     def results(self, operands: Tensors, upstream: Tensors | None = None) -> Tensors:
         """Outputs and, under ``upstream`` gradients of them, ``d_<name>`` of every floating operand."""
@@ -61,20 +55,13 @@ class Subject(NamedTuple):
 
 
 class Built(NamedTuple):
-    """A contender, and what it has to equal.
+    """A contender, and what it has to equal."""
 
-    Attributes:
-        subject: what is timed.
-        module: what has a training and an evaluation mode, if anything.
-        definition: the name of what it has to equal; contenders of one name have to equal the same.
-        plain, exact: that definition, in the contender's dtype and in fp64.
-    """
-
-    subject: Subject
-    module: nn.Module | None
-    definition: str
-    plain: Subject
-    exact: Subject
+    subject: Subject  # what is timed
+    module: nn.Module | None  # what has a training and an evaluation mode, if anything
+    definition: str  # its name; contenders of one name have to equal the same
+    plain: Subject  # the definition in the contender's dtype
+    exact: Subject  # and in fp64
 
     def set_mode(self, training: bool) -> None:
         """Training or evaluation mode, where there is one."""
@@ -98,6 +85,11 @@ class Verdict(NamedTuple):
             "plain computation's own": worst[1],
             "tensors": len(self.errors),
         }
+
+
+def in_a_line(error: Exception) -> str:
+    """An error's kind and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:300]}"
 
 
 def device_error(value: Tensor, oracle: Tensor, floor: float = 0.0) -> float:

@@ -10,7 +10,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from benchmarks.devices import Device, load_average
+from benchmarks.devices import Device
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "peft", "liger_kernel", "mixlora")
@@ -20,7 +20,10 @@ def conditions(device: Device, commit: str | None = None) -> dict[str, Any]:
     """As the result document has them; ``commit`` where there is no checkout to ask."""
     return {
         "device": {"kind": device.kind, **device.describe()},
-        "host": {"cores": os.cpu_count(), "load average": load_average()},
+        "host": {
+            "cores": os.cpu_count(),
+            "load average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        },
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in PACKAGES},

@@ -56,14 +56,6 @@ class Wrapped(nn.Module):
         return self.over_tokens(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
-class Silent(nn.Module):
-    """Keeps what an MLP would have read, and adds nothing."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.read = x
-        return torch.zeros_like(x)
-
-
 class Skeleton:
     """The decoder layer but for its MLP: attention and norms of random weights."""
 
@@ -101,10 +93,15 @@ class Skeleton:
 
     def mlp_input(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """What the MLP reads and what its output is added to, [N, D] each."""
-        silent = Silent()
+        read: list[Tensor] = []
+
+        def silent(x: Tensor) -> Tensor:
+            read.append(x)
+            return torch.zeros_like(x)
+
         with torch.no_grad():
-            residual = self.forward(silent)(h)
-        return silent.read.flatten(0, 1), residual.flatten(0, 1)
+            residual = self.forward(Wrapped(silent))(h)
+        return read[0], residual.flatten(0, 1)
 
 
 class DecoderTiming:

@@ -30,20 +30,13 @@ Call = Callable[[], object]
 
 
 class Samples(NamedTuple):
-    """Seconds of one call, turn by turn.
-
-    Attributes:
-        seconds: elapsed.
-        cpu: of the process, all its threads, where the call runs on the CPU: what remains comparable while other
-            programs use the machine. Empty elsewhere.
-    """
+    """Seconds of one call, turn by turn."""
 
     seconds: list[float]
-    cpu: list[float]
 
     def of_one(self, calls: int) -> Samples:
         """Of one of the ``calls`` equal calls that a turn made."""
-        return Samples(*([each / calls for each in times] for times in self))
+        return Samples([each / calls for each in self.seconds])
 
     def summary(self) -> dict[str, Any]:
         """Median, quartiles, shortest and number of turns."""
@@ -53,7 +46,6 @@ class Samples(NamedTuple):
             "quartiles": [low, high],
             "best": min(self.seconds),
             "turns": len(self.seconds),
-            "cpu median": statistics.median(self.cpu) if self.cpu else None,
         }
 
     def over(self, other: Samples) -> dict[str, Any]:
@@ -63,6 +55,16 @@ class Samples(NamedTuple):
         """
         ratios = [mine / its for mine, its in zip(self.seconds, other.seconds, strict=True)]
         return {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
+
+
+def repeated(call: Call, times: int) -> Call:
+    """``call`` so many times, one behind the other."""
+
+    def repeat() -> None:
+        for _ in range(times):
+            call()
+
+    return call if times == 1 else repeat
 
 
 class CpuDevice:
@@ -81,13 +83,23 @@ class CpuDevice:
         capability = torch.backends.cpu.get_cpu_capability()
         return {"name": f"{_cpu_model()} ({capability})", "threads": torch.get_num_threads()}
 
-    def free_bytes(self) -> int | None:
-        """Memory that a program can still have; None where the system does not tell."""
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/meminfo").read_text().splitlines():
-                if line.startswith("MemAvailable:"):
-                    return 1024 * int(line.split()[1])
-        return None
+    @contextlib.contextmanager
+    def memory_bounded(self) -> Iterator[None]:
+        """Inside, an allocation beyond the free memory raises, as on a GPU, instead of taking the machine with it."""
+        try:
+            used, free = _kilobytes("/proc/self/status", "VmData"), _kilobytes("/proc/meminfo", "MemAvailable")
+        except OSError:  # no Linux
+            yield
+            return
+        import resource
+
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = 1024 * (used + free)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if before[1] < 0 else min(limit, before[1]), before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
 
     def capture(self, call: Call) -> Call:
         """``call`` itself; on a GPU a graph of it."""
@@ -115,12 +127,11 @@ class CpuDevice:
 
     def in_turns(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Samples]:
         """Times every call once a turn, in an order drawn anew, until ``seconds`` are over; `MIN_TURNS` at least."""
-        found = {name: Samples([], []) for name in calls}
+        found = {name: Samples([]) for name in calls}
         for name in _turns(calls, seconds):
-            cpu, start = time.process_time(), self.clock()
+            start = self.clock()
             calls[name]()
             found[name].seconds.append(self.clock() - start)
-            found[name].cpu.append(time.process_time() - cpu)
         return found
 
 
@@ -147,10 +158,9 @@ class CudaDevice:
             **_nvidia_smi(),
         }
 
-    def free_bytes(self) -> int | None:
-        """Device memory that is free, or that PyTorch keeps unused."""
-        unused = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
-        return torch.cuda.mem_get_info(self.torch)[0] + unused
+    def memory_bounded(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing: PyTorch raises where the device's memory ends."""
+        return contextlib.nullcontext()
 
     def capture(self, call: Call) -> Call:
         """A replay of the CUDA graph of ``call``, which must not wait for the device.
@@ -211,7 +221,7 @@ class CudaDevice:
 
     def in_turns(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Samples]:
         """As `CpuDevice.in_turns`, by device events; the device is waited for after every call's turn."""
-        found = {name: Samples([], []) for name in calls}
+        found = {name: Samples([]) for name in calls}
         for call in calls.values():
             call()
         self.synchronize()
@@ -228,9 +238,9 @@ class CudaDevice:
 Device = CpuDevice | CudaDevice
 
 
-def load_average() -> float | None:
-    """How many processes were running over the last minute, where the system tells."""
-    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+def _kilobytes(path: str, name: str) -> int:
+    """A figure that Linux tells in a file of ``name: figure kB``."""
+    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:"))
 
 
 def _cpu_model() -> str:

@@ -28,15 +28,14 @@ SCHEMA = 2
 RUN_AGAIN = "run the benchmarks again (`make bench`, or `make gpu-report` on a GPU)"
 LISTS = ("checks", "rows", "kernels", "profiles")
 # What a row is judged and drawn by, and kernels and profiles are shown by; the other keys may be missing.
-KEYS = {
-    "rows": ("case", "group", "model", "mode", "graph", "provider", "label", "sizes", "seconds", "ratios"),
-    "kernels": ("operator", "kernel", "round", "tokens", "experts", "seconds"),
-    "profiles": ("model", "adapter", "phase", "tokens", "seconds"),
-}
-WITHIN: dict[str, dict[str, tuple[str, ...]]] = {
-    "rows": {"sizes": ("experts", "rounds", "tokens", "dtype"), "seconds": ("median", "quartiles")},
-    "kernels": {"seconds": ("median",)},
-    "profiles": {},
+KEYS: dict[str, dict[str, tuple[str, ...]]] = {
+    "rows": {
+        **dict.fromkeys(("case", "group", "model", "mode", "graph", "provider", "label", "ratios"), ()),
+        "sizes": ("experts", "rounds", "tokens", "dtype"),
+        "seconds": ("median", "quartiles"),
+    },
+    "kernels": {**dict.fromkeys(("operator", "kernel", "round", "tokens", "experts"), ()), "seconds": ("median",)},
+    "profiles": dict.fromkeys(("model", "adapter", "phase", "tokens", "seconds"), ()),
 }
 # Providers of the frozen MLP with or without LoRA: one computation at any T.
 WITHOUT_ROUNDS = ("dense", "peft_lora", "liger")
@@ -54,15 +53,10 @@ class Source(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """One row's figure over another's.
+    """One row's figure over another's."""
 
-    Attributes:
-        value: the median over the turns, or the ratio of two medians.
-        range: lowest and highest over the turns; None where there is no ratio turn by turn.
-    """
-
-    value: float
-    range: tuple[float, float] | None = None
+    value: float  # the median over the turns, or the ratio of two medians
+    range: tuple[float, float] | None = None  # lowest and highest over the turns, where there is a ratio turn by turn
 
     def __str__(self) -> str:
         if self.range is None:
@@ -206,10 +200,8 @@ def _check_entries(path: Path, section: str, entries: Iterable[Any]) -> None:
         if not isinstance(entry, dict):
             raise ResultError(f"{path}: {what} is a {type(entry).__name__}, expected is an object; {RUN_AGAIN}")
         absent = [key for key in KEYS[section] if key not in entry]
-        within = WITHIN[section].items()
-        absent += [
-            f"{key} {inner}" for key, keys in within if key in entry for inner in keys if inner not in entry[key]
-        ]
+        inner = [(key, name) for key, names in KEYS[section].items() if key in entry for name in names]
+        absent += [f"{key} {name}" for key, name in inner if name not in entry[key]]
         if absent:
             raise ResultError(f"{path}: {what} has no {', '.join(absent)}: the file is damaged; {RUN_AGAIN}")
         if section == "profiles":  # whose seconds are of parts

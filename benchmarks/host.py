@@ -16,8 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,7 +60,7 @@ def stubbed(case: Case, seconds: float) -> dict[str, Samples]:
     """Seconds of one call of every contender whose launches stop before the device, and of the others as they are."""
     wanted = [(c.label, c.provider, c.sizes.rounds) for c in case.contenders]
     found = in_own_process({"time": wanted, "sizes": vars(case.sizes), "seconds": seconds})
-    return {label: Samples(times, times) for label, times in found.items()}
+    return {label: Samples(times) for label, times in found.items()}
 
 
 def profiled(case: Case) -> list[dict[str, Any]]:
@@ -101,11 +103,18 @@ def answer(asked: dict[str, Any]) -> Any:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("the host's time on Triton cannot be measured under TRITON_INTERPRET=1: unset it")
     import triton
+    from triton.backends.compiler import GPUTarget
 
     from graphmoe_kernels.backend import standing_for
 
     torch.set_num_threads(1)
-    triton.runtime.driver.set_active(_AbsentDriver())
+    absent = SimpleNamespace(  # what Triton asks of a driver before a launch
+        get_current_target=lambda: GPUTarget("cuda", int(TARGET.removeprefix("sm_")), 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+    triton.runtime.driver.set_active(absent)
     with standing_for(TARGET):
         if "split" in asked:
             return _split(asked["split"])
@@ -115,49 +124,24 @@ def answer(asked: dict[str, Any]) -> Any:
         return {label: samples.of_one(CALLS).seconds for label, samples in turns.items()}
 
 
-class _AbsentDriver:
-    """What Triton asks of a driver before a launch, answered for a GPU that is not there."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", int(TARGET.removeprefix("sm_")), 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
 def _call(provider: str, rounds: int, sizes: Sizes, calls: int) -> Call:
     """So many forwards of a layer for one token, warmed up."""
     from graphmoe_kernels.launching import stubbed as stubbed_launches
 
-    layer = Layers(CpuDevice()).get(sizes)
-    sizes = Sizes(**{**vars(sizes), "rounds": rounds})
-    module = (
-        layer.mlp if provider == "dense" else layer.ffn(sizes, "auto", "triton" if provider in TRITON else provider)
-    )
+    layer, stops = Layers(CpuDevice()).get(sizes), provider in TRITON
+    backend = "triton" if stops else provider
+    module = layer.mlp if provider == "dense" else layer.ffn(replace(sizes, rounds=rounds), "auto", backend)
     module.eval()
     x = layer.draw(1, seed=1)
 
     def run() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), stubbed_launches(bind=TRITON[provider]) if stops else nullcontext():
             for _ in range(calls):
                 module(x)
 
-    def run_stubbed() -> None:
-        with stubbed_launches(bind=TRITON[provider]):
-            run()
-
-    call = run_stubbed if provider in TRITON else run
     for _ in range(WARM_UP):
-        call()
-    return call
+        run()
+    return run
 
 
 def _split(asked: dict[str, Any]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.checks import Verdict
-from benchmarks.devices import Call, Device
+from benchmarks.devices import Call, Device, repeated
 from benchmarks.limits import Limits
 from benchmarks.operators import Operator, check_operator, launches_of
 from benchmarks.timing import COLD_FACTOR, copies_for
@@ -62,10 +62,4 @@ def replayed(launches: list[Launch], device: Device, replays: int) -> Call:
         for each in launches:
             each.again()
 
-    graph = device.capture(all_again)
-
-    def replay() -> None:
-        for _ in range(replays):
-            graph()
-
-    return replay
+    return repeated(device.capture(all_again), replays)

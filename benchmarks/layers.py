@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,9 +15,8 @@ from benchmarks.checks import Subject, sample_rows
 from benchmarks.devices import Device
 from benchmarks.operators import DTYPES
 from benchmarks.plain import Forward
-from graphmoe_kernels import DenseMLP, LayerWeights, RethinkingSpec, rethink
+from graphmoe_kernels import DenseMLP, LayerWeights, RethinkingOutput, RethinkingSpec, rethink
 from graphmoe_kernels.cost import Sizes
-from graphmoe_kernels.rethinking import call
 from graphmoe_kernels.testing import cast_layer, trainable
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
 
@@ -155,13 +152,14 @@ class Layer:
     def definition(self, sizes: Sizes, exact: bool) -> Subject:
         """The plain definition of the layer over its values, in fp64 or in its own dtype."""
         weights = self.exact(sizes) if exact else self.weights(sizes)
+        return over_tokens(
+            lambda x: torch.cat([part.y for part in self._rethink(x, sizes, weights)]), trainable(weights)
+        )
 
-        def forward(x: Tensor) -> Tensor:
-            # The reference gathers weights per token: a few tokens at a time bound its memory.
-            parts = [rethink(p, weights, self.spec(sizes), fold="never", backend="reference").y for p in x.split(32)]
-            return torch.cat(parts)
-
-        return over_tokens(forward, trainable(weights))
+    def _rethink(self, x: Tensor, sizes: Sizes, weights: LayerWeights) -> Iterator[RethinkingOutput]:
+        """The reference, which gathers weights per token: a few tokens at a time bound its memory."""
+        for part in x.split(32):
+            yield rethink(part, weights, self.spec(sizes), fold="never", backend="reference")
 
     def draw(self, tokens: int, seed: int) -> Tensor:
         """Random x [N, D]."""
@@ -185,24 +183,10 @@ class Layer:
         """Which tokens of x [N, D] have a routing that rounding does not change in any round, [N] bool."""
         if sizes.top_k == sizes.experts:
             return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-        with torch.no_grad(), _recorded_logits() as seen:
-            self.definition(sizes, exact=True).run({"x": x.double()})
-        routings = sizes.rounds * len(self._all.experts.routers())
-        logits = torch.stack([torch.cat(seen[i::routings]) for i in range(routings)])  # [T * routers, N, n]
+        with torch.no_grad():
+            parts = [part.router_logits for part in self._rethink(x.double(), sizes, self.exact(sizes))]
+        routings = [torch.stack([each for router in part for each in router]) for part in parts]
+        logits = torch.cat(routings, dim=1)  # [routers * T, N, n]
         ordered = logits.sort(dim=-1, descending=True).values
         gap = ordered[..., sizes.top_k - 1] - ordered[..., sizes.top_k]
         return (gap > MARGIN.get(self.dtype, 0.0)).all(dim=0)
-
-
-@contextmanager
-def _recorded_logits() -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    original = call.run_routing
-
-    def route(*arguments: Any, **options: Any) -> Any:
-        routing = original(*arguments, **options)
-        seen.append(routing.logits)
-        return routing
-
-    with mock.patch.object(call, "run_routing", route):
-        yield seen

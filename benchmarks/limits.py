@@ -46,8 +46,8 @@ H200 = Limits(4.3e12, 790e12, 132)
 def measure_limits(
     device: Device, copy_bytes: int, matrix_size: tuple[int, int, int], seconds: float, dtype: str
 ) -> dict[str, Any]:
-    """Bytes a second of a large copy (read and written) and, on a GPU, of one inside the L2 cache; operations a second
-    of a matrix product [m, k] x [k, n] of random data. By the medians of several."""
+    """Bytes a second of a large copy (read and written), operations a second of a matrix product [m, k] x [k, n] of
+    random data, by the medians of several; and what is assumed."""
     kind = DTYPES[dtype]
     large = torch.empty(copy_bytes // kind.itemsize, dtype=kind, device=device.torch).normal_()
     target = torch.empty_like(large)
@@ -66,7 +66,6 @@ def measure_limits(
         "matrix size": [m, n, k],
         "matrix seconds": product,
         "matrix dtype": dtype,
-        "L2 copy bytes a second": _l2_copy(device, large, target, seconds / 2) if device.l2_bytes else None,
         "assumed": {
             "L2 bytes a second": assumed.l2_bandwidth,
             "bytes a second of one multiprocessor": assumed.sm_bandwidth,
@@ -74,19 +73,6 @@ def measure_limits(
             "launch in a graph, seconds": assumed.launch,
         },
     }
-
-
-def _l2_copy(device: Device, large: torch.Tensor, target: torch.Tensor, seconds: float) -> float:
-    """Bytes a second of copies of a quarter of the L2 cache."""
-    small = large[: max(1, min(device.l2_bytes // 4 // large.element_size(), large.numel()))]
-    within, repeats = target[: small.numel()], 50
-
-    def copy_often() -> None:
-        for _ in range(repeats):
-            within.copy_(small)
-
-    cached = device.in_turns({"copy": device.capture(copy_often)}, seconds)["copy"].summary()
-    return 2 * small.element_size() * small.numel() * repeats / cached["median"]
 
 
 def limits_of(content: dict[str, Any]) -> Limits:

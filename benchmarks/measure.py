@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from benchmarks import host
 from benchmarks.cases import OPERATOR_GROUPS, Case, Contender
-from benchmarks.checks import Verdict
+from benchmarks.checks import Verdict, in_a_line
 from benchmarks.decoders import DecoderTiming
-from benchmarks.devices import Call, Device, Samples
+from benchmarks.devices import Call, Device, Samples, repeated
 from benchmarks.document import WITHOUT_ROUNDS
 from benchmarks.generation import GenerationTiming
 from benchmarks.importance import TUNING
 from benchmarks.kernels import time_kernels
 from benchmarks.layers import Layers
 from benchmarks.limits import Limits
-from benchmarks.memory import check_fits
 from benchmarks.operators import check_operator, find_operator
 from benchmarks.profiles import profiles
 from benchmarks.timing import LayerTiming, OperatorTiming, Prepared, Timing
@@ -38,20 +37,15 @@ MAX_REPEATS = 200
 REPLAYS = 10
 
 
-class Found(NamedTuple):
-    """Of one case.
-
-    Attributes:
-        checks: a record for each contender.
-        samples: their times by label, of one call.
-        rows, kernels, profiles: as the document has them.
-    """
+@dataclass(frozen=True)
+class Found:
+    """Of one case: the times of one call by label; the others as the document has them."""
 
     checks: list[dict[str, Any]]
-    samples: dict[str, Samples]
-    rows: list[dict[str, Any]]
-    kernels: list[dict[str, Any]]
-    profiles: list[dict[str, Any]]
+    samples: dict[str, Samples] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    profiles: list[dict[str, Any]] = field(default_factory=list)
 
     def fault(self, label: str) -> str | None:
         """Why a contender was not timed."""
@@ -88,30 +82,25 @@ def measure(case: Case, place: Workplace) -> Found:
 
     A contender that fails is in the checks with its error, and has no row: what is wrong gets no time. One that runs
     out of memory, or raises anything else, is there too; the others are timed.
-
-    Raises:
-        TooLarge: the whole case does not fit in memory.
     """
     place.layers.keep(contender.sizes for contender in case.contenders)
-    check_fits(case, place.device.free_bytes())
     if case.group == "check":
         found = check_operator(find_operator(case.operator, bool(case.later)), case.sizes, place.device.torch)
-        return Found([_record(case, case.contenders[0], found)], {}, [], [], [])
+        return Found([_record(case, case.contenders[0], found)])
     if case.group == "kernels":
         assert place.limits is not None
         operator = find_operator(case.operator, bool(case.later))
         found, kernels = time_kernels(operator, case.sizes, place.device, place.limits, place.seconds, REPLAYS)
-        return Found([_record(case, case.contenders[0], found)], {}, [], kernels, [])
+        return Found([_record(case, case.contenders[0], found)], kernels=kernels)
     if case.group == "tune":
         cell = Cell(*case.operator.split())
-        return Found([], {}, [], tune(cell, case.sizes, place.device, TUNING, REPLAYS), [])
+        return Found([], kernels=tune(cell, case.sizes, place.device, TUNING, REPLAYS))
     if case.mode == "profile":
-        found_profiles = host.profiled(case) if case.group == "host" else profiles(case, place.device)
-        return Found([], {}, [], [], found_profiles)
+        return Found([], profiles=host.profiled(case) if case.group == "host" else profiles(case, place.device))
     if case.mode == "launches stubbed":
         samples = host.stubbed(case, place.seconds)
-        rows = [_row(case, c, samples, None, {"calls a turn": host.CALLS}) for c in case.contenders]
-        return Found([], samples, rows, [], [])
+        rows = [_row(case, contender, samples, host.CALLS) for contender in case.contenders]
+        return Found([], samples, rows)
     if case.group == "host":
         with host.one_thread():
             return _in_turns(case, Workplace(Layers(host.device()), None, place.seconds))
@@ -131,13 +120,12 @@ def _in_turns(case: Case, place: Workplace) -> Found:
         except Exception as error:  # it gets no time, the others do; a lost device raises in the next lines again
             device.release()
             device.synchronize()
-            reason = str(error).strip().splitlines() or ["no message"]
-            found = Verdict({}, f"{type(error).__name__}: {reason[0]}")
+            found = Verdict({}, in_a_line(error))
         checks.append(_record(case, contender, found))
     turns = device.in_turns({label: each.call for label, each in ready.items()}, place.seconds)
     samples = {label: turns[label].of_one(each.calls) for label, each in ready.items()}
     rows = [_timed_row(case, each, samples, place.limits) for each in ready.values()]
-    return Found(checks, samples, rows, [], [])
+    return Found(checks, samples, rows)
 
 
 def make_ready(prepared: Prepared, case: Case, device: Device) -> Ready:
@@ -163,16 +151,6 @@ def make_ready(prepared: Prepared, case: Case, device: Device) -> Ready:
     return Ready(prepared, repeated(prepared.call, repeats), repeats * prepared.calls, peak)
 
 
-def repeated(call: Call, times: int) -> Call:
-    """``call`` so many times, one behind the other."""
-
-    def repeat() -> None:
-        for _ in range(times):
-            call()
-
-    return call if times == 1 else repeat
-
-
 def _record(case: Case, contender: Contender, found: Verdict) -> dict[str, Any]:
     """A check as the document has it."""
     sizes = contender.sizes
@@ -180,26 +158,8 @@ def _record(case: Case, contender: Contender, found: Verdict) -> dict[str, Any]:
     return {**named, "tokens": sizes.tokens, "dtype": sizes.dtype, **found.record()}
 
 
-def _timed_row(case: Case, ready: Ready, samples: dict[str, Samples], limits: Limits | None) -> dict[str, Any]:
-    prepared, work = ready.prepared, ready.prepared.work
-    more: dict[str, Any] = {"calls a turn": ready.calls}
-    row = _row(case, prepared.contender, samples, ready.peak, more) | {"graph": ready.captured}
-    median = row["seconds"]["median"]
-    if prepared.units is not None:
-        row["tokens a second"] = prepared.units / median
-    if work is not None:
-        row["work"] = {"bytes": work.bytes, "operations": work.operations}
-    if work is not None and limits is not None:
-        times = limits.times(work)
-        row["limit"] = {name: times[name] for name in ("memory", "matrix")}
-        row["share"] = max(row["limit"].values()) / median
-    return row
-
-
-def _row(
-    case: Case, contender: Contender, samples: dict[str, Samples], peak: int | None, more: dict[str, Any]
-) -> dict[str, Any]:
-    """As the result document has it."""
+def _row(case: Case, contender: Contender, samples: dict[str, Samples], calls: int, **more: Any) -> dict[str, Any]:
+    """As the result document has it; of ``more`` what is known."""
     label = contender.label
     return {
         "case": case.name,
@@ -212,11 +172,22 @@ def _row(
         "provider": contender.provider,
         "label": label,
         "sizes": asdict(contender.sizes) | ({"rounds": 1} if contender.provider in WITHOUT_ROUNDS else {}),
-        "seconds": samples[label].summary() | more,
-        "peak bytes": peak,
-        "work": None,
-        "limit": None,
-        "share": None,
-        "tokens a second": None,
+        "seconds": samples[label].summary() | {"calls a turn": calls},
         "ratios": {other: samples[label].over(theirs) for other, theirs in samples.items() if other != label},
+        **{key.replace("_", " "): value for key, value in more.items() if value is not None},
     }
+
+
+def _timed_row(case: Case, ready: Ready, samples: dict[str, Samples], limits: Limits | None) -> dict[str, Any]:
+    prepared, work = ready.prepared, ready.prepared.work
+    row = _row(case, prepared.contender, samples, ready.calls, graph=ready.captured, peak_bytes=ready.peak)
+    median = row["seconds"]["median"]
+    if prepared.units is not None:
+        row["tokens a second"] = prepared.units / median
+    if work is not None:
+        row["work"] = {"bytes": work.bytes, "operations": work.operations}
+    if work is not None and limits is not None:
+        times = limits.times(work)
+        row["limit"] = {name: times[name] for name in ("memory", "matrix")}
+        row["share"] = max(row["limit"].values()) / median
+    return row

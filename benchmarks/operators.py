@@ -30,23 +30,14 @@ Draw = Callable[..., Tensor]
 
 
 class Operator(NamedTuple):
-    """An operator in the first round or a later one.
+    """An operator in the first round or a later one."""
 
-    Attributes:
-        name: how cases and results call it.
-        later: whether it is a later round's call.
-        draw: (draw, sizes, later) -> random operands in which no term is small.
-        run: (operands, top_k, backend) -> outputs by name, the floating ones differentiable.
-        per_token: operands whose first dimension is the tokens.
-        fixed: floating operands that take no gradient.
-    """
-
-    name: str
-    later: bool
-    draw: Callable[[Draw, Sizes, bool], Tensors]
-    run: Callable[[Tensors, int, str], Tensors]
-    per_token: frozenset[str]
-    fixed: frozenset[str] = frozenset()
+    name: str  # as cases and results call it
+    later: bool  # whether it is a later round's call
+    draw: Callable[[Draw, Sizes, bool], Tensors]  # (draw, sizes, later) -> random operands in which no term is small
+    run: Callable[[Tensors, int, str], Tensors]  # (operands, top_k, backend) -> outputs, floating ones differentiable
+    per_token: frozenset[str]  # operands whose first dimension is the tokens
+    fixed: frozenset[str] = frozenset()  # floating operands that take no gradient
 
     @property
     def title(self) -> str:
@@ -121,6 +112,11 @@ def run_routing(operands: Tensors, top_k: int, backend: str) -> Tensors:
     return {"routing_weights": found.routing_weights, "logits": found.logits, "expert_ids": found.expert_ids}
 
 
+def order_operands(draw: Draw, sizes: Sizes, later: bool) -> Tensors:
+    """Experts of every token [N, k]."""
+    return {"expert_ids": _chosen(draw, sizes)}
+
+
 def run_order(operands: Tensors, top_k: int, backend: str) -> Tensors:
     """The stable order by the two smallest experts of every token; elsewhere than on Triton by PyTorch's sort."""
     if backend == "triton":
@@ -186,14 +182,7 @@ OPERATORS = tuple(
         ("experts", (True, False), expert_operands, run_experts, EXPERTS_PER_TOKEN, ()),
         ("routing", (True, False), routing_operands, run_routing, ("x", "offset"), ("offset",)),
         ("gru", (True, False), gru_operands, run_gru, ("inputs", "recurrent", "state", "total"), ()),
-        (
-            "routing_order",
-            (False,),
-            lambda draw, s, _: {"expert_ids": _chosen(draw, s)},
-            run_order,
-            ("expert_ids",),
-            (),
-        ),
+        ("routing_order", (False,), order_operands, run_order, ("expert_ids",), ()),
     )
     for later in rounds
 )

@@ -43,29 +43,17 @@ def add_options(parser: pytest.Parser) -> None:
 
 
 class Chosen(NamedTuple):
-    """What a run measures.
-
-    Attributes:
-        device: where.
-        cases: the cases, each with the contenders that can run, in the order in which they are measured.
-        models: whose layers.
-        plan: the token counts.
-        left_out: providers that cannot run here, and why.
-        seconds: of timing a case.
-        dtype: of all cases but checks and the host's.
-        end: when the run has to end, by the monotonic clock; None: whenever it is done.
-        commit: of the tree, where it was said.
-    """
+    """What a run measures: cases with the contenders that can run, in the order in which they are measured."""
 
     device: Device
     cases: list[Case]
     models: list[Model]
     plan: Plan
-    left_out: dict[str, str]
-    seconds: float
-    dtype: str
-    end: float | None = None
-    commit: str | None = None
+    left_out: dict[str, str]  # providers that cannot run here, and why
+    seconds: float  # of timing a case
+    dtype: str  # of all cases but checks and the host's
+    end: float | None = None  # when the run has to end, by the monotonic clock
+    commit: str | None = None  # where it was said
 
 
 def choose(config: pytest.Config) -> Chosen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,9 +124,9 @@ def conditions_lines(content: dict[str, Any]) -> list[str]:
 
 def cases(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Rows by their case."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found = defaultdict(list)
     for row in rows:
-        found.setdefault(row["case"], []).append(row)
+        found[row["case"]].append(row)
     return found
 
 
@@ -190,12 +191,8 @@ def kernel_table(kernels: Sequence[dict[str, Any]]) -> Table:
         order = {True: ", in order", False: ", not in order", None: ""}[row.get("ordered")]
         what = f"{row['operator']}: {name}, {row['round']} round, n={row['experts']}, {row['tokens']} tokens{order}"
         share = f"{max(limits.values()) / time['median']:.0%} ({max(limits, key=limits.get)})" if limits else "-"
-        cells = [
-            what,
-            seconds(time["median"]),
-            " to ".join(map(seconds, time.get("quartiles", ()))) or "-",
-            str(time.get("turns", "-")),
-        ]
+        quartiles = " to ".join(map(seconds, time.get("quartiles", ()))) or "-"
+        cells = [what, seconds(time["median"]), quartiles, str(time.get("turns", "-"))]
         cells += [mega(needed.get("bytes")), _giga(needed.get("operations")), share]
         rows.append([*cells, "" if row.get("cold", True) else "warm L2"])
     return ("kernel", "median", "quartiles", "turns", "MB", "GFLOP", "share of limit", ""), rows

@@ -17,25 +17,18 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from benchmarks.plain import Forward, rounds_of
+from benchmarks.plain import Forward, rounds_of, route
 from graphmoe_kernels import ChosenExperts, DenseMLP, LayerWeights, RethinkingSpec, get_activation
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def peer_mixlora(weights: LayerWeights, spec: RethinkingSpec) -> Forward:
-    """MixLoRA as published, once per round; rounds are joined by the GRU in plain PyTorch.
+    """MixLoRA as published, once per round, as x [N, D] -> y_T [N, D]; the GRU joins the rounds.
 
     Base gate and up are computed once for all experts; then a Python loop over the experts, each of which finds its
     tokens by ``torch.where`` and runs the base's down projection on them (MixLoRA, arXiv 2404.15159, section 3). It is
     the arithmetic of `mixlora_package` without what that package's modules add to it.
-
-    Args:
-        weights: the layer's, of one dtype and device; gradients reach every tensor of it that requires them.
-        spec: the layer's, without dropout; the GRU's settings are all supported.
-
-    Returns:
-        x [N, D] -> y_T [N, D], in the dtype of the weights.
 
     Raises:
         ValueError: unnormalised routing weights or dropout are asked for; several rounds without a GRU.
@@ -57,13 +50,8 @@ def _check(weights: LayerWeights, spec: RethinkingSpec) -> None:
 def _mixlora(x: Tensor, base: DenseMLP, weights: LayerWeights, spec: RethinkingSpec) -> Tensor:
     """y [N, D] of one round."""
     activation = get_activation(spec.activation).function
-    wide = torch.promote_types(x.dtype, torch.float32)
-    assert isinstance(weights.experts, ChosenExperts)
-    probabilities = torch.softmax(F.linear(x.to(wide), weights.experts.router.to(wide)), dim=-1)  # [N, n]
-    mixing, chosen = torch.topk(probabilities, spec.top_k, dim=-1)
-    mixing = (mixing / mixing.sum(dim=-1, keepdim=True)).to(x.dtype)  # [N, k]
-    chosen_by = F.one_hot(chosen, probabilities.shape[1]).permute(2, 1, 0)  # [n, k, N]
-
+    mixing, chosen = route(x, weights, spec)  # [N, k] each
+    chosen_by = F.one_hot(chosen, len(weights.experts.lora.gate_A)).permute(2, 1, 0)  # [n, k, N]
     gate, up = base.project_in(x)  # [N, F] each
     outputs = []
     # Taken apart once: the gradient of `tensor[i]` would be as large as the stack of all experts, n times.
@@ -161,20 +149,12 @@ def _mixlora_module(mlp: LlamaMLP, weights: LayerWeights, spec: RethinkingSpec) 
 def peft_lora(mlp: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None) -> nn.Module:
     """The MLP with PEFT's LoRA on its three linears: one adapter instead of n experts, no router, one round.
 
-    A [r, in] is drawn as PEFT draws it, B [out, r] uniformly too instead of zero, so that every term counts; both have
-    the MLP's dtype. There is no dropout.
-
-    Args:
-        mlp: a LlamaMLP; neither it nor its parameters are changed, their memory is shared.
-        rank, alpha: r, at least 1, and s = alpha / r.
-        generator: draws A and B, on the CPU; None for PyTorch's own.
-
-    Returns:
-        A module from x [..., D] to y [..., D], whose only trainable parameters are those of `lora_tensors`.
+    A [r, in] is drawn as PEFT draws it (on the CPU, by ``generator``), B [out, r] uniformly too instead of zero, so
+    that every term counts; both have the MLP's dtype. There is no dropout. The MLP is not changed, its memory shared;
+    trainable are the tensors of `lora_tensors` alone.
 
     Raises:
         TypeError: ``mlp`` is no LlamaMLP.
-        ValueError: ``rank`` is below 1 (PEFT's own error).
     """
     wrapped = _sharing(LlamaMLP, _llama(mlp))
     number: Any = alpha  # PEFT declares an int and takes any number
@@ -222,7 +202,6 @@ def liger_mlp(mlp: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: the package cannot be used on the MLP's device; see `liger_missing`.
         TypeError: ``mlp`` is no LlamaMLP.
-        ValueError: its activation is not SiLU (Liger-Kernel's own error).
     """
     mlp = _llama(mlp)
     missing = liger_missing(mlp.down_proj.weight.device)

@@ -18,26 +18,14 @@ def plain_literal(weights: LayerWeights, spec: RethinkingSpec) -> Forward:
 
     The low-rank products of all experts run at once, n*r wide; a mask picks each slot's expert. At the paper's sizes
     that is 6% more arithmetic than the chosen experts need. Experts are combined before the base's down projection.
-
-    Args:
-        weights: the layer's, of one dtype and device.
-        spec: the layer's, without dropout.
-
-    Returns:
-        x [N, D] -> y_T [N, D].
+    There is no dropout in it.
     """
     base, e = weights.base.dense(), weights.experts.lora
     experts, rank, _ = e.gate_A.shape
     activation = get_activation(spec.activation).function
 
     def layer(x: Tensor) -> Tensor:
-        wide = at_least_fp32(x.dtype)
-        assert isinstance(weights.experts, ChosenExperts)
-        probabilities = torch.softmax(F.linear(x.to(wide), weights.experts.router.to(wide)), dim=-1)  # [N, n]
-        mixing, chosen = torch.topk(probabilities, spec.top_k, dim=-1)  # [N, k] each
-        if spec.normalize:
-            mixing = mixing / mixing.sum(dim=-1, keepdim=True)
-        mixing = mixing.to(x.dtype)
+        mixing, chosen = route(x, weights, spec)  # [N, k] each
         gate, up = base.project_in(x)  # [N, F] each
         low_gate, low_up = F.linear(x, e.gate_A.flatten(0, 1)), F.linear(x, e.up_A.flatten(0, 1))  # [N, n*r] each
         gate_B, up_B, down_B = (t.permute(1, 0, 2).flatten(1) for t in (e.gate_B, e.up_B, e.down_B))  # [out, n*r]
@@ -53,6 +41,17 @@ def plain_literal(weights: LayerWeights, spec: RethinkingSpec) -> Forward:
         return base.project_out(c) + spec.scale * F.linear(z, down_B)
 
     return rounds_of(layer, weights.gru, spec)
+
+
+def route(x: Tensor, weights: LayerWeights, spec: RethinkingSpec) -> tuple[Tensor, Tensor]:
+    """The weights and the numbers of the chosen experts, [N, k] each."""
+    wide = at_least_fp32(x.dtype)
+    assert isinstance(weights.experts, ChosenExperts)
+    probabilities = torch.softmax(F.linear(x.to(wide), weights.experts.router.to(wide)), dim=-1)  # [N, n]
+    mixing, chosen = torch.topk(probabilities, spec.top_k, dim=-1)
+    if spec.normalize:
+        mixing = mixing / mixing.sum(dim=-1, keepdim=True)
+    return mixing.to(x.dtype), chosen
 
 
 def rounds_of(layer: Forward, gru: GRUWeights | None, spec: RethinkingSpec) -> Forward:

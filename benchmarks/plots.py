@@ -7,23 +7,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
-from benchmarks.document import WITHOUT_ROUNDS, Ratio, turn_ratio
-from benchmarks.drawing import Line, draw_lines, look, panel_grid, rows_by, series_of
+from benchmarks.document import Ratio, turn_ratio
 from benchmarks.targets import short_commit
-from benchmarks.units import seconds
+from benchmarks.units import plural
 from graphmoe_model.presentation import BACKING, INK, MUTED, STYLE
 
-# Parts of a profile as the paper's Fig 6 joins them.
-SHARES = {
-    "attention": (("attention",), "#332288"),
-    "MLP, experts and routing": (("mlp", "experts", "routing"), "#44AA99"),
-    "GRU": (("gru",), "#CC6677"),
-    "other": (("other",), "#BBBBBB"),
+# Colour and marker by provider. Paul Tol's "muted" scheme, made for readers with any colour vision; shapes tell apart
+# what colours might not.
+LOOKS = {
+    "triton": ("#332288", "o"),
+    "torch": ("#44AA99", "s"),
+    "reference": ("#999933", "v"),
+    "literal": ("#CC6677", "D"),
+    "literal_compiled": ("#882255", "^"),
+    "dense": ("#1f2933", "x"),
+    "peft_lora": ("#DDCC77", "P"),
+    "liger": ("#88CCEE", "*"),
+    "peer_mixlora": ("#117733", "X"),
+    "mixlora": ("#AA4499", "p"),
 }
+OTHER_LOOK = (MUTED, "+")
 PAPER_ROUND = 0.16  # a further round of inference over T=1, the paper's Fig 5c
 
 
@@ -64,180 +72,119 @@ def _conditions(content: dict[str, Any]) -> str:
 
 def latency_over_rounds(content: dict[str, Any]) -> Figure:
     """Time of T rounds over that of one; in inference beside the paper's 1 + 0.16 (T - 1)."""
-    panels, inference = [], []
-    for rows in rows_by([r for r in content["rows"] if r["group"] in ("rounds", "decoder")], "group", "model", "mode"):
-        title, series = series_of(rows, "rounds")
-        lines = [_relative(label, of_line) for label, of_line in series]
-        if lines := [line for line in lines if len(line.x) > 1]:
-            panels.append((title, lines))
-            inference.append(rows[0]["mode"] != "training")
+    of_panel: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        if row["group"] in ("rounds", "decoder"):
+            of_panel.setdefault((row["group"], row["model"], row["mode"]), []).append(row)
+    panels = []
+    for (*_, mode), rows in of_panel.items():
+        title, series = _series(rows)
+        lines = {label: (each[0]["provider"], _relative(each)) for label, each in series.items()}
+        if lines := {label: line for label, line in lines.items() if len(line[1]) > 1}:
+            panels.append((title, mode, lines))
     if not panels:
         raise NoRows("no rows of the groups rounds and decoder with T=1 and another T")
-    figure, axes = panel_grid(panels)
-    for ax, (_, lines), with_paper in zip(axes, panels, inference, strict=True):
-        rounds = sorted({x for line in lines for x in line.x})
-        paper = [1 + PAPER_ROUND * (t - 1) for t in rounds]
-        if with_paper:
-            ax.plot(rounds, paper, color=MUTED, dashes=(4, 3), linewidth=1.2)
-        draw_lines(ax, lines, [(rounds[-1], paper[-1], "paper: 1 + 0.16 (T - 1)", MUTED)] if with_paper else ())
+    figure, axes = _panels([title for title, *_ in panels])
+    for ax, (_, mode, lines) in zip(axes, panels, strict=True):
+        if mode != "training":
+            rounds = sorted({t for _, points in lines.values() for t in points})
+            paper = [1 + PAPER_ROUND * (t - 1) for t in rounds]
+            ax.plot(rounds, paper, color=MUTED, dashes=(4, 3), linewidth=1.2, label="paper: 1 + 0.16 (T - 1)")
+        _draw_lines(ax, lines)
         ax.set(xlabel="rounds T", ylabel="time over that of T=1")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-def _relative(label: str, rows: Sequence[dict[str, Any]]) -> Line:
+def _series(rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, list[dict[str, Any]]]]:
+    """A panel's title of the traits that all rows share, and its lines by the traits in which they differ."""
+    traits = []
+    for row in rows:
+        sizes, context = row["sizes"], row.get("context")
+        shown = {name: row[name] for name in ("provider", "group", "model", "mode")}
+        shown |= {"tokens": plural(sizes["tokens"], "token"), "context": f"{context:,} cached" if context else ""}
+        shown |= {"experts": f"n={sizes['experts']}", "dtype": sizes["dtype"]}
+        traits.append(shown | {"graph": "in a graph" if row["graph"] else ""})
+    varying = [name for name in traits[0] if name == "provider" or len({t[name] for t in traits}) > 1]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row, of_row in zip(rows, traits, strict=True):
+        lines.setdefault(", ".join(of_row[name] for name in varying if of_row[name]), []).append(row)
+    return ", ".join(text for name, text in traits[0].items() if name not in varying and text), lines
+
+
+def _relative(rows: Sequence[dict[str, Any]]) -> dict[int, Ratio]:
+    """Each T's time over that of T=1, turn by turn where there is such a ratio; nothing without a row of T=1."""
     bases = [row for row in rows if row["sizes"]["rounds"] == 1]
-    points = []
-    for row in rows if bases else ():
+    points = {}
+    for row in sorted(rows, key=lambda row: row["sizes"]["rounds"]) if bases else ():
         base = next((each for each in bases if each["case"] == row["case"]), bases[0])
         ratio = Ratio(1.0) if row is base else turn_ratio(row, base)
-        ratio = ratio or Ratio(row["seconds"]["median"] / base["seconds"]["median"])
-        points.append((row["sizes"]["rounds"], ratio))
-    points.sort(key=lambda point: point[0])
-    return Line(label, rows[0]["provider"], [x for x, _ in points], [y for _, y in points])
+        points[row["sizes"]["rounds"]] = ratio or Ratio(row["seconds"]["median"] / base["seconds"]["median"])
+    return points
 
 
-def latency_shares(content: dict[str, Any]) -> Figure:
-    """Attention, MLP, GRU and the rest as shares of a model's time, by adapter and phase."""
-    profiles = [p for p in content["profiles"] if p["phase"] != "host" and sum(p["seconds"].values()) > 0]
-    if not profiles:
-        raise NoRows("no profiles")
-    panels: dict[str, list[dict[str, Any]]] = {}
-    for profile in profiles:
-        title = f"{profile['model']}, {profile['phase']}, {profile['tokens']:,} tokens"
-        panels.setdefault(title, []).append(profile)
-    figure, axes = panel_grid(list(panels.items()))
-    for ax, bars in zip(axes, panels.values(), strict=True):
-        left = [0.0] * len(bars)
-        for name, (parts, colour) in SHARES.items():
-            shares = [sum(b["seconds"].get(p, 0.0) for p in parts) / sum(b["seconds"].values()) for b in bars]
-            drawn = ax.barh(range(len(bars)), shares, left=left, color=colour, label=name, height=0.6)
-            texts = [f"{share:.0%}" if share > 0.04 else "" for share in shares]
-            ink = "white" if name == "attention" else INK  # the only dark one
-            ax.bar_label(drawn, texts, label_type="center", color=ink, fontsize=9)
-            left = [start + share for start, share in zip(left, shares, strict=True)]
-        for index, bar in enumerate(bars):
-            whole, gru = sum(bar["seconds"].values()), bar["seconds"].get("gru", 0.0)
-            note = seconds(whole) + (f", GRU {gru / whole:.1%}" if gru else "")
-            ax.annotate(note, (1, index), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
-        ax.set_yticks(range(len(bars)), [bar["adapter"] for bar in bars])
-        ax.set_xlim(0, 1)
-        ax.invert_yaxis()
-        ax.grid(False)
-        ax.xaxis.set_major_formatter(PercentFormatter(1))
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower left", ncols=len(SHARES))
-    return figure
+def _draw_lines(ax: Axes, lines: dict[str, tuple[str, dict[int, Ratio]]]) -> None:
+    """Each line in its provider's colour, several of one provider by their dashes, with its range at every point."""
+    seen: list[str] = []
+    for label, (provider, points) in lines.items():
+        colour, marker = LOOKS.get(provider, OTHER_LOOK)
+        dashes = ("-", "--", ":", "-.")[seen.count(provider) % 4]
+        seen.append(provider)
+        values = [ratio.value for ratio in points.values()]
+        ax.plot(list(points), values, color=colour, marker=marker, linestyle=dashes, markersize=5, label=label)
+        for x, ratio in points.items():
+            if ratio.range is not None:
+                ax.vlines(x, *ratio.range, color=colour, linewidth=1)
+    ax.legend(frameon=False, fontsize=9, loc="upper left")
 
 
-def time_over_tokens(content: dict[str, Any]) -> Figure:
-    """The layer's time in inference against tokens, T=1 and T=3; what has no rounds is in both."""
-    rows = [r for r in content["rows"] if (r["group"], r["mode"]) == ("layer", "inference")]
-    panels = []
-    for of_model in rows_by(rows, "model", "graph"):
-        for rounds in (1, 3):
-            cases = {r["case"] for r in of_model if _has_rounds(r, rounds)}
-            shown = [r for r in of_model if _has_rounds(r, rounds) or _is_baseline(r, cases)]
-            if len({r["sizes"]["tokens"] for r in shown}) > 1:
-                title, series = series_of(shown, "tokens")
-                lines = [_medians(label, each, lambda r: r["sizes"]["tokens"]) for label, each in series]
-                panels.append((f"T={rounds}, {title}", lines))
-    if not panels:
-        raise NoRows("no rows of the layer in inference at more than one token count, T=1 or T=3")
-    figure, axes = panel_grid(panels)
-    for ax, (_, lines) in zip(axes, panels, strict=True):
-        ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time")
-        draw_lines(ax, lines)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.yaxis.set_major_formatter(_LogSeconds())
-        ax.yaxis.set_minor_formatter(_LogSeconds())
-    return figure
-
-
-class _LogSeconds(LogFormatter):
-    """Times at the ticks of a logarithmic axis; between the decades where there is room, which the base class knows."""
-
-    def __call__(self, x: float, pos: int | None = None) -> str:
-        return seconds(x) if super().__call__(x, pos) else ""
-
-
-def _has_rounds(row: dict[str, Any], rounds: int) -> bool:
-    return row["provider"] not in WITHOUT_ROUNDS and row["sizes"]["rounds"] == rounds
-
-
-def _is_baseline(row: dict[str, Any], cases: set[str]) -> bool:
-    return row["provider"] in WITHOUT_ROUNDS and row["case"] in cases
-
-
-def _medians(label: str, rows: Sequence[dict[str, Any]], x: Callable[[dict[str, Any]], float]) -> Line:
-    ordered = sorted(rows, key=x)
-    return Line(label, rows[0]["provider"], [x(r) for r in ordered], [Ratio(r["seconds"]["median"]) for r in ordered])
-
-
-def memory_over_rounds(content: dict[str, Any]) -> Figure:
-    """Peak memory of a training step against T; what has no rounds is a point at T=1."""
-    rows = [r for r in content["rows"] if r["mode"] == "training" and r.get("peak bytes") is not None]
-    panels = []
-    for of_panel in rows_by([r for r in rows if r["group"] in ("layer", "rounds")], "group", "model"):
-        title, series = series_of(of_panel, "rounds")
-        lines = []
-        for label, each in series:
-            points = sorted((r["sizes"]["rounds"], r["peak bytes"] / 1e6) for r in each)
-            lines.append(Line(label, each[0]["provider"], [x for x, _ in points], [Ratio(y) for _, y in points]))
-        panels.append((title, lines))
-    if not panels:
-        raise NoRows("no rows of training with their peak memory")
-    figure, axes = panel_grid(panels)
-    for ax, (_, lines) in zip(axes, panels, strict=True):
-        ax.set(xlabel="rounds T", ylabel="peak MB")
-        ax.set_ylim(0, 1.05 * max(y.value for line in lines for y in line.y))
-        draw_lines(ax, lines)
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
+def _panels(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """A grid of titled panels, two to a line."""
+    columns = min(2, len(titles))
+    lines = -(-len(titles) // columns)
+    figure = Figure(figsize=(7.5 * columns, 1.0 + 3.4 * lines), layout="constrained")  # not pyplot: no global state
+    grid = list(figure.subplots(lines, columns, squeeze=False).ravel())
+    for ax, title in zip(grid, titles, strict=False):
+        ax.set_title(title)
+    for ax in grid[len(titles) :]:  # what is left of the last line
+        ax.remove()
+    return figure, grid[: len(titles)]
 
 
 def roofline(content: dict[str, Any]) -> Figure:
-    """Operations a second against operations a byte, a panel for each group, under the limits of the same run."""
+    """Operations per second against operations per byte, a panel for each group, under the limits of the same run."""
     limits = content["limits"]
     if not {"copy bytes a second", "matrix operations a second"} <= limits.keys():
         raise NoRows("no measured limits")
     rows = [r for r in content["rows"] if (w := r.get("work")) and w["bytes"] and w["operations"]]
-    other = [r for r in rows if r["sizes"]["dtype"] != limits.get("matrix dtype", r["sizes"]["dtype"])]
-    rows = [r for r in rows if r not in other]
+    rows = [r for r in rows if r["sizes"]["dtype"] == limits.get("matrix dtype", r["sizes"]["dtype"])]
     if not rows:
         raise NoRows("no rows with bytes and operations in the dtype of the measured limits")
     copy, matrix = limits["copy bytes a second"], limits["matrix operations a second"]
-    groups = {of_group[0]["group"]: of_group for of_group in rows_by(rows, "group")}
-    figure, axes = panel_grid([(name, ()) for name in groups])
-    intensity = [_intensity(r) for r in rows]
+    groups = list(dict.fromkeys(r["group"] for r in rows))
+    figure, axes = _panels(groups)
+    intensity = [r["work"]["operations"] / r["work"]["bytes"] for r in rows]
     ends = [min(*intensity, matrix / copy) / 2, matrix / copy, max(*intensity, matrix / copy) * 2]
     note: Any = {"textcoords": "offset points", "fontsize": 9, "color": INK, "bbox": BACKING}
-    for ax, of_group in zip(axes, groups.values(), strict=True):
+    for ax, group in zip(axes, groups, strict=True):
         ax.plot(ends, [min(x * copy, matrix) for x in ends], color=INK, linewidth=1.5)
         ax.annotate(f"{matrix / 1e12:,.3g} TFLOP/s", (ends[2], matrix), xytext=(0, 8), ha="right", **note)
         ax.annotate(f"{copy / 1e12:,.3g} TB/s", (ends[0], ends[0] * copy), xytext=(8, 0), va="top", **note)
-        for row in of_group:
-            colour, marker = look(row["provider"])
-            reached = row["work"]["operations"] / row["seconds"]["median"]
-            ax.plot(_intensity(row), reached, marker=marker, color=colour, markersize=6, fillstyle="none")
-        ax.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second")
-    shown = dict.fromkeys(r["provider"] for r in rows)
-    keys = [
-        Line2D([], [], color=look(p)[0], marker=look(p)[1], fillstyle="none", linestyle="none", label=p) for p in shown
-    ]
+        for row, x in zip(rows, intensity, strict=True):
+            if row["group"] == group:
+                colour, marker = LOOKS.get(row["provider"], OTHER_LOOK)
+                reached = row["work"]["operations"] / row["seconds"]["median"]
+                ax.plot(x, reached, marker=marker, color=colour, markersize=6, fillstyle="none")
+        ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second")
+    keys = []
+    for provider in dict.fromkeys(r["provider"] for r in rows):
+        colour, marker = LOOKS.get(provider, OTHER_LOOK)
+        keys.append(Line2D([], [], color=colour, marker=marker, fillstyle="none", linestyle="none", label=provider))
     figure.legend(handles=keys, frameon=False, loc="outside lower left", ncols=len(keys))
     return figure
 
 
-def _intensity(row: dict[str, Any]) -> float:
-    return row["work"]["operations"] / row["work"]["bytes"]
-
-
 PLOTS: dict[Callable[[dict[str, Any]], Figure], str] = {
     latency_over_rounds: "Latency against T, relative to T=1",
-    latency_shares: "Where the time of a model goes",
-    time_over_tokens: "The layer's time against tokens",
     roofline: "Roofline: what is reached of the measured limits",
-    memory_over_rounds: "Peak memory of a training step against T",
 }

@@ -100,13 +100,9 @@ def beside(content: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
                 found.append((what, seconds_, limit, row["seconds"]["median"]))
         for row in content["rows"]:
             sizes = row["sizes"]
-            known = (row["group"], row["mode"], row["model"], row["provider"]) == (
-                "layer",
-                "inference",
-                MODEL,
-                "triton",
-            )
-            if known and sizes["experts"] == LLAMA_8B.experts and sizes["dtype"] == LLAMA_8B.dtype:
+            named = tuple(row[key] for key in ("group", "mode", "model", "provider"))
+            alike = (sizes["experts"], sizes["dtype"]) == (LLAMA_8B.experts, LLAMA_8B.dtype)
+            if alike and named == ("layer", "inference", MODEL, "triton"):
                 parts = layer_parts(sizes_at(sizes["tokens"], sizes["rounds"]))
                 largest = max(parts, key=lambda name: parts[name][0] * parts[name][1][0])
                 found.append((row["case"], total(parts), f"mostly {largest}", row["seconds"]["median"]))
@@ -120,10 +116,8 @@ def tables() -> list[str]:
     for kernel in KERNELS:
         for later in (False, True)[: 1 if kernel == "routing_order" else 2]:
             for tokens in TOKENS:
-                work, (time, limit) = (
-                    kernel_work(kernel, sizes_at(tokens), later),
-                    predict(kernel, sizes_at(tokens), later),
-                )
+                work = kernel_work(kernel, sizes_at(tokens), later)
+                time, limit = _largest(work)
                 figures = [f"{value / 1e6:,.1f}" for value in (work.bytes or 0, work.operations / 1e3, work.l2_bytes)]
                 name = f"{kernel}, {'later' if later else 'first'} round"
                 lines.append([name, str(tokens), *figures, str(work.programs), f"{1e6 * time:,.1f}", limit])
@@ -131,9 +125,8 @@ def tables() -> list[str]:
     layers = []
     for tokens, rounds in ((8192, 3), (8192, 1), (16, 3), (1, 3)):
         layer, dense = (total(parts(sizes_at(tokens, rounds))) for parts in (layer_parts, dense_parts))
-        layers.append(
-            [f"{tokens} tokens, T={rounds}", f"{1e6 * layer:,.1f}", f"{1e6 * dense:,.1f}", f"{layer / dense:.2f}"]
-        )
+        figures = [f"{1e6 * layer:,.1f}", f"{1e6 * dense:,.1f}", f"{layer / dense:.2f}"]
+        layers.append([f"{tokens} tokens, T={rounds}", *figures])
     return [*markdown_table(header, lines), "", *markdown_table(("forward", "layer us", "dense us", "ratio"), layers)]
 
 

@@ -28,23 +28,12 @@ from graphmoe_kernels.testing import trainable
 
 
 class Provider(NamedTuple):
-    """A named way to compute a layer.
+    """A way to compute a layer."""
 
-    Attributes:
-        name: how options, results and tables call it.
-        summary: what it is, in one line.
-        build: (layer, sizes) -> the provider over that layer.
-        form: its arithmetic, a form of the cost model or ``"lora"``.
-        missing: why it cannot run on a device, or None.
-        capturable: whether a CUDA graph can hold it: nothing in it waits for the device.
-    """
-
-    name: str
-    summary: str
     build: Callable[[Layer, Sizes], Built]
-    form: str
-    missing: Callable[[Device], str | None] = lambda device: None
-    capturable: bool = True
+    form: str  # its arithmetic, a form of the cost model or "lora"
+    missing: Callable[[Device], str | None] = lambda device: None  # why it cannot run on a device
+    capturable: bool = True  # whether a CUDA graph can hold it: nothing in it waits for the device
 
 
 def _rethinking(layer: Layer, sizes: Sizes, forward: Forward, module: nn.Module | None) -> Built:
@@ -130,74 +119,26 @@ def _triton_missing(device: Device) -> str | None:
     return "the Triton kernels run on CUDA devices"
 
 
-PROVIDERS: dict[str, Provider] = {
-    provider.name: provider
-    for provider in (
-        Provider("triton", "this package on Triton", partial(_ours, backend="triton"), "folded", _triton_missing),
-        Provider("torch", "this package on PyTorch", partial(_ours, backend="torch"), "folded", capturable=False),
-        Provider(
-            "literal",
-            "the literal loop (fold='never') on PyTorch, eager, its GRU not padded",
-            partial(_ours, backend="torch", fold="never"),
-            "literal",
-            capturable=False,
-        ),
-        Provider(
-            "literal_compiled",
-            "the literal loop in plain PyTorch, all experts at once, under torch.compile",
-            _literal_compiled,
-            "literal",
-            _compiler_missing,
-        ),
-        *(
-            Provider(
-                f"triton_{name}",
-                f"this package on Triton, {what}",
-                _without_launches,
-                "folded",
-                _without_launches_missing,
-            )
-            for name, what in (
-                ("bound", "its launches bound and not made"),
-                ("unlaunched", "without its launches"),
-            )
-        ),
-        Provider("dense", "the MLP of Transformers alone", partial(_dense_alike, make=lambda mlp: mlp), "dense"),
-        Provider("peft_lora", "the MLP with plain LoRA of PEFT on its three projections", _peft_lora, "lora"),
-        Provider(
-            "liger",
-            "Liger-Kernel's SwiGLU MLP alone",
-            partial(_dense_alike, make=peers.liger_mlp),
-            "dense",
-            lambda device: peers.liger_missing(device.torch),
-        ),
-        Provider(
-            "peer_mixlora",
-            "MixLoRA as published: a loop over experts, base down once per expert, run T times",
-            _peer_mixlora,
-            "peers",
-            capturable=False,
-        ),
-        Provider(
-            "mixlora",
-            "the mixlora package's layer, run T times",
-            _mixlora,
-            "peers",
-            lambda device: peers.mixlora_missing(),
-            capturable=False,
-        ),
-    )
+# What each is stands in docs/performance.md.
+PROVIDERS = {
+    "triton": Provider(partial(_ours, backend="triton"), "folded", _triton_missing),
+    "torch": Provider(partial(_ours, backend="torch"), "folded", capturable=False),
+    "literal": Provider(partial(_ours, backend="torch", fold="never"), "literal", capturable=False),
+    "literal_compiled": Provider(_literal_compiled, "literal", _compiler_missing),
+    **dict.fromkeys(  # launches bound and not made; not even bound
+        ("triton_bound", "triton_unlaunched"), Provider(_without_launches, "folded", _without_launches_missing)
+    ),
+    "dense": Provider(partial(_dense_alike, make=lambda mlp: mlp), "dense"),
+    "peft_lora": Provider(_peft_lora, "lora"),
+    "liger": Provider(
+        partial(_dense_alike, make=peers.liger_mlp), "dense", lambda device: peers.liger_missing(device.torch)
+    ),
+    "peer_mixlora": Provider(_peer_mixlora, "peers", capturable=False),
+    "mixlora": Provider(_mixlora, "peers", lambda device: peers.mixlora_missing(), capturable=False),
 }
 
 
 def missing(names: Iterable[str], device: Device) -> dict[str, str]:
-    """Which of some providers cannot run on a device, and why.
-
-    Raises:
-        ValueError: a name that is no provider's.
-    """
-    names = list(names)
-    if unknown := [name for name in names if name not in PROVIDERS]:
-        raise ValueError(f"unknown provider {', '.join(unknown)}; there are {', '.join(PROVIDERS)}")
+    """Which of some providers cannot run on a device, and why."""
     found = {name: PROVIDERS[name].missing(device) for name in names}
     return {name: reason for name, reason in found.items() if reason is not None}

@@ -14,8 +14,8 @@ from benchmarks.units import plural
 from graphmoe_kernels.cost.report import table
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the targets and write the report, or compare; 0, or 2 with one line on stderr for wrong input."""
     p = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description="Result files as tables and plots; two runs side by side."
     )
@@ -23,12 +23,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help=f"folder of report.md and the plots (default: {RESULTS / 'report'})")
     p.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="whether the ratios of two results agree")
     p.add_argument("--across-devices", action="store_true", help="compare results of different devices all the same")
-    return p
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the targets and write the report, or compare; 0, or 2 with one line on stderr for wrong input."""
-    p = parser()
     options = p.parse_args(arguments)
     if options.compare and (options.files or options.out):
         p.error("--compare takes its two files and writes nothing: leave out the other files and --out")
@@ -42,10 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(compare(first, second, options.across_devices))
             return 0
         sources = _sources(options.files)
-        print(targets_text(sources))
-        print()
-        for line in write(sources, options.out or RESULTS / "report"):
-            print(line)
+        print(targets_text(sources), end="\n\n")
+        print(*write(sources, options.out or RESULTS / "report"), sep="\n")
     except ResultError as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.cases import Case, Contender
+from benchmarks.checks import in_a_line
 from benchmarks.conditions import conditions
 from benchmarks.document import Document
 from benchmarks.importance import rank
 from benchmarks.layers import Layers
 from benchmarks.limits import LIMIT_SIZES, SMALL_SIZES, limits_of, measure_limits
 from benchmarks.measure import Found, Workplace, measure
-from benchmarks.memory import TooLarge
 from benchmarks.options import Chosen
 from benchmarks.sizes import TINY
 
@@ -76,7 +76,6 @@ class Session:
 
         Raises:
             NotMeasured: there is no time for it, or another process has begun it.
-            TooLarge: it does not fit in memory.
             DeviceLost: the device takes no more work; what was found until now is saved.
         """
         if case.name not in self._found:
@@ -99,13 +98,13 @@ class Session:
         self.document.begin(case.name)
         start = time.perf_counter()
         try:
-            found = measure(case._replace(contenders=tuple(self.selected.get(case.name, case.contenders))), place)
+            with device.memory_bounded():
+                found = measure(case._replace(contenders=tuple(self.selected.get(case.name, case.contenders))), place)
             device.synchronize()
-        except TooLarge as error:
-            self.document.end(case.name, "skipped", note=str(error))
-            return error
         except Exception as error:
-            self.document.end(case.name, "failed", time.perf_counter() - start, _note(error))
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            note = f"{in_a_line(error)} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"
+            self.document.end(case.name, "failed", time.perf_counter() - start, note)
             if any(word in str(error) for word in LOST):
                 return DeviceLost(str(error).splitlines()[0])
             device.release()
@@ -115,10 +114,3 @@ class Session:
         device.release()  # graphs keep memory of their own until they are collected
         self.document.end(case.name, "done", time.perf_counter() - start)
         return found
-
-
-def _note(error: Exception) -> str:
-    """The error in a line, and where it came from."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    message = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {message[:300]} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"

@@ -10,22 +10,15 @@ from graphmoe_tables.methods import METHODS as KNOWN_METHODS
 
 
 class Model(NamedTuple):
-    """A decoder-only model.
+    """A decoder-only model."""
 
-    Attributes:
-        name: how options and results call it.
-        hidden, intermediate: D and F.
-        heads, kv_heads, head_dim: of the attention.
-        experts, rank: of the adapter that is timed on it, unless a case says otherwise.
-    """
-
-    name: str
-    hidden: int
-    intermediate: int
+    name: str  # as options and results call it
+    hidden: int  # D
+    intermediate: int  # F
     heads: int
     kv_heads: int
     head_dim: int
-    experts: int = 8
+    experts: int = 8  # of the adapter that is timed on it, unless a case says otherwise
     rank: int = 16
 
     @property

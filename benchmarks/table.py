@@ -23,33 +23,21 @@ HOST_LAYERS, HOST_NEW_TOKENS = 8, 16
 
 
 class Plan(NamedTuple):
-    """At which token counts a table is made.
+    """At which token counts a table is made."""
 
-    Attributes:
-        decode, prefill: of the layer, ascending; the last of ``prefill`` is the main one.
-        captured: up to how many tokens inference is timed as a CUDA graph.
-        routing: further token counts for the routing alone.
-        batch, context: of the decoder layer's prefill and decode.
-        decoder: of training steps, of the decoder layer's prefill and of the rounds, where it is not the main one.
-        training_rounds: T of the training steps whose memory is compared.
-        whole_layers, prompt, new_tokens: of the whole model that generates.
-        profiled: sequences whose forward that model is profiled in.
-        many: experts of a layer with many, for the kernels alone.
-    """
-
-    decode: tuple[int, ...]
-    prefill: tuple[int, ...]
-    captured: int = 2048
-    routing: tuple[int, ...] = ()
-    batch: int = 1
-    context: int = 2048
-    decoder: int | None = None
-    training_rounds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    whole_layers: int = 4
+    decode: tuple[int, ...]  # of the layer, ascending
+    prefill: tuple[int, ...]  # the last one is the main one
+    captured: int = 2048  # up to how many tokens inference is timed as a CUDA graph
+    routing: tuple[int, ...] = ()  # further token counts for the routing alone
+    batch: int = 1  # of the decoder layer's prefill
+    context: int = 2048  # of its decode
+    decoder: int | None = None  # of training steps, the decoder's prefill and the rounds, where it is not the main one
+    training_rounds: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the training steps whose memory is compared
+    whole_layers: int = 4  # of the whole model that generates
     prompt: int = 128
     new_tokens: int = 64
-    profiled: tuple[int, ...] = (512, 2048)
-    many: int = 64
+    profiled: tuple[int, ...] = (512, 2048)  # sequences whose forward that model is profiled in
+    many: int = 64  # experts of a layer with many, for the kernels alone
 
     @property
     def main(self) -> int:
@@ -67,16 +55,8 @@ class Plan(NamedTuple):
 
 PLANS = {
     "cuda": Plan(decode=(1, 16, 64), prefill=(512, 2048, 8192), routing=(16384,), batch=16),
-    "cpu": Plan(
-        decode=(1,),
-        prefill=(64, 128),
-        context=512,
-        decoder=64,
-        training_rounds=(1, 3),
-        whole_layers=1,
-        prompt=32,
-        new_tokens=4,
-        profiled=(32, 128),
+    "cpu": Plan((1,), (64, 128), context=512, decoder=64, training_rounds=(1, 3))._replace(
+        whole_layers=1, prompt=32, new_tokens=4, profiled=(32, 128)
     ),
 }
 DTYPES = {"cuda": "bf16", "cpu": "fp32"}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.document import Ratio, Source, turn_ratio
 
-MISSING = "not measured"
+MISSING, PEAK = "not measured", "peak bytes"
 ELSEWHERE = "not measured on an H200"
 # The sizes that the targets are about: the paper's.
 PAPER = {"experts": 8, "top_k": 2, "rank": 16}
@@ -50,8 +50,8 @@ class Target(NamedTuple):
 
     Attributes:
         over, under: (provider, T), T None for what has no rounds.
+        group, mode, graph, round, context: as in the rows; ``graph`` None where either will do.
         tokens: how many; with ``or_more`` also every larger count that was measured.
-        graph, round, context: as in the rows; ``graph`` None where either will do.
         figure: "seconds", "peak bytes", or "further": the time of a further round as a share, which is half of what the
             ratio of T=3 to T=1 exceeds 1 by.
         device: the kind of device whose results count.
@@ -59,16 +59,16 @@ class Target(NamedTuple):
 
     what: str
     bound: Bound
-    group: str
-    mode: str
     over: tuple[str, int | None]
     under: tuple[str, int | None]
+    group: str = "layer"
+    mode: str = "inference"
+    figure: str = "seconds"
     tokens: int = 8192
     or_more: bool = False
     graph: bool | None = False
     round: str | None = None
     context: int | None = None
-    figure: str = "seconds"
     device: str = "cuda"
 
     def find(self, content: dict[str, Any]) -> tuple[Ratio, str] | None:
@@ -77,7 +77,7 @@ class Target(NamedTuple):
         if not found:
             return None
         ratio, row = (min if self.bound.least else max)(found, key=lambda each: each[0].value)
-        note = " (of medians)" if self.figure != "peak bytes" and ratio.range is None else ""
+        note = " (of medians)" if self.figure != PEAK and ratio.range is None else ""
         if len(found) > 1:
             note += f", the worst of {len(found)}: {row['model']}, {row['sizes']['tokens']:,} tokens"
         return ratio, note
@@ -99,60 +99,47 @@ class GruShare(NamedTuple):
         return Ratio((first + later) / min(row["seconds"]["median"] for row in layer)), " (of medians)"
 
 
-TRITON, DENSE, COMPILED, ROUTED = ("triton", 3), ("dense", None), ("literal_compiled", 3), ("triton", None)
-ONE_ROUND = ("triton", 1)
-LAYER, STEP = ("layer", "inference"), ("layer", "training")
-
-
 def least(figure: float) -> Bound:
     """At least."""
     return Bound(figure, least=True)
 
 
-PREFILL = Target("prefill, 8192 tokens, T=3, over the dense MLP", Bound(1.6), *LAYER, TRITON, DENSE)
+TRITON, DENSE, COMPILED, ONE_ROUND = ("triton", 3), ("dense", None), ("literal_compiled", 3), ("triton", 1)
+PREFILL = Target("prefill, 8192 tokens, T=3, over the dense MLP", Bound(1.6), TRITON, DENSE)
 DECODE = "decode, {}, T=3, in a CUDA graph, over the dense MLP in one"
-FURTHER = "each further round, share of a decoder layer at T=1, {}"
-ROUTING = "routing, {}, times faster than PyTorch"
-TORCH_ROUTING = ("routing", "inference", ("torch", None), ROUTED)
+SHARE = "each further round, share of a decoder layer at T=1, {}"
+STEP = "training step, 8192 tokens, T=3, times faster than the compiled literal loop"
+FOLDED = "CPU, fp32, 64 tokens and more, T=3, times faster than the literal loop"
+NOT_SLOWER = "same, T=1, over the literal loop (never slower, but for 5% of noise)"
+FURTHER: dict[str, Any] = {"over": TRITON, "under": ONE_ROUND, "group": "decoder", "figure": "further"}
+ROUTING: dict[str, Any] = {"over": ("torch", None), "under": ("triton", None), "group": "routing", "round": "first"}
+CPU: dict[str, Any] = {"tokens": 64, "or_more": True, "device": "cpu"}
 TARGETS: tuple[Target | GruShare, ...] = (
     PREFILL,
-    Target("same, times faster than the compiled literal loop", least(2.0), *LAYER, COMPILED, TRITON),
+    Target("same, times faster than the compiled literal loop", least(2.0), COMPILED, TRITON),
+    Target("same, times faster than a peer's MixLoRA layer in T rounds", least(6.0), ("peer_mixlora", 3), TRITON),
+    Target(DECODE.format("1 token"), Bound(1.7), TRITON, DENSE, tokens=1, graph=True),
+    Target(DECODE.format("16 tokens"), Bound(1.7), TRITON, DENSE, tokens=16, graph=True),
+    Target(SHARE.format("prefill of 16 x 512"), Bound(0.16), mode="prefill", **FURTHER),
     Target(
-        "same, times faster than a peer's MixLoRA layer in T rounds", least(6.0), *LAYER, ("peer_mixlora", 3), TRITON
+        SHARE.format("decode with 2048 cached"),
+        Bound(0.16),
+        mode="decode",
+        tokens=1,
+        graph=True,
+        context=2048,
+        **FURTHER,
     ),
-    Target(DECODE.format("1 token"), Bound(1.7), *LAYER, TRITON, DENSE, tokens=1, graph=True),
-    Target(DECODE.format("16 tokens"), Bound(1.7), *LAYER, TRITON, DENSE, tokens=16, graph=True),
+    Target(STEP, least(1.7), COMPILED, TRITON, mode="training"),
     Target(
-        *(FURTHER.format("prefill of 16 x 512"), Bound(0.16), "decoder", "prefill", TRITON, ONE_ROUND), figure="further"
-    ),
-    Target(
-        *(FURTHER.format("decode with 2048 cached"), Bound(0.16), "decoder", "decode", TRITON, ONE_ROUND),
-        **{"tokens": 1, "graph": True, "context": 2048, "figure": "further"},  # type: ignore[arg-type]
-    ),
-    Target(
-        "training step, 8192 tokens, T=3, times faster than the compiled literal loop",
-        least(1.7),
-        *STEP,
-        COMPILED,
-        TRITON,
-    ),
-    Target(
-        "same, peak memory over the compiled literal loop's", Bound(0.4), *STEP, TRITON, COMPILED, figure="peak bytes"
+        "same, peak memory over the compiled literal loop's", Bound(0.4), TRITON, COMPILED, "layer", "training", PEAK
     ),
     GruShare(),
-    Target("MixLoRA (T=1), prefill, 8192 tokens, over the dense MLP", Bound(1.15), *LAYER, ONE_ROUND, DENSE),
-    Target(ROUTING.format("1 token"), least(4.0), *TORCH_ROUTING, tokens=1, graph=None, round="first"),
-    Target(ROUTING.format("16,384 tokens"), least(4.0), *TORCH_ROUTING, tokens=16384, graph=None, round="first"),
-    Target(
-        *("CPU, fp32, 64 tokens and more, T=3, times faster than the literal loop", least(1.7), *LAYER),
-        *(("literal", 3), ("torch", 3), 64, True),
-        device="cpu",
-    ),
-    Target(
-        *("same, T=1, over the literal loop (never slower, but for 5% of noise)", Bound(1.05), *LAYER),
-        *(("torch", 1), ("literal", 1), 64, True),
-        device="cpu",
-    ),
+    Target("MixLoRA (T=1), prefill, 8192 tokens, over the dense MLP", Bound(1.15), ONE_ROUND, DENSE),
+    Target("routing, 1 token, times faster than PyTorch", least(4.0), **ROUTING, tokens=1, graph=None),
+    Target("routing, 16,384 tokens, times faster than PyTorch", least(4.0), **ROUTING, tokens=16384, graph=None),
+    Target(FOLDED, least(1.7), ("literal", 3), ("torch", 3), **CPU),
+    Target(NOT_SLOWER, Bound(1.05), ("torch", 1), ("literal", 1), **CPU),
 )
 
 
@@ -233,8 +220,8 @@ def _is(contender: tuple[str, int | None], row: dict[str, Any]) -> bool:
 
 
 def _ratio(target: Target, over: dict[str, Any], under: dict[str, Any]) -> Ratio | None:
-    if target.figure == "peak bytes":
-        peaks = over.get("peak bytes"), under.get("peak bytes")
+    if target.figure == PEAK:
+        peaks = over.get(PEAK), under.get(PEAK)
         return None if peaks[0] is None or not peaks[1] else Ratio(peaks[0] / peaks[1])
     ratio = turn_ratio(over, under) or Ratio(over["seconds"]["median"] / under["seconds"]["median"])
     if target.figure != "further":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.cases import Case, Contender
-from benchmarks.memory import TooLarge
 from benchmarks.session import DeviceLost, NotMeasured, Session
 
 # What a run ends with where the device takes no more work; another process goes on.
@@ -45,7 +44,7 @@ def test_contender(request: pytest.FixtureRequest, measured: Session, case: Case
         found = measured[case]
     except DeviceLost as error:
         pytest.exit(f"the device takes no more work: {error}", returncode=LOST_EXIT)
-    except (TooLarge, NotMeasured) as error:
+    except NotMeasured as error:
         pytest.skip(str(error))
     fault = found.fault(contender.label)
     if fault is not None:

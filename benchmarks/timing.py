@@ -27,27 +27,17 @@ COLD_FACTOR = 1.5
 
 
 class Prepared(NamedTuple):
-    """A contender that is ready to be checked and timed.
-
-    Attributes:
-        contender: who it is.
-        check: its verdict; what is wrong is not timed.
-        call: what is timed.
-        calls: how many equal calls ``call`` makes.
-        work: of one of them, where the cost model has it.
-        capture: whether ``call`` is replayed as a CUDA graph.
-        verify: what is wrong with a result of the call that is timed, if anything: a graph could replay another.
-        units: tokens made by one of the calls, for rates.
-    """
+    """A contender that is ready to be checked and timed."""
 
     contender: Contender
-    check: Callable[[], Verdict]
-    call: Call
-    calls: int = 1
-    work: Work | None = None
-    capture: bool = False
+    check: Callable[[], Verdict]  # what is wrong is not timed
+    call: Call  # what is timed
+    calls: int = 1  # how many equal calls `call` makes
+    work: Work | None = None  # of one of them, where the cost model has it
+    capture: bool = False  # whether `call` is replayed as a CUDA graph
+    # What is wrong with a result of the call that is timed, if anything: a graph could replay another.
     verify: Callable[[Any], str | None] | None = None
-    units: int | None = None
+    units: int | None = None  # tokens made by one of the calls, for rates
 
 
 class Timing(Protocol):

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.checks import in_a_line
 from benchmarks.devices import Device
 from benchmarks.kernels import replayed
 from benchmarks.operators import OPERATORS, Operator, check_operator, launches_of
@@ -145,14 +146,8 @@ def operator_of(cell: Cell) -> Operator:
 
 
 class Tuner:
-    """Checks and times one cell's candidates.
-
-    Args:
-        cell: what is tuned.
-        sizes: the layer's; tokens and dtype are the cell's.
-        device: a CUDA device.
-        replays: of a kernel's graph in a turn.
-    """
+    """Checks and times one cell's candidates, in a layer of ``sizes`` with the cell's tokens and dtype; a turn replays
+    a kernel's graph ``replays`` times."""
 
     def __init__(self, cell: Cell, sizes: Sizes, device: Device, replays: int) -> None:
         self.cell, self.device, self.operator, self.replays = cell, device, operator_of(cell), replays
@@ -190,7 +185,7 @@ class Tuner:
             self.device.synchronize()
         except Exception as error:  # does not compile, or takes more than the device has
             self.device.synchronize()  # a lost device raises here: then there is nothing more to try
-            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+            return in_a_line(error)
         return None
 
     def timed(self, configs: Sequence[Config]) -> list[float]:
@@ -216,13 +211,12 @@ class Tuner:
         return choose(self.current, tried, self.fault, self.timed, self.confirmed, lambda: time.monotonic() < end)
 
 
-def rewrite(folder: Path, device: str, cell: Cell, config: Config) -> Path:
+def rewrite(folder: Path, device: str, cell: Cell, config: Config) -> None:
     """Put ``config`` in the cell's place in ``folder``/<device class>/<operator>.json, whose other entries stay."""
     path = folder / device / f"{cell.operator}.json"
     table: dict[str, Any] = json.loads(path.read_text())
     table[cell.kernel][cell.size][cell.dtype] = config
     path.write_text(json.dumps(table, indent=2) + "\n")
-    return path
 
 
 def tune(cell: Cell, sizes: Sizes, device: Device, seconds: float, replays: int) -> list[dict[str, Any]]:
@@ -231,11 +225,8 @@ def tune(cell: Cell, sizes: Sizes, device: Device, seconds: float, replays: int)
     choice = tuner.run(seconds)
     if choice.changed:
         rewrite(CONFIGS, tuner.device_class, cell, choice.config)
-    base: dict[str, Any] = {
-        "operator": cell.operator,
-        "kernel": cell.name,
-        "round": "later" if tuner.operator.later else "first",
-    }
+    base: dict[str, Any] = {"operator": cell.operator, "kernel": cell.name}
+    base |= {"round": "later" if tuner.operator.later else "first"}
     base |= {"tokens": TOKENS[cell.size][0], "experts": tuner.sizes.experts, "dtype": DTYPES[cell.dtype][0]}
     rows: list[dict[str, Any]] = [
         {**base, "config": config, "chosen": config == choice.config, "seconds": {"median": of_config}}

@@ -37,21 +37,13 @@ COMPARED = 16384
 
 
 class Work(NamedTuple):
-    """What a call needs at least.
+    """What a call needs at least."""
 
-    Attributes:
-        bytes: each weight, input and output once; None where that is no property of the task.
-        operations: floating-point, a multiply-add is two; of a kernel as it executes them, on the matrix units.
-        l2_bytes: of a kernel, what its tiles read and write together, from the L2 cache at best.
-        programs: of a kernel.
-        integer: integer operations, where they are a kernel's work.
-    """
-
-    bytes: float | None
-    operations: float
-    l2_bytes: float = 0.0
-    programs: int = 1
-    integer: float = 0.0
+    bytes: float | None  # each weight, input and output once; None where that is no property of the task
+    operations: float  # floating-point, a multiply-add is two; of a kernel as it executes them, on the matrix units
+    l2_bytes: float = 0.0  # of a kernel, what its tiles read and write together, from the L2 cache at best
+    programs: int = 1  # of a kernel
+    integer: float = 0.0  # integer operations, where they are a kernel's work
 
 
 def layer_work(form: str, sizes: Sizes, training: bool) -> Work:

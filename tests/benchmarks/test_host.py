@@ -21,10 +21,7 @@ from tests.benchmarks.made_up import CPU, document, row
 CASES = [case for case in table(MODELS["tiny"], "cpu", DTYPES["cpu"], PLANS["cpu"]) if case.group == "host"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("benchmarks.devices.MIN_TURNS", 2)
-    monkeypatch.setattr("benchmarks.measure.SHORTEST_TURN", 0.0)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def found(mode, model, keep=None):

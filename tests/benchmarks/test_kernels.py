@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from benchmarks import devices, tuning
-from benchmarks.cases import OPERATOR_GROUPS
 from benchmarks.devices import CpuDevice
 from benchmarks.document import _check_entries
 from benchmarks.kernels import time_kernels
 from benchmarks.layers import Layers
 from benchmarks.limits import H200
 from benchmarks.measure import Workplace, measure
-from benchmarks.operators import OF_GROUP, OPERATORS, as_in_a_layer, check_operator, find_operator, launches_of
+from benchmarks.operators import OPERATORS, as_in_a_layer, check_operator, find_operator, launches_of
 from benchmarks.page import kernel_table
 from benchmarks.sizes import MODELS
 from benchmarks.table import PLANS, TINY_CHECKED, table
@@ -105,62 +104,38 @@ def test_a_launch_done_again_gives_the_same():
     assert {each.name for each in launches_of(GRU, FEW, operands)} == {"gru_forward", "gru_backward"}
 
 
-def test_every_group_of_an_operator_has_one():
-    assert {find_operator(OF_GROUP[group], True).name for group in OPERATOR_GROUPS} == {"routing", "experts", "gru"}
-
-
 A, B, C, D = ({"BLOCK_M": 16, "num_warps": warps, "num_stages": 2} for warps in (1, 2, 4, 8))
 
 
-def timer(times):
-    return lambda configs: [times[config["num_warps"]] for config in configs]
-
-
-def right(config):
-    return None
-
-
-def test_the_fastest_right_candidate_wins():
-    found = choose(A, [B, C, D], right, timer({1: 4.0, 2: 3.0, 4: 1.0, 8: 2.0}))
-    assert (found.config, found.changed) == (C, True)
-    assert [config for config, _ in found.seconds] == [C, D, B, A]
-
-
-def test_a_wrong_candidate_is_never_timed():
-    """However fast it would be."""
-    asked = []
-
-    def timed(configs):
-        asked.extend(configs)
-        return [1.0 if config == B else 5.0 for config in configs]
-
-    found = choose(A, [B], lambda config: "y: error 0.1" if config == B else None, timed)
-    assert B not in asked
-    assert (found.config, found.refused) == (A, [(B, "y: error 0.1")])
-
-
-def test_a_winner_that_is_wrong_elsewhere_gives_way_to_the_next():
-    """Right in the case that was timed is not enough: other dtypes and token counts are asked of the winner."""
-    times = timer({1: 4.0, 2: 1.0, 4: 2.0})
-    found = choose(A, [B, C], right, times, lambda config: "fp16" if config == B else None)
-    assert (found.config, found.refused) == (C, [(B, "fp16")])
-
-
-def test_the_shipped_one_stays_unless_another_is_clearly_faster():
-    """Noise must not rewrite files."""
-    assert choose(A, [B], right, timer({1: 1.0 * GAIN, 2: 1.001})).config == A
-    assert choose(A, [B], right, timer({1: 1.0, 2: 1.0})).changed is False
-
-
-def test_a_wrong_shipped_one_is_replaced_and_without_anything_right_it_stays():
-    assert choose(A, [B], lambda config: "spills" if config == A else None, timer({2: 9.0})).config == B
-    found = choose(A, [B], lambda config: "wrong", timer({}))
-    assert (found.config, found.changed, found.seconds) == (A, False, [])
+@pytest.mark.parametrize(
+    "tried, wrong, unconfirmed, times, chosen",
+    [
+        ([B, C, D], [], [], {1: 4.0, 2: 3.0, 4: 1.0, 8: 2.0}, C),
+        ([B], [B], [], {1: 5.0}, A),  # what is wrong is never timed, however fast it would be
+        ([B, C], [], [B], {1: 4.0, 2: 1.0, 4: 2.0}, C),  # other dtypes and token counts are asked of the winner
+        ([B], [], [], {1: 1.0 * GAIN, 2: 1.001}, A),  # noise must not rewrite files
+        ([B], [], [], {1: 1.0, 2: 1.0}, A),
+        ([B], [A], [], {2: 9.0}, B),  # what is shipped is wrong
+        ([B], [A, B], [], {}, A),  # nothing is right
+    ],
+)
+def test_the_fastest_right_candidate_is_chosen_if_it_is_clearly_faster(tried, wrong, unconfirmed, times, chosen):
+    """A configuration that leaves something out, or that wins by chance, must not be shipped."""
+    found = choose(
+        A,
+        tried,
+        lambda config: "wrong" if config in wrong else None,
+        lambda configs: [times[config["num_warps"]] for config in configs],
+        lambda config: "fp16" if config in unconfirmed else None,
+    )
+    assert (found.config, found.changed) == (chosen, chosen != A)
+    assert found.refused == [*((config, "wrong") for config in wrong), *((config, "fp16") for config in unconfirmed)]
+    assert [config["num_warps"] for config, _ in found.seconds] == sorted(times, key=times.get)
 
 
 def test_no_candidate_is_begun_after_the_time():
     answers = iter([True, False])
-    found = choose(A, [B, C], right, timer({1: 3.0, 2: 2.0, 4: 1.0}), time_left=lambda: next(answers))
+    found = choose(A, [B, C], lambda config: None, lambda configs: [3.0, 2.0], time_left=lambda: next(answers))
     assert found.config == B
 
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks import peers
+from benchmarks.checks import verdict
 from graphmoe_kernels import DenseMLP, LayerWeights, RethinkingSpec, rethink, rethink_reference
 from graphmoe_kernels.testing import SLACK, cast_layer, make_layer, relative_error, trainable, within_budget
 
@@ -21,18 +22,17 @@ UNCHOSEN = 3
 SPEC = RethinkingSpec(1, 2, scale=2.0)
 CUDA = torch.device("cuda")
 
-LAYERS = {
-    "peer_mixlora": lambda mlp, weights, spec: peers.peer_mixlora(weights, spec),
-    "mixlora_package": peers.mixlora_package,
-}
+needs_mixlora = pytest.mark.skipif(peers.mixlora_missing() is not None, reason=str(peers.mixlora_missing()))
 
 
-@pytest.fixture(params=LAYERS)
+def published(mlp, weights, spec):
+    return peers.peer_mixlora(weights, spec)
+
+
+@pytest.fixture(params=[published, pytest.param(peers.mixlora_package, marks=needs_mixlora)])
 def build(request) -> Callable[..., peers.Forward]:
     """Both forms of MixLoRA; the package's own only where it is installed."""
-    if request.param == "mixlora_package" and (missing := peers.mixlora_missing()):
-        pytest.skip(missing)
-    return LAYERS[request.param]
+    return request.param
 
 
 def llama(base: DenseMLP) -> LlamaMLP:
@@ -69,8 +69,8 @@ def results(forward: peers.Forward, x: Tensor, upstream: Tensor, leaves: Mapping
 
 
 def assert_same(found: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> None:
+    errors = {name: relative_error(found[name], right) for name, right in oracle.items()}
     assert found.keys() == oracle.keys()
-    errors = {name: relative_error(found[name], oracle[name]) for name in oracle}
     assert max(errors.values()) < SLACK[torch.float64], errors
 
 
@@ -103,10 +103,8 @@ def test_mixlora_in_low_precision(build, dtype):
         lambda x: rethink(x, weights, spec, fold="never", backend="reference").y, x, upstream, trainable(weights)
     )
     found = results(build(llama(weights.base), weights, spec), x, upstream, trainable(weights))
-    for name, right in oracle.items():
-        assert found[name].dtype == dtype
-        error, allowed = relative_error(found[name], right), relative_error(plain[name], right)
-        assert within_budget(error, allowed, dtype), f"{name}: {error:.1e}, the plain computation's is {allowed:.1e}"
+    assert {t.dtype for t in found.values()} == {dtype}
+    assert verdict(found, plain, oracle, dtype).fault is None
 
 
 def test_mixlora_sees_an_optimizer_step(build):
@@ -140,20 +138,18 @@ def test_mixlora_refuses_what_it_has_not(build, settings, message):
         build(llama(weights.base), weights, SPEC._replace(**settings))
 
 
+@needs_mixlora
 def test_the_package_needs_the_layers_own_mlp():
     """Over another MLP it would be timed, and judged, with other weights than everyone else's."""
-    if missing := peers.mixlora_missing():
-        pytest.skip(missing)
     weights, _, _ = problem(1)
     other = llama(problem(1)[0].base)
     with pytest.raises(ValueError, match=r"mlp\.gate_proj is another tensor than weights\.base has"):
         peers.mixlora_package(other, weights, SPEC)
 
 
+@needs_mixlora
 def test_the_package_leaves_the_mlp_alone():
     """It usually replaces the forward of the MLP it adapts, which others here share."""
-    if missing := peers.mixlora_missing():
-        pytest.skip(missing)
     weights, x, _ = problem(1)
     mlp = llama(weights.base)
     before, attributes, modules = mlp(x), set(vars(mlp)), list(mlp.modules())
@@ -245,9 +241,7 @@ def test_liger_is_the_mlp(dtype):
     exact = llama(cast_layer(weights, torch.float64, str(device)).base.dense())
     oracle = results(exact, x.double(), upstream.double(), {})
     plain, found = (results(module, x, upstream, {}) for module in (mlp, peers.liger_mlp(mlp)))
-    for name, right in oracle.items():
-        error, allowed = relative_error(found[name], right), relative_error(plain[name], right)
-        assert within_budget(error, allowed, dtype), f"{name}: {error:.1e}, the plain MLP's is {allowed:.1e}"
+    assert verdict(found, plain, oracle, dtype).fault is None
 
 
 PACKAGES = {
