@@ -14,6 +14,7 @@ from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking.folding import FoldSettings
 from graphmoe_kernels.rethinking.weights import RouterSettings
 from graphmoe_kernels.routing import Routing, route_tokens
+from graphmoe_kernels.structures import cast, tensors_in
 
 
 class LinearExperts(NamedTuple):
@@ -29,8 +30,8 @@ class LinearExperts(NamedTuple):
     bias: Tensor | None = None
 
     def sources(self) -> list[Tensor]:
-        """Those that are there."""
-        return [t for t in self if t is not None]
+        """All of them."""
+        return tensors_in(self)
 
 
 class PreparedLinear(NamedTuple):
@@ -49,8 +50,8 @@ class PreparedLinear(NamedTuple):
     bias: Tensor | None
 
     def tensors(self) -> list[Tensor]:
-        """Those that are there."""
-        return [t for t in self if t is not None]
+        """All of them; the first is in the compute dtype."""
+        return tensors_in(self)
 
 
 def prepare_linear(experts: LinearExperts, settings: FoldSettings, copy: bool = False) -> PreparedLinear:
@@ -67,8 +68,7 @@ def prepare_linear(experts: LinearExperts, settings: FoldSettings, copy: bool = 
             vectors = dora_scale(experts.magnitude, experts.weight, experts.A, experts.B, scale)
             change = vectors - 1
         B = scale * side_by_side(scaled_rows(experts.B, vectors))
-        A = experts.A.flatten(0, 1).to(dtype, copy=copy)
-        bias = None if experts.bias is None else experts.bias.to(dtype, copy=copy)
+        A, bias = cast(experts.A.flatten(0, 1), dtype, copy), cast(experts.bias, dtype, copy)
         return PreparedLinear(A, B.to(dtype), change, bias)
 
 

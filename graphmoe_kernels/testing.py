@@ -6,7 +6,7 @@ the literal computation makes in that same dtype, plus a small absolute term. No
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from graphmoe_kernels.rethinking.chosen import ChosenExperts, SingleExpert
 from graphmoe_kernels.rethinking.kinds import ExpertKind, LayerWeights
 from graphmoe_kernels.rethinking.mixed import MixedExperts
 from graphmoe_kernels.rethinking.weights import DenseMLP, ExpertWeights, GRUWeights, LinearRouters, Magnitudes
+from graphmoe_kernels.structures import map_tensors
 
 # Absolute slack, relative to the oracle's norm: what is left when the literal computation happens to be exact.
 SLACK = {torch.float64: 1e-12, torch.float32: 2e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}
@@ -79,14 +80,11 @@ def cast_layer(
 ) -> LayerWeights:
     """The layer's tensors copied to ``dtype``, on ``device`` or where they are; new leaves if ``requires_grad``."""
 
-    def cast(part: Any) -> Any:  # a tensor, or a named tuple of them
-        if isinstance(part, Tensor):
-            return part.detach().to(device, dtype, copy=True).requires_grad_(requires_grad)
-        return None if part is None else type(part)(*map(cast, part))
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, dtype, copy=True).requires_grad_(requires_grad)
 
-    base = weights.base.dense()
-    frozen = [None if t is None else t.detach().to(device, dtype) for t in base]
-    return LayerWeights(DenseMLP(*frozen), cast(weights.experts), cast(weights.gru))  # type: ignore[arg-type]
+    frozen = map_tensors(lambda tensor: tensor.detach().to(device, dtype), weights.base.dense())
+    return LayerWeights(frozen, map_tensors(copied, weights.experts), map_tensors(copied, weights.gru))
 
 
 def trainable(weights: LayerWeights) -> dict[str, Tensor]:

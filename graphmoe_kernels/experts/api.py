@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from graphmoe_kernels.activations import check_triton_form, get_activation
@@ -12,6 +10,7 @@ from graphmoe_kernels.experts import checks
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.run import run_experts, run_swiglu
 from graphmoe_kernels.experts.triton.sizes import check_offsets, check_supported
+from graphmoe_kernels.structures import cast
 from graphmoe_kernels.validation import check_number
 
 
@@ -53,8 +52,11 @@ def expert_swiglu(
     resolved = resolve_backend(backend, "pre_activations.gate", gate)
     if resolved == "triton":
         check_supported(operands, activation)
+    dropout = operands.dropout
+    if dropout is not None:
+        operands = operands._replace(dropout=None if dropout.rate == 0 else dropout._replace(rate=float(dropout.rate)))
     with without_autocast(gate):
-        return run_experts(_cast(operands), float(scale), activation, resolved)
+        return run_experts(operands.cast(), float(scale), activation, resolved)
 
 
 def swiglu(
@@ -87,24 +89,4 @@ def swiglu(
         check_triton_form(activation)
         check_offsets(gate.shape[1], 0 if update is None else update.state.shape[1])
     with without_autocast(gate):
-        return run_swiglu(_to(pre_activations, gate), _to(update, gate), activation, resolved)
-
-
-def _to(tensors: Any, main: Tensor) -> Any:
-    """A tuple of tensors, or None, in the dtype of ``main``."""
-    return None if tensors is None else type(tensors)(*(x.to(main.dtype) for x in tensors))
-
-
-def _cast(operands: ExpertOperands) -> ExpertOperands:
-    """All in the dtype of the pre-activations but routing weights and vectors whose distance from 1 matters."""
-    gate, low_update, dropout = operands.pre_activations.gate, operands.low_update, operands.dropout
-    return operands._replace(
-        pre_activations=_to(operands.pre_activations, gate),
-        low=operands.low.to(gate.dtype),
-        B=_to(operands.B, gate),
-        down_A=operands.down_A.to(gate.dtype),
-        low_update=None if low_update is None else low_update.to(gate.dtype),
-        update=_to(operands.update, gate),
-        biases=_to(operands.biases, gate),
-        dropout=None if dropout is None or dropout.rate == 0 else dropout._replace(rate=float(dropout.rate)),
-    )
+        return run_swiglu(cast(pre_activations, gate.dtype), cast(update, gate.dtype), activation, resolved)

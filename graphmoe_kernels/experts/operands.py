@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from graphmoe_kernels.structures import cast
+
 
 class GateUp(NamedTuple):
     """A pair of tensors: one for the gate projection, one for the up projection."""
@@ -70,6 +72,22 @@ class ExpertOperands(NamedTuple):
     biases: GateUp | None = None
     dropout: Dropout | None = None
     token_order: Tensor | None = None
+
+    def cast(self) -> ExpertOperands:
+        """The same with all in the dtype of the pre-activations that is computed in it.
+
+        Routing weights and scale vectors, whose distance from 1 matters, keep theirs.
+        """
+        dtype = self.pre_activations.gate.dtype
+        return self._replace(
+            pre_activations=cast(self.pre_activations, dtype),
+            low=cast(self.low, dtype),
+            B=cast(self.B, dtype),
+            down_A=cast(self.down_A, dtype),
+            low_update=cast(self.low_update, dtype),
+            update=cast(self.update, dtype),
+            biases=cast(self.biases, dtype),
+        )
 
     def floating(self) -> tuple[Tensor | None, ...]:
         """The tensors that get gradients, in the order of `FLOATING`; None where there is none."""

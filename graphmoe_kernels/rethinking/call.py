@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from graphmoe_kernels.backend import resolve_backend, without_autocast
 from graphmoe_kernels.experts.operands import Dropout, ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.run import run_experts, run_swiglu
 from graphmoe_kernels.experts.triton import launch_stream
-from graphmoe_kernels.experts.triton.sizes import Sizes, check_sizes
+from graphmoe_kernels.experts.triton.sizes import Sizes
 from graphmoe_kernels.gru.run import run_gru_step
 from graphmoe_kernels.launching import SKINNY_TOKENS
 from graphmoe_kernels.registration import unseen
@@ -20,6 +21,9 @@ from graphmoe_kernels.rethinking.weights import RethinkingSpec, RouterSettings
 from graphmoe_kernels.routing import Routing
 from graphmoe_kernels.routing.run import run_expert_order, run_routing
 from graphmoe_kernels.routing.triton.launch import MAX_EXPERTS
+from graphmoe_kernels.structures import cast
+
+_AS_IT_IS: AbstractContextManager[None] = nullcontext()  # one for all: it holds no state
 
 
 class Call(NamedTuple):
@@ -45,45 +49,42 @@ class Call(NamedTuple):
     def route(self, x: Tensor, router: Tensor, offset: Tensor | None = None) -> Routing:
         """Route x by ``router``; see `graphmoe_kernels.route_tokens`."""
         top_k, normalize = self.router
-        if self.autocast:
-            with without_autocast(x):
-                return run_routing(x, router, top_k, offset=offset, normalize=normalize, backend=self.backend)
-        return run_routing(
-            x, router, top_k, offset=offset, normalize=normalize, backend=self.backend, unseen=self.unseen
-        )
+        with self._uncast(x):
+            return run_routing(
+                x, router, top_k, offset=offset, normalize=normalize, backend=self.backend, unseen=self.unseen
+            )
 
     def experts(self, operands: ExpertOperands) -> tuple[Tensor, Tensor]:
         """Give hidden [N, F] and low_down [N, n*r]; see `graphmoe_kernels.expert_swiglu`."""
         if self.autocast:
-            with without_autocast(operands.low):
-                return run_experts(_alike(operands), self.scale, self.activation, self.backend)
-        return run_experts(operands, self.scale, self.activation, self.backend, unseen=self.unseen)
+            operands = operands.cast()
+        with self._uncast(operands.low):
+            return run_experts(operands, self.scale, self.activation, self.backend, unseen=self.unseen)
 
     def swiglu(self, pre_activations: GateUp, update: LowRankUpdate | None = None) -> Tensor:
         """Give act(g) * u, [N, F]; see `graphmoe_kernels.swiglu`."""
+        gate = pre_activations.gate
         if self.autocast:
-            gate = pre_activations.gate
-            with without_autocast(gate):
-                return run_swiglu(pre_activations, _update_in(gate.dtype, update), self.activation, self.backend)
-        return run_swiglu(pre_activations, update, self.activation, self.backend, unseen=self.unseen)
+            update = cast(update, gate.dtype)
+        with self._uncast(gate):
+            return run_swiglu(pre_activations, update, self.activation, self.backend, unseen=self.unseen)
 
     def gru_step(
         self, inputs: Tensor, before: GRUState | None, candidate_weight: Tensor, candidate_bias: Tensor
     ) -> Tensor:
         """Give h' beside H', [N, 2G]; see `graphmoe_kernels.gru_step`."""
-        recurrent, last, total = (None, None, None) if before is None else before
         weight, bias = candidate_weight, candidate_bias
         if bias.dtype is torch.float64 and self.backend == "triton":
             bias = bias.float()
         if self.autocast:  # products before it may have come in another dtype than the state
-            kind = inputs.dtype
-            recurrent, last, total = (None if t is None else t.to(kind) for t in (recurrent, last, total))
-            with without_autocast(inputs):
-                return run_gru_step(
-                    inputs, recurrent, last, total, weight.to(kind), bias, self.candidate_activation, self.backend
-                )
+            before, weight = cast(before, inputs.dtype), cast(weight, inputs.dtype)
+        recurrent, last, total = (None, None, None) if before is None else before
         activation, backend = self.candidate_activation, self.backend
-        return run_gru_step(inputs, recurrent, last, total, weight, bias, activation, backend, unseen=self.unseen)
+        with self._uncast(inputs):
+            return run_gru_step(inputs, recurrent, last, total, weight, bias, activation, backend, unseen=self.unseen)
+
+    def _uncast(self, x: Tensor) -> AbstractContextManager[None]:
+        return without_autocast(x) if self.autocast else _AS_IT_IS
 
     def token_order(self, expert_ids: Tensor, down_A: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Order the tokens for the Triton kernels, or not (None) where that gains nothing: for few tokens, and where a
@@ -144,23 +145,6 @@ def make_call(x: Tensor, spec: RethinkingSpec, backend: str) -> Call:
     )
 
 
-def _update_in(dtype: torch.dtype, update: LowRankUpdate | None) -> LowRankUpdate | None:
-    return None if update is None else LowRankUpdate(*(t.to(dtype) for t in update))
-
-
-def _alike(operands: ExpertOperands) -> ExpertOperands:
-    """Cast the operands to the pre-activations' dtype, all but routing weights and scale vectors."""
-    o, dtype = operands, operands.pre_activations.gate.dtype
-    return o._replace(
-        low=o.low.to(dtype),
-        B=GateUp(*(B.to(dtype) for B in o.B)),
-        down_A=o.down_A.to(dtype),
-        low_update=None if o.low_update is None else o.low_update.to(dtype),
-        update=_update_in(dtype, o.update),
-        biases=None if o.biases is None else GateUp(*(b.to(dtype) for b in o.biases)),
-    )
-
-
 # What the Triton kernels do not take, asked before a call begins.
 
 
@@ -170,14 +154,3 @@ def check_routed(num_experts: int) -> None:
         raise ValueError(
             f"{num_experts} experts: the Triton kernels route up to {MAX_EXPERTS}; use fewer or backend='torch'"
         )
-
-
-def check_experts(down_A: tuple[int, ...], slots: int, width: int, activation: str) -> None:
-    """`ValueError` for experts of this shape [n, r, F] that the kernels cannot run, ``slots`` of them per token."""
-    n, r, intermediate = down_A
-    check_sizes(Sizes(0, intermediate, n, r, slots), width, activation)
-
-
-def check_swiglu(intermediate: int, width: int, activation: str) -> None:
-    """`ValueError` for an update of this width that the kernels cannot add."""
-    check_sizes(Sizes(0, intermediate, 1, 0, 1), width, activation)

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphmoe_kernels.dora import scaled_rows
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp
-from graphmoe_kernels.mixing import side_by_side
+from graphmoe_kernels.experts.triton.sizes import Sizes, check_sizes
 from graphmoe_kernels.ranges import named_range
-from graphmoe_kernels.rethinking.call import Call, check_experts, check_routed
+from graphmoe_kernels.rethinking.call import Call, check_routed
 from graphmoe_kernels.rethinking.down import PlainDown, RoundOutput, ScaledDown
-from graphmoe_kernels.rethinking.kinds import CastExperts, LaterRouter, RoundInputs
-from graphmoe_kernels.rethinking.lora import cast, dora_scales, input_biases, join_low_A, router_product, without
+from graphmoe_kernels.rethinking.kinds import CastExperts, RoundInputs
+from graphmoe_kernels.rethinking.lora import cast_down, dora_scales, input_biases, join_low_A, router_product, without
 from graphmoe_kernels.rethinking.weights import BaseMLP, ExpertWeights
+from graphmoe_kernels.structures import cast
 
 
 class ChosenRouting(NamedTuple):
@@ -61,20 +61,22 @@ class ChosenExperts(NamedTuple):
         return [self.router]
 
     def route(self, x: Tensor, call: Call) -> ChosenRouting:
-        """See `ExpertKind`."""
         return _route(x, self.router, call)
 
     def check_kernels(self, top_k: int, width: int, activation: str) -> None:
-        """See `ExpertKind`."""
         check_routed(self.lora.gate_A.shape[0])
         _check_kernels(self.lora, top_k, width, activation)
 
-    def fold_router(self, output: Tensor, dtype: torch.dtype) -> LaterRouter:
-        """See `ExpertKind`."""
-        return ChosenRouter(router_product(self.router, output, dtype))
+    def fold_routers(self, output: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (router_product(self.router, output, dtype),)
+
+    def route_later(
+        self, products: tuple[Tensor, ...], total: Tensor, first: ChosenRouting, call: Call
+    ) -> ChosenRouting:
+        (product,), (logits,) = products, first.logits
+        return _route(total, product, call, logits)
 
     def cast(self, base: BaseMLP, dtype: torch.dtype, scale: float, copy: bool) -> CastExperts:
-        """See `ExpertKind`."""
         return _cast_chosen(self.lora, base, dtype, scale, copy)
 
 
@@ -92,48 +94,24 @@ class SingleExpert(NamedTuple):
         return []
 
     def route(self, x: Tensor, call: Call) -> ChosenRouting:
-        """See `ExpertKind`: weight 1 for expert 0."""
+        """Give weight 1 to expert 0."""
         tokens, dtype = x.shape[0], torch.promote_types(x.dtype, torch.float32)
         ids = torch.zeros(tokens, 1, dtype=torch.int64, device=x.device)
         return ChosenRouting(x.new_ones(tokens, 1, dtype=dtype), ids, ())
 
     def check_kernels(self, top_k: int, width: int, activation: str) -> None:
-        """See `ExpertKind`."""
         _check_kernels(self.lora, 1, width, activation)
 
-    def fold_router(self, output: Tensor, dtype: torch.dtype) -> LaterRouter:
-        """See `ExpertKind`."""
-        return NoRouter()
+    def fold_routers(self, output: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return ()
 
-    def cast(self, base: BaseMLP, dtype: torch.dtype, scale: float, copy: bool) -> CastExperts:
-        """See `ExpertKind`."""
-        return _cast_chosen(self.lora, base, dtype, scale, copy)
-
-
-class ChosenRouter(NamedTuple):
-    """R W_g, [n, G'], in fp32 at least."""
-
-    weight: Tensor
-
-    def route(self, total: Tensor, first: ChosenRouting, call: Call) -> ChosenRouting:
-        """See `LaterRouter`."""
-        return _route(total, self.weight, call, first.logits[0])
-
-    def tensors(self) -> list[Tensor]:
-        """The one."""
-        return [self.weight]
-
-
-class NoRouter(NamedTuple):
-    """Of a single expert: every round's routing is the first one's."""
-
-    def route(self, total: Tensor, first: ChosenRouting, call: Call) -> ChosenRouting:
-        """See `LaterRouter`."""
+    def route_later(
+        self, products: tuple[Tensor, ...], total: Tensor, first: ChosenRouting, call: Call
+    ) -> ChosenRouting:
         return first
 
-    def tensors(self) -> list[Tensor]:
-        """None."""
-        return []
+    def cast(self, base: BaseMLP, dtype: torch.dtype, scale: float, copy: bool) -> CastExperts:
+        return _cast_chosen(self.lora, base, dtype, scale, copy)
 
 
 class CastChosen(NamedTuple):
@@ -152,21 +130,14 @@ class CastChosen(NamedTuple):
     down: PlainDown
 
     def read(self, pre_activations: GateUp) -> GateUp:
-        """See `CastExperts`."""
         return pre_activations
 
     def round(self, inputs: RoundInputs, routing: ChosenRouting, call: Call) -> RoundOutput:
-        """See `CastExperts`."""
         hidden, low_down = _run(self, inputs, routing, call)
         return RoundOutput((hidden,), low_down, (), routing.weight_sum(call), routing.logits)
 
     def fold_update(self, products: GateUp) -> GateUp:
-        """See `CastExperts`."""
         return products
-
-    def tensors(self) -> list[Tensor]:
-        """All of them."""
-        return [self.low_A, *self.B, self.down_A, *self.down.tensors()]
 
 
 class CastChosenDora(NamedTuple):
@@ -187,11 +158,10 @@ class CastChosenDora(NamedTuple):
     biases: GateUp | None
 
     def read(self, pre_activations: GateUp) -> GateUp:
-        """See `CastExperts`."""
         return without(pre_activations, self.biases)
 
     def round(self, inputs: RoundInputs, routing: ChosenRouting, call: Call) -> RoundOutput:
-        """See `CastExperts`: each slot apart, for its expert has its own vector after the down projection."""
+        """Run each slot apart, for its expert has its own vector after the down projection."""
         parts, changes, sums = [], [], []
         for slot in range(routing.expert_ids.shape[1]):
             alone = routing.slot(slot)
@@ -205,29 +175,23 @@ class CastChosenDora(NamedTuple):
         return RoundOutput(tuple(parts), total, tuple(changes), routing.weight_sum(call), routing.logits)
 
     def fold_update(self, products: GateUp) -> GateUp:
-        """See `CastExperts`."""
         return products
-
-    def tensors(self) -> list[Tensor]:
-        """All of them."""
-        return [self.low_A, *self.B, self.down_A, *self.down.tensors(), *self.scales, *(self.biases or ())]
 
 
 def _cast_chosen(lora: ExpertWeights, base: BaseMLP, dtype: torch.dtype, scale: float, copy: bool) -> CastExperts:
-    B = GateUp(lora.gate_B.to(dtype, copy=copy), lora.up_B.to(dtype, copy=copy))
-    down_A, bias = lora.down_A.to(dtype, copy=copy), cast(base.biases()[2], dtype, copy)
+    low_A, B = join_low_A(lora, dtype), cast(GateUp(lora.gate_B, lora.up_B), dtype, copy)
+    down_A = cast(lora.down_A, dtype, copy)
     if lora.magnitudes is None:
-        down_B = (scale * side_by_side(lora.down_B)).to(dtype)
-        return CastChosen(join_low_A(lora, dtype), B, down_A, PlainDown(down_B, bias))
+        return CastChosen(low_A, B, down_A, PlainDown(*cast_down(lora, base, dtype, scale, copy)))
     gate, up, down = dora_scales(lora, lora.magnitudes, base, scale)
-    down_B = (scale * side_by_side(scaled_rows(lora.down_B, down))).to(dtype)
-    scaled = ScaledDown(down_B, bias, down - 1)
-    return CastChosenDora(join_low_A(lora, dtype), B, down_A, scaled, GateUp(gate, up), input_biases(base, dtype, copy))
+    scaled = ScaledDown(*cast_down(lora, base, dtype, scale, copy, down), down - 1)
+    return CastChosenDora(low_A, B, down_A, scaled, GateUp(gate, up), input_biases(base, dtype, copy))
 
 
 def _check_kernels(lora: ExpertWeights, top_k: int, width: int, activation: str) -> None:
+    n, r, intermediate = lora.down_A.shape
     slots = top_k if lora.magnitudes is None else 1  # with DoRA the slots run one by one
-    check_experts(lora.down_A.shape, slots, width, activation)
+    check_sizes(Sizes(0, intermediate, n, r, slots), width, activation)
 
 
 def _route(x: Tensor, router: Tensor, call: Call, offset: Tensor | None = None) -> ChosenRouting:

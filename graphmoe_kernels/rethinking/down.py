@@ -45,10 +45,6 @@ class GRUReader(Protocol):
         """Give W^y y, [N, 3G'] or, where the candidate reads x, [N, 2G']."""
         ...
 
-    def tensors(self) -> list[Tensor]:
-        """The fold's tensors in it."""
-        ...
-
 
 class Down(Protocol):
     """The down projection of experts with or without DoRA."""
@@ -59,10 +55,6 @@ class Down(Protocol):
 
     def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, GRUReader]:
         """Multiply the base's weights: W_G and W_U with W_g [D, G'], W_D with W^y [3G' or 2G', D] where that holds."""
-        ...
-
-    def tensors(self) -> list[Tensor]:
-        """Its tensors."""
         ...
 
 
@@ -78,7 +70,6 @@ class PlainDown(NamedTuple):
     bias: Tensor | None
 
     def output(self, base: BaseMLP, out: RoundOutput) -> Tensor:
-        """See `Down`."""
         with named_range("mlp"):
             y = base.project_out(out.hidden[0])
         with named_range("experts"):
@@ -89,14 +80,9 @@ class PlainDown(NamedTuple):
         return y + (out.weight_sum.to(y.dtype) - 1) * self.bias.to(y.dtype)
 
     def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, GRUReader]:
-        """See `Down`."""
         *products, inputs = _with_base(base, output, columns)
         bias = None if self.bias is None else columns @ self.bias
         return GateUp(*products), HiddenReader(inputs, columns @ self.B, bias)
-
-    def tensors(self) -> list[Tensor]:
-        """B, and the bias if there is one."""
-        return [self.B] if self.bias is None else [self.B, self.bias]
 
 
 class ScaledDown(NamedTuple):
@@ -113,7 +99,6 @@ class ScaledDown(NamedTuple):
     change: Tensor
 
     def output(self, base: BaseMLP, out: RoundOutput) -> Tensor:
-        """See `Down`."""
         parts = []
         for hidden, change in zip(out.hidden, out.changes, strict=True):
             with named_range("mlp"):
@@ -132,12 +117,8 @@ class ScaledDown(NamedTuple):
         return y + (bias if out.weight_sum is None else out.weight_sum.to(y.dtype) * bias)
 
     def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, GRUReader]:
-        """See `Down`; the vectors stand between W^y and W_D."""
+        # DoRA's vectors stand between W^y and W_D, so that there is no product of the two.
         return GateUp(*_with_base(base, output)), OutputReader(columns)
-
-    def tensors(self) -> list[Tensor]:
-        """B, the bias if there is one, the vectors."""
-        return [self.B, self.change] if self.bias is None else [self.B, self.bias, self.change]
 
 
 class HiddenReader(NamedTuple):
@@ -154,17 +135,12 @@ class HiddenReader(NamedTuple):
     inputs_bias: Tensor | None
 
     def read(self, out: RoundOutput, base: BaseMLP, down: Down) -> Tensor:
-        """See `GRUReader`."""
         inputs = add_product(F.linear(out.hidden[0], self.inputs), out.low_down, self.inputs_low)
         if self.inputs_bias is None:
             return inputs
         if out.weight_sum is None:
             return inputs + self.inputs_bias
         return inputs + out.weight_sum.to(inputs.dtype) * self.inputs_bias
-
-    def tensors(self) -> list[Tensor]:
-        """All of them."""
-        return [t for t in self if t is not None]
 
 
 class OutputReader(NamedTuple):
@@ -177,12 +153,7 @@ class OutputReader(NamedTuple):
     columns: Tensor
 
     def read(self, out: RoundOutput, base: BaseMLP, down: Down) -> Tensor:
-        """See `GRUReader`."""
         return F.linear(down.output(base, out), self.columns)
-
-    def tensors(self) -> list[Tensor]:
-        """The one."""
-        return [self.columns]
 
 
 def add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:

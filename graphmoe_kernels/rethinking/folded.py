@@ -63,7 +63,7 @@ def folded_rounds(
             state = gru_round(gru_inputs, state, later, call)
         del out  # before the next one is made: the widest tensor of a round
         total = state.gru.total
-        routing = later.router.route(total, first, call)
+        routing = weights.experts.route_later(later.routers, total, first, call)
         low_t, low_update = low, state.low_update
         if call.dropout > 0:  # dropout(x_t) is not linear in x_t: form x_t, for A alone
             with named_range("experts"):

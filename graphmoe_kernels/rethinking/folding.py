@@ -18,8 +18,9 @@ from torch import Tensor
 from graphmoe_kernels.experts.operands import GateUp
 from graphmoe_kernels.rethinking.checks import check_weights
 from graphmoe_kernels.rethinking.down import Down, GRUReader, RoundOutput, add_product
-from graphmoe_kernels.rethinking.kinds import CastExperts, LaterRouter, LayerWeights
+from graphmoe_kernels.rethinking.kinds import CastExperts, LayerWeights
 from graphmoe_kernels.rethinking.weights import BaseMLP, GRUWeights, padded
+from graphmoe_kernels.structures import tensors_in
 
 
 class HiddenStateReader(NamedTuple):
@@ -43,7 +44,7 @@ class RoundsFold(NamedTuple):
 
     Attributes:
         update: W_G W_g and W_U W_g (M of the design), [F, G'] each, as `CastExperts.fold_update` makes it.
-        router: R W_g of the routers that read x.
+        routers: R W_g of the routers that read x, in the order of `ExpertKind.routers`.
         reader: what the GRU reads of the experts.
         hidden_state: what its candidate reads of x_t instead, if it does.
         reread: [2nr + 2G', 2G'], what a GRU step's h and H, side by side, are multiplied with: A W_g of all experts
@@ -53,7 +54,7 @@ class RoundsFold(NamedTuple):
     """
 
     update: GateUp
-    router: LaterRouter
+    routers: tuple[Tensor, ...]
     reader: GRUReader
     hidden_state: HiddenStateReader | None
     reread: Tensor
@@ -74,11 +75,6 @@ class RoundsFold(NamedTuple):
             return inputs
         return torch.cat([inputs, self.hidden_state.read(x, total)], dim=1)
 
-    def tensors(self) -> list[Tensor]:
-        """All of them, in order."""
-        own = [self.reread, self.candidate_weight, self.candidate_bias, self.output, *(self.hidden_state or ())]
-        return [*self.update, *self.router.tensors(), *self.reader.tensors(), *own]
-
 
 class Fold(NamedTuple):
     """A layer's experts in the compute dtype, and the fold of its later rounds if it has any."""
@@ -87,8 +83,8 @@ class Fold(NamedTuple):
     later: RoundsFold | None
 
     def tensors(self) -> list[Tensor]:
-        """All of them, in order."""
-        return [*self.experts.tensors(), *(() if self.later is None else self.later.tensors())]
+        """All of them, in order; the first is in the compute dtype."""
+        return tensors_in(self)
 
 
 def widen(gru: GRUWeights) -> GRUWeights:
@@ -158,7 +154,7 @@ def _fold_rounds(
     reads_last = F.pad(gru.recurrent_gates().to(dtype), (0, width))  # [2G', 2G']
     return RoundsFold(
         update=experts.fold_update(products),
-        router=weights.experts.fold_router(gru.output, dtype),
+        routers=weights.experts.fold_routers(gru.output, dtype),
         reader=reader,
         hidden_state=hidden_state,
         reread=torch.cat([reads_total, reads_last]),

@@ -34,18 +34,6 @@ class RoundInputs(NamedTuple):
     low_update: Tensor | None = None
 
 
-class LaterRouter(Protocol):
-    """A kind's routers in the later rounds of the folded loop: their products with W_g."""
-
-    def route(self, total: Tensor, first: Any, call: Call) -> Any:
-        """Route a round by H [N, G'], ``first`` being the first round's routing, whose logits are added."""
-        ...
-
-    def tensors(self) -> list[Tensor]:
-        """The products."""
-        ...
-
-
 class ExpertKind(Protocol):
     """Experts of one kind with their routers, as they are trained."""
 
@@ -59,15 +47,19 @@ class ExpertKind(Protocol):
         ...
 
     def route(self, x: Tensor, call: Call) -> Any:
-        """Route x [N, D], in fp32 at least; the result is for `CastExperts.round` and `LaterRouter.route` alone."""
+        """Route x [N, D], in fp32 at least; the result is for `CastExperts.round` and `route_later` alone."""
         ...
 
     def check_kernels(self, top_k: int, width: int, activation: str) -> None:
         """`ValueError` for what the Triton kernels do not take; ``width`` is that of the fold's GRU, 0 without one."""
         ...
 
-    def fold_router(self, output: Tensor, dtype: torch.dtype) -> LaterRouter:
+    def fold_routers(self, output: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Multiply the routers that read x with W_g [D, G'], in fp32 or, for experts in fp64, in fp64."""
+        ...
+
+    def route_later(self, products: tuple[Tensor, ...], total: Tensor, first: Any, call: Call) -> Any:
+        """Route a round by those products and H [N, G']; the logits of its ``first`` round's routing are added."""
         ...
 
     def cast(self, base: BaseMLP, dtype: torch.dtype, scale: float, copy: bool) -> CastExperts:
@@ -98,10 +90,6 @@ class CastExperts(Protocol):
 
     def fold_update(self, products: GateUp) -> GateUp:
         """Prepare W_G W_g and W_U W_g [F, G'] for `RoundInputs.update`."""
-        ...
-
-    def tensors(self) -> list[Tensor]:
-        """All of them."""
         ...
 
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.dora import dora_scale
+from graphmoe_kernels.dora import dora_scale, scaled_rows
 from graphmoe_kernels.exact_linear import exact_linear
 from graphmoe_kernels.experts.operands import GateUp
+from graphmoe_kernels.mixing import side_by_side
 from graphmoe_kernels.rethinking.weights import BaseMLP, ExpertWeights, Magnitudes
-
-
-class DoraScales(NamedTuple):
-    """DoRA's m / ||W + s B A|| in fp32 at least: gate, up [n, F] and down [n, D]."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+from graphmoe_kernels.structures import cast
 
 
 def join_low_A(lora: ExpertWeights, dtype: torch.dtype) -> Tensor:
@@ -26,14 +18,24 @@ def join_low_A(lora: ExpertWeights, dtype: torch.dtype) -> Tensor:
     return torch.cat([lora.gate_A.flatten(0, 1), lora.up_A.flatten(0, 1)]).to(dtype)
 
 
-def dora_scales(lora: ExpertWeights, magnitudes: Magnitudes, base: BaseMLP, scale: float) -> DoraScales:
-    """Divide the magnitudes by the norms of the adapted weights' rows."""
+def dora_scales(
+    lora: ExpertWeights, magnitudes: Magnitudes, base: BaseMLP, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give DoRA's m / ||W + s B A|| in fp32 at least: of gate and up [n, F] and of down [n, D]."""
     dense = base.dense()
-    return DoraScales(
+    return (
         dora_scale(magnitudes.gate, dense.gate, lora.gate_A, lora.gate_B, scale),
         dora_scale(magnitudes.up, dense.up, lora.up_A, lora.up_B, scale),
         dora_scale(magnitudes.down, dense.down, lora.down_A, lora.down_B, scale),
     )
+
+
+def cast_down(
+    lora: ExpertWeights, base: BaseMLP, dtype: torch.dtype, scale: float, copy: bool, vectors: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Give s B_D of all experts side by side, [D, n*r], its rows times DoRA's vectors, and the base's bias [D]."""
+    down_B = scale * side_by_side(scaled_rows(lora.down_B, vectors))
+    return down_B.to(dtype), cast(base.biases()[2], dtype, copy)
 
 
 def input_biases(base: BaseMLP, dtype: torch.dtype, copy: bool) -> GateUp | None:
@@ -41,7 +43,7 @@ def input_biases(base: BaseMLP, dtype: torch.dtype, copy: bool) -> GateUp | None
     gate, up, _ = base.biases()
     if gate is None and up is None:
         return None
-    gate, up = (cast(b, dtype, copy) for b in (gate, up))
+    gate, up = cast(gate, dtype, copy), cast(up, dtype, copy)
     if gate is None:
         gate = torch.zeros_like(up)  # type: ignore[arg-type]
     return GateUp(gate, torch.zeros_like(gate) if up is None else up)
@@ -50,11 +52,6 @@ def input_biases(base: BaseMLP, dtype: torch.dtype, copy: bool) -> GateUp | None
 def without(pre_activations: GateUp, biases: GateUp | None) -> GateUp:
     """Give pre-activations [N, F] without their biases, as those come after DoRA's vectors."""
     return pre_activations if biases is None else GateUp(*(x - b for x, b in zip(pre_activations, biases, strict=True)))
-
-
-def cast(tensor: Tensor | None, dtype: torch.dtype, copy: bool) -> Tensor | None:
-    """Cast what may be missing; with ``copy`` nothing is shared with it."""
-    return None if tensor is None else tensor.to(dtype, copy=copy)
 
 
 def router_product(router: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,15 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphmoe_kernels.activations import check_triton_form
 from graphmoe_kernels.dora import scaled_by, scaled_rows
 from graphmoe_kernels.experts.operands import GateUp, LowRankUpdate
+from graphmoe_kernels.experts.triton.sizes import check_offsets
 from graphmoe_kernels.mixing import mixed_change, mixing_weights, side_by_side, weighted
 from graphmoe_kernels.ranges import named_range
-from graphmoe_kernels.rethinking.call import Call, check_routed, check_swiglu
+from graphmoe_kernels.rethinking.call import Call, check_routed
 from graphmoe_kernels.rethinking.down import PlainDown, RoundOutput, ScaledDown
-from graphmoe_kernels.rethinking.kinds import CastExperts, LaterRouter, RoundInputs
-from graphmoe_kernels.rethinking.lora import cast, dora_scales, input_biases, join_low_A, router_product, without
+from graphmoe_kernels.rethinking.kinds import CastExperts, RoundInputs
+from graphmoe_kernels.rethinking.lora import cast_down, dora_scales, input_biases, join_low_A, router_product, without
 from graphmoe_kernels.rethinking.weights import BaseMLP, ExpertWeights, LinearRouters
+from graphmoe_kernels.structures import cast
 
 
 class MixedRouting(NamedTuple):
@@ -54,38 +57,25 @@ class MixedExperts(NamedTuple):
         return list(self.linear_routers)
 
     def route(self, x: Tensor, call: Call) -> MixedRouting:
-        """See `ExpertKind`; the router of the down projection has its turn in `CastExperts.round`."""
+        """Ask the routers that read x; that of the down projection has its turn in `CastExperts.round`."""
         gate, up, down = self.linear_routers
         return _route(x, GateUp(gate, up), down, call)
 
     def check_kernels(self, top_k: int, width: int, activation: str) -> None:
-        """See `ExpertKind`."""
         n, r, intermediate = self.lora.down_A.shape
         check_routed(n)
-        check_swiglu(intermediate, width + 2 * n * r, activation)
+        check_triton_form(activation)
+        check_offsets(intermediate, width + 2 * n * r)
 
-    def fold_router(self, output: Tensor, dtype: torch.dtype) -> LaterRouter:
-        """See `ExpertKind`."""
+    def fold_routers(self, output: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         gate, up, _ = self.linear_routers
-        return MixedRouter(GateUp(router_product(gate, output, dtype), router_product(up, output, dtype)))
+        return router_product(gate, output, dtype), router_product(up, output, dtype)
+
+    def route_later(self, products: tuple[Tensor, ...], total: Tensor, first: MixedRouting, call: Call) -> MixedRouting:
+        return _route(total, GateUp(*products), self.linear_routers.down, call, first.logits)
 
     def cast(self, base: BaseMLP, dtype: torch.dtype, scale: float, copy: bool) -> CastExperts:
-        """See `ExpertKind`."""
         return _cast_mixed(self.lora, base, dtype, scale, copy)
-
-
-class MixedRouter(NamedTuple):
-    """R W_g of gate and up, [n, G'] each, in fp32 at least."""
-
-    weights: GateUp
-
-    def route(self, total: Tensor, first: MixedRouting, call: Call) -> MixedRouting:
-        """See `LaterRouter`."""
-        return _route(total, self.weights, first.down_router, call, first.logits)
-
-    def tensors(self) -> list[Tensor]:
-        """The two."""
-        return list(self.weights)
 
 
 class CastMixed(NamedTuple):
@@ -104,11 +94,10 @@ class CastMixed(NamedTuple):
     down: PlainDown
 
     def read(self, pre_activations: GateUp) -> GateUp:
-        """See `CastExperts`."""
         return pre_activations
 
     def round(self, inputs: RoundInputs, routing: MixedRouting, call: Call) -> RoundOutput:
-        """See `CastExperts`: to all tokens the experts are one update of rank 2nr."""
+        """Run the experts as the one update of rank 2nr that they are to all tokens."""
         with named_range("experts"):
             low = _mixed_low(inputs, routing)
             update = LowRankUpdate(low, *self.B)
@@ -120,13 +109,9 @@ class CastMixed(NamedTuple):
         return RoundOutput((hidden,), low_down, (), None, (*routing.logits, logits))
 
     def fold_update(self, products: GateUp) -> GateUp:
-        """See `CastExperts`: beside B, [F, G' + 2nr] each."""
+        """Put them beside B, [F, G' + 2nr] each."""
         gate, up = (torch.cat([M, B], dim=1) for M, B in zip(products, self.B, strict=True))
         return GateUp(gate, up)
-
-    def tensors(self) -> list[Tensor]:
-        """All of them."""
-        return [self.low_A, *self.B, self.down_A, *self.down.tensors()]
 
 
 class CastMixedDora(NamedTuple):
@@ -147,11 +132,10 @@ class CastMixedDora(NamedTuple):
     biases: GateUp | None
 
     def read(self, pre_activations: GateUp) -> GateUp:
-        """See `CastExperts`."""
         return without(pre_activations, self.biases)
 
     def round(self, inputs: RoundInputs, routing: MixedRouting, call: Call) -> RoundOutput:
-        """See `CastExperts`: (1 + sum_i p_i (m_i - 1)) times what W gives, plus bias and update."""
+        """Take (1 + sum_i p_i (m_i - 1)) times what W gives, plus bias and update."""
         with named_range("experts"):
             low = _mixed_low(inputs, routing)
             gate, up = inputs.pre_activations
@@ -168,25 +152,18 @@ class CastMixedDora(NamedTuple):
         return RoundOutput((hidden,), low_down, (change,), None, (*routing.logits, logits))
 
     def fold_update(self, products: GateUp) -> GateUp:
-        """See `CastExperts`: DoRA's vectors come between the products and B."""
-        return products
-
-    def tensors(self) -> list[Tensor]:
-        """All of them."""
-        return [self.low_A, *self.B, self.down_A, *self.down.tensors(), *self.changes, *(self.biases or ())]
+        return products  # DoRA's vectors come between them and B
 
 
 def _cast_mixed(lora: ExpertWeights, base: BaseMLP, dtype: torch.dtype, scale: float, copy: bool) -> CastExperts:
-    down_A, bias = lora.down_A.flatten(0, 1).to(dtype, copy=copy), cast(base.biases()[2], dtype, copy)
+    low_A, down_A = join_low_A(lora, dtype), cast(lora.down_A.flatten(0, 1), dtype, copy)
     if lora.magnitudes is None:
-        down_B = (scale * side_by_side(lora.down_B)).to(dtype)
         B = _apart(lora.gate_B, lora.up_B, dtype, scale)
-        return CastMixed(join_low_A(lora, dtype), B, down_A, PlainDown(down_B, bias))
+        return CastMixed(low_A, B, down_A, PlainDown(*cast_down(lora, base, dtype, scale, copy)))
     gate, up, down = dora_scales(lora, lora.magnitudes, base, scale)
     B = _apart(scaled_rows(lora.gate_B, gate), scaled_rows(lora.up_B, up), dtype, scale)
-    down_B = (scale * side_by_side(scaled_rows(lora.down_B, down))).to(dtype)
-    scaled, changes = ScaledDown(down_B, bias, down - 1), GateUp(gate - 1, up - 1)
-    return CastMixedDora(join_low_A(lora, dtype), B, down_A, scaled, changes, input_biases(base, dtype, copy))
+    scaled = ScaledDown(*cast_down(lora, base, dtype, scale, copy, down), down - 1)
+    return CastMixedDora(low_A, B, down_A, scaled, GateUp(gate - 1, up - 1), input_biases(base, dtype, copy))
 
 
 def _apart(gate_B: Tensor, up_B: Tensor, dtype: torch.dtype, scale: float) -> GateUp:

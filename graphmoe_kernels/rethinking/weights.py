@@ -48,11 +48,9 @@ class DenseMLP(NamedTuple):
     down_bias: Tensor | None = None
 
     def project_in(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See `BaseMLP.project_in`."""
         return F.linear(x, self.gate, self.gate_bias), F.linear(x, self.up, self.up_bias)
 
     def project_out(self, c: Tensor) -> Tensor:
-        """See `BaseMLP.project_out`."""
         return F.linear(c, self.down, self.down_bias)
 
     def dense(self) -> DenseMLP:
@@ -60,7 +58,6 @@ class DenseMLP(NamedTuple):
         return self
 
     def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """See `BaseMLP.biases`."""
         return self.gate_bias, self.up_bias, self.down_bias
 
     def sources(self) -> list[Tensor]:

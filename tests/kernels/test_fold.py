@@ -18,6 +18,7 @@ from graphmoe_kernels import (
 )
 from graphmoe_kernels.rethinking import FoldSettings, folding
 from graphmoe_kernels.rethinking import literal as literal_loop
+from graphmoe_kernels.structures import tensors_in
 from graphmoe_kernels.testing import cast_layer, relative_error, trainable
 from tests.kernels.cases import ODD, Sizes, layer
 
@@ -41,7 +42,7 @@ def test_contents(width, padded, candidate_input):
     for product, left in (
         (fold.update.gate, base.gate),
         (fold.update.up, base.up),
-        (fold.router.weight, weights.experts.router),
+        (fold.routers[0], weights.experts.router),
     ):
         assert product.shape == (left.shape[0], padded)
         torch.testing.assert_close(product[:, :width], left @ gru.output, rtol=1e-12, atol=1e-13)
@@ -103,16 +104,17 @@ def test_a_layer_of_one_round_folds_its_experts_alone():
     """Without a GRU there are no later rounds; what remains must be all that is kept, counted and refreshed."""
     fold = build_fold(layer(ONE_ROUND), settings(ONE_ROUND))
     assert fold.later is None
-    assert [t.data_ptr() for t in fold.tensors()] == [t.data_ptr() for t in fold.experts.tensors()]
+    assert [t.data_ptr() for t in fold.tensors()] == [t.data_ptr() for t in tensors_in(fold.experts)]
 
 
 def test_dtypes():
     """The fold has the compute dtype, also from fp32 adapters on a bf16 base; the router's part stays fp32."""
     weights = cast_layer(layer(SPEC), torch.float32)
     fold = build_fold(weights, settings(dtype=torch.bfloat16))
-    assert fold.later.router.weight.dtype == torch.float32
+    assert [t.dtype for t in fold.later.routers] == [torch.float32]
     later = fold.later
-    lowered = [*later.update, *later.reader.tensors(), later.reread, later.candidate_weight, *fold.experts.tensors()]
+    products = [*later.update, *tensors_in(later.reader), later.reread]
+    lowered = [*products, later.candidate_weight, *tensors_in(fold.experts)]
     assert {t.dtype for t in lowered} == {torch.bfloat16}
 
 

@@ -20,6 +20,7 @@ from graphmoe_kernels import (
     rethink_reference,
 )
 from graphmoe_kernels.dora import dora_scale, row_norms
+from graphmoe_kernels.structures import tensors_in
 from graphmoe_kernels.testing import cast_layer, relative_error
 from tests.kernels.cases import ODD, Sizes, assert_equal_to, decided_tokens, gradients, layer
 from tests.kernels.test_rethinking_precision import assert_within_budget
@@ -182,4 +183,4 @@ def test_dora_keeps_no_product_with_the_down_projection():
     for routers in ("layer", "linear"):
         weights = layer(BASE, Sizes(), routers=routers, dora=True)
         later = build_fold(weights, FoldSettings(torch.float64, 1.5, "expert_output")).later
-        assert [tuple(t.shape) for t in later.reader.tensors()] == [(48, ODD.hidden)]
+        assert [tuple(t.shape) for t in tensors_in(later.reader)] == [(48, ODD.hidden)]

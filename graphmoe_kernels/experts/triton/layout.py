@@ -9,6 +9,7 @@ from torch import Tensor
 from graphmoe_kernels.experts.dropout import kept_scale, threshold
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.launching import by_rows
+from graphmoe_kernels.structures import map_tensors
 
 
 class RowStrides(NamedTuple):
@@ -68,10 +69,6 @@ def _contiguous(pair: GateUp) -> bool:
     return pair.gate.is_contiguous() and pair.up.is_contiguous()
 
 
-def _contiguous_pair(pair: GateUp | None) -> GateUp | None:
-    return None if pair is None else GateUp(pair.gate.contiguous(), pair.up.contiguous())
-
-
 def _laid_out_update(update: LowRankUpdate) -> LowRankUpdate:
     return LowRankUpdate(by_rows(update.state), update.gate.contiguous(), update.up.contiguous())
 
@@ -81,19 +78,16 @@ def _laid_out(operands: ExpertOperands) -> ExpertOperands:
     if operands.dropout is not None:
         rate, seed = operands.dropout
         mask = Mask(seed, threshold(rate), kept_scale(rate))
-    gate, up = operands.pre_activations
-    B = operands.B
-    return ExpertOperands(
-        pre_activations=GateUp(by_rows(gate), by_rows(up)),
+    return operands._replace(
+        pre_activations=map_tensors(by_rows, operands.pre_activations),
         low=by_rows(operands.low),
-        B=GateUp(B.gate.contiguous(), B.up.contiguous()),
+        B=map_tensors(Tensor.contiguous, operands.B),
         down_A=operands.down_A.contiguous(),
         routing_weights=operands.routing_weights.contiguous(),
         expert_ids=operands.expert_ids.contiguous(),
-        low_update=None if operands.low_update is None else by_rows(operands.low_update),
+        low_update=map_tensors(by_rows, operands.low_update),
         update=None if operands.update is None else _laid_out_update(operands.update),
-        scales=_contiguous_pair(operands.scales),
-        biases=_contiguous_pair(operands.biases),
+        scales=map_tensors(Tensor.contiguous, operands.scales),
+        biases=map_tensors(Tensor.contiguous, operands.biases),
         dropout=mask,
-        token_order=operands.token_order,
     )
