@@ -6,7 +6,7 @@ whatever the token count. The flat form of the operands is known here alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,7 @@ EXPERTS: dict[str, Any] = {"torch": pytorch, "triton": launch}
 SWIGLU: dict[str, Any] = {"torch": pytorch_swiglu, "triton": launch}
 
 _OPTIONAL = ("low_update", "state", "fold_gate", "fold_up", "gate_scale", "up_scale")
-_TENSORS = ", ".join(f"Tensor{'?' if name in _OPTIONAL else ''} {name}" for name in FLOATING)
-_REST = (
-    "Tensor expert_ids, Tensor? gate_bias, Tensor? up_bias, Tensor? seed, Tensor? token_order, float dropout, "
-    "float scale, str activation, str backend"
-)
-_COUNT = len(FLOATING)
-_CONSTANTS = 5  # tensors without a gradient
+_SHARED = ("gate", "up", "state", "fold_gate", "fold_up")
 
 
 def flatten(operands: ExpertOperands) -> tuple[Any, ...]:
@@ -55,19 +49,14 @@ def unflatten(flat: Sequence[Any]) -> ExpertOperands:
     )
 
 
-def _in_order(
-    grads: dict[str, Tensor], names: Sequence[str], tensors: Iterable[Tensor | None], needed: Sequence[bool]
-) -> list[Tensor]:
-    """The ``needed`` gradients in the order of their inputs, in these's dtypes."""
-    return [
-        grads[name].to(x.dtype).contiguous()
-        for name, x, asked in zip(names, tensors, needed, strict=True)
-        if asked and x is not None
-    ]
+def flatten_shared(pre_activations: GateUp, update: LowRankUpdate | None) -> tuple[Tensor | None, ...]:
+    """The operands of `swiglu` as its schema has them."""
+    return *pre_activations, *(update or (None, None, None))
 
 
-def _asked(names: Sequence[str], needed: Sequence[bool]) -> frozenset[str]:
-    return frozenset(name for name, asked in zip(names, needed, strict=True) if asked)
+def _unflatten_shared(flat: Sequence[Any]) -> tuple[GateUp, LowRankUpdate | None]:
+    gate, up, *update = flat
+    return GateUp(gate, up), None if update[0] is None else LowRankUpdate(*update)
 
 
 def run_experts_flat(*args: Any) -> tuple[Tensor, Tensor]:
@@ -76,73 +65,15 @@ def run_experts_flat(*args: Any) -> tuple[Tensor, Tensor]:
     return EXPERTS[backend].forward(unflatten(flat), scale, activation)
 
 
-expert_swiglu_op = torch.library.custom_op(
-    "graphmoe::expert_swiglu",
-    run_experts_flat,
-    mutates_args=(),
-    schema=f"({_TENSORS}, {_REST}) -> (Tensor, Tensor)",
-)
-
-
-@expert_swiglu_op.register_fake
-def _(*args):
-    gate, _, _, _, _, down_A, *_ = args
-    n, r, _ = down_A.shape
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape[0], n * r)
-
-
 def run_experts_backward_flat(*args: Any) -> list[Tensor]:
     """The gradients of those floating inputs that are ``needed``, in their order."""
     grad_hidden, grad_low_down, *flat, scale, activation, backend, needed = args
     operands = unflatten(flat)
-    with torch.autocast(grad_hidden.device.type, enabled=False):  # whoever calls backward() inside autocast
-        asked = _asked(FLOATING, needed)
-        grads = EXPERTS[backend].backward(grad_hidden, grad_low_down, operands, scale, activation, asked)
-        return _in_order(grads, FLOATING, operands.floating(), needed)
 
+    def backward(asked: frozenset[str]) -> dict[str, Tensor]:
+        return EXPERTS[backend].backward(grad_hidden, grad_low_down, operands, scale, activation, asked)
 
-expert_swiglu_backward_op = torch.library.custom_op(
-    "graphmoe::expert_swiglu_backward",
-    run_experts_backward_flat,
-    mutates_args=(),
-    schema=f"(Tensor grad_hidden, Tensor grad_low_down, {_TENSORS}, {_REST}, bool[] needed) -> Tensor[]",
-)
-
-
-@expert_swiglu_backward_op.register_fake
-def _(grad_hidden, grad_low_down, *rest):
-    *tensors, needed = rest
-    floating = zip(tensors[:_COUNT], needed, strict=True)
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, asked in floating if asked]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[: _COUNT + _CONSTANTS])
-    ctx.plain = inputs[_COUNT + _CONSTANTS :]
-
-
-def _backward(ctx: Any, grad_hidden: Tensor, grad_low_down: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    needed = [asked and x is not None for asked, x in zip(ctx.needs_input_grad, tensors[:_COUNT], strict=False)]
-    found = iter(expert_swiglu_backward_op(grad_hidden, grad_low_down, *tensors, *ctx.plain, needed))
-    return *(next(found) if asked else None for asked in needed), *(None,) * (_CONSTANTS + len(ctx.plain))
-
-
-expert_swiglu_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-_SHARED = ("gate", "up", "state", "fold_gate", "fold_up")
-_SHARED_TENSORS = "Tensor gate, Tensor up, Tensor? state, Tensor? fold_gate, Tensor? fold_up"
-
-
-def flatten_shared(pre_activations: GateUp, update: LowRankUpdate | None) -> tuple[Tensor | None, ...]:
-    """The operands of `swiglu` as its schema has them."""
-    return *pre_activations, *(update or (None, None, None))
-
-
-def _unflatten_shared(flat: Sequence[Any]) -> tuple[GateUp, LowRankUpdate | None]:
-    gate, up, state, fold_gate, fold_up = flat
-    return GateUp(gate, up), None if state is None else LowRankUpdate(state, fold_gate, fold_up)
+    return _in_order(backward, FLOATING, flat, needed)
 
 
 def run_swiglu_flat(*args: Any) -> Tensor:
@@ -151,53 +82,106 @@ def run_swiglu_flat(*args: Any) -> Tensor:
     return SWIGLU[backend].swiglu(*_unflatten_shared(flat), activation)
 
 
-swiglu_op = torch.library.custom_op(
-    "graphmoe::swiglu",
-    run_swiglu_flat,
-    mutates_args=(),
-    schema=f"({_SHARED_TENSORS}, str activation, str backend) -> Tensor",
-)
-
-
-@swiglu_op.register_fake
-def _(gate, *rest):
-    return gate.new_empty(gate.shape)
-
-
 def run_swiglu_backward_flat(*args: Any) -> list[Tensor]:
     """The gradients of those inputs that are ``needed``, in their order."""
     grad_hidden, *flat, activation, backend, needed = args
-    with torch.autocast(grad_hidden.device.type, enabled=False):  # whoever calls backward() inside autocast
-        asked = _asked(_SHARED, needed)
-        grads = SWIGLU[backend].swiglu_backward(grad_hidden, *_unflatten_shared(flat), activation, asked)
-        return _in_order(grads, _SHARED, flat, needed)
+
+    def backward(asked: frozenset[str]) -> dict[str, Tensor]:
+        return SWIGLU[backend].swiglu_backward(grad_hidden, *_unflatten_shared(flat), activation, asked)
+
+    return _in_order(backward, _SHARED, flat, needed)
 
 
-swiglu_backward_op = torch.library.custom_op(
-    "graphmoe::swiglu_backward",
-    run_swiglu_backward_flat,
-    mutates_args=(),
-    schema=f"(Tensor grad_hidden, {_SHARED_TENSORS}, str activation, str backend, bool[] needed) -> Tensor[]",
+def _in_order(
+    backward: Callable[[frozenset[str]], dict[str, Tensor]],
+    names: Sequence[str],
+    inputs: Sequence[Any],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """The ``needed`` gradients in the order of their inputs, the first ones, in these's dtypes."""
+    floating = zip(names, inputs[: len(names)], needed, strict=True)
+    asked = {name: x for name, x, wanted in floating if wanted and x is not None}
+    with torch.autocast(inputs[0].device.type, enabled=False):  # whoever calls backward() inside autocast
+        grads = backward(frozenset(asked))
+        return [grads[name].to(x.dtype).contiguous() for name, x in asked.items()]
+
+
+def _register(
+    name: str,
+    run: Callable[..., Any],
+    run_backward: Callable[..., list[Tensor]],
+    fake: Callable[..., Any],
+    outputs: Sequence[str],
+    floating: Sequence[str],
+    rest: str,
+) -> Any:
+    """Register an operator and its backward, which gives the gradients of those ``floating`` inputs that need one.
+
+    Args:
+        name: of the operator.
+        run, run_backward: what they do. The backward gets the outputs' gradients, the inputs, and which are needed.
+        fake: the outputs' shapes.
+        outputs, floating: names of tensors.
+        rest: the schema of the other inputs, first the tensors.
+    """
+    inputs = ", ".join([*(f"Tensor{'?' if each in _OPTIONAL else ''} {each}" for each in floating), rest])
+    found = "Tensor" if len(outputs) == 1 else f"({', '.join('Tensor' for _ in outputs)})"
+    grads = ", ".join(f"Tensor grad_{each}" for each in outputs)
+    count, tensors = len(floating), inputs.count("Tensor")
+    operator = torch.library.custom_op(f"graphmoe::{name}", run, mutates_args=(), schema=f"({inputs}) -> {found}")
+    backward_operator = torch.library.custom_op(
+        f"graphmoe::{name}_backward",
+        run_backward,
+        mutates_args=(),
+        schema=f"({grads}, {inputs}, bool[] needed) -> Tensor[]",
+    )
+
+    def fake_backward(*args):
+        asked = zip(args[len(outputs) : len(outputs) + count], args[-1], strict=True)
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, wanted in asked if wanted]
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.settings = inputs[tensors:]
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        needed = [asked and x is not None for asked, x in zip(wanted[:count], saved, strict=False)]
+        found = iter(backward_operator(*grads, *saved, *ctx.settings, needed))
+        return *(next(found) if asked else None for asked in needed), *(None for _ in wanted[count:])
+
+    operator.register_fake(fake)
+    backward_operator.register_fake(fake_backward)
+    operator.register_autograd(backward, setup_context=save)
+    return operator
+
+
+def _experts_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    gate, _, _, _, _, down_A, *_ = args
+    n, r, _ = down_A.shape
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape[0], n * r)
+
+
+def _swiglu_fake(gate: Tensor, *rest: Any) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+expert_swiglu_op = _register(
+    "expert_swiglu",
+    run_experts_flat,
+    run_experts_backward_flat,
+    _experts_fake,
+    ("hidden", "low_down"),
+    FLOATING,
+    "Tensor expert_ids, Tensor? gate_bias, Tensor? up_bias, Tensor? seed, Tensor? token_order, float dropout, "
+    "float scale, str activation, str backend",
 )
-
-
-@swiglu_backward_op.register_fake
-def _(grad_hidden, *rest):
-    *tensors, _, _, needed = rest
-    floating = zip(tensors, needed, strict=True)
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, asked in floating if asked]
-
-
-def _setup_swiglu_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.activation, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _swiglu_backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    needed = [asked and x is not None for asked, x in zip(ctx.needs_input_grad, tensors, strict=False)]
-    found = iter(swiglu_backward_op(grad_hidden, *tensors, ctx.activation, ctx.backend, needed))
-    return *(next(found) if asked else None for asked in needed), None, None
-
-
-swiglu_op.register_autograd(_swiglu_backward, setup_context=_setup_swiglu_context)
+swiglu_op = _register(
+    "swiglu",
+    run_swiglu_flat,
+    run_swiglu_backward_flat,
+    _swiglu_fake,
+    ("hidden",),
+    _SHARED,
+    "str activation, str backend",
+)
