@@ -96,21 +96,22 @@ def _leaky_relu_derivative(x: Tensor) -> Tensor:
     return torch.where(x > 0, torch.ones_like(x), 0.01 * torch.ones_like(x))
 
 
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": Activation(F.silu, _silu_derivative, "silu", "silu_derivative"),
-    "gelu": Activation(F.gelu, _gelu_derivative, "gelu", "gelu_derivative"),
-    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_derivative, "gelu_tanh", "gelu_tanh_derivative"),
-    "quick_gelu": Activation(_quick_gelu, _quick_gelu_derivative, "quick_gelu", "quick_gelu_derivative"),
-    "relu": Activation(F.relu, lambda x: (x > 0).to(x.dtype), "relu", "relu_derivative"),
-    "relu2": Activation(lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x), "relu2", "relu2_derivative"),
-    "relu6": Activation(F.relu6, _relu6_derivative, "relu6", "relu6_derivative"),
-    "leaky_relu": Activation(_leaky_relu, _leaky_relu_derivative, "leaky_relu", "leaky_relu_derivative"),
-    "hardswish": Activation(F.hardswish, _hardswish_derivative, "hardswish", "hardswish_derivative"),
-    "mish": Activation(F.mish, _mish_derivative, "mish", "mish_derivative"),
-    "sigmoid": Activation(torch.sigmoid, _sigmoid_derivative, "sigmoid", "sigmoid_derivative"),
-    "tanh": Activation(torch.tanh, lambda x: 1 - torch.tanh(x).square(), "tanh", "tanh_derivative"),
-    "linear": Activation(lambda x: x, torch.ones_like, "linear", "linear_derivative"),
+_BUILT_IN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "silu": (F.silu, _silu_derivative),
+    "gelu": (F.gelu, _gelu_derivative),
+    "gelu_tanh": (_gelu_tanh, _gelu_tanh_derivative),
+    "quick_gelu": (_quick_gelu, _quick_gelu_derivative),
+    "relu": (F.relu, lambda x: (x > 0).to(x.dtype)),
+    "relu2": (lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x)),
+    "relu6": (F.relu6, _relu6_derivative),
+    "leaky_relu": (_leaky_relu, _leaky_relu_derivative),
+    "hardswish": (F.hardswish, _hardswish_derivative),
+    "mish": (F.mish, _mish_derivative),
+    "sigmoid": (torch.sigmoid, _sigmoid_derivative),
+    "tanh": (torch.tanh, lambda x: 1 - torch.tanh(x).square()),
+    "linear": (lambda x: x, torch.ones_like),
 }
+ACTIVATIONS = {name: Activation(*pair, name, f"{name}_derivative") for name, pair in _BUILT_IN.items()}
 
 ALIASES: dict[str, str] = {
     "swish": "silu",

@@ -45,11 +45,8 @@ def by_rows(tensor: Tensor) -> Tensor:
 
 def with_row_stride(tensor: Tensor) -> tuple[Tensor, int]:
     """Return `by_rows` of the tensor, and how far apart its rows are."""
-    row, column = tensor.stride()
-    if column != 1:
-        tensor = tensor.contiguous()
-        row = tensor.stride(0)
-    return tensor, row
+    tensor = by_rows(tensor)
+    return tensor, tensor.stride(0)
 
 
 def size_class(tokens: int) -> str:
@@ -94,8 +91,13 @@ def config_table(device: str, operator: str) -> dict[str, dict[str, dict[str, Co
 def kernel_config(kernel: str, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Config:
     """The configuration of a kernel: block sizes by their names in it, num_warps and num_stages."""
     check_device("a kernel's work", device)
+    return class_config(kernel, num_tokens, dtype, device_class(device))
+
+
+def class_config(kernel: str, num_tokens: int, dtype: torch.dtype, device_class: str) -> Config:
+    """`kernel_config` by the device's class."""
     operator = kernel.partition("_")[0]
-    return config_table(device_class(device), operator)[kernel][size_class(num_tokens)][dtype_class(dtype)]
+    return config_table(device_class, operator)[kernel][size_class(num_tokens)][dtype_class(dtype)]
 
 
 class Launch(NamedTuple):

@@ -9,7 +9,7 @@ from graphmoe_kernels.backend import resolve_backend, without_autocast
 from graphmoe_kernels.experts import checks
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.run import run_experts, run_swiglu
-from graphmoe_kernels.experts.triton.sizes import check_offsets, check_supported
+from graphmoe_kernels.experts.triton.sizes import check_offsets, check_sizes, inner, sizes
 from graphmoe_kernels.structures import cast
 from graphmoe_kernels.validation import check_number
 
@@ -51,7 +51,7 @@ def expert_swiglu(
     gate = operands.pre_activations.gate
     resolved = resolve_backend(backend, "pre_activations.gate", gate)
     if resolved == "triton":
-        check_supported(operands, activation)
+        check_sizes(sizes(operands), inner(operands.update), activation)
     dropout = operands.dropout
     if dropout is not None:
         operands = operands._replace(dropout=None if dropout.rate == 0 else dropout._replace(rate=float(dropout.rate)))
@@ -87,6 +87,6 @@ def swiglu(
     resolved = resolve_backend(backend, "pre_activations.gate", gate)
     if resolved == "triton":
         check_triton_form(activation)
-        check_offsets(gate.shape[1], 0 if update is None else update.state.shape[1])
+        check_offsets(gate.shape[1], inner(update))
     with without_autocast(gate):
         return run_swiglu(cast(pre_activations, gate.dtype), cast(update, gate.dtype), activation, resolved)

@@ -34,21 +34,15 @@ def check_shared(pre_activations: GateUp, update: LowRankUpdate | None) -> None:
     _check_type("pre_activations", pre_activations, GateUp)
     if update is not None:
         _check_type("update", update, LowRankUpdate)
-    for name, tensor in _named(pre_activations=pre_activations, update=update):
+    named = dict(_named(pre_activations=pre_activations, update=update))
+    for name, tensor in named.items():
         check_floats(name, tensor)
     gate = pre_activations.gate
     if gate.dim() != 2:
         raise ValueError(f"expected {_MAIN} [tokens, F]; got {list(gate.shape)}")
     tokens, width = gate.shape
-    inner = _inner(update)
-    shapes = ((tokens, width), (tokens, width), (tokens, inner), (width, inner), (width, inner))
-    for (name, tensor), shape in zip(_named(pre_activations=pre_activations, update=update), shapes, strict=False):
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} must be {list(shape)} for {tokens} tokens and F={width}; got {list(tensor.shape)}"
-            )
-        check_device(name, tensor, _MAIN, gate)
-    _check_width(gate)
+    shapes = _shapes(tokens, width, 0, 0, 0, _inner(update))
+    _check_each(named, shapes, gate, f"{tokens} tokens and F={width}")
 
 
 def _check_type(name: str, value: object, kind: type) -> None:
@@ -102,14 +96,8 @@ def _check_shapes(operands: ExpertOperands) -> None:
     n, r, _ = down_A.shape
     k = ids.shape[1]
     shapes = _shapes(tokens, width, n, r, k, _inner(operands.update))
-    for name, tensor in (*floating.items(), ("expert_ids", ids)):
-        if tensor.shape != shapes[name]:
-            raise ValueError(
-                f"{name} must be {list(shapes[name])} for {tokens} tokens, F={width}, {n} experts of rank {r} "
-                f"(by down_A) and k={k}; got {list(tensor.shape)}"
-            )
-        check_device(name, tensor, _MAIN, gate)
-    _check_width(gate)
+    sizes = f"{tokens} tokens, F={width}, {n} experts of rank {r} (by down_A) and k={k}"
+    _check_each(floating | {"expert_ids": ids}, shapes, gate, sizes)
     if not 1 <= k <= n:
         raise ValueError(f"each token needs 1..{n} experts (there are {n}), got k={k}")
 
@@ -133,7 +121,12 @@ def _shapes(tokens: int, width: int, n: int, r: int, k: int, inner: int) -> dict
     }
 
 
-def _check_width(gate: Tensor) -> None:
+def _check_each(named: dict[str, Tensor], shapes: dict[str, Shape], gate: Tensor, sizes: str) -> None:
+    """Every tensor against its shape, and where it is."""
+    for name, tensor in named.items():
+        if tensor.shape != shapes[name]:
+            raise ValueError(f"{name} must be {list(shapes[name])} for {sizes}; got {list(tensor.shape)}")
+        check_device(name, tensor, _MAIN, gate)
     if gate.shape[1] == 0:
         raise ValueError(f"{_MAIN} must be [tokens, F] with F of at least 1, got {list(gate.shape)}")
 

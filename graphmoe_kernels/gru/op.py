@@ -33,16 +33,7 @@ def step(
 
 
 @step.register_fake
-def _step_fake(
-    inputs: Tensor,
-    recurrent: Tensor | None,
-    state: Tensor | None,
-    total: Tensor | None,
-    candidate_weight: Tensor,
-    candidate_bias: Tensor,
-    candidate_activation: str,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
+def _(inputs, recurrent, state, total, candidate_weight, candidate_bias, candidate_activation, save):
     num_tokens, width = inputs.shape[0], candidate_bias.shape[0]
     kept = (num_tokens, width) if save and state is not None else (0,)
     return inputs.new_empty(num_tokens, 2 * width), inputs.new_empty(kept, dtype=torch.float32)
@@ -90,18 +81,7 @@ def step_backward(
 
 
 @step_backward.register_fake
-def _step_backward_fake(
-    grad: Tensor,
-    inputs: Tensor,
-    recurrent: Tensor | None,
-    state: Tensor | None,
-    candidate: Tensor,
-    candidate_weight: Tensor,
-    candidate_bias: Tensor,
-    candidate_activation: str,
-    wants_reset_state: bool,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad, inputs, recurrent, state, candidate, weight, candidate_bias, activation, wants_reset_state, wants_bias):
     num_tokens, width = inputs.shape[0], candidate_bias.shape[0]
     return (
         inputs.new_empty(num_tokens, 3 * width),

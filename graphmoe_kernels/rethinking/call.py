@@ -12,14 +12,11 @@ from torch import Tensor
 from graphmoe_kernels.backend import resolve_backend, without_autocast
 from graphmoe_kernels.experts.operands import Dropout, ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.run import run_experts, run_swiglu
-from graphmoe_kernels.experts.triton import launch_stream
-from graphmoe_kernels.experts.triton.sizes import Sizes
 from graphmoe_kernels.gru.run import run_gru_step
-from graphmoe_kernels.launching import SKINNY_TOKENS
 from graphmoe_kernels.registration import unseen
-from graphmoe_kernels.rethinking.weights import RethinkingSpec, RouterSettings
+from graphmoe_kernels.rethinking.weights import RethinkingSpec
 from graphmoe_kernels.routing import Routing
-from graphmoe_kernels.routing.run import run_expert_order, run_routing
+from graphmoe_kernels.routing.run import run_routing
 from graphmoe_kernels.routing.triton.launch import MAX_EXPERTS
 from graphmoe_kernels.structures import cast
 
@@ -27,31 +24,26 @@ _AS_IT_IS: AbstractContextManager[None] = nullcontext()  # one for all: it holds
 
 
 class Call(NamedTuple):
-    """One call's settings, as every round reads them.
+    """What every round of one call reads.
 
     Attributes:
-        router: of its routers.
-        scale, activation, candidate_activation, dropout: as in `RethinkingSpec`.
+        spec: the layer's settings.
         backend: ``"triton"``, ``"torch"`` or ``"reference"``.
         autocast: whether products are cast as autocast says. The operators are kept out of it.
         unseen: see `graphmoe_kernels.registration.unseen`.
     """
 
-    router: RouterSettings
-    scale: float
-    activation: str
-    candidate_activation: str
-    dropout: float
+    spec: RethinkingSpec
     backend: str
     autocast: bool
     unseen: bool
 
     def route(self, x: Tensor, router: Tensor, offset: Tensor | None = None) -> Routing:
         """Route x by ``router``; see `graphmoe_kernels.route_tokens`."""
-        top_k, normalize = self.router
+        top_k, normalize, backend = self.spec.top_k, self.spec.normalize, self.backend
         with self._uncast(x):
             return run_routing(
-                x, router, top_k, offset=offset, normalize=normalize, backend=self.backend, unseen=self.unseen
+                x, router, top_k, offset=offset, normalize=normalize, backend=backend, unseen=self.unseen
             )
 
     def experts(self, operands: ExpertOperands) -> tuple[Tensor, Tensor]:
@@ -59,7 +51,7 @@ class Call(NamedTuple):
         if self.autocast:
             operands = operands.cast()
         with self._uncast(operands.low):
-            return run_experts(operands, self.scale, self.activation, self.backend, unseen=self.unseen)
+            return run_experts(operands, self.spec.scale, self.spec.activation, self.backend, unseen=self.unseen)
 
     def swiglu(self, pre_activations: GateUp, update: LowRankUpdate | None = None) -> Tensor:
         """Give act(g) * u, [N, F]; see `graphmoe_kernels.swiglu`."""
@@ -67,7 +59,7 @@ class Call(NamedTuple):
         if self.autocast:
             update = cast(update, gate.dtype)
         with self._uncast(gate):
-            return run_swiglu(pre_activations, update, self.activation, self.backend, unseen=self.unseen)
+            return run_swiglu(pre_activations, update, self.spec.activation, self.backend, unseen=self.unseen)
 
     def gru_step(
         self, inputs: Tensor, before: GRUState | None, candidate_weight: Tensor, candidate_bias: Tensor
@@ -79,37 +71,22 @@ class Call(NamedTuple):
         if self.autocast:  # products before it may have come in another dtype than the state
             before, weight = cast(before, inputs.dtype), cast(weight, inputs.dtype)
         recurrent, last, total = (None, None, None) if before is None else before
-        activation, backend = self.candidate_activation, self.backend
+        activation, backend = self.spec.candidate_activation, self.backend
         with self._uncast(inputs):
             return run_gru_step(inputs, recurrent, last, total, weight, bias, activation, backend, unseen=self.unseen)
 
     def _uncast(self, x: Tensor) -> AbstractContextManager[None]:
         return without_autocast(x) if self.autocast else _AS_IT_IS
 
-    def token_order(self, expert_ids: Tensor, down_A: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Order the tokens for the Triton kernels, or not (None) where that gains nothing: for few tokens, and where a
-        forward that runs as a stream has no backward after it.
-
-        Every round has its own, as rethinking sends tokens to other experts: in the order of another round a tile holds
-        more experts, and the kernel's time follows their number. It never changes a result.
-        """
-        tokens, slots = expert_ids.shape
-        if tokens <= SKINNY_TOKENS:
-            return None
-        n, r, width = down_A.shape
-        if not torch.is_grad_enabled() and launch_stream.suits(Sizes(tokens, width, n, r, slots), dtype):
-            return None
-        return run_expert_order(expert_ids)
-
     def drop(self, x: Tensor) -> Tensor:
         """Give x with LoRA's dropout on it; x itself outside training."""
-        return F.dropout(x, self.dropout) if self.dropout > 0 else x
+        return F.dropout(x, self.spec.dropout) if self.spec.dropout > 0 else x
 
     def draw_dropout(self, device: torch.device) -> Dropout | None:
         """Draw a fresh seed from the device's generator for the dropout inside the operator; None without dropout."""
-        if self.dropout == 0:
+        if self.spec.dropout == 0:
             return None
-        return Dropout(self.dropout, torch.randint(2**62, (1,), dtype=torch.int64, device=device))
+        return Dropout(self.spec.dropout, torch.randint(2**62, (1,), dtype=torch.int64, device=device))
 
 
 class GRUState(NamedTuple):
@@ -133,16 +110,7 @@ def make_call(x: Tensor, spec: RethinkingSpec, backend: str) -> Call:
     """
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
-    return Call(
-        RouterSettings(spec.top_k, spec.normalize),
-        spec.scale,
-        spec.activation,
-        spec.candidate_activation,
-        spec.dropout,
-        resolve_backend(backend, "x", x),
-        autocast,
-        unseen(x),
-    )
+    return Call(spec, resolve_backend(backend, "x", x), autocast, unseen(x))
 
 
 # What the Triton kernels do not take, asked before a call begins.

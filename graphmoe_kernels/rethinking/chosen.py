@@ -13,13 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp
+from graphmoe_kernels.experts.triton import launch_stream
 from graphmoe_kernels.experts.triton.sizes import Sizes, check_sizes
+from graphmoe_kernels.launching import SKINNY_TOKENS
 from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking.call import Call, check_routed
 from graphmoe_kernels.rethinking.down import PlainDown, RoundOutput, ScaledDown
 from graphmoe_kernels.rethinking.kinds import CastExperts, RoundInputs
 from graphmoe_kernels.rethinking.lora import cast_down, dora_scales, input_biases, join_low_A, router_product, without
 from graphmoe_kernels.rethinking.weights import BaseMLP, ExpertWeights
+from graphmoe_kernels.routing.run import run_expert_order
 from graphmoe_kernels.structures import cast
 
 
@@ -42,7 +45,7 @@ class ChosenRouting(NamedTuple):
 
     def weight_sum(self, call: Call) -> Tensor | None:
         """sum_j w_j, [N, 1], or None where it is 1 by construction."""
-        return None if call.router.normalize else self.routing_weights.sum(dim=-1, keepdim=True)
+        return None if call.spec.normalize else self.routing_weights.sum(dim=-1, keepdim=True)
 
 
 class ChosenExperts(NamedTuple):
@@ -229,8 +232,17 @@ def _run(
 
 
 def _token_order(routing: ChosenRouting, low: Tensor, down_A: Tensor, call: Call) -> Tensor | None:
-    """`Call.token_order`; None where all tokens have the same expert."""
-    if call.backend != "triton" or not routing.logits:
+    """Order the tokens for the Triton kernels, or not (None) where that gains nothing: for a single expert, for few
+    tokens, and where a forward that runs as a stream has no backward after it.
+
+    Every round has its own, as rethinking sends tokens to other experts: in the order of another round a tile holds
+    more experts, and the kernel's time follows their number. It never changes a result.
+    """
+    tokens, slots = routing.expert_ids.shape
+    if call.backend != "triton" or not routing.logits or tokens <= SKINNY_TOKENS:
+        return None
+    n, r, width = down_A.shape
+    if not torch.is_grad_enabled() and launch_stream.suits(Sizes(tokens, width, n, r, slots), low.dtype):
         return None
     with named_range("routing"):
-        return call.token_order(routing.expert_ids, down_A, low.dtype)
+        return run_expert_order(routing.expert_ids)

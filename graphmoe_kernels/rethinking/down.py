@@ -7,7 +7,7 @@ output itself.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +38,6 @@ class RoundOutput(NamedTuple):
     logits: tuple[Tensor, ...]
 
 
-class GRUReader(Protocol):
-    """What the GRU reads of a folded round's experts."""
-
-    def read(self, out: RoundOutput, base: BaseMLP, down: Down) -> Tensor:
-        """Give W^y y, [N, 3G'] or, where the candidate reads x, [N, 2G']."""
-        ...
-
-
 class Down(Protocol):
     """The down projection of experts with or without DoRA."""
 
@@ -53,8 +45,14 @@ class Down(Protocol):
         """Give y [N, D] of a round."""
         ...
 
-    def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, GRUReader]:
-        """Multiply the base's weights: W_G and W_U with W_g [D, G'], W_D with W^y [3G' or 2G', D] where that holds."""
+    def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, Any]:
+        """Multiply the base's weights W_G and W_U with W_g [D, G'], and make of W^y [3G' or 2G', D] what `read` takes:
+        its product with W_D where there is one.
+        """
+        ...
+
+    def read(self, reader: Any, out: RoundOutput, base: BaseMLP) -> Tensor:
+        """Give what the GRU reads of a folded round: W^y y, [N, 3G'] or, where the candidate reads x, [N, 2G']."""
         ...
 
 
@@ -79,10 +77,18 @@ class PlainDown(NamedTuple):
         # project_out added the bias once; unnormalised weights do not sum to one
         return y + (out.weight_sum.to(y.dtype) - 1) * self.bias.to(y.dtype)
 
-    def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, GRUReader]:
+    def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, HiddenReader]:
         *products, inputs = _with_base(base, output, columns)
         bias = None if self.bias is None else columns @ self.bias
         return GateUp(*products), HiddenReader(inputs, columns @ self.B, bias)
+
+    def read(self, reader: HiddenReader, out: RoundOutput, base: BaseMLP) -> Tensor:
+        inputs = add_product(F.linear(out.hidden[0], reader.inputs), out.low_down, reader.inputs_low)
+        if reader.inputs_bias is None:
+            return inputs
+        if out.weight_sum is None:
+            return inputs + reader.inputs_bias
+        return inputs + out.weight_sum.to(inputs.dtype) * reader.inputs_bias
 
 
 class ScaledDown(NamedTuple):
@@ -116,13 +122,16 @@ class ScaledDown(NamedTuple):
         bias = self.bias.to(y.dtype)
         return y + (bias if out.weight_sum is None else out.weight_sum.to(y.dtype) * bias)
 
-    def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, GRUReader]:
-        # DoRA's vectors stand between W^y and W_D, so that there is no product of the two.
-        return GateUp(*_with_base(base, output)), OutputReader(columns)
+    def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, Tensor]:
+        # DoRA's vectors stand between W^y and W_D, so that there is no product of the two: W^y reads y itself.
+        return GateUp(*_with_base(base, output)), columns
+
+    def read(self, reader: Tensor, out: RoundOutput, base: BaseMLP) -> Tensor:
+        return F.linear(self.output(base, out), reader)
 
 
 class HiddenReader(NamedTuple):
-    """W^y y by products with what the down projection would read.
+    """What makes W^y y of what the down projection would read.
 
     Attributes:
         inputs: W^y W_D (Q), [3G', F]; [2G', F] where the candidate reads x.
@@ -133,27 +142,6 @@ class HiddenReader(NamedTuple):
     inputs: Tensor
     inputs_low: Tensor
     inputs_bias: Tensor | None
-
-    def read(self, out: RoundOutput, base: BaseMLP, down: Down) -> Tensor:
-        inputs = add_product(F.linear(out.hidden[0], self.inputs), out.low_down, self.inputs_low)
-        if self.inputs_bias is None:
-            return inputs
-        if out.weight_sum is None:
-            return inputs + self.inputs_bias
-        return inputs + out.weight_sum.to(inputs.dtype) * self.inputs_bias
-
-
-class OutputReader(NamedTuple):
-    """W^y y by y itself.
-
-    Attributes:
-        columns: W^y, [3G' or 2G', D].
-    """
-
-    columns: Tensor
-
-    def read(self, out: RoundOutput, base: BaseMLP, down: Down) -> Tensor:
-        return F.linear(down.output(base, out), self.columns)
 
 
 def add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:

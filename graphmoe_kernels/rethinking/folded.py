@@ -65,7 +65,7 @@ def folded_rounds(
         total = state.gru.total
         routing = weights.experts.route_later(later.routers, total, first, call)
         low_t, low_update = low, state.low_update
-        if call.dropout > 0:  # dropout(x_t) is not linear in x_t: form x_t, for A alone
+        if call.spec.dropout > 0:  # dropout(x_t) is not linear in x_t: form x_t, for A alone
             with named_range("experts"):
                 low_t, low_update = F.linear(call.drop(x + F.linear(total, later.output)), experts.low_A), None
         inputs = RoundInputs(pre_activations, low_t, LowRankUpdate(total, *later.update), low_update)

@@ -9,7 +9,7 @@ of every product suits the hardware.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graphmoe_kernels.experts.operands import GateUp
 from graphmoe_kernels.rethinking.checks import check_weights
-from graphmoe_kernels.rethinking.down import Down, GRUReader, RoundOutput, add_product
+from graphmoe_kernels.rethinking.down import Down, RoundOutput, add_product
 from graphmoe_kernels.rethinking.kinds import CastExperts, LayerWeights
 from graphmoe_kernels.rethinking.weights import BaseMLP, GRUWeights, padded
 from graphmoe_kernels.structures import tensors_in
@@ -45,7 +45,7 @@ class RoundsFold(NamedTuple):
     Attributes:
         update: W_G W_g and W_U W_g (M of the design), [F, G'] each, as `CastExperts.fold_update` makes it.
         routers: R W_g of the routers that read x, in the order of `ExpertKind.routers`.
-        reader: what the GRU reads of the experts.
+        reader: with what the GRU reads the experts, of `Down.fold`.
         hidden_state: what its candidate reads of x_t instead, if it does.
         reread: [2nr + 2G', 2G'], what a GRU step's h and H, side by side, are multiplied with: A W_g of all experts
             reads H, W_z over W_r reads h. One product instead of two, for a few zeros.
@@ -55,7 +55,7 @@ class RoundsFold(NamedTuple):
 
     update: GateUp
     routers: tuple[Tensor, ...]
-    reader: GRUReader
+    reader: Any
     hidden_state: HiddenStateReader | None
     reread: Tensor
     candidate_weight: Tensor
@@ -70,7 +70,7 @@ class RoundsFold(NamedTuple):
 
     def read(self, out: RoundOutput, x: Tensor, total: Tensor | None, base: BaseMLP, down: Down) -> Tensor:
         """Give the GRU's input [N, 3G'] after a round; ``total`` is H [N, G'] of its x_t, None in the first."""
-        inputs = self.reader.read(out, base, down)
+        inputs = down.read(self.reader, out, base)
         if self.hidden_state is None:
             return inputs
         return torch.cat([inputs, self.hidden_state.read(x, total)], dim=1)

@@ -47,17 +47,15 @@ def literal_rounds(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backe
         gru = weights.gru
         assert gru is not None
         with named_range("gru"):
-            state = gru_round(x, y, state, gru, spec.candidate_input, call)
+            state = gru_round(x, y, state, gru, call)
             x = x + F.linear(state[:, : gru.width], gru.output.to(state.dtype))
     return collect(y, logits)
 
 
-def gru_round(
-    x: Tensor, y: Tensor, state_and_total: Tensor | None, gru: GRUWeights, candidate_input: str, call: Call
-) -> Tensor:
+def gru_round(x: Tensor, y: Tensor, state_and_total: Tensor | None, gru: GRUWeights, call: Call) -> Tensor:
     """h and the sum of all states side by side, [N, 2G], from those of the round before."""
     columns, width = gru.input_columns().to(y.dtype), gru.width  # [3G, D]
-    if candidate_input == "expert_output":
+    if call.spec.candidate_input == "expert_output":
         gru_inputs = F.linear(y, columns)
     else:
         reads_y, reads_x = columns[: 2 * width], columns[2 * width :]

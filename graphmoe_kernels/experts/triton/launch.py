@@ -20,14 +20,13 @@ from graphmoe_kernels.experts.triton.counters import counters, forget
 from graphmoe_kernels.experts.triton.layout import RowStrides, readable, readable_shared
 from graphmoe_kernels.experts.triton.plan import (
     Plan,
-    backward_tokens_plan,
     backward_weights_plan,
-    forward_plan,
     lists,
     swiglu_plan,
     target,
+    tokens_plan,
 )
-from graphmoe_kernels.experts.triton.sizes import Sizes, sizes
+from graphmoe_kernels.experts.triton.sizes import Sizes, inner, sizes
 from graphmoe_kernels.launching import launch
 
 
@@ -72,7 +71,7 @@ def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Te
     size, gate = sizes(operands), operands.pre_activations.gate
     if launch_stream.suits(size, gate.dtype):
         return launch_stream.forward(operands, strides, size, scale, activation)
-    plan = forward_plan(size, activation, gate.dtype, target(gate.device))
+    plan = tokens_plan("forward", size, activation, gate.dtype, target(gate.device))
     hidden = gate.new_empty((size.tokens, size.width))
     low_down = gate.new_empty((size.tokens, size.num_experts * size.rank))
     scratch = gate.new_empty((plan.scratch,), dtype=torch.float32)
@@ -93,11 +92,6 @@ def _launch_counting(
     except BaseException:
         forget(device)
         raise
-
-
-def inner(update: LowRankUpdate | None) -> int:
-    """G, the update's rank; 0 without one."""
-    return 0 if update is None else update.state.shape[1]
 
 
 def backward(
@@ -146,7 +140,7 @@ def _backward_tokens(
 ) -> tuple[TokenGradients, Tensor]:
     """Gradients of what belongs to tokens, and the tiles' lists of experts for the second kernel."""
     gate = operands.pre_activations.gate
-    plan = backward_tokens_plan(size, activation, gate.dtype, target(gate.device))
+    plan = tokens_plan("backward_tokens", size, activation, gate.dtype, target(gate.device))
     found = TokenGradients(
         gate=gate.new_empty((size.tokens, size.width)),
         up=gate.new_empty((size.tokens, size.width)),

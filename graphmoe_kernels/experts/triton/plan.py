@@ -15,7 +15,7 @@ from graphmoe_kernels import launching
 from graphmoe_kernels.activations import triton_form
 from graphmoe_kernels.backend import check_device, per_device
 from graphmoe_kernels.experts.triton.sizes import WIDE_RANK_COLUMNS, Sizes, cut, padded_slots, program_slots
-from graphmoe_kernels.launching import Config, config_table, dtype_class, size_class
+from graphmoe_kernels.launching import Config, class_config
 
 
 class Target(NamedTuple):
@@ -52,7 +52,7 @@ def config(kernel: str, size: Sizes, dtype: torch.dtype, device_class: str) -> C
     """
     narrow = "_unaligned" if size.width % 16 else ""
     name = f"experts_{kernel}" + ("_wide_rank" if size.columns > WIDE_RANK_COLUMNS else narrow)
-    return config_table(device_class, "experts")[name][size_class(size.tokens)][dtype_class(dtype)]
+    return class_config(name, size.tokens, dtype, device_class)
 
 
 def constants(size: Sizes, activation: str, config: Config) -> dict[str, Any]:
@@ -67,21 +67,15 @@ def tiles_and_splits(tokens: int, width: int, config: Config, multiprocessors: i
 
 
 @per_device
-def forward_plan(size: Sizes, activation: str, dtype: torch.dtype, target: Target) -> Plan:
-    """The forward in one launch. Scratch: sums of splits, lists of experts."""
-    chosen = config("forward", size, dtype, target.device_class)
+def tokens_plan(kernel: str, size: Sizes, activation: str, dtype: torch.dtype, target: Target) -> Plan:
+    """A kernel of tiles of tokens by splits of F. Scratch: sums of splits; of the forward lists of experts too."""
+    chosen = config(kernel, size, dtype, target.device_class)
     tiles, splits = tiles_and_splits(size.tokens, size.width, chosen, target.multiprocessors)
-    sums = splits * size.tokens * size.columns if splits > 1 else 0
-    return Plan((tiles, splits), constants(size, activation, chosen), sums + lists(tiles * splits, size))
-
-
-@per_device
-def backward_tokens_plan(size: Sizes, activation: str, dtype: torch.dtype, target: Target) -> Plan:
-    """The backward to tokens. Scratch: sums of splits."""
-    chosen = config("backward_tokens", size, dtype, target.device_class)
-    tiles, splits = tiles_and_splits(size.tokens, size.width, chosen, target.multiprocessors)
-    sums = splits * size.tokens * (2 * size.columns + padded_slots(size.slots)) if splits > 1 else 0
-    return Plan((tiles, splits), constants(size, activation, chosen), sums)
+    forward = kernel == "forward"
+    columns = size.columns if forward else 2 * size.columns + padded_slots(size.slots)
+    sums = splits * size.tokens * columns if splits > 1 else 0
+    scratch = sums + lists(tiles * splits, size) if forward else sums
+    return Plan((tiles, splits), constants(size, activation, chosen), scratch)
 
 
 @per_device
@@ -101,7 +95,7 @@ def backward_weights_plan(size: Sizes, activation: str, dtype: torch.dtype, targ
 @per_device
 def swiglu_plan(kernel: str, tokens: int, width: int, activation: str, dtype: torch.dtype, target: Target) -> Plan:
     """Without experts: the configurations are those of the experts' ``kernel``, whose loads of tiles it shares."""
-    chosen = config_table(target.device_class, "experts")[f"experts_{kernel}"][size_class(tokens)][dtype_class(dtype)]
+    chosen = class_config(f"experts_{kernel}", tokens, dtype, target.device_class)
     grid = tiles_and_splits(tokens, width, chosen, target.multiprocessors)
     return Plan(grid, {"ACTIVATION": triton_form(activation), **chosen}, 0)
 

@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 from graphmoe_kernels.activations import check_triton_form
-from graphmoe_kernels.experts.operands import ExpertOperands
+from graphmoe_kernels.experts.operands import ExpertOperands, LowRankUpdate
 from graphmoe_kernels.launching import Config
 
 # Columns of the compact low-rank rows (slots times padded rank) that a program can hold beside its tile.
@@ -58,13 +58,16 @@ def sizes(operands: ExpertOperands) -> Sizes:
     return Sizes(tokens, width, n, r, slots)
 
 
-def check_supported(operands: ExpertOperands, activation: str) -> None:
-    """Raise `ValueError` for what the kernels do not take, naming the argument and what works."""
-    check_sizes(sizes(operands), 0 if operands.update is None else operands.update.state.shape[1], activation)
+def inner(update: LowRankUpdate | None) -> int:
+    """G of an update; 0 without one."""
+    return 0 if update is None else update.state.shape[1]
 
 
 def check_sizes(size: Sizes, inner: int, activation: str) -> None:
-    """Do as `check_supported` by the sizes alone; ``inner`` is G of an update of the pre-activations, 0 without one."""
+    """Raise `ValueError` for what the kernels do not take, naming the argument and what works.
+
+    ``inner`` is G of an update of the pre-activations, 0 without one.
+    """
     check_triton_form(activation)
     if size.columns > MAX_COLUMNS:
         raise ValueError(
