@@ -45,8 +45,11 @@ def by_rows(tensor: Tensor) -> Tensor:
 
 def with_row_stride(tensor: Tensor) -> tuple[Tensor, int]:
     """Return `by_rows` of the tensor, and how far apart its rows are."""
-    tensor = by_rows(tensor)
-    return tensor, tensor.stride(0)
+    row, column = tensor.stride()
+    if column != 1:
+        tensor = tensor.contiguous()
+        row = tensor.stride(0)
+    return tensor, row
 
 
 def size_class(tokens: int) -> str:

@@ -30,4 +30,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], part: Part) -> Part:
 
 def cast(part: Part, dtype: torch.dtype, copy: bool = False) -> Part:
     """Cast every tensor of a part; with ``copy`` nothing is shared with it."""
-    return map_tensors(lambda tensor: tensor.to(dtype, copy=copy), part)
+
+    def one(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype is dtype and not copy else tensor.to(dtype, copy=copy)
+
+    return map_tensors(one, part)

@@ -32,37 +32,40 @@ class Mask(NamedTuple):
 
 def readable(operands: ExpertOperands) -> tuple[ExpertOperands, RowStrides]:
     """The operands for the kernels, ``dropout`` as a `Mask`: no copy and no new tuple where all is laid out already."""
-    if operands.dropout is not None or not _is_laid_out(operands):
+    (gate, up), low, B, down_A, weights, ids, low_update, update, scales, biases, dropout, _ = operands
+    stride_gate, one_gate = gate.stride()
+    stride_up, one_up = up.stride()
+    stride_low, one_low = low.stride()
+    stride_update, one_update = (0, 1) if low_update is None else low_update.stride()
+    stride_state, one_state = (0, 1) if update is None else update.state.stride()
+    if (
+        dropout is not None
+        or not one_gate == one_up == one_low == one_update == one_state == 1
+        or not (_contiguous(B) and down_A.is_contiguous() and weights.is_contiguous() and ids.is_contiguous())
+        or not (update is None or (update.gate.is_contiguous() and update.up.is_contiguous()))
+        or not (scales is None or _contiguous(scales))
+        or not (biases is None or _contiguous(biases))
+    ):
         operands = _laid_out(operands)
-    return operands, _strides(operands.pre_activations, operands.update, operands.low, operands.low_update)
+        stride_gate, stride_up = operands.pre_activations.gate.stride(0), operands.pre_activations.up.stride(0)
+        stride_low = operands.low.stride(0)
+        stride_update = 0 if operands.low_update is None else operands.low_update.stride(0)
+        stride_state = 0 if operands.update is None else operands.update.state.stride(0)
+    return operands, RowStrides(stride_gate, stride_up, stride_state, stride_low, stride_update)
 
 
 def readable_shared(
     pre_activations: GateUp, update: LowRankUpdate | None
 ) -> tuple[GateUp, LowRankUpdate | None, RowStrides]:
     """`readable` for what all experts share."""
-    pre_activations, update = map_tensors(by_rows, pre_activations), _laid_out_update(update)
-    return pre_activations, update, _strides(pre_activations, update)
+    gate, up = by_rows(pre_activations.gate), by_rows(pre_activations.up)
+    update = _laid_out_update(update)
+    state = 0 if update is None else update.state.stride(0)
+    return GateUp(gate, up), update, RowStrides(gate.stride(0), up.stride(0), state, 0, 0)
 
 
-def _strides(
-    pre_activations: GateUp, update: LowRankUpdate | None, low: Tensor | None = None, low_update: Tensor | None = None
-) -> RowStrides:
-    state = None if update is None else update.state
-    return RowStrides(*(0 if t is None else t.stride(0) for t in (*pre_activations, state, low, low_update)))
-
-
-def _is_laid_out(operands: ExpertOperands) -> bool:
-    """Whether `_laid_out` would change nothing."""
-    pre_activations, low, B, down_A, weights, ids, low_update, update, scales, biases, _, _ = operands
-    rows = [*pre_activations, low]
-    whole = [*B, down_A, weights, ids, *(scales or ()), *(biases or ())]
-    if low_update is not None:
-        rows.append(low_update)
-    if update is not None:
-        rows.append(update.state)
-        whole += update.gate, update.up
-    return all(t.stride(1) == 1 for t in rows) and all(t.is_contiguous() for t in whole)
+def _contiguous(pair: GateUp) -> bool:
+    return pair.gate.is_contiguous() and pair.up.is_contiguous()
 
 
 def _laid_out_update(update: LowRankUpdate | None) -> LowRankUpdate | None:
