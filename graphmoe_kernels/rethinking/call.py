@@ -30,7 +30,7 @@ class Call(NamedTuple):
         spec: the layer's settings.
         backend: ``"triton"``, ``"torch"`` or ``"reference"``.
         autocast: whether products are cast as autocast says. The operators are kept out of it.
-        unseen: see `graphmoe_kernels.registration.unseen`.
+        unseen: see `graphmoe_kernels.registration.unseen`; under autocast every operator asks for itself.
     """
 
     spec: RethinkingSpec
@@ -110,7 +110,7 @@ def make_call(x: Tensor, spec: RethinkingSpec, backend: str) -> Call:
     """
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
-    return Call(spec, resolve_backend(backend, "x", x), autocast, unseen(x))
+    return Call(spec, resolve_backend(backend, "x", x), autocast, not autocast and unseen(x))
 
 
 # What the Triton kernels do not take, asked before a call begins.
