@@ -166,7 +166,8 @@ def section(content: dict[str, Any]) -> str:
     c = content["conditions"]
     lines = [
         f"{c['device']['name']}, torch {c['versions']['torch']}, Triton {c['versions']['triton']}, commit "
-        f"{c['commit'][:10]}, {c['date'][:10]}; one thread, one token, time of the process, the shortest of "
+        f"{c['commit'][:10]}, {c['date'][:10]};",
+        "one thread, one token, time of the process, the shortest of "
         f"{min(row['seconds']['turns'] for row in rows)} turns or more; of `generate` per token.",
         "",
     ]
