@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -102,20 +101,10 @@ def answer(asked: dict[str, Any]) -> Any:
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("the host's time on Triton cannot be measured under TRITON_INTERPRET=1: unset it")
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    from graphmoe_kernels.backend import standing_for
+    from graphmoe_kernels.aot.absent import absent_gpu
 
     torch.set_num_threads(1)
-    absent = SimpleNamespace(  # what Triton asks of a driver before a launch
-        get_current_target=lambda: GPUTarget("cuda", int(TARGET.removeprefix("sm_")), 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_active_torch_device=lambda: torch.device("cpu"),
-    )
-    triton.runtime.driver.set_active(absent)
-    with standing_for(TARGET):
+    with absent_gpu(TARGET):
         if "split" in asked:
             return _split(asked["split"])
         sizes = Sizes(**asked["sizes"])
