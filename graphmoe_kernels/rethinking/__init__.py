@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.rethinking.cache import FoldCache, exporting, fold_sources
-from graphmoe_kernels.rethinking.checks import CANDIDATE_INPUTS, check_call
+from graphmoe_kernels.rethinking.checks import CANDIDATE_INPUTS, checked_call
 from graphmoe_kernels.rethinking.chosen import ChosenExperts, SingleExpert
 from graphmoe_kernels.rethinking.folded import folded_rounds, rethink_folded
 from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, build_fold
@@ -68,15 +68,15 @@ def rethink(
         raise ValueError(f"unknown fold {shown(fold)}; expected one of {', '.join(map(repr, FOLD_MODES))}")
     if cache is not None and not isinstance(cache, FoldCache):
         raise TypeError(f"cache must be a FoldCache or None, got {type(cache).__name__}")
-    check_call(x, weights, spec, backend)
+    call = checked_call(x, weights, spec, backend)
     if fold == "never":
-        return literal_rounds(x, weights, spec, backend)
+        return literal_rounds(x, weights, call)
     if cache is not None and not _differentiable(weights) and not exporting():
         kept = cache.get(weights, FoldSettings(_compute_dtype(x), spec.scale, spec.candidate_input))
-        return folded_rounds(x, weights, spec, backend, kept)
+        return folded_rounds(x, weights, call, kept)
     if spec.rounds == 1 or (fold == "auto" and not _pays(x, weights, spec)):
-        return literal_rounds(x, weights, spec, backend)
-    return folded_rounds(x, weights, spec, backend)
+        return literal_rounds(x, weights, call)
+    return folded_rounds(x, weights, call)
 
 
 def _differentiable(weights: LayerWeights) -> bool:

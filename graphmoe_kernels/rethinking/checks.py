@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
-from graphmoe_kernels.backend import resolve_backend
 from graphmoe_kernels.gru import check_candidate_activation
+from graphmoe_kernels.rethinking.call import Call, make_call
 from graphmoe_kernels.rethinking.chosen import ChosenExperts, SingleExpert
 from graphmoe_kernels.rethinking.kinds import LayerWeights
 from graphmoe_kernels.rethinking.mixed import MixedExperts
@@ -45,10 +45,13 @@ _passed: dict[tuple[int, int, bool], RethinkingSpec] = {}
 _MOST_PASSED = 4096
 
 
-def check_call(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backend: str) -> None:
-    """`TypeError` or `ValueError` for arguments of `graphmoe_kernels.rethink` that make no sense alone or together.
+def checked_call(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backend: str) -> Call:
+    """Give what the rounds have in common, for arguments of `graphmoe_kernels.rethink` that are found to be right.
 
     Settings are checked once for each object that holds them, and each number of experts.
+
+    Raises:
+        TypeError, ValueError: arguments that make no sense, alone or together.
     """
     check_weights(weights)
     gru = weights.gru
@@ -61,8 +64,10 @@ def check_call(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backend: 
             _passed.clear()
         _passed[key] = spec
     check_input(x, weights)
-    if resolve_backend(backend, "x", x) == "triton":
+    call = make_call(x, spec, backend)
+    if call.backend == "triton":
         weights.experts.check_kernels(spec.top_k, 0 if gru is None else padded(gru.width), spec.activation)
+    return call
 
 
 def check_spec(spec: RethinkingSpec, weights: LayerWeights) -> None:

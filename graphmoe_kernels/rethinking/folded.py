@@ -9,8 +9,8 @@ from torch import Tensor
 
 from graphmoe_kernels.experts.operands import GateUp, LowRankUpdate
 from graphmoe_kernels.ranges import named_range
-from graphmoe_kernels.rethinking.call import Call, GRUState, make_call
-from graphmoe_kernels.rethinking.checks import check_call
+from graphmoe_kernels.rethinking.call import Call, GRUState
+from graphmoe_kernels.rethinking.checks import checked_call
 from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, RoundsFold, build_fold
 from graphmoe_kernels.rethinking.kinds import LayerWeights, RoundInputs
 from graphmoe_kernels.rethinking.weights import RethinkingOutput, RethinkingSpec, collect
@@ -28,19 +28,12 @@ def rethink_folded(
 
     Without a ``fold`` it is built here, inside the autograd graph.
     """
-    check_call(x, weights, spec, backend)
-    return folded_rounds(x, weights, spec, backend, fold)
+    return folded_rounds(x, weights, checked_call(x, weights, spec, backend), fold)
 
 
-def folded_rounds(
-    x: Tensor,
-    weights: LayerWeights,
-    spec: RethinkingSpec,
-    backend: str,
-    fold: Fold | None = None,
-) -> RethinkingOutput:
+def folded_rounds(x: Tensor, weights: LayerWeights, call: Call, fold: Fold | None = None) -> RethinkingOutput:
     """`rethink_folded` of arguments that were checked."""
-    base, call = weights.base, make_call(x, spec, backend)
+    base, spec = weights.base, call.spec
     # Before the cast to the projections' dtype: autocast would lower the router's input.
     first = routing = weights.experts.route(x, call)
     with named_range("mlp"):
@@ -90,8 +83,6 @@ def gru_round(gru_inputs: Tensor, state: RoundState | None, fold: RoundsFold, ca
     """One GRU step on ``gru_inputs`` [N, 3G'], and the product that reads h and H for the round after it."""
     before = None if state is None else state.gru
     state_and_total = call.gru_step(gru_inputs, before, fold.candidate_weight, fold.candidate_bias)  # [N, 2G']
-    last, total = state_and_total.chunk(2, dim=1)
-    reread = F.linear(state_and_total, fold.reread)  # [N, 2nr + 2G']
-    low, width = fold.reread_widths
-    low_update, recurrent = reread.narrow(1, 0, low), reread.narrow(1, low, width)
+    last, total = state_and_total.split_with_sizes(fold.state_widths, dim=1)
+    low_update, recurrent = F.linear(state_and_total, fold.reread).split_with_sizes(fold.reread_widths, dim=1)
     return RoundState(GRUState(recurrent, last, total), low_update)

@@ -68,6 +68,12 @@ class RoundsFold(NamedTuple):
         rows, width = self.reread.shape
         return rows - width, width
 
+    @property
+    def state_widths(self) -> tuple[int, int]:
+        """G', twice: h beside H."""
+        width = self.candidate_bias.shape[0]
+        return width, width
+
     def read(self, out: RoundOutput, x: Tensor, total: Tensor | None, base: BaseMLP, down: Down) -> Tensor:
         """Give the GRU's input [N, 3G'] after a round; ``total`` is H [N, G'] of its x_t, None in the first."""
         inputs = down.read(self.reader, out, base)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from graphmoe_kernels.experts.operands import GateUp
 from graphmoe_kernels.ranges import named_range
-from graphmoe_kernels.rethinking.call import Call, GRUState, make_call
-from graphmoe_kernels.rethinking.checks import check_call
+from graphmoe_kernels.rethinking.call import Call, GRUState
+from graphmoe_kernels.rethinking.checks import checked_call
 from graphmoe_kernels.rethinking.folding import cast_experts
 from graphmoe_kernels.rethinking.kinds import CastExperts, LayerWeights, RoundInputs
 from graphmoe_kernels.rethinking.weights import GRUWeights, RethinkingOutput, RethinkingSpec, collect
@@ -21,13 +21,12 @@ from graphmoe_kernels.rethinking.weights import GRUWeights, RethinkingOutput, Re
 
 def rethink_literal(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backend: str = "auto") -> RethinkingOutput:
     """y_T for x [N, D] by the literal loop; arguments and errors as in `graphmoe_kernels.rethink`."""
-    check_call(x, weights, spec, backend)
-    return literal_rounds(x, weights, spec, backend)
+    return literal_rounds(x, weights, checked_call(x, weights, spec, backend))
 
 
-def literal_rounds(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backend: str) -> RethinkingOutput:
+def literal_rounds(x: Tensor, weights: LayerWeights, call: Call) -> RethinkingOutput:
     """`rethink_literal` of arguments that were checked."""
-    base, call = weights.base, make_call(x, spec, backend)
+    base, spec = weights.base, call.spec
     experts: CastExperts | None = None
     state, logits = None, []
     for t in range(spec.rounds):

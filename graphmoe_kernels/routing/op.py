@@ -21,7 +21,7 @@ def route_op(
 
 @route_op.register_fake
 def _(x, router, offset, top_k, normalize):
-    return launch.allocate(x.shape[0], router.shape[0], top_k, x.device)
+    return launch.allocate(x, router.shape[0], top_k)
 
 
 @torch.library.custom_op("graphmoe::topk_softmax", mutates_args=())
@@ -32,7 +32,7 @@ def topk_softmax_op(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor
 
 @topk_softmax_op.register_fake
 def _(logits, top_k, normalize):
-    return launch.allocate(logits.shape[0], 0, top_k, logits.device)[1:]
+    return launch.allocate(logits, 0, top_k)[1:]
 
 
 @torch.library.custom_op("graphmoe::routing_backward", mutates_args=())

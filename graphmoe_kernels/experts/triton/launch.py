@@ -23,7 +23,6 @@ from graphmoe_kernels.experts.triton.plan import (
     backward_weights_plan,
     lists,
     swiglu_plan,
-    target,
     tokens_plan,
 )
 from graphmoe_kernels.experts.triton.sizes import Sizes, inner, sizes
@@ -71,7 +70,7 @@ def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Te
     size, gate = sizes(operands), operands.pre_activations.gate
     if launch_stream.suits(size, gate.dtype):
         return launch_stream.forward(operands, strides, size, scale, activation)
-    plan = tokens_plan("forward", size, activation, gate.dtype, target(gate.device))
+    plan = tokens_plan("forward", size, activation, gate.dtype, gate.device)
     hidden = gate.new_empty((size.tokens, size.width))
     low_down = gate.new_empty((size.tokens, size.num_experts * size.rank))
     scratch = gate.new_empty((plan.scratch,), dtype=torch.float32)
@@ -140,7 +139,7 @@ def _backward_tokens(
 ) -> tuple[TokenGradients, Tensor]:
     """Gradients of what belongs to tokens, and the tiles' lists of experts for the second kernel."""
     gate = operands.pre_activations.gate
-    plan = tokens_plan("backward_tokens", size, activation, gate.dtype, target(gate.device))
+    plan = tokens_plan("backward_tokens", size, activation, gate.dtype, gate.device)
     found = TokenGradients(
         gate=gate.new_empty((size.tokens, size.width)),
         up=gate.new_empty((size.tokens, size.width)),
@@ -167,7 +166,7 @@ def _backward_weights(
 ) -> dict[str, Tensor]:
     """Gradients of what belongs to experts, fp32, by name."""
     gate = operands.pre_activations.gate
-    plan = backward_weights_plan(size, activation, gate.dtype, target(gate.device))
+    plan = backward_weights_plan(size, activation, gate.dtype, gate.device)
     _, splits = plan.grid
     n, r, width = size.num_experts, size.rank, size.width
     product, vector = splits * n * width * r, splits * n * width * (operands.scales is not None)
@@ -191,7 +190,7 @@ def swiglu(pre_activations: GateUp, update: LowRankUpdate | None, activation: st
     pre_activations, update, strides = readable_shared(pre_activations, update)
     gate = pre_activations.gate
     tokens, width = gate.shape
-    plan = swiglu_plan("forward", tokens, width, activation, gate.dtype, target(gate.device))
+    plan = swiglu_plan("forward", tokens, width, activation, gate.dtype, gate.device)
     hidden = gate.new_empty((tokens, width))
     launch(
         _kernels().swiglu_forward, plan.grid, pre_activations, update, strides, hidden, tokens, width, inner(update),
@@ -211,7 +210,7 @@ def swiglu_backward(
     pre_activations, update, strides = readable_shared(pre_activations, update)
     gate = pre_activations.gate
     tokens, width = gate.shape
-    plan = swiglu_plan("backward_tokens", tokens, width, activation, gate.dtype, target(gate.device))
+    plan = swiglu_plan("backward_tokens", tokens, width, activation, gate.dtype, gate.device)
     found = GateUp(gate.new_empty((tokens, width)), gate.new_empty((tokens, width)))
     launch(
         _kernels().swiglu_backward, plan.grid, pre_activations, update, strides, grad_hidden.contiguous(), found,

@@ -18,7 +18,7 @@ from torch import Tensor
 from graphmoe_kernels.backend import interpreting, per_device
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.triton.layout import RowStrides
-from graphmoe_kernels.experts.triton.plan import Target, config, constants, target
+from graphmoe_kernels.experts.triton.plan import config, constants, target
 from graphmoe_kernels.experts.triton.sizes import Sizes, cut, program_slots
 from graphmoe_kernels.launching import SKINNY_TOKENS, SMALLEST_TILE, Config, dtype_class, launch, power_of_two
 
@@ -93,13 +93,20 @@ class StreamPlan(NamedTuple):
 
 @per_device
 def stream_plan(
-    size: Sizes, activation: str, dtype: torch.dtype, target: Target, dropping: bool, pieces: int, approximate: bool
+    size: Sizes,
+    activation: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    dropping: bool,
+    pieces: int,
+    approximate: bool,
 ) -> StreamPlan:
     """The plan of a call that `suits`, with F in so many pieces."""
-    chosen = tile(config("stream", size, dtype, target.device_class), dropping)
+    device_class, multiprocessors = target(device)
+    chosen = tile(config("stream", size, dtype, device_class), dropping)
     block, groups = chosen["BLOCK_M"], tuples(size) + 1
     num_positions = (size.tokens + groups * (block - 1)) // block * block
-    launches = cut_width(size, chosen, num_positions // block, target.multiprocessors, pieces)
+    launches = cut_width(size, chosen, num_positions // block, multiprocessors, pieces)
     keys = power_of_two(groups)
     return StreamPlan(
         num_positions,
@@ -146,7 +153,7 @@ def plan_of(operands: ExpertOperands, size: Sizes, activation: str) -> StreamPla
     gate, dropping = operands.pre_activations.gate, operands.dropout is not None
     large = operands.update is not None and 2 * gate.numel() * gate.element_size() > BUFFER_BYTES
     pieces = 2 if large else 1
-    return stream_plan(size, activation, gate.dtype, target(gate.device), dropping, pieces, not interpreting())
+    return stream_plan(size, activation, gate.dtype, gate.device, dropping, pieces, not interpreting())
 
 
 def forward(

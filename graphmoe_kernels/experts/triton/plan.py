@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     scratch: int
 
 
+@per_device
 def target(device: torch.device) -> Target:
     """What a device is to a plan; `ValueError` for one that Triton cannot run on."""
     check_device("a kernel's work", device)
@@ -67,10 +68,11 @@ def tiles_and_splits(tokens: int, width: int, config: Config, multiprocessors: i
 
 
 @per_device
-def tokens_plan(kernel: str, size: Sizes, activation: str, dtype: torch.dtype, target: Target) -> Plan:
+def tokens_plan(kernel: str, size: Sizes, activation: str, dtype: torch.dtype, device: torch.device) -> Plan:
     """A kernel of tiles of tokens by splits of F. Scratch: sums of splits; of the forward lists of experts too."""
-    chosen = config(kernel, size, dtype, target.device_class)
-    tiles, splits = tiles_and_splits(size.tokens, size.width, chosen, target.multiprocessors)
+    device_class, multiprocessors = target(device)
+    chosen = config(kernel, size, dtype, device_class)
+    tiles, splits = tiles_and_splits(size.tokens, size.width, chosen, multiprocessors)
     forward = kernel == "forward"
     columns = size.columns if forward else 2 * size.columns + padded_slots(size.slots)
     sums = splits * size.tokens * columns if splits > 1 else 0
@@ -79,24 +81,28 @@ def tokens_plan(kernel: str, size: Sizes, activation: str, dtype: torch.dtype, t
 
 
 @per_device
-def backward_weights_plan(size: Sizes, activation: str, dtype: torch.dtype, target: Target) -> Plan:
+def backward_weights_plan(size: Sizes, activation: str, dtype: torch.dtype, device: torch.device) -> Plan:
     """The backward to experts: columns by splits of the tokens. Scratch: none.
 
     The lists of the tiles' experts were made for the tokens' kernel, so its BLOCK_M is that of this one too.
     """
-    tokens = config("backward_tokens", size, dtype, target.device_class)
-    chosen = config("backward_weights", size, dtype, target.device_class) | {"BLOCK_M": tokens["BLOCK_M"]}
+    device_class, multiprocessors = target(device)
+    tokens = config("backward_tokens", size, dtype, device_class)
+    chosen = config("backward_weights", size, dtype, device_class) | {"BLOCK_M": tokens["BLOCK_M"]}
     columns = math.ceil(size.width / chosen["BLOCK_F"])
     tiles = math.ceil(size.tokens / chosen["BLOCK_M"])
-    splits, _ = cut(tiles, columns, program_slots(chosen, target.multiprocessors))
+    splits, _ = cut(tiles, columns, program_slots(chosen, multiprocessors))
     return Plan((columns, splits), constants(size, activation, chosen), 0)
 
 
 @per_device
-def swiglu_plan(kernel: str, tokens: int, width: int, activation: str, dtype: torch.dtype, target: Target) -> Plan:
+def swiglu_plan(
+    kernel: str, tokens: int, width: int, activation: str, dtype: torch.dtype, device: torch.device
+) -> Plan:
     """Without experts: the configurations are those of the experts' ``kernel``, whose loads of tiles it shares."""
-    chosen = class_config(f"experts_{kernel}", tokens, dtype, target.device_class)
-    grid = tiles_and_splits(tokens, width, chosen, target.multiprocessors)
+    device_class, multiprocessors = target(device)
+    chosen = class_config(f"experts_{kernel}", tokens, dtype, device_class)
+    grid = tiles_and_splits(tokens, width, chosen, multiprocessors)
     return Plan(grid, {"ACTIVATION": triton_form(activation), **chosen}, 0)
 
 

@@ -52,7 +52,7 @@ def step(
     See `graphmoe_kernels.gru.op.step`.
     """
     num_tokens, width, device = inputs.shape[0], candidate_bias.shape[0], inputs.device
-    out = torch.empty(num_tokens, 2 * width, dtype=inputs.dtype, device=device)
+    out = inputs.new_empty((num_tokens, 2 * width))
     candidate = None
     if save and state is not None:
         candidate = torch.empty(num_tokens, width, dtype=torch.float32, device=device)

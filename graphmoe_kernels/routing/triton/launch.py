@@ -58,7 +58,7 @@ def route(
     """Return logits [N, n], routing weights [N, k] and expert ids [N, k] of ``offset + x router^T``, in one launch."""
     num_tokens, hidden = x.shape
     num_experts, device = router.shape[0], x.device
-    logits, routing_weights, expert_ids = allocate(num_tokens, num_experts, top_k, device)
+    logits, routing_weights, expert_ids = allocate(x, num_experts, top_k)
     kernel, constants = kind("routing_forward", num_tokens, x.dtype, device, num_experts, top_k, normalize)
     x, stride_x = with_row_stride(x)
     launch(
@@ -79,19 +79,20 @@ def route(
     return logits, routing_weights, expert_ids
 
 
-def allocate(num_tokens: int, num_experts: int, top_k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised outputs of `route`."""
+def allocate(x: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised outputs of `route` for the tokens of x."""
+    num_tokens = x.shape[0]
     return (
-        torch.empty(num_tokens, num_experts, dtype=torch.float32, device=device),
-        torch.empty(num_tokens, top_k, dtype=torch.float32, device=device),
-        torch.empty(num_tokens, top_k, dtype=torch.int32, device=device),
+        x.new_empty((num_tokens, num_experts), dtype=torch.float32),
+        x.new_empty((num_tokens, top_k), dtype=torch.float32),
+        x.new_empty((num_tokens, top_k), dtype=torch.int32),
     )
 
 
 def topk_softmax(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     """Return routing weights [N, k] and expert ids [N, k] of fp32 ``logits`` [N, n], in one launch."""
     num_tokens, num_experts = logits.shape
-    _, routing_weights, expert_ids = allocate(num_tokens, 0, top_k, logits.device)
+    _, routing_weights, expert_ids = allocate(logits, 0, top_k)
     kernel, constants = kind("routing_topk", num_tokens, logits.dtype, logits.device, num_experts, top_k, normalize)
     launch(
         kernel,
