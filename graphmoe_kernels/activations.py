@@ -9,7 +9,6 @@ the same function share one entry.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.validation import shown
+
+aten: Any = torch.ops.aten
 
 
 class Activation(NamedTuple):
@@ -36,28 +37,13 @@ class Activation(NamedTuple):
     triton_derivative: Any = None
 
 
-def _silu_derivative(x: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
-
-
-def _gelu_derivative(x: Tensor) -> Tensor:
-    cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
-    return cdf + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-
-
-_TANH_SCALE = math.sqrt(2 / math.pi)
-_TANH_CUBIC = 0.044715
+def _backward(operator: Callable[..., Tensor], *settings: Any, **options: Any) -> Callable[[Tensor], Tensor]:
+    """Make a derivative of PyTorch's own backward operator, by an upstream gradient of one."""
+    return lambda x: operator(torch.ones_like(x), x, *settings, **options)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
-
-
-def _gelu_tanh_derivative(x: Tensor) -> Tensor:
-    t = torch.tanh(_TANH_SCALE * (x + _TANH_CUBIC * x * x * x))
-    inner = _TANH_SCALE * (1 + 3 * _TANH_CUBIC * x * x)
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -69,46 +55,19 @@ def _quick_gelu_derivative(x: Tensor) -> Tensor:
     return s * (1 + 1.702 * x * (1 - s))
 
 
-def _sigmoid_derivative(x: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s * (1 - s)
-
-
-def _mish_derivative(x: Tensor) -> Tensor:
-    t = torch.tanh(F.softplus(x))
-    return t + x * (1 - t * t) * torch.sigmoid(x)
-
-
-def _relu6_derivative(x: Tensor) -> Tensor:
-    return ((x > 0) & (x < 6)).to(x.dtype)
-
-
-def _hardswish_derivative(x: Tensor) -> Tensor:
-    middle = (2 * x + 3) / 6
-    return torch.where(x < -3, torch.zeros_like(x), torch.where(x > 3, torch.ones_like(x), middle))
-
-
-def _leaky_relu(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, 0.01)
-
-
-def _leaky_relu_derivative(x: Tensor) -> Tensor:
-    return torch.where(x > 0, torch.ones_like(x), 0.01 * torch.ones_like(x))
-
-
 _BUILT_IN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "silu": (F.silu, _silu_derivative),
-    "gelu": (F.gelu, _gelu_derivative),
-    "gelu_tanh": (_gelu_tanh, _gelu_tanh_derivative),
+    "silu": (F.silu, _backward(aten.silu_backward)),
+    "gelu": (F.gelu, _backward(aten.gelu_backward)),
+    "gelu_tanh": (_gelu_tanh, _backward(aten.gelu_backward, approximate="tanh")),
     "quick_gelu": (_quick_gelu, _quick_gelu_derivative),
-    "relu": (F.relu, lambda x: (x > 0).to(x.dtype)),
+    "relu": (F.relu, _backward(aten.threshold_backward, 0)),
     "relu2": (lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x)),
-    "relu6": (F.relu6, _relu6_derivative),
-    "leaky_relu": (_leaky_relu, _leaky_relu_derivative),
-    "hardswish": (F.hardswish, _hardswish_derivative),
-    "mish": (F.mish, _mish_derivative),
-    "sigmoid": (torch.sigmoid, _sigmoid_derivative),
-    "tanh": (torch.tanh, lambda x: 1 - torch.tanh(x).square()),
+    "relu6": (F.relu6, _backward(aten.hardtanh_backward, 0, 6)),
+    "leaky_relu": (F.leaky_relu, _backward(aten.leaky_relu_backward, 0.01, False)),
+    "hardswish": (F.hardswish, _backward(aten.hardswish_backward)),
+    "mish": (F.mish, _backward(aten.mish_backward)),
+    "sigmoid": (torch.sigmoid, lambda x: aten.sigmoid_backward(torch.ones_like(x), torch.sigmoid(x))),
+    "tanh": (torch.tanh, lambda x: aten.tanh_backward(torch.ones_like(x), torch.tanh(x))),
     "linear": (lambda x: x, torch.ones_like),
 }
 ACTIVATIONS = {name: Activation(*pair, name, f"{name}_derivative") for name, pair in _BUILT_IN.items()}

@@ -137,7 +137,7 @@ def hardswish(x):
 
 @triton.jit
 def hardswish_derivative(x):
-    return tl.where(x < -3, 0.0, tl.where(x > 3, 1.0, (2 * x + 3) / 6))
+    return tl.where(x <= -3, 0.0, tl.where(x >= 3, 1.0, (2 * x + 3) / 6))
 
 
 @triton.jit

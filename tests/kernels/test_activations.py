@@ -11,15 +11,16 @@ from graphmoe_kernels import ACTIVATIONS, GateUp, get_activation, register_activ
 from graphmoe_kernels.activations import ALIASES, triton_form
 from graphmoe_kernels.rethinking import RethinkingSpec, rethink_reference
 from tests.kernels.cases import assert_equal_to, gradients, layer
+from tests.kernels.triton_marks import DEVICE, MARKS
 
 NAMES = sorted([*ACTIVATIONS, *ALIASES])
+KINKS = torch.tensor([-3.0, 0.0, 3.0, 6.0], dtype=torch.float64)
 
 
 def away_from_kinks() -> torch.Tensor:
-    """fp64 points from -8 to 8, none nearer than 0.01 to a kink of any activation (-3, 0, 3, 6)."""
+    """fp64 points from -8 to 8, none nearer than 0.01 to a kink of any activation."""
     x = torch.linspace(-8, 8, 1601, dtype=torch.float64) + 0.005
-    kinks = torch.tensor([-3.0, 0.0, 3.0, 6.0], dtype=torch.float64)
-    return x[(x[:, None] - kinks).abs().amin(dim=1) > 0.01]
+    return x[(x[:, None] - KINKS).abs().amin(dim=1) > 0.01]
 
 
 @pytest.mark.oracle
@@ -27,15 +28,25 @@ def away_from_kinks() -> torch.Tensor:
 def test_derivative_is_that_of_the_function(name):
     """Backward multiplies with the hand-written derivative: a wrong one trains in a wrong direction."""
     function, derivative, *_ = ACTIVATIONS[name]
-    x = away_from_kinks().requires_grad_()
+    x = torch.cat([away_from_kinks(), KINKS]).requires_grad_()
     (exact,) = torch.autograd.grad(function(x).sum(), x)
     torch.testing.assert_close(derivative(x.detach()), exact, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=MARKS)])
+@pytest.mark.parametrize("name", ["relu", "relu2", "relu6", "leaky_relu", "hardswish"])
+def test_kinks_have_pytorchs_gradient(name, backend):
+    """bf16 numbers are often -3, 0 or 3 exactly: the backends must not differ there from the reference."""
+    gate = KINKS.float()[None].to(DEVICE).requires_grad_()
+    swiglu(GateUp(gate, torch.ones_like(gate)), activation=name, backend=backend).sum().backward()
+    (exact,) = torch.autograd.grad(ACTIVATIONS[name].function(gate).sum(), gate)
+    torch.testing.assert_close(gate.grad, exact)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "gelu_tanh"])  # ours; Transformers has its aliases
 def test_name_means_what_transformers_means_by_it(name):
     """A model's configuration names its activation: ours of that name must be the same function."""
-    x = torch.cat([away_from_kinks(), torch.tensor([-3.0, 0.0, 3.0, 6.0], dtype=torch.float64)])
+    x = torch.cat([away_from_kinks(), KINKS])
     # 1e-9: gelu_fast and gelu_python_tanh write sqrt(2/pi) with ten digits.
     torch.testing.assert_close(get_activation(name).function(x), ACT2FN[name](x), rtol=1e-9, atol=1e-9)
 
