@@ -64,25 +64,14 @@ def smaller(sizes: Sizes) -> Sizes:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the cost model of the sizes on the command line."""
     p = parser()
-    a = p.parse_args(arguments)
+    given = vars(p.parse_args(arguments))
+    scale, all_terms = given.pop("gru_scale"), given.pop("terms")
     try:
-        sizes = Sizes(
-            hidden=a.hidden,
-            intermediate=a.intermediate,
-            gru_width=gru_width(a.gru_scale, a.hidden),
-            experts=a.experts,
-            top_k=a.top_k,
-            rank=a.rank,
-            rounds=a.rounds,
-            tokens=a.tokens,
-            dtype=a.dtype,
-            routers=a.routers,
-            dora=a.dora,
-        )
+        sizes = Sizes(gru_width=gru_width(scale, given["hidden"]), **given)
     except ValueError as error:
         p.error(str(error))
     print(report.report(sizes))
-    if a.terms:
+    if all_terms:
         print("\n" + report.terms(sizes))
     small = smaller(sizes)
     print("\n" + report.readings(small, count_layer(small)))

@@ -40,28 +40,23 @@ def _raw(formula: Callable[..., int]) -> Callable[..., int]:
     return formula
 
 
-def _reading(implementation: Callable[..., object]) -> Callable[..., int]:
-    """Make a formula that runs ``implementation`` on the operator's own arguments and counts that."""
-    return _raw(lambda *args, out_val: count_flops(lambda: implementation(*args)))
+def _on_pytorch(implementation: Callable[..., object], backend_at: int) -> Callable[..., int]:
+    """Make a formula that runs an operator's PyTorch ``implementation`` and counts that; see `_refuse` for others."""
 
+    def formula(*args: Any, out_val: object) -> int:
+        return count_flops(lambda: implementation(*args)) if args[backend_at] == "torch" else _refuse()
 
-@_raw
-def _product_in_place(target: Tensor, a: Tensor, b: Tensor, **_: object) -> int:
-    """Count target += a b: the counter knows ``addmm`` and not its in-place form."""
-    return 2 * a.shape[0] * a.shape[1] * b.shape[1]
+    return _raw(formula)
 
 
 def _refuse(*_: object, **__: object) -> int:
     raise ValueError("FLOP are counted on the PyTorch path; Triton kernels hide theirs: run with backend='torch'")
 
 
-def _on_pytorch(operator: Callable[..., object], backend_at: int) -> Callable[..., int]:
-    """A formula that runs a registered operator's own PyTorch implementation; ``backend_at`` is its backend's place."""
-
-    def implementation(*args: Any) -> object:
-        return operator(*args) if args[backend_at] == "torch" else _refuse()
-
-    return _reading(implementation)
+@_raw
+def _product_in_place(target: Tensor, a: Tensor, b: Tensor, **_: object) -> int:
+    """Count target += a b: the counter knows ``addmm`` and not its in-place form."""
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1]
 
 
 _OPERATORS = {
@@ -71,11 +66,10 @@ _OPERATORS = {
     torch.ops.graphmoe.swiglu_backward: _on_pytorch(op.run_swiglu_backward_flat, -2),
     torch.ops.aten.addmm_: _product_in_place,
     # These are registered for Triton alone.
-    torch.ops.graphmoe.route: _refuse,
-    torch.ops.graphmoe.topk_softmax: _refuse,
-    torch.ops.graphmoe.routing_backward: _refuse,
-    torch.ops.graphmoe.gru_step: _refuse,
-    torch.ops.graphmoe.gru_step_backward: _refuse,
+    **{
+        getattr(torch.ops.graphmoe, name): _refuse
+        for name in ("route", "topk_softmax", "routing_backward", "gru_step", "gru_step_backward")
+    },
 }
 
 
@@ -97,37 +91,19 @@ def count_layer(sizes: Sizes) -> list[Reading]:
 
     A layer of these sizes is made of random weights, so take small ones.
     """
-    sizes = replace(sizes, dtype="fp32")
-    spec = RethinkingSpec(sizes.rounds, sizes.top_k, scale=2.0)
-    routers: Any = None if sizes.routers == "none" else sizes.routers
-    weights = make_layer(
-        sizes.hidden,
-        sizes.intermediate,
-        sizes.experts,
-        sizes.rank,
-        sizes.gru_width,
-        routers=routers,
-        dora=sizes.dora,
-        dtype=torch.float32,
-    )
-    x = torch.randn(sizes.tokens, sizes.hidden, generator=torch.Generator().manual_seed(0))
+    s = replace(sizes, dtype="fp32")
+    spec = RethinkingSpec(s.rounds, s.top_k, scale=2.0)
+    routers: Any = None if s.routers == "none" else s.routers
+    shape = (s.hidden, s.intermediate, s.experts, s.rank, s.gru_width)
+    weights = make_layer(*shape, routers=routers, dora=s.dora, dtype=torch.float32)
+    x = torch.randn(s.tokens, s.hidden, generator=torch.Generator().manual_seed(0))
     settings = FoldSettings(x.dtype, spec.scale, spec.candidate_input)
+    literal, folded = (s.tokens * multiply_adds(form, s, "executed") for form in ("literal", "folded"))
     with torch.no_grad():
         fold = build_fold(weights, settings)
-        return [
-            Reading(
-                "rethink_literal",
-                2 * (sizes.tokens * multiply_adds("literal", sizes, "executed") + prepare_build(sizes)),
-                count_flops(lambda: rethink_literal(x, weights, spec)),
-            ),
-            Reading(
-                "rethink_folded",
-                2 * sizes.tokens * multiply_adds("folded", sizes, "executed"),
-                count_flops(lambda: rethink_folded(x, weights, spec, fold=fold)),
-            ),
-            Reading(
-                "build_fold",
-                2 * sum(fold_build(sizes, "executed").values()),
-                count_flops(lambda: build_fold(weights, settings)),
-            ),
-        ]
+        found: dict[str, tuple[int, Callable[[], object]]] = {
+            "rethink_literal": (literal + prepare_build(s), lambda: rethink_literal(x, weights, spec)),
+            "rethink_folded": (folded, lambda: rethink_folded(x, weights, spec, fold=fold)),
+            "build_fold": (sum(fold_build(s, "executed").values()), lambda: build_fold(weights, settings)),
+        }
+        return [Reading(code, 2 * products, count_flops(run)) for code, (products, run) in found.items()]

@@ -12,13 +12,11 @@ from graphmoe_kernels.rethinking.weights import padded
 
 def layer_terms(form: str, sizes: Sizes, count: str = "needed") -> list[Term]:
     """List the terms of all rounds, equal names added up, in order of first appearance."""
-    found: dict[str, Term] = {}
+    found: dict[str, list[tuple[int, ...]]] = {}
     for t in range(1, sizes.rounds + 1):
-        for term in round_terms(form, sizes, t, count):
-            so_far = found.get(term.name, Term(term.name))
-            sums = (a + b for a, b in zip(so_far[1:], term[1:], strict=True))
-            found[term.name] = Term(term.name, *sums)
-    return list(found.values())
+        for name, *counts in round_terms(form, sizes, t, count):
+            found.setdefault(name, []).append(tuple(counts))
+    return [Term(name, *map(sum, zip(*counts, strict=True))) for name, counts in found.items()]
 
 
 def multiply_adds(form: str, sizes: Sizes, count: str = "needed") -> int:

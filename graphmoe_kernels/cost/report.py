@@ -49,30 +49,19 @@ def _arithmetic(s: Sizes) -> str:
     for form in FORMS:
         row = [form]
         for count in COUNTS:
+            further = (multiply_adds(form, s, count), further_round(form, s, count))
             row.append(_mega(multiply_adds(form, replace(s, rounds=1), count)))
-            row += (
-                ["-", "-"]
-                if form == "dense"
-                else [
-                    _mega(multiply_adds(form, s, count)),
-                    _mega(further_round(form, s, count)),
-                ]
-            )
+            row += ["-", "-"] if form == "dense" else map(_mega, further)
         rows.append(row)
     header = ["form", "T=1", f"T={s.rounds}", "further round"]
     return "Million multiply-adds per token (needed, then executed)\n" + table(header + header[1:], rows)
 
 
 def _totals(s: Sizes) -> str:
-    literal = multiply_adds("literal", s)
-    rows = [
-        [
-            form,
-            *(f"{2 * s.tokens * multiply_adds(form, s, count) / 1e9:,.1f}" for count in COUNTS),
-            f"{multiply_adds(form, s) / literal:.2f}",
-        ]
-        for form in FORMS
-    ]
+    rows = []
+    for form in FORMS:
+        totals = [f"{2 * s.tokens * multiply_adds(form, s, count) / 1e9:,.1f}" for count in COUNTS]
+        rows.append([form, *totals, f"{multiply_adds(form, s) / multiply_adds('literal', s):.2f}"])
     title = f"GFLOP of {s.tokens} tokens, T={s.rounds} (dense: the frozen MLP once)"
     return title + "\n" + table(["form", *COUNTS, "needed, over literal"], rows)
 
@@ -87,19 +76,17 @@ def _traffic(s: Sizes) -> str:
 
 
 def _fold(s: Sizes) -> str:
-    build = {count: 2 * sum(fold_build(s, count).values()) / 1e9 for count in COUNTS}
-    kept = {count: fold_bytes(s, count) for count in COUNTS}
-    large = [name for name in ("M", "Q") if name in kept["needed"]]
-    both = {count: sum(kept[count][name] for name in large) for count in COUNTS}
+    build = [2 * sum(fold_build(s, count).values()) / 1e9 for count in COUNTS]
+    needed, executed = (fold_bytes(s, count) for count in COUNTS)
+    large = [name for name in ("M", "Q") if name in needed]
+    own, padded_own = (_mega(sum(kept[name] for name in large)) for kept in (needed, executed))
     tokens = fold_break_even(s.hidden, s.intermediate, padded(s.gru_width), s.rounds, s.dora)
-    return "\n".join(
-        [
-            "The fold",
-            f"  building it: {build['needed']:,.1f} GFLOP ({build['executed']:,.1f} executed)",
-            f"  pays in a training step from {tokens:,.0f} tokens on; in inference it is kept",
-            f"  {' and '.join(large)}: {_mega(both['needed'])} MB ({_mega(both['executed'])} padded); "
-            f"everything that is kept: {_mega(sum(kept['executed'].values()))} MB",
-        ]
+    return (
+        "The fold\n"
+        f"  building it: {build[0]:,.1f} GFLOP ({build[1]:,.1f} executed)\n"
+        f"  pays in a training step from {tokens:,.0f} tokens on; in inference it is kept\n"
+        f"  {' and '.join(large)}: {own} MB ({padded_own} padded); "
+        f"everything that is kept: {_mega(sum(executed.values()))} MB"
     )
 
 
