@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.validation import shown
+from graphmoe_kernels.validation import check_choice
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -83,8 +83,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
 
 def check_backend(backend: str) -> None:
     """`ValueError` for a name that is no backend's."""
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ValueError(f"unknown backend {shown(backend)}; expected one of {', '.join(map(repr, BACKENDS))}")
+    check_choice("backend", backend, BACKENDS)
 
 
 def resolve_backend(backend: str, name: str, tensor: Tensor) -> str:
@@ -98,9 +97,10 @@ def resolve_backend(backend: str, name: str, tensor: Tensor) -> str:
     Raises:
         ValueError: an unknown name; Triton asked for where it cannot run (device, dtype, GPU, or not installed).
     """
-    check_backend(backend)
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         backend = "triton" if tensor.is_cuda and tensor.dtype != torch.float64 else "torch"
+    else:
+        check_backend(backend)
     if backend == "triton":
         _check_triton(name, tensor)
     return backend

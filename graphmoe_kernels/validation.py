@@ -7,12 +7,15 @@ for a GPU; each takes a fraction of a microsecond.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 STRIDED = torch.strided  # a name of this module is read in a third of the time
+Shape = tuple[int, ...]
 INTEGER_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
 
@@ -26,18 +29,73 @@ def check_tensor(name: str, value: object) -> None:
 
 def check_floats(name: str, value: object) -> None:
     """`TypeError` for what is no dense tensor of fp64, fp32, fp16 or bf16: the dtypes that are computed in."""
+    if isinstance(value, Tensor) and value.layout is STRIDED and value.dtype in FLOAT_DTYPES:
+        return
     check_tensor(name, value)
-    if value.dtype not in FLOAT_DTYPES:  # type: ignore[attr-defined]
-        raise TypeError(
-            f"{name} must be floating point, got {value.dtype}; float64, float32, float16 and bfloat16 are "  # type: ignore[attr-defined]
-            "computed in"
-        )
+    dtype = value.dtype  # type: ignore[attr-defined]
+    raise TypeError(
+        f"{name} must be floating point, got {dtype}; float64, float32, float16 and bfloat16 are computed in"
+    )
+
+
+def check_integers(name: str, value: object) -> None:
+    """`TypeError` for what is no dense tensor of integers."""
+    check_tensor(name, value)
+    if value.dtype not in INTEGER_DTYPES:  # type: ignore[attr-defined]
+        dtype = value.dtype  # type: ignore[attr-defined]
+        raise TypeError(f"{name} must be integers (int64, int32, int16, int8 or uint8), got {dtype}")
+
+
+def check_shapes(
+    prefix: str,
+    fields: Sequence[str],
+    tensors: Sequence[Any],
+    shapes: Sequence[Shape | None],
+    told: Callable[[], str],
+    main: tuple[str, Tensor],
+    *,
+    integers: bool = False,
+) -> None:
+    """`TypeError` or `ValueError` for tensors of other dtypes or shapes, or that are not where the main one is.
+
+    Args:
+        prefix, fields: the names of the tensors; the prefix is that of a group's, such as ``"update."``.
+        tensors, shapes: in their order; what has no shape may be missing and is not looked at.
+        told: what the shapes follow from, for a message. Asked where there is an error: a number that stands in a text
+            is a constant of a compiled graph.
+        main: the main tensor's name, and the tensor.
+        integers: of integers in place of floats.
+    """
+    device, dtypes = main[1].device, INTEGER_DTYPES if integers else FLOAT_DTYPES
+    for field, tensor, shape in zip(fields, tensors, shapes, strict=True):
+        if shape is None:
+            continue
+        fits = isinstance(tensor, Tensor) and tensor.shape == shape and tensor.device == device
+        if fits and tensor.dtype in dtypes and tensor.layout is STRIDED:
+            continue
+        name = prefix + field
+        (check_integers if integers else check_floats)(name, tensor)
+        check_device(name, tensor, *main)
+        raise ValueError(f"{name} must be {list(shape)} for {told()}; got {list(tensor.shape)}")
 
 
 def check_device(name: str, tensor: Tensor, main_name: str, main: Tensor) -> None:
     """`ValueError` for a tensor that is not where the main one is."""
     if tensor.device != main.device:
         raise ValueError(f"{name} is on {tensor.device}, {main_name} on {main.device}; put them on one device")
+
+
+def check_type(name: str, value: object, kind: type, optional: bool = False) -> None:
+    """`TypeError` for what is not of a kind, nor None where that may be."""
+    if not isinstance(value, kind) and not (optional and value is None):
+        expected = f"{kind.__name__} or None" if optional else kind.__name__
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
+    """`ValueError` for what is none of the words (or None) that a setting can be."""
+    if not isinstance(value, str | None) or value not in choices:
+        raise ValueError(f"unknown {name} {shown(value)}; expected one of {', '.join(map(repr, choices))}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -50,6 +108,13 @@ def check_count(name: str, value: object) -> None:
     """`TypeError` for what is no whole number; True is none."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {shown(value)}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """`TypeError` for what is no whole number, `ValueError` for one below 1."""
+    check_count(name, value)
+    if value < 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at least 1, got {shown(value)}")
 
 
 def check_number(name: str, value: object) -> None:

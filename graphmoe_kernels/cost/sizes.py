@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from graphmoe_kernels.validation import check_choice, check_positive, check_top_k
+
 # Of what kind the experts are: whole MLPs that one router chooses, mixed in every linear by its own router, or one.
 ROUTERS = ("layer", "linear", "none")
 
@@ -45,17 +47,10 @@ class Sizes:
 
     def __post_init__(self) -> None:
         for name in ("hidden", "intermediate", "gru_width", "experts", "top_k", "rank", "rounds", "tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.top_k > self.experts:
-            raise ValueError(f"top_k must lie in 1..{self.experts} (the number of experts), got {self.top_k}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
-        if self.routers not in ROUTERS:
-            raise ValueError(f"unknown routers {self.routers!r}; expected one of {', '.join(ROUTERS)}")
+            check_positive(name, getattr(self, name))
+        check_top_k(self.top_k, self.experts)
+        check_choice("dtype", self.dtype, tuple(DTYPES))
+        check_choice("routers", self.routers, ROUTERS)
         if self.routers == "none" and self.experts != 1:
             raise ValueError(f"{self.experts} experts need a router; without one there can be one expert")
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from graphmoe_kernels.cost.sizes import Sizes
 from graphmoe_kernels.rethinking.weights import padded
+from graphmoe_kernels.validation import check_choice
 
 FORMS = ("dense", "peers", "literal", "folded")
 COUNTS = ("needed", "executed")
@@ -44,10 +45,8 @@ def round_terms(form: str, sizes: Sizes, t: int, count: str = "needed") -> list[
     Raises:
         ValueError: an unknown ``form`` or ``count``, or a round outside 1..T.
     """
-    if form not in FORMS:
-        raise ValueError(f"unknown form {form!r}; expected one of {', '.join(FORMS)}")
-    if count not in COUNTS:
-        raise ValueError(f"unknown count {count!r}; expected 'needed' or 'executed'")
+    check_choice("form", form, FORMS)
+    check_choice("count", count, COUNTS)
     if not 1 <= t <= sizes.rounds:
         raise ValueError(f"round must lie in 1..{sizes.rounds}, got {t}")
     layer = _Layer(form, sizes, count)

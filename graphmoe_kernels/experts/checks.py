@@ -2,149 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from graphmoe_kernels.experts.operands import Dropout, ExpertOperands, GateUp, LowRankUpdate
-from graphmoe_kernels.validation import INTEGER_DTYPES, check_device, check_dropout, check_floats, check_tensor
+from graphmoe_kernels.validation import (
+    check_device,
+    check_dropout,
+    check_floats,
+    check_integers,
+    check_shapes,
+    check_tensor,
+    check_type,
+)
 
 _MAIN = "pre_activations.gate"
-
-Shape = tuple[int, ...]
+_PARTS = {"pre_activations": GateUp, "B": GateUp, "update": LowRankUpdate, "scales": GateUp, "biases": GateUp}
+_PARTS |= {"dropout": Dropout}
 
 
 def check_operands(operands: ExpertOperands) -> None:
     """`TypeError` or `ValueError` for operands that no backend takes; nothing is read but types, shapes and devices."""
-    _check_types(operands)
-    _check_shapes(operands)
-    gate = operands.pre_activations.gate
+    check_type("operands", operands, ExpertOperands)
+    for name, kind in _PARTS.items():
+        check_type(name, getattr(operands, name), kind, optional=name in ExpertOperands._field_defaults)
+    gate, down_A, ids = operands.pre_activations.gate, operands.down_A, operands.expert_ids
+    check_floats(_MAIN, gate)
+    check_floats("down_A", down_A)
+    check_integers("expert_ids", ids)
+    if gate.dim() != 2 or down_A.dim() != 3 or ids.dim() != 2:
+        raise ValueError(
+            f"expected {_MAIN} [tokens, F], down_A [experts, rank, F] and expert_ids [tokens, k]; "
+            f"got {list(gate.shape)}, {list(down_A.shape)} and {list(ids.shape)}"
+        )
+    (N, F), (n, r, _), k = gate.shape, down_A.shape, ids.shape[1]
+    shapes = {
+        **{"low": (N, 2 * n * r), "down_A": (n, r, F), "routing_weights": (N, k)},
+        **{"low_update": None if operands.low_update is None else (N, 2 * n * r)},
+    }
+    groups = {
+        "B": (operands.B, (n, F, r)),
+        "scales": (operands.scales, (n, F)),
+        "biases": (operands.biases, (F,)),
+    }
+
+    def told() -> str:
+        return f"{N} tokens, F={F}, {n} experts of rank {r} (by down_A) and k={k}"
+
+    _check_shared(operands.pre_activations, operands.update, told)
+    own = [getattr(operands, name) for name in shapes]
+    check_shapes("", tuple(shapes), own, tuple(shapes.values()), told, (_MAIN, gate))
+    check_shapes("", ("expert_ids",), (ids,), ((N, k),), told, (_MAIN, gate), integers=True)
+    for name, (pair, shape) in groups.items():
+        if pair is not None:
+            check_shapes(f"{name}.", GateUp._fields, pair, (shape, shape), told, (_MAIN, gate))
+    if not 1 <= k <= n:
+        raise ValueError(f"each token needs 1..{n} experts (there are {n}), got k={k}")
     if operands.biases is not None:
-        _check_biases(operands.biases, gate)
+        for field, bias in zip(GateUp._fields, operands.biases, strict=True):
+            if bias.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"biases.{field} is a constant of this operator and gets no gradient; pass it detached"
+                )
     if operands.dropout is not None:
-        _check_seed(operands.dropout, gate)
+        _check_dropout(operands.dropout, gate)
     if operands.token_order is not None:
         _check_order(operands.token_order, gate)
 
 
 def check_shared(pre_activations: GateUp, update: LowRankUpdate | None) -> None:
     """`check_operands` for `swiglu`."""
-    _check_type("pre_activations", pre_activations, GateUp)
-    if update is not None:
-        _check_type("update", update, LowRankUpdate)
-    named = dict(_named(pre_activations=pre_activations, update=update))
-    for name, tensor in named.items():
-        check_floats(name, tensor)
+    check_type("pre_activations", pre_activations, GateUp)
+    check_type("update", update, LowRankUpdate, optional=True)
     gate = pre_activations.gate
+    check_floats(_MAIN, gate)
     if gate.dim() != 2:
         raise ValueError(f"expected {_MAIN} [tokens, F]; got {list(gate.shape)}")
-    tokens, width = gate.shape
-    shapes = _shapes(tokens, width, 0, 0, 0, _inner(update))
-    _check_each(named, shapes, gate, f"{tokens} tokens and F={width}")
+    _check_shared(pre_activations, update, lambda: f"{gate.shape[0]} tokens and F={gate.shape[1]}")
 
 
-def _check_type(name: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind):
-        article = "an" if kind.__name__[0] in "AEIOU" else "a"
-        raise TypeError(f"{name} must be {article} {kind.__name__}, got {type(value).__name__}")
-
-
-def _check_types(operands: ExpertOperands) -> None:
-    _check_type("operands", operands, ExpertOperands)
-    _check_type("pre_activations", operands.pre_activations, GateUp)
-    _check_type("B", operands.B, GateUp)
-    optional: dict[str, type] = {"update": LowRankUpdate, "scales": GateUp, "biases": GateUp, "dropout": Dropout}
-    for name, kind in optional.items():
-        value = getattr(operands, name)
-        if value is not None:
-            _check_type(name, value, kind)
-    if operands.dropout is not None:
-        check_dropout(operands.dropout.rate, "dropout.rate")
-
-
-def _named(**groups: Any) -> Iterator[tuple[str, Any]]:
-    """The tensors in groups of operands, with the names by which the caller knows them."""
-    for group, value in groups.items():
-        if isinstance(value, GateUp | LowRankUpdate):
-            yield from ((f"{group}.{field}", tensor) for field, tensor in value._asdict().items())
-        elif value is not None:
-            yield group, value
-
-
-def _inner(update: LowRankUpdate | None) -> int:
-    return update.state.shape[-1] if update is not None and update.state.dim() else 0
-
-
-def _check_shapes(operands: ExpertOperands) -> None:
-    required = {name: getattr(operands, name) for name in ("low", "down_A", "routing_weights")}
-    groups = {name: getattr(operands, name) for name in ("pre_activations", "B", "low_update", "update", "scales")}
-    floating = required | dict(_named(**groups))
-    for name, tensor in floating.items():
-        check_floats(name, tensor)
-    gate, down_A, ids = operands.pre_activations.gate, operands.down_A, operands.expert_ids
-    check_tensor("expert_ids", ids)
-    if ids.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"expert_ids must be integers (int64, int32, int16, int8 or uint8), got {ids.dtype}")
-    if gate.dim() != 2 or down_A.dim() != 3 or ids.dim() != 2:
-        raise ValueError(
-            f"expected {_MAIN} [tokens, F], down_A [experts, rank, F] and expert_ids [tokens, k]; "
-            f"got {list(gate.shape)}, {list(down_A.shape)} and {list(ids.shape)}"
-        )
-    tokens, width = gate.shape
-    n, r, _ = down_A.shape
-    k = ids.shape[1]
-    shapes = _shapes(tokens, width, n, r, k, _inner(operands.update))
-    sizes = f"{tokens} tokens, F={width}, {n} experts of rank {r} (by down_A) and k={k}"
-    _check_each(floating | {"expert_ids": ids}, shapes, gate, sizes)
-    if not 1 <= k <= n:
-        raise ValueError(f"each token needs 1..{n} experts (there are {n}), got k={k}")
-
-
-def _shapes(tokens: int, width: int, n: int, r: int, k: int, inner: int) -> dict[str, Shape]:
-    return {
-        "pre_activations.gate": (tokens, width),
-        "pre_activations.up": (tokens, width),
-        "low": (tokens, 2 * n * r),
-        "B.gate": (n, width, r),
-        "B.up": (n, width, r),
-        "down_A": (n, r, width),
-        "routing_weights": (tokens, k),
-        "expert_ids": (tokens, k),
-        "low_update": (tokens, 2 * n * r),
-        "update.state": (tokens, inner),
-        "update.gate": (width, inner),
-        "update.up": (width, inner),
-        "scales.gate": (n, width),
-        "scales.up": (n, width),
-    }
-
-
-def _check_each(named: dict[str, Tensor], shapes: dict[str, Shape], gate: Tensor, sizes: str) -> None:
-    """Every tensor against its shape, and where it is."""
-    for name, tensor in named.items():
-        if tensor.shape != shapes[name]:
-            raise ValueError(f"{name} must be {list(shapes[name])} for {sizes}; got {list(tensor.shape)}")
-        check_device(name, tensor, _MAIN, gate)
-    if gate.shape[1] == 0:
+def _check_shared(pre_activations: GateUp, update: LowRankUpdate | None, told: Callable[[], str]) -> None:
+    """Check what all experts share; the gate's pre-activations are a matrix already."""
+    gate = pre_activations.gate
+    N, F = gate.shape
+    if F == 0:
         raise ValueError(f"{_MAIN} must be [tokens, F] with F of at least 1, got {list(gate.shape)}")
+    check_shapes("pre_activations.", GateUp._fields, pre_activations, ((N, F), (N, F)), told, (_MAIN, gate))
+    if update is not None:
+        state = update.state
+        G = state.shape[-1] if isinstance(state, Tensor) and state.dim() else 0
+        check_shapes("update.", LowRankUpdate._fields, update, ((N, G), (F, G), (F, G)), told, (_MAIN, gate))
 
 
-def _check_biases(biases: GateUp, gate: Tensor) -> None:
-    width = gate.shape[1]
-    for name, bias in _named(biases=biases):
-        check_floats(name, bias)
-        if bias.shape != (width,):
-            raise ValueError(f"{name} must be [{width}], as many as {_MAIN} has columns, got {list(bias.shape)}")
-        check_device(name, bias, _MAIN, gate)
-        if bias.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} is a constant of this operator and gets no gradient; pass it detached")
-
-
-def _check_seed(dropout: Dropout, gate: Tensor) -> None:
+def _check_dropout(dropout: Dropout, gate: Tensor) -> None:
     """A wrong seed would mean another mask on another backend."""
-    seed = dropout.seed
+    rate, seed = dropout
+    check_dropout(rate, "dropout.rate")
     check_tensor("dropout.seed", seed)
     check_device("dropout.seed", seed, _MAIN, gate)
     if seed.dtype != torch.int64 or seed.numel() != 1:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from graphmoe_kernels.backend import TRITON_DTYPES, resolve_backend, without_autocast
 from graphmoe_kernels.gru.run import run_gru_step
-from graphmoe_kernels.validation import check_device, check_floats, shown
+from graphmoe_kernels.structures import cast
+from graphmoe_kernels.validation import check_choice, check_floats, check_shapes
 
 CANDIDATE_ACTIVATIONS = ("sigmoid", "tanh")
+_NAMES = ("inputs", "recurrent", "state", "total", "candidate_weight", "candidate_bias")
 
 
 def gru_step(
@@ -55,9 +58,8 @@ def gru_step(
     check_floats("inputs", inputs)
     backend = resolve_backend(backend, "inputs", inputs)
     _check(inputs, recurrent, state, total, candidate_weight, candidate_bias)
-    dtype = inputs.dtype
-    recurrent, state, total = _cast(recurrent, dtype), _cast(state, dtype), _cast(total, dtype)
-    weight = candidate_weight if candidate_weight.dtype == dtype else candidate_weight.to(dtype)
+    recurrent, state, total = (cast(tensor, inputs.dtype) for tensor in (recurrent, state, total))
+    weight = cast(candidate_weight, inputs.dtype)
     bias = candidate_bias if candidate_bias.dtype in TRITON_DTYPES or backend != "triton" else candidate_bias.float()
     with without_autocast(inputs):
         return run_gru_step(inputs, recurrent, state, total, weight, bias, candidate_activation, backend)
@@ -65,47 +67,22 @@ def gru_step(
 
 def check_candidate_activation(name: object) -> None:
     """`ValueError` for a name that is no candidate activation's."""
-    if not isinstance(name, str) or name not in CANDIDATE_ACTIVATIONS:
-        raise ValueError(f"unknown candidate_activation {shown(name)}; expected 'sigmoid' or 'tanh'")
+    check_choice("candidate_activation", name, CANDIDATE_ACTIVATIONS)
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _check(
-    inputs: Tensor,
-    recurrent: Tensor | None,
-    state: Tensor | None,
-    total: Tensor | None,
-    candidate_weight: Tensor,
-    candidate_bias: Tensor,
-) -> None:
+def _check(*tensors: Any) -> None:
     """The exceptions of `gru_step` that tell of its tensors."""
-    missing = [name for name, t in (("recurrent", recurrent), ("state", state), ("total", total)) if t is None]
+    inputs, *before, _, bias = tensors
+    missing = [name for name, tensor in zip(_NAMES[1:], before, strict=False) if tensor is None]
     if 0 < len(missing) < 3:
         raise ValueError(
             f"{' and '.join(missing)} missing: recurrent, state and total are given together, or all None in the first "
             "round"
         )
-    check_floats("candidate_bias", candidate_bias)
-    if candidate_bias.dim() != 1 or len(candidate_bias) == 0:
-        raise ValueError(f"candidate_bias must be [G], the GRU's width of at least 1; got {list(candidate_bias.shape)}")
-    tokens, width = inputs.shape[0] if inputs.dim() else 0, candidate_bias.shape[0]
-    expected = (
-        ("inputs", inputs, (tokens, 3 * width)),
-        ("recurrent", recurrent, (tokens, 2 * width)),
-        ("state", state, (tokens, width)),
-        ("total", total, (tokens, width)),
-        ("candidate_weight", candidate_weight, (width, width)),
-        ("candidate_bias", candidate_bias, (width,)),
-    )
-    for name, tensor, shape in expected:
-        if tensor is None:
-            continue
-        check_floats(name, tensor)
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} must be {list(shape)} for a GRU of width {width} (candidate_bias), got {list(tensor.shape)}"
-            )
-        check_device(name, tensor, "inputs", inputs)
+    check_floats("candidate_bias", bias)
+    if bias.dim() != 1 or len(bias) == 0:
+        raise ValueError(f"candidate_bias must be [G], the GRU's width of at least 1; got {list(bias.shape)}")
+    N, G = inputs.shape[0] if inputs.dim() else 0, bias.shape[0]
+    later = (None, None, None) if missing else ((N, 2 * G), (N, G), (N, G))
+    shapes = ((N, 3 * G), *later, (G, G), (G,))
+    check_shapes("", _NAMES, tensors, shapes, lambda: f"a GRU of width {G} (candidate_bias)", ("inputs", inputs))

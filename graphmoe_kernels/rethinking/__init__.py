@@ -29,7 +29,7 @@ from graphmoe_kernels.rethinking.weights import (
     RouterSettings,
     padded,
 )
-from graphmoe_kernels.validation import shown
+from graphmoe_kernels.validation import check_choice, check_type
 
 
 def rethink(
@@ -64,10 +64,8 @@ def rethink(
         ValueError: settings or shapes that make no sense together, tensors on several devices (each message names
             them).
     """
-    if not isinstance(fold, str) or fold not in FOLD_MODES:
-        raise ValueError(f"unknown fold {shown(fold)}; expected one of {', '.join(map(repr, FOLD_MODES))}")
-    if cache is not None and not isinstance(cache, FoldCache):
-        raise TypeError(f"cache must be a FoldCache or None, got {type(cache).__name__}")
+    check_choice("fold", fold, FOLD_MODES)
+    check_type("cache", cache, FoldCache, optional=True)
     call = checked_call(x, weights, spec, backend)
     if fold == "never":
         return literal_rounds(x, weights, call)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,16 +23,16 @@ from graphmoe_kernels.rethinking.weights import (
     padded,
 )
 from graphmoe_kernels.validation import (
-    FLOAT_DTYPES,
-    STRIDED,
-    check_count,
+    check_choice,
     check_device,
     check_dropout,
     check_flag,
     check_floats,
     check_number,
+    check_positive,
+    check_shapes,
     check_top_k,
-    shown,
+    check_type,
 )
 
 CANDIDATE_INPUTS = ("expert_output", "hidden_state")
@@ -72,20 +71,14 @@ def checked_call(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backend
 
 def check_spec(spec: RethinkingSpec, weights: LayerWeights) -> None:
     """`TypeError` or `ValueError` for settings that no layer, or not this one, can run with."""
-    if not isinstance(spec, RethinkingSpec):
-        raise TypeError(f"spec must be a RethinkingSpec, got {type(spec).__name__}")
+    check_type("spec", spec, RethinkingSpec)
     get_activation(spec.activation)
-    check_count("rounds", spec.rounds)
-    if spec.rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {spec.rounds}")
+    check_positive("rounds", spec.rounds)
     if spec.rounds > 1 and weights.gru is None:
         raise ValueError(f"rounds={spec.rounds} needs GRU weights; there are none (rounds=1 needs none)")
     check_number("scale", spec.scale)
     check_flag("normalize", spec.normalize)
-    if not isinstance(spec.candidate_input, str) or spec.candidate_input not in CANDIDATE_INPUTS:
-        raise ValueError(
-            f"unknown candidate_input {shown(spec.candidate_input)}; expected 'expert_output' or 'hidden_state'"
-        )
+    check_choice("candidate_input", spec.candidate_input, CANDIDATE_INPUTS)
     check_candidate_activation(spec.candidate_activation)
     check_top_k(spec.top_k, weights.experts.lora.gate_A.shape[0])
     check_dropout(spec.dropout)
@@ -113,34 +106,36 @@ def check_weights(weights: LayerWeights) -> None:
     Tensor by tensor where all are plain ones, with a `DenseMLP` as their base. What modules hold was checked where they
     were made, and is not again at every call.
     """
-    if not isinstance(weights, LayerWeights):
-        raise TypeError(f"weights must be LayerWeights, got {type(weights).__name__}")
+    check_type("weights", weights, LayerWeights)
     experts, base, gru = weights.experts, weights.base, weights.gru
     if not isinstance(experts, KINDS):
         names = ", ".join(kind.__name__ for kind in KINDS)
         raise TypeError(f"experts must be of a kind ({names}), got {type(experts).__name__}")
-    lora = experts.lora
-    if not isinstance(lora, ExpertWeights):
-        raise TypeError(f"experts.lora must be ExpertWeights, got {type(lora).__name__}")
-    if gru is not None and not isinstance(gru, GRUWeights):
-        raise TypeError(f"gru must be GRUWeights, got {type(gru).__name__}")
+    check_type("experts.lora", experts.lora, ExpertWeights)
+    check_type("gru", gru, GRUWeights, optional=True)
     if not hasattr(base, "project_in"):
         raise TypeError(f"base must be a BaseMLP, such as DenseMLP, got {type(base).__name__}")
     if isinstance(base, DenseMLP):
-        _check_tensors(lora, base, gru)
-    _ROUTER_CHECKS[type(experts)](experts)
+        _check_tensors(experts.lora, base, gru)
+    _check_routers(experts)
 
 
 def _check_tensors(lora: ExpertWeights, base: DenseMLP, gru: GRUWeights | None) -> None:
     n, r, D, F = _sizes(lora)
-    sizes = f"{n} experts of rank {r}, D={D} and F={F} (by gate_A and gate_B)"
+    main = ("gate_A", lora.gate_A)
+
+    def told() -> str:
+        return f"{n} experts of rank {r}, D={D} and F={F} (by gate_A and gate_B)"
+
     wide, narrow = (n, F, r), (n, r, D)
-    shapes: tuple[tuple[int, ...], ...] = (narrow, wide, narrow, wide, (n, r, F), (n, D, r))
-    _check_shapes(lora, shapes, lora.gate_A, sizes)
+    shapes = (narrow, wide, narrow, wide, (n, r, F), (n, D, r))
+    check_shapes("", ExpertWeights._fields[:6], lora.pairs, shapes, told, main)
+    check_type("magnitudes", lora.magnitudes, Magnitudes, optional=True)
     if lora.magnitudes is not None:
-        _check_magnitudes(lora.magnitudes)
-        _check_shapes(lora.magnitudes, ((n, F), (n, F), (n, D)), lora.gate_A, sizes)
-    _check_shapes(base, ((F, D), (F, D), (D, F), (F,), (F,), (D,)), lora.gate_A, sizes)
+        _check_together(lora.magnitudes)
+        check_shapes("magnitudes.", Magnitudes._fields, lora.magnitudes, ((n, F), (n, F), (n, D)), told, main)
+    biases = [None if bias is None else (width,) for bias, width in zip(base[3:], (F, F, D), strict=True)]
+    check_shapes("base.", DenseMLP._fields, base, ((F, D), (F, D), (D, F), *biases), told, main)
     for name, tensor in zip(base._fields, base, strict=True):
         if tensor is not None and tensor.dtype != base.gate.dtype:
             raise TypeError(f"base.{name} is {tensor.dtype}, base.gate {base.gate.dtype}; an MLP has one dtype")
@@ -150,12 +145,10 @@ def _check_tensors(lora: ExpertWeights, base: DenseMLP, gru: GRUWeights | None) 
             found = list(gru.candidate_bias.shape)
             raise ValueError(f"gru.candidate_bias must be [G] with G of at least 1, got {found}")
         gate = (gru.width, gru.width + D)
-        _check_shapes(gru, (gate, gate, gate, (gru.width,), (D, gru.width)), lora.gate_A, sizes)
+        check_shapes("gru.", GRUWeights._fields, gru, (gate, gate, gate, (gru.width,), (D, gru.width)), told, main)
 
 
-def _check_magnitudes(magnitudes: Magnitudes) -> None:
-    if not isinstance(magnitudes, Magnitudes):
-        raise TypeError(f"magnitudes must be Magnitudes or None, got {type(magnitudes).__name__}")
+def _check_together(magnitudes: Magnitudes) -> None:
     missing = [f"magnitudes.{name}" for name, tensor in magnitudes._asdict().items() if tensor is None]
     if missing:
         raise ValueError(
@@ -177,64 +170,30 @@ def _sizes(lora: ExpertWeights) -> tuple[int, int, int, int]:
     return n, r, D, F
 
 
-# The part of a layer that a tensor belongs to, for messages.
-_PREFIXES = {
-    ExpertWeights: "",
-    Magnitudes: "magnitudes.",
-    DenseMLP: "base.",
-    GRUWeights: "gru.",
-    LinearRouters: "linear_routers.",
-}
+def _check_routers(experts: Any) -> None:
+    """Refuse routers that do not fit their experts.
 
-
-def _check_shapes(part: Any, shapes: tuple[tuple[int, ...], ...], main: Tensor, sizes: str) -> None:
-    """Every tensor of a part against its shape; what is None may be."""
-    device = main.device
-    for i, (tensor, shape) in enumerate(zip(part, shapes, strict=False)):
-        if tensor is None and part._fields[i] in part._field_defaults:
-            continue
-        fits = isinstance(tensor, Tensor) and tensor.shape == shape and tensor.device == device
-        if fits and tensor.dtype in FLOAT_DTYPES and tensor.layout is STRIDED:
-            continue
-        name = _PREFIXES[type(part)] + part._fields[i]
-        check_floats(name, tensor)
-        check_device(name, tensor, "gate_A", main)
-        raise ValueError(f"{name} must be {list(shape)} for {sizes}; got {list(tensor.shape)}")
-
-
-# Routers are checked at every call: one with fewer rows than experts would never choose some, one with more what is not
-# there, and a kept fold of one round does not know them.
-
-
-def _check_router(experts: ChosenExperts) -> None:
-    gate_A, router = experts.lora.gate_A, experts.router
+    At every call: one with fewer rows than experts would never choose some, one with more what is not there, and a
+    kept fold of one round does not know them.
+    """
+    gate_A = experts.lora.gate_A
     n, _, D = gate_A.shape
-    if router is None:
+
+    def told() -> str:
+        return f"{n} experts, a row for each"
+
+    if isinstance(experts, MixedExperts):
+        routers, F = experts.linear_routers, experts.lora.gate_B.shape[1]
+        check_type("linear_routers", routers, LinearRouters)
+        shapes = ((n, D), (n, D), (n, F))
+        check_shapes("linear_routers.", LinearRouters._fields, routers, shapes, told, ("gate_A", gate_A))
+    elif isinstance(experts, SingleExpert):
+        if n != 1:
+            raise ValueError(f"{n} experts need a router; without one there can be one expert")
+    elif experts.router is None:
         raise ValueError(f"{n} experts need a router; without one there can be one expert (SingleExpert)")
-    check_floats("router", router)
-    if router.shape != (n, D):
-        raise ValueError(f"router must be [{n}, {D}] for {n} experts, a row for each; got {list(router.shape)}")
-    check_device("router", router, "gate_A", gate_A)
+    else:
+        check_shapes("", ("router",), (experts.router,), ((n, D),), told, ("gate_A", gate_A))
 
 
-def _check_single(experts: SingleExpert) -> None:
-    n = experts.lora.gate_A.shape[0]
-    if n != 1:
-        raise ValueError(f"{n} experts need a router; without one there can be one expert")
-
-
-def _check_linear_routers(experts: MixedExperts) -> None:
-    gate_A, routers = experts.lora.gate_A, experts.linear_routers
-    if not isinstance(routers, LinearRouters):
-        raise TypeError(f"linear_routers must be LinearRouters, got {type(routers).__name__}")
-    n, _, D = gate_A.shape
-    F = experts.lora.gate_B.shape[1]
-    _check_shapes(routers, ((n, D), (n, D), (n, F)), gate_A, f"{n} experts, a row for each")
-
-
-_ROUTER_CHECKS: dict[type, Callable[[Any], None]] = {
-    ChosenExperts: _check_router,
-    SingleExpert: _check_single,
-    MixedExperts: _check_linear_routers,
-}
-KINDS = tuple(_ROUTER_CHECKS)
+KINDS = (ChosenExperts, SingleExpert, MixedExperts)

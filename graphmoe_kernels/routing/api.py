@@ -13,15 +13,16 @@ from graphmoe_kernels.routing.run import run_expert_order, run_routing
 from graphmoe_kernels.routing.triton.launch import MAX_EXPERTS
 from graphmoe_kernels.validation import (
     INTEGER_DTYPES,
+    check_choice,
     check_device,
     check_flag,
     check_floats,
+    check_shapes,
     check_tensor,
     check_top_k,
-    shown,
 )
 
-STATISTICS = ("topk", "full")
+STATISTICS = (None, "topk", "full")
 
 
 def topk_softmax_routing(
@@ -93,15 +94,13 @@ def route_tokens(
     _check_matrix("x", x, "[tokens, hidden]")
     backend = resolve_backend(backend, "x", x)
     _check_matrix("router", router, "[experts, hidden]")
-    num_tokens, num_experts = x.shape[0], router.shape[0]
-    if router.shape[1] != x.shape[1]:
-        raise ValueError(f"router must be [experts, {x.shape[1]}] (the width of x), got shape {tuple(router.shape)}")
-    check_device("router", router, "x", x)
-    if offset is not None:
-        _check_matrix("offset", offset, "[tokens, experts]")
-        if offset.shape != (num_tokens, num_experts):
-            raise ValueError(f"offset must be [{num_tokens}, {num_experts}], got shape {tuple(offset.shape)}")
-        check_device("offset", offset, "x", x)
+    (num_tokens, width), num_experts = x.shape, router.shape[0]
+    shapes = ((num_experts, width), None if offset is None else (num_tokens, num_experts))
+
+    def told() -> str:
+        return f"{num_tokens} tokens of width {width} (x) and {num_experts} experts (router)"
+
+    check_shapes("", ("router", "offset"), (router, offset), shapes, told, ("x", x))
     _check_options(backend, "x", x, num_experts, top_k, normalize, statistics, token_mask)
     with without_autocast(x):
         routing = run_routing(x, router, top_k, offset=offset, normalize=normalize, backend=backend)
@@ -128,7 +127,7 @@ def expert_order(experts: Tensor) -> Tensor:
     if experts.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise TypeError(f"experts must be int64, int32, int16 or uint8, got {experts.dtype}")
     if experts.dim() != 2 or experts.shape[1] == 0:
-        raise ValueError(f"experts must be [tokens, top_k], got shape {tuple(experts.shape)}")
+        raise ValueError(f"experts must be [tokens, top_k], got {list(experts.shape)}")
     resolve_backend("triton", "experts", experts.new_empty(0, dtype=torch.float32))  # asks where, not in which dtype
     return run_expert_order(experts)
 
@@ -144,23 +143,7 @@ def _counted(routing: Routing, statistics: str | None, token_mask: Tensor | None
 def _check_matrix(name: str, tensor: Tensor, shape: str) -> None:
     check_floats(name, tensor)
     if tensor.dim() != 2:
-        raise ValueError(f"{name} must be {shape}, got shape {tuple(tensor.shape)}; flatten the batch first")
-
-
-def _check_statistics(statistics: object) -> None:
-    """`ValueError` for what names no statistics."""
-    if statistics is not None and not (isinstance(statistics, str) and statistics in STATISTICS):
-        raise ValueError(f"unknown statistics {shown(statistics)}; expected None, 'topk' or 'full'")
-
-
-def _check_token_mask(token_mask: Tensor, name: str, main: Tensor) -> None:
-    """`TypeError` or `ValueError` for a mask that does not say of each of ``main``'s tokens whether it counts."""
-    check_tensor("token_mask", token_mask)
-    if token_mask.shape != main.shape[:1]:
-        raise ValueError(f"token_mask must be [{main.shape[0]}], got shape {tuple(token_mask.shape)}")
-    if token_mask.dtype != torch.bool and token_mask.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"token_mask must be bool or integers, zero for padding, got {token_mask.dtype}")
-    check_device("token_mask", token_mask, name, main)
+        raise ValueError(f"{name} must be {shape}, got {list(tensor.shape)}; flatten the batch first")
 
 
 def _check_options(
@@ -179,6 +162,11 @@ def _check_options(
         raise ValueError(
             f"{num_experts} experts: the Triton kernels route up to {MAX_EXPERTS}; use fewer or backend='torch'"
         )
-    _check_statistics(statistics)
+    check_choice("statistics", statistics, STATISTICS)
     if token_mask is not None:
-        _check_token_mask(token_mask, name, main)
+        check_tensor("token_mask", token_mask)
+        if token_mask.shape != main.shape[:1]:
+            raise ValueError(f"token_mask must be [{main.shape[0]}], got {list(token_mask.shape)}")
+        check_device("token_mask", token_mask, name, main)
+        if token_mask.dtype != torch.bool and token_mask.dtype not in INTEGER_DTYPES:
+            raise TypeError(f"token_mask must be bool or integers, zero for padding, got {token_mask.dtype}")

@@ -217,11 +217,11 @@ def test_terms_of_all_rounds_are_the_sum():
     [
         ({"hidden": -4096}, ValueError, "hidden must be at least 1, got -4096"),
         ({"tokens": 0}, ValueError, "tokens must be at least 1, got 0"),
-        ({"rank": 1.5}, TypeError, "rank must be an int, got 1.5"),
+        ({"rank": 1.5}, TypeError, "rank must be an integer, got 1.5"),
         ({"top_k": 9}, ValueError, r"top_k must lie in 1..8 \(the number of experts\), got 9"),
-        ({"routers": "mlp"}, ValueError, "unknown routers 'mlp'; expected one of layer, linear, none"),
+        ({"routers": "mlp"}, ValueError, "unknown routers 'mlp'; expected one of 'layer', 'linear', 'none'"),
         ({"routers": "none"}, ValueError, "8 experts need a router; without one there can be one expert"),
-        ({"dtype": "int8"}, ValueError, "unknown dtype 'int8'; expected one of bf16, fp16, fp32, fp64"),
+        ({"dtype": "int8"}, ValueError, "unknown dtype 'int8'; expected one of 'bf16', 'fp16', 'fp32', 'fp64'"),
     ],
 )
 def test_wrong_sizes_are_named(change, error, message):
@@ -232,9 +232,9 @@ def test_wrong_sizes_are_named(change, error, message):
 
 def test_wrong_forms_counts_and_rounds_are_named():
     """A misspelt form must not cost nothing."""
-    with pytest.raises(ValueError, match="unknown form 'fold'; expected one of dense, peers, literal, folded"):
+    with pytest.raises(ValueError, match="unknown form 'fold'; expected one of 'dense', 'peers', 'literal', 'folded'"):
         multiply_adds("fold", LLAMA_8B)
-    with pytest.raises(ValueError, match="unknown count 'real'; expected 'needed' or 'executed'"):
+    with pytest.raises(ValueError, match="unknown count 'real'; expected one of 'needed', 'executed'"):
         multiply_adds("folded", LLAMA_8B, "real")
     with pytest.raises(ValueError, match=r"round must lie in 1..3, got 4"):
         round_terms("literal", LLAMA_8B, 4)

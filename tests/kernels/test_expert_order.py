@@ -39,7 +39,7 @@ def test_expert_order_of_no_tokens():
     "experts, error, message",
     [
         (torch.zeros(3, 2), TypeError, "experts must be int64, int32, int16 or uint8, got torch.float32"),
-        (torch.zeros(3, dtype=torch.int32), ValueError, r"experts must be \[tokens, top_k\], got shape \(3,\)"),
+        (torch.zeros(3, dtype=torch.int32), ValueError, r"experts must be \[tokens, top_k\], got \[3\]"),
         ([[0, 1]], TypeError, "experts must be a tensor, got list"),
         (torch.zeros(3, 2, dtype=torch.int32, device="meta"), ValueError, "experts is on meta, and backend='triton'"),
     ],

@@ -97,13 +97,13 @@ REFUSALS = [
     ({"state": 0}, TypeError, "state must be a tensor, got int"),
     ({"candidate_bias": None}, TypeError, "candidate_bias must be a tensor, got NoneType"),
     ({"candidate_bias": torch.zeros(0)}, ValueError, r"the GRU's width of at least 1; got \[0\]"),
-    ({"candidate_activation": ["tanh"]}, ValueError, r"candidate_activation \['tanh'\]; expected 'sigmoid'"),
+    ({"candidate_activation": ["tanh"]}, ValueError, r"candidate_activation \['tanh'\]; expected one of 'sigmoid'"),
     ({"candidate_weight": torch.zeros(5, 4)}, ValueError, r"candidate_weight must be \[5, 5\].*\[5, 4\]"),
     ({"candidate_bias": torch.zeros(1, 5)}, ValueError, r"candidate_bias must be \[G\].*got \[1, 5\]"),
     (
         {"candidate_activation": "relu"},
         ValueError,
-        "candidate_activation 'relu'; expected 'sigmoid' or 'tanh'",
+        "candidate_activation 'relu'; expected one of 'sigmoid', 'tanh'",
     ),
     ({"backend": "numpy"}, ValueError, "unknown backend 'numpy'"),
 ]

@@ -18,8 +18,8 @@ def tokens(count: int) -> torch.Tensor:
 REFUSALS = [
     ({"rounds": 0}, {}, "rounds must be at least 1, got 0"),
     ({"rounds": 3}, {"gru": None}, r"rounds=3 needs GRU weights; there are none \(rounds=1 needs none\)"),
-    ({"candidate_input": "y"}, {}, "candidate_input 'y'; expected 'expert_output' or 'hidden_state'"),
-    ({"candidate_activation": "relu"}, {}, "candidate_activation 'relu'; expected 'sigmoid' or 'tanh'"),
+    ({"candidate_input": "y"}, {}, "candidate_input 'y'; expected one of 'expert_output', 'hidden_state'"),
+    ({"candidate_activation": "relu"}, {}, "candidate_activation 'relu'; expected one of 'sigmoid', 'tanh'"),
     ({"activation": "swoosh"}, {}, "unknown activation 'swoosh'; known are"),
     ({"top_k": 6}, {}, r"top_k must lie in 1\.\.5 .*got 6"),
     ({"top_k": 0}, {}, r"top_k must lie in 1\.\.5 .*got 0"),
@@ -49,13 +49,13 @@ CALL_REFUSALS = [
     ({"x": [[0.0] * ODD.hidden]}, TypeError, "x must be a tensor, got list"),
     ({"x": tokens(4).float()}, TypeError, "x is torch.float32, the base MLP's weights torch.float64; cast one"),
     ({"weights": layer(BASE).experts}, TypeError, "weights must be LayerWeights, got ChosenExperts"),
-    ({"spec": {"rounds": 3}}, TypeError, "spec must be a RethinkingSpec, got dict"),
+    ({"spec": {"rounds": 3}}, TypeError, "spec must be RethinkingSpec, got dict"),
     ({"spec": BASE._replace(rounds=2.0)}, TypeError, "rounds must be an integer, got 2.0"),
     ({"spec": BASE._replace(top_k="2")}, TypeError, "top_k must be an integer, got '2'"),
     ({"spec": BASE._replace(scale="1")}, TypeError, "scale must be a number, got '1'"),
     ({"spec": BASE._replace(normalize="no")}, TypeError, "normalize must be True or False, got 'no'"),
     ({"fold": ["auto"]}, ValueError, r"unknown fold \['auto'\]"),
-    ({"cache": {}}, TypeError, "cache must be a FoldCache or None, got dict"),
+    ({"cache": {}}, TypeError, "cache must be FoldCache or None, got dict"),
 ]
 
 
@@ -127,7 +127,7 @@ WEIGHT_REFUSALS = {
     "down transposed": (("base", {"down": lambda t: t.T}), r"base.down must be \[13, 21\]"),
     "no base": (("", {"base": None}), "base must be a BaseMLP, such as DenseMLP, got NoneType"),
     "experts are a tuple": (("", {"experts": (1, 2)}), r"experts must be of a kind \(ChosenExperts, .*got tuple"),
-    "GRU is a tensor": (("", {"gru": torch.zeros(3)}), "gru must be GRUWeights, got Tensor"),
+    "GRU is a tensor": (("", {"gru": torch.zeros(3)}), "gru must be GRUWeights or None, got Tensor"),
     "GRU of width 0": (("gru", {"candidate_bias": lambda t: t[:0]}), r"gru.candidate_bias must be \[G\]"),
     "GRU of another D": (("gru", {"update": lambda t: t[:, :-1]}), r"gru.update must be \[6, 19\] .*got \[6, 18\]"),
     "output transposed": (("gru", {"output": lambda t: t.T}), r"gru.output must be \[13, 6\]"),
