@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from graphmoe_kernels.launching import Launch
+from graphmoe_kernels.launching import SKINNY_TOKENS, Launch
+
+# What operators are compiled for: dtypes, and token counts of both size classes.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SIZES = {"skinny": SKINNY_TOKENS, "wide": 8192}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Make a tensor without memory: what a launch is compiled for is known of it."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 class Variant(NamedTuple):

@@ -7,15 +7,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from graphmoe_kernels.aot.case import Variant
+from graphmoe_kernels.aot.case import DTYPES, SIZES, Variant, empty
 from graphmoe_kernels.experts.operands import FLOATING, Dropout, ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.triton import launch
-from graphmoe_kernels.launching import SKINNY_TOKENS
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SIZES = {"skinny": SKINNY_TOKENS, "wide": 8192}
 WIDTH = 14336
 UNALIGNED_WIDTH = 712  # F that is no multiple of 16, so that rows are not aligned
 EXPERTS = 8
@@ -77,42 +73,43 @@ def variants() -> Iterator[Variant]:
             yield Variant(f"tiles {dtype}, {layer.name}", partial(_experts, 256, DTYPES[dtype], layer), MATRIX)
 
 
-def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
 def _update(tokens: int, width: int, dtype: torch.dtype) -> LowRankUpdate:
     """A later round's: the sum of the states lies beside the last state."""
-    state = _empty(tokens, 2 * GRU_WIDTH, dtype=dtype)[:, GRU_WIDTH:]
-    return LowRankUpdate(state, *(_empty(width, GRU_WIDTH, dtype=dtype) for _ in range(2)))
+    state, fold = empty(tokens, 2 * GRU_WIDTH, dtype=dtype)[:, GRU_WIDTH:], empty(width, GRU_WIDTH, dtype=dtype)
+    return LowRankUpdate(state, fold, fold)
 
 
 def _experts(tokens: int, dtype: torch.dtype, layer: Layer) -> None:
     """A round of a layer, forward and backward."""
     n, r, k, width = layer.experts, layer.rank, layer.slots, layer.width
-    empty = partial(_empty, dtype=dtype)
-    seed = _empty(1, dtype=torch.int64)
+    own = partial(empty, dtype=dtype)
+    wide, low, B, scale, bias = (
+        own(tokens, width),
+        own(tokens, 2 * n * r),
+        own(n, width, r),
+        empty(n, width),
+        own(width),
+    )
     operands = ExpertOperands(
-        GateUp(empty(tokens, width), empty(tokens, width)),
-        empty(tokens, 2 * n * r),
-        GateUp(empty(n, width, r), empty(n, width, r)),
-        empty(n, r, width),
-        _empty(tokens, k, dtype=torch.float32),
-        _empty(tokens, k, dtype=torch.int32),
-        low_update=empty(tokens, 2 * n * r) if layer.later and not layer.dropout else None,
+        GateUp(wide, wide),
+        low,
+        GateUp(B, B),
+        own(n, r, width),
+        empty(tokens, k),
+        empty(tokens, k, dtype=torch.int32),
+        low_update=low if layer.later and not layer.dropout else None,
         update=_update(tokens, width, dtype) if layer.later else None,
-        scales=GateUp(*(_empty(n, width, dtype=torch.float32) for _ in range(2))) if layer.scales else None,
-        biases=GateUp(empty(width), empty(width)) if layer.biases else None,
-        dropout=Dropout(0.1, seed) if layer.dropout else None,
-        token_order=_empty(tokens, dtype=torch.int32) if layer.order else None,
+        scales=GateUp(scale, scale) if layer.scales else None,
+        biases=GateUp(bias, bias) if layer.biases else None,
+        dropout=Dropout(0.1, empty(1, dtype=torch.int64)) if layer.dropout else None,
+        token_order=empty(tokens, dtype=torch.int32) if layer.order else None,
     )
     launch.forward(operands, 2.0, "silu")
-    launch.backward(empty(tokens, width), empty(tokens, n * r), operands, 2.0, "silu", frozenset(FLOATING))
+    launch.backward(wide, own(tokens, n * r), operands, 2.0, "silu", frozenset(FLOATING))
 
 
 def _shared(tokens: int, dtype: torch.dtype, later: bool) -> None:
     """act(g) * u of what all tokens share, forward and backward."""
-    pre_activations = GateUp(_empty(tokens, WIDTH, dtype=dtype), _empty(tokens, WIDTH, dtype=dtype))
-    update = _update(tokens, WIDTH, dtype) if later else None
-    launch.swiglu(pre_activations, update, "silu")
-    launch.swiglu_backward(_empty(tokens, WIDTH, dtype=dtype), pre_activations, update, "silu", frozenset(FLOATING))
+    wide, update = empty(tokens, WIDTH, dtype=dtype), _update(tokens, WIDTH, dtype) if later else None
+    launch.swiglu(GateUp(wide, wide), update, "silu")
+    launch.swiglu_backward(wide, GateUp(wide, wide), update, "silu", frozenset(FLOATING))

@@ -6,16 +6,12 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from graphmoe_kernels.aot.case import Variant
+from graphmoe_kernels.aot.case import DTYPES, SIZES, Variant, empty
 from graphmoe_kernels.gru.triton import launch
-from graphmoe_kernels.launching import SKINNY_TOKENS
 
 HIDDEN = 4096
 WIDTHS = {"folded": 416, "literal": 409}  # a fold's GRU is padded to a multiple of 16, the literal loop's is not
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SIZES = {"skinny": SKINNY_TOKENS, "wide": 8192}
 
 
 def variants() -> Iterator[Variant]:
@@ -37,17 +33,13 @@ def variants() -> Iterator[Variant]:
 
 def _step(tokens: int, width: int, dtype: torch.dtype, folded: bool, activation: str, later: bool, train: bool) -> None:
     """A step, and in training its backward, on tensors cut from those that a layer holds."""
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
+    own = partial(empty, dtype=dtype)
     # Folded: the states lie beside their sum, and W_o's columns for the state in a tensor of their own.
-    pair = empty(tokens, 2 * width)
-    recurrent = empty(tokens, 2 * width) if later else None
-    state, total = (pair[:, :width], pair[:, width:]) if later else (None, None)
-    weight = empty(width, width) if folded else empty(width, width + HIDDEN)[:, :width]
-    inputs, bias = empty(tokens, 3 * width), empty(width, dtype=torch.float32)
+    state, total = own(tokens, 2 * width).split(width, dim=1) if later else (None, None)
+    recurrent = own(tokens, 2 * width) if later else None
+    weight = own(width, width) if folded else own(width, width + HIDDEN)[:, :width]
+    inputs, bias = own(tokens, 3 * width), empty(width)
     _, candidate = launch.step(inputs, recurrent, state, total, weight, bias, activation, train)
     if train:
-        gradient = empty(tokens, 2 * width)
+        gradient = own(tokens, 2 * width)
         launch.step_backward(gradient, inputs, recurrent, state, candidate, weight, bias, activation, later, True)

@@ -6,16 +6,13 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from graphmoe_kernels.aot.case import Variant
+from graphmoe_kernels.aot.case import DTYPES, SIZES, Variant, empty
 from graphmoe_kernels.launching import SKINNY_TOKENS
 from graphmoe_kernels.routing.triton import launch
 
 HIDDEN = 4096
 GRU_WIDTH = 416  # what a folded round's router reads: a half of the states and their sum, side by side
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SIZES = {"skinny": SKINNY_TOKENS, "wide": 8192}
 # Experts, and experts per token: one, a prime, the most, and two that fill a block.
 LIMITS = ((1, 1), (37, 3), (64, 6), (128, 8), (launch.MAX_EXPERTS, 8), (launch.MAX_EXPERTS, launch.MAX_EXPERTS))
 
@@ -34,30 +31,26 @@ def variants() -> Iterator[Variant]:
             yield _backward(size, tokens, n, k, normalize=n == 8)
         yield _backward(size, tokens, 8, 2, normalize=True, logits=False)
         for k in (1, 2, 8):
-            ids = _empty(tokens, k, dtype=torch.int32)
+            ids = empty(tokens, k, dtype=torch.int32)
             yield Variant(f"{size} k={k}", partial(launch.token_order, ids))
-    odd = _empty(SKINNY_TOKENS, 37, dtype=torch.bfloat16), _empty(8, 37)
+    odd = empty(SKINNY_TOKENS, 37, dtype=torch.bfloat16), empty(8, 37)
     yield Variant("skinny bf16, rows that are not aligned", partial(launch.route, *odd, None, 2, True))
-
-
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 def _forward(size: str, tokens: int, dtype: str, router: str, later: bool, n: int = 8, k: int = 2) -> Variant:
     width = GRU_WIDTH if later else HIDDEN
-    x = _empty(tokens, 2 * width if later else width, dtype=DTYPES[dtype])[:, :width]
-    offset = _empty(tokens, n) if later else None
+    x = empty(tokens, 2 * width if later else width, dtype=DTYPES[dtype])[:, :width]
+    offset = empty(tokens, n) if later else None
     name = f"{size} x={dtype} router={router} {'later round' if later else 'first round'} n={n} k={k}"
-    return Variant(name, partial(launch.route, x, _empty(n, width, dtype=DTYPES[router]), offset, k, True))
+    return Variant(name, partial(launch.route, x, empty(n, width, dtype=DTYPES[router]), offset, k, True))
 
 
 def _given_logits(size: str, tokens: int, n: int, k: int) -> Variant:
-    return Variant(f"{size} n={n} k={k}", partial(launch.topk_softmax, _empty(tokens, n), k, True))
+    return Variant(f"{size} n={n} k={k}", partial(launch.topk_softmax, empty(tokens, n), k, True))
 
 
 def _backward(size: str, tokens: int, n: int, k: int, normalize: bool, logits: bool = True) -> Variant:
-    d_logits = _empty(tokens, n) if logits else None
-    ids = _empty(tokens, k, dtype=torch.int32)
-    call = partial(launch.backward, _empty(tokens, k), d_logits, _empty(tokens, n), ids, normalize)
+    d_logits = empty(tokens, n) if logits else None
+    ids = empty(tokens, k, dtype=torch.int32)
+    call = partial(launch.backward, empty(tokens, k), d_logits, empty(tokens, n), ids, normalize)
     return Variant(f"{size} n={n} k={k} normalize={normalize} logits' own gradient={logits}", call)
