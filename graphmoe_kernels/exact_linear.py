@@ -12,6 +12,7 @@ and fp16 numbers two.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -72,20 +73,14 @@ class _ExactLinear(torch.autograd.Function):
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """The sum of the products of parts, the smallest first."""
-    parts, weights = _split(x), _split(weight)
-    n = weight.shape[0]
+    weights, n = _split(weight), weight.shape[0]
     stacked = torch.cat(weights)  # [3n, K]
-    by_size: list[list[Tensor]] = [[], [], []]  # products by how many times 2^-8 they are smaller
-    for i, part in enumerate(parts):
+    products = []  # each with how many times 2^-8 it is smaller
+    for i, part in enumerate(_split(x)):
         several = F.linear(part, stacked[: (3 - i) * n])  # [N, up to 3n]
-        for j, product in enumerate(several.split(n, dim=1)):
-            by_size[i + j].append(product)
-    total = None
-    for products in reversed(by_size):
-        for product in products:
-            total = product if total is None else total + product
-    assert total is not None
-    return total
+        products += [(i + j, product) for j, product in enumerate(several.split(n, dim=1))]
+    smallest_first = sorted(products, key=lambda product: -product[0])
+    return functools.reduce(torch.add, (product for _, product in smallest_first))
 
 
 def _split(x: Tensor) -> list[Tensor]:

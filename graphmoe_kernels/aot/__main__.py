@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,9 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = report.console()
     out.print(report.table(readings))
     if a.json is not None:
-        report.write_json(readings, a.json)
-    for line in report.fault_lines(readings):
-        out.print(line, style="red", markup=False, highlight=False)
+        a.json.write_text(json.dumps([reading._asdict() for reading in readings], indent=1) + "\n")
+    for reading in readings:
+        for fault in reading.faults:
+            out.print(f"{reading.name} for {reading.target}: {fault}", style="red", markup=False, highlight=False)
     faulty = sum(bool(reading.faults) for reading in readings)
     out.print(f"{len(readings)} cases, {faulty} with faults")
     return 1 if faulty else 0

@@ -1,10 +1,8 @@
-"""Readings as a table and as JSON."""
+"""Readings as a table."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -53,13 +51,3 @@ def _cells(reading: Reading) -> list[str]:
         "–" if reading.blocks_per_sm is None else str(reading.blocks_per_sm),
         f"{reading.seconds:.1f}",
     ]
-
-
-def fault_lines(readings: Sequence[Reading]) -> list[str]:
-    """One line for each fault."""
-    return [f"{reading.name} for {reading.target}: {fault}" for reading in readings for fault in reading.faults]
-
-
-def write_json(readings: Sequence[Reading], path: Path) -> None:
-    """The readings as a list of objects."""
-    path.write_text(json.dumps([reading._asdict() for reading in readings], indent=1) + "\n")

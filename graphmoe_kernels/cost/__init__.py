@@ -19,33 +19,18 @@ Two counts of each:
 ``python -m graphmoe_kernels.cost --hidden 4096 --intermediate 14336`` prints it all.
 """
 
-from graphmoe_kernels.cost.counter import count_flops, count_layer
-from graphmoe_kernels.cost.model import (
-    Traffic,
-    fold_build,
-    fold_bytes,
-    further_round,
-    layer_terms,
-    multiply_adds,
-    traffic,
-)
-from graphmoe_kernels.cost.sizes import DTYPES, Sizes
-from graphmoe_kernels.cost.terms import COUNTS, FORMS, Term, round_terms
-
-__all__ = [
-    "COUNTS",
-    "DTYPES",
-    "FORMS",
-    "Sizes",
-    "Term",
-    "Traffic",
-    "count_flops",
-    "count_layer",
-    "fold_build",
-    "fold_bytes",
-    "further_round",
-    "layer_terms",
-    "multiply_adds",
-    "round_terms",
-    "traffic",
-]
+from graphmoe_kernels.cost.counter import count_flops as count_flops
+from graphmoe_kernels.cost.counter import count_layer as count_layer
+from graphmoe_kernels.cost.model import Traffic as Traffic
+from graphmoe_kernels.cost.model import fold_build as fold_build
+from graphmoe_kernels.cost.model import fold_bytes as fold_bytes
+from graphmoe_kernels.cost.model import further_round as further_round
+from graphmoe_kernels.cost.model import layer_terms as layer_terms
+from graphmoe_kernels.cost.model import multiply_adds as multiply_adds
+from graphmoe_kernels.cost.model import traffic as traffic
+from graphmoe_kernels.cost.sizes import DTYPES as DTYPES
+from graphmoe_kernels.cost.sizes import Sizes as Sizes
+from graphmoe_kernels.cost.terms import COUNTS as COUNTS
+from graphmoe_kernels.cost.terms import FORMS as FORMS
+from graphmoe_kernels.cost.terms import Term as Term
+from graphmoe_kernels.cost.terms import round_terms as round_terms
