@@ -36,7 +36,10 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def randomise(model: nn.Module) -> None:
     """Every trainable parameter away from its first value, the routers further than the rest."""
     for name, parameter in trained_parameters(model).items():
-        parameter.mul_(torch.rand_like(parameter) + 0.5)
+        if parameter.any():
+            parameter.mul_(torch.rand_like(parameter) + 0.5)
+        else:  # the GRU's bias, and B of an adapter that starts as the base model
+            parameter.normal_(std=0.1)
         if name.endswith("router.weight"):
             parameter.mul_(20)
 

@@ -1,15 +1,18 @@
 """An activation that a user registers, with Triton forms of its own, in a layer of this package."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from graphmoe_kernels import ACTIVATIONS, register_activation
+from graphmoe_kernels import ACTIVATIONS, GateUp, register_activation, swiglu
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
 from tests.kernels.triton_marks import MARKS
@@ -61,6 +64,28 @@ def test_layer_runs_it_on_either_backend(bent):
     for name in exact:
         assert relative_error(found["torch", torch.float32][name], exact[name]) <= 1e-5, name
         assert relative_error(found["triton", torch.float32][name], exact[name]) <= 1e-5, name
+
+
+def test_the_documented_example_runs_on_triton(tmp_path, monkeypatch):
+    """docs/extending.md: its file, imported as it stands there, computes on Triton what it computes on PyTorch."""
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    (code,) = (
+        code for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if "@triton" in code
+    )
+    (tmp_path / "wave.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wave", raising=False)
+    importlib.import_module("wave")
+    try:
+        found = []
+        for backend in ("torch", "triton"):
+            gate = torch.linspace(-4, 4, 40, device=DEVICE)[None].requires_grad_()
+            hidden = swiglu(GateUp(gate, torch.ones_like(gate)), activation="wave", backend=backend)
+            found.append((hidden, *torch.autograd.grad(hidden.sum(), gate)))
+        for theirs, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    finally:
+        del ACTIVATIONS["wave"]
 
 
 COMPILE = """

@@ -102,6 +102,7 @@ def test_saved_adapters_load_by_the_documented_names(form, tmp_path):
     loaded = saved_and_loaded(model, tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {name: tuple(t.shape) for name, t in saved.items()} == expected_tensors(form)
+    assert all(t.any() for t in saved.values()), "zeros that are lost and made again are not missed"
     assert torch.equal(logits(loaded), logits(model))
     assert not torch.allclose(logits(loaded), fresh), "what was saved is not what a new adapter starts from"
     assert loaded.peft_config["default"].title == config(form).title
