@@ -11,33 +11,27 @@ from graphmoe_kernels.experts import Dropout, ExpertOperands, GateUp, LowRankUpd
 from graphmoe_kernels.gru import CANDIDATE_ACTIVATIONS, gru_step
 from graphmoe_kernels.mixed_linear import LinearExperts, PreparedLinear, mix_linear, prepare_linear
 from graphmoe_kernels.ranges import RANGE_PREFIX, named_range, recorded_ranges
-from graphmoe_kernels.rethinking import (
-    CANDIDATE_INPUTS,
-    FOLD_MODES,
+from graphmoe_kernels.rethinking import rethink
+from graphmoe_kernels.rethinking.cache import FoldCache, fold_sources
+from graphmoe_kernels.rethinking.checks import CANDIDATE_INPUTS
+from graphmoe_kernels.rethinking.chosen import ChosenExperts, SingleExpert
+from graphmoe_kernels.rethinking.folded import rethink_folded
+from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, build_fold
+from graphmoe_kernels.rethinking.kinds import ExpertKind, LayerWeights
+from graphmoe_kernels.rethinking.literal import rethink_literal
+from graphmoe_kernels.rethinking.mixed import MixedExperts
+from graphmoe_kernels.rethinking.policy import FOLD_MODES, fold_break_even
+from graphmoe_kernels.rethinking.reference import rethink_reference
+from graphmoe_kernels.rethinking.weights import (
     BaseMLP,
-    ChosenExperts,
     DenseMLP,
-    ExpertKind,
     ExpertWeights,
-    Fold,
-    FoldCache,
-    FoldSettings,
     GRUWeights,
-    LayerWeights,
     LinearRouters,
     Magnitudes,
-    MixedExperts,
     RethinkingOutput,
     RethinkingSpec,
     RouterSettings,
-    SingleExpert,
-    build_fold,
-    fold_break_even,
-    fold_sources,
-    rethink,
-    rethink_folded,
-    rethink_literal,
-    rethink_reference,
 )
 from graphmoe_kernels.routing import Routing, expert_order, route_tokens, topk_softmax_routing
 from graphmoe_kernels.validation import FLOAT_DTYPES, shown

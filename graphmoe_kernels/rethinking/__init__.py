@@ -8,27 +8,13 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.rethinking.cache import FoldCache, exporting, fold_sources
-from graphmoe_kernels.rethinking.checks import CANDIDATE_INPUTS, checked_call
-from graphmoe_kernels.rethinking.chosen import ChosenExperts, SingleExpert
-from graphmoe_kernels.rethinking.folded import folded_rounds, rethink_folded
-from graphmoe_kernels.rethinking.folding import Fold, FoldSettings, build_fold
-from graphmoe_kernels.rethinking.kinds import ExpertKind, LayerWeights
-from graphmoe_kernels.rethinking.literal import literal_rounds, rethink_literal
-from graphmoe_kernels.rethinking.mixed import MixedExperts
+from graphmoe_kernels.rethinking.checks import checked_call
+from graphmoe_kernels.rethinking.folded import folded_rounds
+from graphmoe_kernels.rethinking.folding import FoldSettings
+from graphmoe_kernels.rethinking.kinds import LayerWeights
+from graphmoe_kernels.rethinking.literal import literal_rounds
 from graphmoe_kernels.rethinking.policy import FOLD_MODES, fold_break_even
-from graphmoe_kernels.rethinking.reference import rethink_reference
-from graphmoe_kernels.rethinking.weights import (
-    BaseMLP,
-    DenseMLP,
-    ExpertWeights,
-    GRUWeights,
-    LinearRouters,
-    Magnitudes,
-    RethinkingOutput,
-    RethinkingSpec,
-    RouterSettings,
-    padded,
-)
+from graphmoe_kernels.rethinking.weights import RethinkingOutput, RethinkingSpec, padded
 from graphmoe_kernels.validation import check_choice, check_type
 
 
@@ -107,32 +93,3 @@ def _break_even(weights: LayerWeights, spec: RethinkingSpec) -> float:
     lora = weights.experts.lora
     hidden, intermediate, dora = lora.gate_A.shape[2], lora.gate_B.shape[1], lora.magnitudes is not None
     return fold_break_even(hidden, intermediate, padded(weights.gru.width), spec.rounds, dora)
-
-
-__all__ = [
-    "CANDIDATE_INPUTS",
-    "FOLD_MODES",
-    "BaseMLP",
-    "ChosenExperts",
-    "DenseMLP",
-    "ExpertKind",
-    "ExpertWeights",
-    "Fold",
-    "FoldCache",
-    "FoldSettings",
-    "GRUWeights",
-    "LayerWeights",
-    "LinearRouters",
-    "Magnitudes",
-    "MixedExperts",
-    "RethinkingOutput",
-    "RethinkingSpec",
-    "RouterSettings",
-    "SingleExpert",
-    "build_fold",
-    "fold_break_even",
-    "rethink",
-    "rethink_folded",
-    "rethink_literal",
-    "rethink_reference",
-]

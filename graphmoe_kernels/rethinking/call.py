@@ -17,7 +17,6 @@ from graphmoe_kernels.registration import unseen
 from graphmoe_kernels.rethinking.weights import RethinkingSpec
 from graphmoe_kernels.routing import Routing
 from graphmoe_kernels.routing.run import run_routing
-from graphmoe_kernels.routing.triton.launch import MAX_EXPERTS
 from graphmoe_kernels.structures import cast
 
 _AS_IT_IS: AbstractContextManager[None] = nullcontext()  # one for all: it holds no state
@@ -111,14 +110,3 @@ def make_call(x: Tensor, spec: RethinkingSpec, backend: str) -> Call:
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     return Call(spec, resolve_backend(backend, "x", x), autocast, not autocast and unseen(x))
-
-
-# What the Triton kernels do not take, asked before a call begins.
-
-
-def check_routed(num_experts: int) -> None:
-    """`ValueError` for more experts than a router's kernels choose from."""
-    if num_experts > MAX_EXPERTS:
-        raise ValueError(
-            f"{num_experts} experts: the Triton kernels route up to {MAX_EXPERTS}; use fewer or backend='torch'"
-        )

@@ -17,11 +17,12 @@ from graphmoe_kernels.experts.triton import launch_stream
 from graphmoe_kernels.experts.triton.sizes import Sizes, check_sizes
 from graphmoe_kernels.launching import SKINNY_TOKENS
 from graphmoe_kernels.ranges import named_range
-from graphmoe_kernels.rethinking.call import Call, check_routed
+from graphmoe_kernels.rethinking.call import Call
 from graphmoe_kernels.rethinking.down import PlainDown, RoundOutput, ScaledDown
 from graphmoe_kernels.rethinking.kinds import CastExperts, RoundInputs
 from graphmoe_kernels.rethinking.lora import cast_down, dora_scales, input_biases, join_low_A, router_product, without
 from graphmoe_kernels.rethinking.weights import BaseMLP, ExpertWeights
+from graphmoe_kernels.routing.api import check_routed
 from graphmoe_kernels.routing.run import run_expert_order
 from graphmoe_kernels.structures import cast
 

@@ -19,11 +19,12 @@ from graphmoe_kernels.experts.operands import GateUp, LowRankUpdate
 from graphmoe_kernels.experts.triton.sizes import check_offsets
 from graphmoe_kernels.mixing import mixed_change, mixing_weights, side_by_side, weighted
 from graphmoe_kernels.ranges import named_range
-from graphmoe_kernels.rethinking.call import Call, check_routed
+from graphmoe_kernels.rethinking.call import Call
 from graphmoe_kernels.rethinking.down import PlainDown, RoundOutput, ScaledDown
 from graphmoe_kernels.rethinking.kinds import CastExperts, RoundInputs
 from graphmoe_kernels.rethinking.lora import cast_down, dora_scales, input_biases, join_low_A, router_product, without
 from graphmoe_kernels.rethinking.weights import BaseMLP, ExpertWeights, LinearRouters
+from graphmoe_kernels.routing.api import check_routed
 from graphmoe_kernels.structures import cast
 
 

@@ -132,6 +132,14 @@ def expert_order(experts: Tensor) -> Tensor:
     return run_expert_order(experts)
 
 
+def check_routed(num_experts: int) -> None:
+    """`ValueError` for more experts than the Triton kernels choose from."""
+    if num_experts > MAX_EXPERTS:
+        raise ValueError(
+            f"{num_experts} experts: the Triton kernels route up to {MAX_EXPERTS}; use fewer or backend='torch'"
+        )
+
+
 def _counted(routing: Routing, statistics: str | None, token_mask: Tensor | None) -> Routing:
     """The routing with its statistics, if any are asked for."""
     if statistics is None:
@@ -158,10 +166,8 @@ def _check_options(
 ) -> None:
     check_top_k(top_k, num_experts)
     check_flag("normalize", normalize)
-    if backend == "triton" and num_experts > MAX_EXPERTS:
-        raise ValueError(
-            f"{num_experts} experts: the Triton kernels route up to {MAX_EXPERTS}; use fewer or backend='torch'"
-        )
+    if backend == "triton":
+        check_routed(num_experts)
     check_choice("statistics", statistics, STATISTICS)
     if token_mask is not None:
         check_tensor("token_mask", token_mask)

@@ -7,9 +7,17 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from graphmoe_kernels import ACTIVATIONS, GateUp, get_activation, register_activation, rethink_folded, swiglu
+from graphmoe_kernels import (
+    ACTIVATIONS,
+    GateUp,
+    RethinkingSpec,
+    get_activation,
+    register_activation,
+    rethink_folded,
+    rethink_reference,
+    swiglu,
+)
 from graphmoe_kernels.activations import ALIASES, triton_form
-from graphmoe_kernels.rethinking import RethinkingSpec, rethink_reference
 from tests.kernels.cases import assert_equal_to, gradients, layer
 from tests.kernels.triton_marks import DEVICE, MARKS
 

@@ -9,6 +9,7 @@ import torch
 from graphmoe_kernels import (
     Fold,
     FoldCache,
+    FoldSettings,
     RethinkingSpec,
     build_fold,
     fold_break_even,
@@ -16,7 +17,7 @@ from graphmoe_kernels import (
     rethink_literal,
     rethink_reference,
 )
-from graphmoe_kernels.rethinking import FoldSettings, folding
+from graphmoe_kernels.rethinking import folding
 from graphmoe_kernels.rethinking import literal as literal_loop
 from graphmoe_kernels.structures import tensors_in
 from graphmoe_kernels.testing import cast_layer, relative_error, trainable
