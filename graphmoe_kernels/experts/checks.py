@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graphmoe_kernels.experts.operands import Dropout, ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.validation import (
+    Shape,
     check_device,
     check_dropout,
     check_floats,
@@ -38,34 +39,28 @@ def check_operands(operands: ExpertOperands) -> None:
             f"got {list(gate.shape)}, {list(down_A.shape)} and {list(ids.shape)}"
         )
     (N, F), (n, r, _), k = gate.shape, down_A.shape, ids.shape[1]
-    shapes = {
-        **{"low": (N, 2 * n * r), "down_A": (n, r, F), "routing_weights": (N, k)},
-        **{"low_update": None if operands.low_update is None else (N, 2 * n * r)},
-    }
-    groups = {
-        "B": (operands.B, (n, F, r)),
-        "scales": (operands.scales, (n, F)),
-        "biases": (operands.biases, (F,)),
+    main, low = (_MAIN, gate), (N, 2 * n * r)
+    shapes: dict[str, Shape] = {
+        **{"low": low, "low_update": low, "B": (n, F, r), "down_A": (n, r, F)},
+        **{"routing_weights": (N, k), "scales": (n, F), "biases": (F,)},
     }
 
     def told() -> str:
         return f"{N} tokens, F={F}, {n} experts of rank {r} (by down_A) and k={k}"
 
     _check_shared(operands.pre_activations, operands.update, told)
-    own = [getattr(operands, name) for name in shapes]
-    check_shapes("", tuple(shapes), own, tuple(shapes.values()), told, (_MAIN, gate))
-    check_shapes("", ("expert_ids",), (ids,), ((N, k),), told, (_MAIN, gate), integers=True)
-    for name, (pair, shape) in groups.items():
-        if pair is not None:
-            check_shapes(f"{name}.", GateUp._fields, pair, (shape, shape), told, (_MAIN, gate))
+    check_shapes("", ("expert_ids",), (ids,), ((N, k),), told, main, integers=True)
+    for name, shape in shapes.items():
+        value = getattr(operands, name)
+        if isinstance(value, GateUp):
+            check_shapes(f"{name}.", GateUp._fields, value, (shape, shape), told, main)
+        elif value is not None or name not in ExpertOperands._field_defaults:
+            check_shapes("", (name,), (value,), (shape,), told, main)
     if not 1 <= k <= n:
         raise ValueError(f"each token needs 1..{n} experts (there are {n}), got k={k}")
-    if operands.biases is not None:
-        for field, bias in zip(GateUp._fields, operands.biases, strict=True):
-            if bias.requires_grad and torch.is_grad_enabled():
-                raise ValueError(
-                    f"biases.{field} is a constant of this operator and gets no gradient; pass it detached"
-                )
+    for field, bias in zip(GateUp._fields, operands.biases or (), strict=False):
+        if bias.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"biases.{field} is a constant of this operator and gets no gradient; pass it detached")
     if operands.dropout is not None:
         _check_dropout(operands.dropout, gate)
     if operands.token_order is not None:
