@@ -91,7 +91,8 @@ def check_input(x: Tensor, weights: LayerWeights) -> None:
     check_floats("x", x)
     if x.dim() != 2 or x.shape[1] != hidden:
         raise ValueError(f"x must be [tokens, {hidden}], got {list(x.shape)}; flatten a batch first")
-    check_device("x", x, "the experts", gate_A)
+    if x.device != gate_A.device:
+        check_device("x", x, "the experts", gate_A)
     if isinstance(base, DenseMLP) and x.dtype != base.gate.dtype:
         cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, base.gate.dtype)
         if not cast:
@@ -178,22 +179,23 @@ def _check_routers(experts: Any) -> None:
     """
     gate_A = experts.lora.gate_A
     n, _, D = gate_A.shape
-
-    def told() -> str:
-        return f"{n} experts, a row for each"
-
     if isinstance(experts, MixedExperts):
         routers, F = experts.linear_routers, experts.lora.gate_B.shape[1]
         check_type("linear_routers", routers, LinearRouters)
-        shapes = ((n, D), (n, D), (n, F))
-        check_shapes("linear_routers.", LinearRouters._fields, routers, shapes, told, ("gate_A", gate_A))
+        prefix, fields, shapes = "linear_routers.", LinearRouters._fields, ((n, D), (n, D), (n, F))
+        check_shapes(prefix, fields, routers, shapes, lambda: f"{n} experts, a row for each", ("gate_A", gate_A))
     elif isinstance(experts, SingleExpert):
         if n != 1:
             raise ValueError(f"{n} experts need a router; without one there can be one expert")
     elif experts.router is None:
         raise ValueError(f"{n} experts need a router; without one there can be one expert (SingleExpert)")
     else:
-        check_shapes("", ("router",), (experts.router,), ((n, D),), told, ("gate_A", gate_A))
+        router = experts.router
+        check_floats("router", router)
+        if router.shape != (n, D):
+            raise ValueError(f"router must be [{n}, {D}] for {n} experts, a row for each; got {list(router.shape)}")
+        if router.device != gate_A.device:
+            check_device("router", router, "gate_A", gate_A)
 
 
 KINDS = (ChosenExperts, SingleExpert, MixedExperts)
