@@ -1,21 +1,9 @@
-"""Top-k softmax routing and its statistics, in plain PyTorch.
-
-Routing here is the oracle and the CPU path at once: a softmax over a few experts is a handful of small, fast calls. The
-statistics are those of every backend.
-"""
+"""Top-k softmax routing, in plain PyTorch: the oracle; and its statistics, which are those of every backend."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from graphmoe_kernels.exact_linear import exact_linear
-
-
-def project(x: Tensor, router: Tensor, offset: Tensor | None) -> Tensor:
-    """Return offset + x router^T, [N, n], in fp32 (fp64 for fp64 ``x``) whatever the precision of fp32 products is."""
-    logits = exact_linear(x, router)
-    return logits if offset is None else logits + offset.to(logits.dtype)
 
 
 def topk_softmax(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
