@@ -13,7 +13,7 @@ from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts.dropout import dropout_mask
 from graphmoe_kernels.experts.ids import read_ids
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp
-from graphmoe_kernels.experts.pytorch_blocks import compute_dtype
+from graphmoe_kernels.experts.pytorch_blocks import cast, compute_dtype, updated
 
 # Up to so many pairs, and bytes of all pairs' matrices of one projection, gathering is the quicker way. Measured on one
 # core, r = 16: twice as quick or more up to a third of these bytes, level at all of them; with F = 128 more than that
@@ -36,20 +36,17 @@ def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Te
     out, dtype = operands.low.dtype, compute_dtype(operands.low.dtype)
     ids = read_ids(operands.expert_ids, operands.down_A.shape[0])
     low = operands.low if operands.low_update is None else operands.low + operands.low_update
-    gate, up = operands.pre_activations
-    if operands.update is not None:
-        state, for_gate, for_up = operands.update
-        gate, up = torch.addmm(gate, state, for_gate.t()), torch.addmm(up, state, for_up.t())
+    gate, up = updated(operands.pre_activations, operands.update)
     mask = None
     if operands.dropout is not None:
         rate, seed = operands.dropout
         mask = dropout_mask(seed.to(gate.device), rate, 0, operands.expert_ids, gate.shape[1]).to(dtype)  # [N, k, F]
-    low, base = _cast(low, dtype), GateUp(_cast(gate, dtype), _cast(up, dtype))
+    low, base = cast(low, dtype), GateUp(cast(gate, dtype), cast(up, dtype))
     if len(ids) == 1:
         hidden, low_down = _one_token(operands, ids[0], base, low, mask, scale, activation)
     else:
         hidden, low_down = _gathered(operands, base, low, mask, scale, activation)
-    return _cast(hidden, out), _cast(low_down, out)
+    return cast(hidden, out), cast(low_down, out)
 
 
 def _one_token(
@@ -67,8 +64,8 @@ def _one_token(
     gate_B, up_B, down_A = operands.B.gate.mT, operands.B.up.mT, operands.down_A.mT
     low_down, hidden = low.new_zeros(n, 1, rank), None
     for slot, (e, weight) in enumerate(zip(ids, operands.routing_weights.tolist()[0], strict=True)):
-        g = torch.addmm(base.gate, low[e], _cast(gate_B[e], dtype), alpha=scale)  # [1, F]
-        u = torch.addmm(base.up, low[n + e], _cast(up_B[e], dtype), alpha=scale)
+        g = torch.addmm(base.gate, low[e], cast(gate_B[e], dtype), alpha=scale)  # [1, F]
+        u = torch.addmm(base.up, low[n + e], cast(up_B[e], dtype), alpha=scale)
         if operands.scales is not None:
             g.mul_(operands.scales.gate[e])
             u.mul_(operands.scales.up[e])
@@ -76,7 +73,7 @@ def _one_token(
             g.add_(operands.biases.gate)
             u.add_(operands.biases.up)
         own = act(g).mul_(u)
-        low_down[e].addmm_(own if mask is None else own * mask[:, slot], _cast(down_A[e], dtype), alpha=weight)
+        low_down[e].addmm_(own if mask is None else own * mask[:, slot], cast(down_A[e], dtype), alpha=weight)
         hidden = own.mul_(weight) if hidden is None else hidden.add_(own, alpha=weight)
     assert hidden is not None
     return hidden, low_down.view(1, n * rank)
@@ -85,7 +82,7 @@ def _one_token(
 def _gathered(
     operands: ExpertOperands, base: GateUp, low: Tensor, mask: Tensor | None, scale: float, activation: str
 ) -> tuple[Tensor, Tensor]:
-    ids = _cast(operands.expert_ids, torch.int64)
+    ids = cast(operands.expert_ids, torch.int64)
     (tokens, slots), (n, rank, _) = ids.shape, operands.down_A.shape
     entries = ids[:, :, None].expand(2, tokens, slots, rank)
     low = low.reshape(tokens, 2, n, rank).transpose(0, 1).gather(2, entries)  # [2, N, k, r]
@@ -110,10 +107,5 @@ def _product(x: Tensor, matrices: Tensor, ids: Tensor) -> Tensor:
 
     The copied matrices are let go before the next ones are made, which then lie in the same memory.
     """
-    own = _cast(matrices.mT.index_select(0, ids.reshape(-1)), x.dtype).mT  # [p, K, M]
+    own = cast(matrices.mT.index_select(0, ids.reshape(-1)), x.dtype).mT  # [p, K, M]
     return torch.bmm(x.reshape(own.shape[0], 1, own.shape[1]), own).view(*ids.shape, own.shape[2])
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in ``dtype``; asked first, as a ``to`` that does nothing takes ten times as long."""
-    return x if x.dtype is dtype else x.to(dtype)

@@ -7,7 +7,6 @@ from graphmoe_kernels import gru_step
 from graphmoe_kernels.testing import relative_error, within_budget
 from tests.kernels.gru_operands import WIDTH, arguments, by_definition
 
-
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
 
 
