@@ -58,11 +58,12 @@ def _one_token(
     scale: float,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
+    """Take the experts of the one token in turn; ``base`` and ``low`` with a later round's updates in them."""
     act, dtype = get_activation(activation).function, low.dtype
-    n, rank, _ = operands.down_A.shape
+    n, rank, width = operands.down_A.shape
     low = low.reshape(2 * n, 1, rank)
     gate_B, up_B, down_A = operands.B.gate.mT, operands.B.up.mT, operands.down_A.mT
-    low_down, hidden = low.new_zeros(n, 1, rank), None
+    hidden, low_down = low.new_zeros(1, width), low.new_zeros(n, 1, rank)
     for slot, (e, weight) in enumerate(zip(ids, operands.routing_weights.tolist()[0], strict=True)):
         g = torch.addmm(base.gate, low[e], cast(gate_B[e], dtype), alpha=scale)  # [1, F]
         u = torch.addmm(base.up, low[n + e], cast(up_B[e], dtype), alpha=scale)
@@ -74,14 +75,14 @@ def _one_token(
             u.add_(operands.biases.up)
         own = act(g).mul_(u)
         low_down[e].addmm_(own if mask is None else own * mask[:, slot], cast(down_A[e], dtype), alpha=weight)
-        hidden = own.mul_(weight) if hidden is None else hidden.add_(own, alpha=weight)
-    assert hidden is not None
+        hidden.add_(own, alpha=weight)
     return hidden, low_down.view(1, n * rank)
 
 
 def _gathered(
     operands: ExpertOperands, base: GateUp, low: Tensor, mask: Tensor | None, scale: float, activation: str
 ) -> tuple[Tensor, Tensor]:
+    """Take all pairs at once, a projection at a time; arguments as in `_one_token`."""
     ids = cast(operands.expert_ids, torch.int64)
     (tokens, slots), (n, rank, _) = ids.shape, operands.down_A.shape
     entries = ids[:, :, None].expand(2, tokens, slots, rank)
