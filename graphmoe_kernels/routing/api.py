@@ -7,8 +7,9 @@ from torch import Tensor
 
 from graphmoe_kernels.backend import resolve_backend, without_autocast
 from graphmoe_kernels.routing import reference
+from graphmoe_kernels.routing.op import topk_softmax_op
 from graphmoe_kernels.routing.operands import Routing
-from graphmoe_kernels.routing.run import TOPK_SOFTMAX, run_expert_order, run_routing
+from graphmoe_kernels.routing.run import run_expert_order, run_routing
 from graphmoe_kernels.routing.triton.launch import MAX_EXPERTS
 from graphmoe_kernels.validation import (
     INTEGER_DTYPES,
@@ -58,7 +59,8 @@ def topk_softmax_routing(
     _check_options(backend, "logits", logits, logits.shape[1], top_k, normalize, statistics, token_mask)
     with without_autocast(logits):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        routing_weights, expert_ids = TOPK_SOFTMAX[backend](logits, top_k, normalize)
+        route = topk_softmax_op if backend == "triton" else reference.topk_softmax
+        routing_weights, expert_ids = route(logits, top_k, normalize)
         return _counted(Routing(routing_weights, expert_ids, logits), statistics, token_mask)
 
 

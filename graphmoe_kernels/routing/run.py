@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from graphmoe_kernels.exact_linear import exact_linear
 from graphmoe_kernels.registration import seen_from_outside
-from graphmoe_kernels.routing import pytorch, reference
-from graphmoe_kernels.routing.op import expert_order_op, route_op, topk_softmax_op
+from graphmoe_kernels.routing import reference
+from graphmoe_kernels.routing.op import expert_order_op, route_op
 from graphmoe_kernels.routing.operands import Routing
 from graphmoe_kernels.routing.triton import launch
-
-# From logits [N, n], top_k and normalize to routing weights and expert ids [N, k], by backend.
-TOPK_SOFTMAX: dict[str, Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]] = {
-    "triton": topk_softmax_op,
-    "torch": pytorch.topk_softmax,
-    "reference": reference.topk_softmax,
-}
 
 
 def run_routing(
@@ -38,7 +29,7 @@ def run_routing(
     """
     if backend != "triton":
         logits = exact_linear(x, router, offset)
-        return Routing(*TOPK_SOFTMAX[backend](logits, top_k, normalize), logits)
+        return Routing(*reference.topk_softmax(logits, top_k, normalize), logits)
     seen = not unseen and seen_from_outside(x, router, offset)
     route = route_op if seen else launch.route
     logits, routing_weights, expert_ids = route(x, router, offset, top_k, normalize)
