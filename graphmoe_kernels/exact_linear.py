@@ -32,19 +32,28 @@ def reduced_precision(device_type: str) -> bool:
     return device_type in backends and backends[device_type].fp32_precision in ("tf32", "bf16")
 
 
-def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
+def exact_linear(x: Tensor, weight: Tensor, offset: Tensor | None = None) -> Tensor:
     """Multiply x [N, K] with weight [n, K] transposed, in fp32 (fp64 if x is), whatever the precision of products is.
 
     Differentiable, with gradients of the same accuracy in the dtypes of the arguments; autocast has to be off.
 
+    Args:
+        x, weight: of any float dtypes.
+        offset: [N, n], to which the product is added, or None.
+
     Returns:
         [N, n].
     """
-    if x.dtype == torch.float64 or not reduced_precision(x.device.type):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(wide), weight.to(wide))
-    result: Tensor = _ExactLinear.apply(x, weight)
-    return result
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    if offset is not None and offset.dtype is not wide:
+        offset = offset.to(wide)
+    if wide is torch.float32 and reduced_precision(x.device.type):
+        product: Tensor = _ExactLinear.apply(x, weight)
+        return product if offset is None else offset + product
+    if x.dtype is not wide or weight.dtype is not wide:
+        x, weight = x.to(wide), weight.to(wide)
+    # Of two dimensions these are quicker to call than F.linear.
+    return torch.mm(x, weight.t()) if offset is None else torch.addmm(offset, x, weight.t())
 
 
 class _ExactLinear(torch.autograd.Function):

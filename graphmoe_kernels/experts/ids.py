@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -36,13 +38,21 @@ def expert_bounds(ordered: Tensor, chosen: Tensor, num_experts: int) -> list[int
     return bounds
 
 
-def check_ids(chosen: Tensor, num_experts: int) -> None:
-    """Raise the errors of `expert_bounds` for the ids [b, k] of a few tokens, which the host reads one by one."""
-    for row in chosen.tolist():
-        if len(set(row)) < len(row):
-            raise ValueError(TWICE)
-        if min(row) < 0 or max(row) >= num_experts:
+def read_ids(chosen: Tensor, num_experts: int) -> list[list[int]]:
+    """Return the ids [b, k] of a few tokens as the host reads them; raise the errors of `expert_bounds`."""
+    rows: list[list[int]] = chosen.tolist()
+    for row in rows:
+        ids = set(row)
+        if not ids <= _all_ids(num_experts):
             raise _outside(int(chosen.min()), int(chosen.max()), num_experts)
+        if len(ids) < len(row):
+            raise ValueError(TWICE)
+    return rows
+
+
+@functools.cache
+def _all_ids(num_experts: int) -> frozenset[int]:
+    return frozenset(range(num_experts))
 
 
 def _outside(least: int, most: int, num_experts: int) -> ValueError:

@@ -58,8 +58,7 @@ class Block:
 
     def __init__(self, operands: ExpertOperands, tokens: slice, scale: float) -> None:
         self.operands, self.tokens, self.scale = operands, tokens, scale
-        gate, up = operands.pre_activations
-        self.dtype = compute_dtype(gate.dtype)
+        self.dtype, width = compute_dtype(operands.low.dtype), operands.down_A.shape[2]
         chosen = operands.expert_ids[tokens]  # [b, k]
         flat = chosen.reshape(-1)
         self.order = torch.argsort(flat, stable=True)
@@ -74,9 +73,9 @@ class Block:
         self.mask: Tensor | None = None
         if operands.dropout is not None:
             rate, seed = operands.dropout
-            mask = dropout_mask(seed.to(flat.device), rate, tokens.start, chosen, gate.shape[1])
+            mask = dropout_mask(seed.to(flat.device), rate, tokens.start, chosen, width)
             self.mask = mask.to(self.dtype).flatten(0, 1)
-        self.gate, self.up = updated(gate, up, operands.update, tokens)
+        self.gate, self.up = updated(operands.pre_activations, operands.update, tokens)
         self.low = operands.low[tokens]
         if operands.low_update is not None:
             self.low = self.low + operands.low_update[tokens]

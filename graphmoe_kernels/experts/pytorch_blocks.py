@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.experts.operands import LowRankUpdate
+from graphmoe_kernels.experts.operands import GateUp, LowRankUpdate
 
 # Bytes of one block's wide intermediate [tokens * k, 2F] in the dtype of the computation. Measured on a 2-core CPU with
 # F = 5632, at 256 and at 1024 tokens: an eighth of it costs about twice the time, twice of it gains nothing.
@@ -34,13 +34,20 @@ def blocks(gate: Tensor, slots: int) -> Iterator[slice]:
         yield slice(start, min(start + size, tokens))
 
 
-def updated(gate: Tensor, up: Tensor, update: LowRankUpdate | None, tokens: slice) -> tuple[Tensor, Tensor]:
-    """The pre-activations [b, F] of some tokens, an update of low rank in them."""
-    gate, up = gate[tokens], up[tokens]
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in ``dtype``; asked first, as a ``to`` that does nothing takes ten times as long."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def updated(pre_activations: GateUp, update: LowRankUpdate | None, tokens: slice | None = None) -> GateUp:
+    """The pre-activations [b, F] of some tokens or of all, an update of low rank in them."""
+    gate, up = pre_activations
+    if tokens is not None:
+        gate, up = gate[tokens], up[tokens]
     if update is None:
-        return gate, up
-    state = update.state[tokens]
-    return torch.addmm(gate, state, update.gate.T), torch.addmm(up, state, update.up.T)
+        return GateUp(gate, up)
+    state = update.state if tokens is None else update.state[tokens]
+    return GateUp(torch.addmm(gate, state, update.gate.t()), torch.addmm(up, state, update.up.t()))
 
 
 def add_update_gradients(

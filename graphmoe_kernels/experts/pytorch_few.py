@@ -1,7 +1,7 @@
-"""The expert SwiGLU round on PyTorch for few (token, slot) pairs, as decoding has them: all pairs in a dozen calls.
+"""The expert SwiGLU round on PyTorch for few (token, slot) pairs, as decoding has them, in few calls.
 
-Each pair's matrices are gathered and multiplied as a batch, in place of an expert at a time with its rows picked and
-put back. Up to some size, copying them costs less than the calls that this saves.
+One token is multiplied with its experts' matrices where they lie. Of several tokens each pair's matrices are gathered
+and multiplied as a batch: up to some size, copying them costs less than the calls that this saves.
 """
 
 from __future__ import annotations
@@ -11,82 +11,102 @@ from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts.dropout import dropout_mask
-from graphmoe_kernels.experts.ids import check_ids
+from graphmoe_kernels.experts.ids import read_ids
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp
-from graphmoe_kernels.experts.pytorch_blocks import compute_dtype
+from graphmoe_kernels.experts.pytorch_blocks import cast, compute_dtype, updated
 
-# Up to so many pairs, and bytes of all pairs' matrices, gathering is the quicker way. Measured on one core, r = 16 in
-# fp32: with F = 128 for 16 pairs (3 times as quick), with F = 1536 for 8 (2.4 MB) and not for 16, with F = 8192 for 1.
-MOST_PAIRS = 16
-GATHERED_BYTES = 5 * 2**19
+# Up to so many pairs, and bytes of all pairs' matrices of one projection, gathering is the quicker way. Measured on one
+# core, r = 16: twice as quick or more up to a third of these bytes, level at all of them; with F = 128 more than that
+# for 128 pairs too. One token with two experts takes a quarter (F = 128) to half (F = 14336) of the time.
+MOST_PAIRS = 128
+GATHERED_BYTES = 2**22
 
 
 def suits(operands: ExpertOperands) -> bool:
-    """Tell whether a call's matrices are quicker gathered by pair than taken expert by expert."""
-    pairs, (_, rank, width) = operands.expert_ids.numel(), operands.down_A.shape
-    if not 0 < pairs <= MOST_PAIRS:
+    """Tell whether a call is quicker as here than with the pairs of an expert at a time."""
+    (tokens, slots), (_, rank, width) = operands.expert_ids.shape, operands.down_A.shape
+    if not 0 < tokens * slots <= MOST_PAIRS:
         return False
-    return 3 * pairs * rank * width * operands.down_A.element_size() <= GATHERED_BYTES
+    element = compute_dtype(operands.low.dtype).itemsize
+    return tokens == 1 or tokens * slots * rank * width * element <= GATHERED_BYTES
 
 
 def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Tensor, Tensor]:
     """Return hidden [N, F] and low_down [N, n*r]; see `graphmoe_kernels.expert_swiglu`."""
-    ids, dtype = operands.expert_ids, compute_dtype(operands.low.dtype)
-    n, rank, width = operands.down_A.shape
-    tokens, slots = ids.shape
-    check_ids(ids, n)
-    chosen = _cast(ids.reshape(-1), torch.int64)  # [p], p = N k
-    token, rows = None, chosen  # rows: where a pair's expert stands in [N * n, r]
-    if tokens > 1:
-        token = torch.arange(tokens, dtype=chosen.dtype, device=ids.device).repeat_interleave(slots)
-        rows = chosen + n * token
-    g, u = (
-        _pre_activation(base, token, low.index_select(0, rows), B.index_select(0, chosen), scale, dtype)
-        for base, low, B in zip(_bases(operands), _halves(operands, n), operands.B, strict=True)
-    )  # [p, F] each
-    if operands.scales is not None:
-        g, u = (x.mul_(vector.index_select(0, chosen)) for x, vector in zip((g, u), operands.scales, strict=True))
-    if operands.biases is not None:
-        g, u = (x.add_(bias) for x, bias in zip((g, u), operands.biases, strict=True))
-    hidden = get_activation(activation).function(g).mul_(u)  # [p, F]
-    hidden.mul_(_cast(operands.routing_weights, dtype).reshape(-1, 1))
-    combined = hidden.view(tokens, slots, width).sum(1)  # [N, F]
+    out, dtype = operands.low.dtype, compute_dtype(operands.low.dtype)
+    ids = read_ids(operands.expert_ids, operands.down_A.shape[0])
+    low = operands.low if operands.low_update is None else operands.low + operands.low_update
+    gate, up = updated(operands.pre_activations, operands.update)
+    mask = None
     if operands.dropout is not None:
         rate, seed = operands.dropout
-        hidden = hidden * dropout_mask(seed.to(ids.device), rate, 0, ids, width).to(dtype).flatten(0, 1)
-    A = _cast(operands.down_A.index_select(0, chosen), dtype)  # [p, r, F]
-    narrow = torch.bmm(A, hidden.unsqueeze(2)).squeeze(2)  # [p, r]
-    low_down = torch.zeros(tokens * n, rank, dtype=operands.low.dtype, device=ids.device)
-    low_down.index_copy_(0, rows, _cast(narrow, low_down.dtype))
-    return _cast(combined, operands.low.dtype), low_down.view(tokens, n * rank)
+        mask = dropout_mask(seed.to(gate.device), rate, 0, operands.expert_ids, gate.shape[1]).to(dtype)  # [N, k, F]
+    low, base = cast(low, dtype), GateUp(cast(gate, dtype), cast(up, dtype))
+    if len(ids) == 1:
+        hidden, low_down = _one_token(operands, ids[0], base, low, mask, scale, activation)
+    else:
+        hidden, low_down = _gathered(operands, base, low, mask, scale, activation)
+    return cast(hidden, out), cast(low_down, out)
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in ``dtype``; asked first, as a ``to`` that does nothing takes ten times as long."""
-    return x if x.dtype is dtype else x.to(dtype)
+def _one_token(
+    operands: ExpertOperands,
+    ids: list[int],
+    base: GateUp,
+    low: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Take the experts of the one token in turn; ``base`` and ``low`` with a later round's updates in them."""
+    act, dtype = get_activation(activation).function, low.dtype
+    n, rank, width = operands.down_A.shape
+    low = low.reshape(2 * n, 1, rank)
+    gate_B, up_B, down_A = operands.B.gate.mT, operands.B.up.mT, operands.down_A.mT
+    hidden, low_down = low.new_zeros(1, width), low.new_zeros(n, 1, rank)
+    for slot, (e, weight) in enumerate(zip(ids, operands.routing_weights.tolist()[0], strict=True)):
+        g = torch.addmm(base.gate, low[e], cast(gate_B[e], dtype), alpha=scale)  # [1, F]
+        u = torch.addmm(base.up, low[n + e], cast(up_B[e], dtype), alpha=scale)
+        if operands.scales is not None:
+            g.mul_(operands.scales.gate[e])
+            u.mul_(operands.scales.up[e])
+        if operands.biases is not None:
+            g.add_(operands.biases.gate)
+            u.add_(operands.biases.up)
+        own = act(g).mul_(u)
+        low_down[e].addmm_(own if mask is None else own * mask[:, slot], cast(down_A[e], dtype), alpha=weight)
+        hidden.add_(own, alpha=weight)
+    return hidden, low_down.view(1, n * rank)
 
 
-def _bases(operands: ExpertOperands) -> GateUp:
-    """Return the pre-activations with a later round's update in them, [N, F] each."""
-    if operands.update is None:
-        return operands.pre_activations
-    (gate, up), (state, for_gate, for_up) = operands.pre_activations, operands.update
-    return GateUp(torch.addmm(gate, state, for_gate.t()), torch.addmm(up, state, for_up.t()))
+def _gathered(
+    operands: ExpertOperands, base: GateUp, low: Tensor, mask: Tensor | None, scale: float, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Take all pairs at once, a projection at a time; arguments as in `_one_token`."""
+    ids = cast(operands.expert_ids, torch.int64)
+    (tokens, slots), (n, rank, _) = ids.shape, operands.down_A.shape
+    entries = ids[:, :, None].expand(2, tokens, slots, rank)
+    low = low.reshape(tokens, 2, n, rank).transpose(0, 1).gather(2, entries)  # [2, N, k, r]
+    g = torch.add(base.gate[:, None], _product(low[0], operands.B.gate.mT, ids), alpha=scale)  # [N, k, F]
+    u = torch.add(base.up[:, None], _product(low[1], operands.B.up.mT, ids), alpha=scale)
+    if operands.scales is not None:
+        g.mul_(operands.scales.gate[ids])
+        u.mul_(operands.scales.up[ids])
+    if operands.biases is not None:
+        g.add_(operands.biases.gate)
+        u.add_(operands.biases.up)
+    own = get_activation(activation).function(g).mul_(u).mul_(operands.routing_weights[:, :, None])
+    hidden = own.sum(1)
+    dropped = own if mask is None else own * mask
+    narrow = _product(dropped, operands.down_A.mT, ids)  # [N, k, r]
+    low_down = low.new_zeros(tokens, n, rank).scatter_(1, entries[0], narrow)
+    return hidden, low_down.view(tokens, n * rank)
 
 
-def _halves(operands: ExpertOperands, n: int) -> tuple[Tensor, Tensor]:
-    """Return the low-rank activations of gate and of up, an expert's in a row: [N * n, r] each."""
-    low = operands.low if operands.low_update is None else operands.low + operands.low_update
-    rows, rank = len(low) * n, operands.down_A.shape[1]
-    gate, up = low.chunk(2, dim=1) if rank else (low, low)
-    return gate.reshape(rows, rank), up.reshape(rows, rank)
+def _product(x: Tensor, matrices: Tensor, ids: Tensor) -> Tensor:
+    """Return the product of every pair's x [N, k, K] and its expert's matrix, of [n, K, M]: [N, k, M].
 
-
-def _pre_activation(
-    base: Tensor, token: Tensor | None, low: Tensor, B: Tensor, scale: float, dtype: torch.dtype
-) -> Tensor:
-    """Return base + s B (A x) of every pair, [p, F], for base [N, F], each pair's low [p, r] and B [p, F, r]."""
-    own = base if token is None else base.index_select(0, token)
-    return torch.baddbmm(
-        _cast(own, dtype).unsqueeze(2), _cast(B, dtype), _cast(low, dtype).unsqueeze(2), alpha=scale
-    ).squeeze(2)
+    The copied matrices are let go before the next ones are made, which then lie in the same memory.
+    """
+    own = cast(matrices.mT.index_select(0, ids.reshape(-1)), x.dtype).mT  # [p, K, M]
+    return torch.bmm(x.reshape(own.shape[0], 1, own.shape[1]), own).view(*ids.shape, own.shape[2])

@@ -10,17 +10,20 @@ from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts.operands import GateUp, LowRankUpdate
-from graphmoe_kernels.experts.pytorch_blocks import add_update_gradients, blocks, compute_dtype, updated
+from graphmoe_kernels.experts.pytorch_blocks import add_update_gradients, blocks, cast, compute_dtype, updated
 
 
 def swiglu(pre_activations: GateUp, update: LowRankUpdate | None, activation: str) -> Tensor:
     """hidden [N, F]; see `graphmoe_kernels.swiglu`."""
-    act, (gate, up) = get_activation(activation).function, pre_activations
-    dtype = compute_dtype(gate.dtype)
+    act, gate = get_activation(activation).function, pre_activations.gate
+    dtype, spans = compute_dtype(gate.dtype), list(blocks(gate, 1))
+    if len(spans) == 1:
+        g, u = updated(pre_activations, update)
+        return cast(act(cast(g, dtype)) * cast(u, dtype), gate.dtype)
     hidden = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    for span in blocks(gate, 1):
-        g, u = updated(gate, up, update, span)
-        hidden[span] = act(g.to(dtype)) * u.to(dtype)
+    for span in spans:
+        g, u = updated(pre_activations, update, span)
+        hidden[span] = act(cast(g, dtype)) * cast(u, dtype)
     return hidden
 
 
@@ -32,15 +35,15 @@ def swiglu_backward(
     needed: frozenset[str],
 ) -> dict[str, Tensor]:
     """The gradient of every operand by its name; recomputes each block's pre-activation."""
-    act, (gate, up) = get_activation(activation), pre_activations
+    act, gate = get_activation(activation), pre_activations.gate
     dtype = compute_dtype(gate.dtype)
     grads = {"gate": torch.empty_like(grad_hidden), "up": torch.empty_like(grad_hidden)}
     if update is not None:
         grads["state"] = torch.empty_like(update.state)
         grads |= {"fold_gate": _zeros(update.gate, dtype), "fold_up": _zeros(update.up, dtype)}
     for span in blocks(gate, 1):
-        g, u = (x.to(dtype) for x in updated(gate, up, update, span))
-        d = grad_hidden[span].to(dtype)
+        g, u = (cast(x, dtype) for x in updated(pre_activations, update, span))
+        d = cast(grad_hidden[span], dtype)
         d_gate, d_up = act.derivative(g) * d * u, d * act.function(g)
         grads["gate"][span], grads["up"][span] = d_gate, d_up
         if update is not None:

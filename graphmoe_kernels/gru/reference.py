@@ -1,7 +1,7 @@
-"""The GRU step of self-rethinking (GraphMoE, Eq. 5 and 6), in plain PyTorch: the oracle and the CPU path.
+"""The GRU step of self-rethinking (GraphMoE, Eq. 5 and 6), in plain PyTorch: the oracle.
 
 The products with the wide expert output and the gates' product with the state happen outside; what is left is one
-[N, G] x [G, G] product and pointwise work, which plain PyTorch does in a few calls.
+[N, G] x [G, G] product and pointwise work.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.gru import op, reference
+from graphmoe_kernels.gru import op, pytorch, reference
 from graphmoe_kernels.gru.triton import launch
 from graphmoe_kernels.registration import seen_from_outside
 
@@ -28,9 +28,10 @@ def run_gru_step(
     one of `resolve_backend`'s; autocast is off unless it is Triton. ``unseen``: it is known that nobody
     looks on (`graphmoe_kernels.registration.unseen`).
     """
-    if backend != "triton":
-        return reference.step(inputs, recurrent, state, total, candidate_weight, candidate_bias, candidate_activation)
     tensors = (inputs, recurrent, state, total, candidate_weight, candidate_bias)
+    if backend != "triton":
+        step = pytorch.step if backend == "torch" else reference.step
+        return step(*tensors, candidate_activation)
     if unseen or not seen_from_outside(*tensors):
         return launch.step(*tensors, candidate_activation, False)[0]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from graphmoe_kernels.exact_linear import exact_linear
 from graphmoe_kernels.registration import seen_from_outside
 from graphmoe_kernels.routing import reference
 from graphmoe_kernels.routing.op import expert_order_op, route_op
@@ -27,9 +28,8 @@ def run_routing(
     ``unseen``: it is known that nobody looks on (`graphmoe_kernels.registration.unseen`).
     """
     if backend != "triton":
-        logits = reference.project(x, router, offset)
-        routing_weights, expert_ids = reference.topk_softmax(logits, top_k, normalize)
-        return Routing(routing_weights, expert_ids, logits)
+        logits = exact_linear(x, router, offset)
+        return Routing(*reference.topk_softmax(logits, top_k, normalize), logits)
     seen = not unseen and seen_from_outside(x, router, offset)
     route = route_op if seen else launch.route
     logits, routing_weights, expert_ids = route(x, router, offset, top_k, normalize)

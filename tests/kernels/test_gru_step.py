@@ -7,24 +7,28 @@ from graphmoe_kernels import gru_step
 from graphmoe_kernels.testing import relative_error, within_budget
 from tests.kernels.gru_operands import WIDTH, arguments, by_definition
 
+BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
+
 
 @pytest.mark.oracle
+@BACKENDS
 @pytest.mark.parametrize("state", [True, False])
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
 @pytest.mark.parametrize("tokens, width", [(4, 5), (0, 5), (1, 1), (33, 16)])
-def test_equals_the_equations(tokens, width, activation, state):
+def test_equals_the_equations(tokens, width, activation, state, backend):
     """h' and H + h' for a given and for the zero state, at a padded width and at none."""
     given = arguments(tokens, width, state=state)
     exact = by_definition(*given.values(), getattr(torch, activation))
-    found = gru_step(**given, candidate_activation=activation)
+    found = gru_step(**given, candidate_activation=activation, backend=backend)
     assert found.shape == (tokens, 2 * width)
     assert relative_error(found, exact) <= 1e-14
 
 
 @pytest.mark.oracle
+@BACKENDS
 @pytest.mark.parametrize("state", [True, False])
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
-def test_gradcheck(activation, state):
+def test_gradcheck(activation, state, backend):
     """Every floating input gets its gradient, with a state and without."""
     given = {
         name: None if tensor is None else tensor.requires_grad_() for name, tensor in arguments(state=state).items()
@@ -32,7 +36,8 @@ def test_gradcheck(activation, state):
     names = [name for name, tensor in given.items() if tensor is not None]
 
     def run(*tensors):
-        return gru_step(**(given | dict(zip(names, tensors, strict=True))), candidate_activation=activation)
+        changed = given | dict(zip(names, tensors, strict=True))
+        return gru_step(**changed, candidate_activation=activation, backend=backend)
 
     assert torch.autograd.gradcheck(run, [given[name] for name in names])
 
@@ -70,12 +75,13 @@ def test_autocast_changes_nothing():
     assert torch.equal(found, gru_step(**given))
 
 
-def test_non_finite_token_stays_its_own_problem():
+@BACKENDS
+def test_non_finite_token_stays_its_own_problem(backend):
     """NaN in one token's inputs reaches that token's state only."""
     given = arguments(5, dtype=torch.float32)
-    clean = gru_step(**given)
+    clean = gru_step(**given, backend=backend)
     given["inputs"][3] = float("nan")
-    found = gru_step(**given)
+    found = gru_step(**given, backend=backend)
     others = torch.tensor([0, 1, 2, 4])
     assert found[3].isnan().all()
     assert torch.equal(found[others], clean[others])
