@@ -63,6 +63,11 @@ class Ratio(NamedTuple):
             return f"{self.value:.3f}"
         return f"{self.value:.3f} [{self.range[0]:.3f}, {self.range[1]:.3f}]"
 
+    def overlaps(self, other: Ratio) -> bool:
+        """Whether the ranges have a point in common."""
+        (low, high), (other_low, other_high) = (each.range or (each.value,) * 2 for each in (self, other))
+        return low <= other_high and other_low <= high
+
 
 class Document:
     """What a run has found so far, on disk after every step.
@@ -153,6 +158,14 @@ def turn_ratio(over: dict[str, Any], under: dict[str, Any]) -> Ratio | None:
         low, high = found["range"]
         return Ratio(1 / found["median"], (1 / high, 1 / low))
     return None
+
+
+def conditions_line(content: dict[str, Any]) -> str:
+    """Device, versions, commit (with the mark of a tree that differed) and day of a result."""
+    c = content["conditions"]
+    versions = [f"{name} {c['versions'][name]}" for name in ("torch", "triton") if name in c["versions"]]
+    commit = c["commit"][:10] + "+" * (len(c["commit"]) > 10 and c["commit"].endswith("+"))
+    return ", ".join([c["device"]["name"], *versions, f"commit {commit}", c["date"][:10]])
 
 
 def every(folder: Path) -> tuple[list[Source], list[str]]:

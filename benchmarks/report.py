@@ -1,4 +1,4 @@
-"""Result files as tables and plots: ``python -m benchmarks.report``, with ``--compare A B`` two runs side by side."""
+"""Result files as tables and plots: ``python -m benchmarks.report``."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.document import RESULTS, ResultError, Source, every, load
-from benchmarks.page import page
-from benchmarks.targets import HEADER, conditions_line, target_rows
+from benchmarks.document import RESULTS, ResultError, Source, conditions_line, every, load
+from benchmarks.page import compare, page, write_into
+from benchmarks.targets import HEADER, target_rows
 from benchmarks.units import plural
 from graphmoe_kernels.cost.report import table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the targets and write the report, or compare; 0, or 2 with one line on stderr for wrong input."""
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description="Result files as tables and plots; two runs side by side."
-    )
+    """Print the targets and write the report, or what an option says; 2 with one line on stderr for wrong input."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Result files as tables and plots.")
     p.add_argument("files", nargs="*", type=Path, help="result files (default: all in the results, the newest first)")
     p.add_argument("--out", type=Path, help=f"folder of report.md and the plots (default: {RESULTS / 'report'})")
-    p.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="whether the ratios of two results agree")
-    p.add_argument("--across-devices", action="store_true", help="compare results of different devices all the same")
+    one = p.add_mutually_exclusive_group()
+    one.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="do the ratios of two results agree")
+    one.add_argument(
+        "--write", type=Path, metavar="PAGE", help="put the files' tables between the marks of this page, nothing else"
+    )
     options = p.parse_args(arguments)
     if options.compare and (options.files or options.out):
         p.error("--compare takes its two files and writes nothing: leave out the other files and --out")
-    if options.across_devices and not options.compare:
-        p.error("--across-devices belongs to --compare")
+    if options.write and (options.out or not options.files):
+        p.error("--write takes the result files whose tables it writes, and no --out")
     try:
         if options.compare:
-            from benchmarks.compare import compare
-
-            first, second = (Source(path, load(path)) for path in options.compare)
-            print(compare(first, second, options.across_devices))
+            print(compare(*(Source(path, load(path)) for path in options.compare)))
             return 0
         sources = _sources(options.files)
-        print(targets_text(sources), end="\n\n")
+        if options.write:
+            for path, content in sources:
+                print(f"{path}: {', '.join(write_into(options.write, content))} in {options.write}")
+            return 0
+        print(table(HEADER, target_rows(sources)), end="\n\n")
         print(*write(sources, options.out or RESULTS / "report"), sep="\n")
     except ResultError as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
@@ -45,11 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.report: the plots need matplotlib (pip install -e '.[bench]'): {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def targets_text(sources: Sequence[Source]) -> str:
-    """The table of the targets, for a terminal."""
-    return table(HEADER, target_rows(sources))
 
 
 def write(sources: Sequence[Source], folder: Path) -> list[str]:
@@ -62,13 +59,12 @@ def write(sources: Sequence[Source], folder: Path) -> list[str]:
     from benchmarks.plots import draw
 
     stems = [source.path.stem for source in sources]
-    for stem in stems:
-        if stems.count(stem) > 1:
-            raise ResultError(f"two of the files are called {stem}.json, which names their plots: rename one")
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
+        raise ResultError(f"two of the files are called {twice[0]}.json, which names their plots: rename one")
+    path = folder / "report.md"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         plots = {source.path: draw(source.content, folder, source.path.stem) for source in sources}
-        path = folder / "report.md"
         path.write_text(page(sources, plots), encoding="utf-8")
     except OSError as error:
         raise ResultError(f"{folder} cannot be written to: {error.strerror}; name another folder by --out") from error
