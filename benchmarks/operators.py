@@ -5,6 +5,7 @@ What the benchmarks know of the operators' signatures and launches stands here a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ from graphmoe_kernels.rethinking.weights import padded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 Draw = Callable[..., Tensor]
+# Sets of operands that a turn walks through, so that together they exceed the L2 cache by half.
+MAX_COPIES = 512
+COLD_FACTOR = 1.5
 
 
 class Operator(NamedTuple):
@@ -204,3 +208,11 @@ def launches_of(operator: Operator, sizes: Sizes, operands: Tensors) -> list[Lau
     with recorded() as found:
         built.subject.results(own, upstream)
     return found
+
+
+def copies_of(operands: Tensors, l2_bytes: int, most: int = MAX_COPIES) -> tuple[list[Tensors], bool]:
+    """The operands and copies of them, two sets at least, and whether together they exceed the L2 cache by half."""
+    size = sum(t.numel() * t.element_size() for t in operands.values())
+    count = max(2, min(most, math.ceil(COLD_FACTOR * l2_bytes / max(size, 1))))
+    copies = ({name: t.clone() for name, t in operands.items()} for _ in range(count - 1))
+    return [operands, *copies], count * size >= COLD_FACTOR * l2_bytes

@@ -12,10 +12,9 @@ import torch
 
 from benchmarks.cases import GROUPS, NOT_BY_DEFAULT, OPERATOR_GROUPS, Case
 from benchmarks.devices import MIN_TURNS, CpuDevice, CudaDevice, Device
-from benchmarks.importance import rank
 from benchmarks.providers import PROVIDERS, missing
 from benchmarks.sizes import MODELS, Model
-from benchmarks.table import DTYPES, PLANS, Plan, table
+from benchmarks.table import DTYPES, PLANS, Plan, rank, table
 from graphmoe_kernels.cost import DTYPES as KNOWN_DTYPES
 
 DEFAULT_SIZES = {"cpu": "llama-3.2-1b", "cuda": "llama-3-8b"}

@@ -35,7 +35,7 @@ def beside(content: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
     """A GPU result's kernels and layers beside their predictions; no lines where none of them is predicted."""
     lines = []
     known = predicted() if content["conditions"]["device"]["kind"] == "cuda" else {}
-    found = [
+    found: list[tuple[tuple[Any, ...], str, Any]] = [
         (
             (row["kernel"], row["round"], row["tokens"]),
             f"{row['kernel']}, {row['round']} round, {row['tokens']:,} tokens",

@@ -1,4 +1,4 @@
-"""The table of cases: what is timed side by side, at which sizes, by which providers.
+"""The table of cases: what is timed side by side, at which sizes, by which providers, and what matters most.
 
 `table` is the whole list for a model's sizes on a kind of device, and the only one.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from benchmarks.cases import OPERATOR_GROUPS, Case, Contender
@@ -65,6 +66,49 @@ SCALING = {"experts": (8, 16, 32, 64), "rank": (4, 8, 16, 32, 64), "top_k": (1, 
 CHECKED = Sizes(256, 336, 32, tokens=96)
 TINY_CHECKED = Sizes(32, 32, 5, experts=3, rank=4, tokens=5)
 COMPILED, EAGER = "against torch.compile", "eager"
+# Seconds of trying and timing one kernel's configurations.
+TUNING = 60.0
+# The order of a run whose time is limited: how many seconds a case may take, and its name. First what is right, then
+# the layer at the sizes of the targets, then everything else.
+ORDER = (
+    (15, "check, *, {dtype}"),
+    (30, "layer, *, inference, {main} tokens, T=3, *, {dtype}"),
+    (25, "layer, *, inference, {first} tokens, T=3, *, {dtype}"),
+    (25, "layer, *, inference, {second} tokens, T=3, *, {dtype}"),
+    (50, "layer, *, training, {shorter} tokens, T=3, *, {dtype}"),
+    (20, "decoder, *"),
+    (10, "routing, *, {first} tokens, *"),
+    (10, "routing, *, {routing} tokens, *"),
+    (10, "routing, *, {main} tokens, *"),
+    (20, "layer, *, inference, {main} tokens, T=1, *, {dtype}"),
+    (20, "layer, *, inference, {first} tokens, T=1, *, {dtype}"),
+    (70, "layer, *, inference, {main} tokens, T=3, *, {compiled}"),
+    (90, "layer, *, training, {main} tokens, T=3, *, {compiled}"),
+    (12, "kernels, *, {main} tokens, T=3, n={experts}, {dtype}"),
+    (12, "kernels, *, {first} tokens, T=3, n={experts}, {dtype}"),
+    (15, "layer, *, inference, *, T=3, *"),
+    (30, "layer, *, training, *"),
+    (60, "rounds, *"),
+    (30, "model, *"),
+    (60, "profile, *"),
+    (20, "host, *"),
+    (15, "expert_swiglu, *, {first} tokens, *"),
+    (15, "expert_swiglu, *, {main} tokens, *"),
+    (15, "gru_step, *, {first} tokens, *"),
+    (15, "gru_step, *, {main} tokens, *"),
+    (40, "methods, *"),
+    (20, "scaling, *"),
+    (TUNING + 20, "tune, *"),
+    (15, "*"),
+)
+
+
+def rank(case: Case, plan: Plan, dtype: str) -> tuple[int, float]:
+    """The case's place in the order of importance, and how many seconds it may take."""
+    names = {"main": plan.main, "shorter": plan.shorter, "first": plan.decode[0], "second": plan.decode[:2][-1]}
+    names |= {"routing": max(plan.routing, default=0), "experts": case.model.experts}
+    patterns = [(seconds, each.format(dtype=dtype, compiled=COMPILED, **names)) for seconds, each in ORDER]
+    return next((i, seconds) for i, (seconds, each) in enumerate(patterns) if fnmatchcase(case.name, each))
 
 
 def table(model: Model, kind: str, dtype: str, plan: Plan) -> Iterator[Case]:

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.checks import in_a_line
 from benchmarks.devices import Device
-from benchmarks.kernels import replayed
-from benchmarks.operators import OPERATORS, Operator, check_operator, launches_of
-from benchmarks.timing import copies_for
+from benchmarks.kernels import REPLAYS, replayed
+from benchmarks.operators import OPERATORS, Operator, check_operator, copies_of, launches_of
 from graphmoe_kernels.backend import forget_answers
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.launching import CONFIGS, Config, config_table, device_class
@@ -146,11 +145,10 @@ def operator_of(cell: Cell) -> Operator:
 
 
 class Tuner:
-    """Checks and times one cell's candidates, in a layer of ``sizes`` with the cell's tokens and dtype; a turn replays
-    a kernel's graph ``replays`` times."""
+    """Checks and times one cell's candidates, in a layer of ``sizes`` with the cell's tokens and dtype."""
 
-    def __init__(self, cell: Cell, sizes: Sizes, device: Device, replays: int) -> None:
-        self.cell, self.device, self.operator, self.replays = cell, device, operator_of(cell), replays
+    def __init__(self, cell: Cell, sizes: Sizes, device: Device) -> None:
+        self.cell, self.device, self.operator = cell, device, operator_of(cell)
         self.device_class = device_class(device.torch)
         self.kernel = cell.kernel.removesuffix("_wide_rank")
         if cell.kernel.endswith("_wide_rank"):
@@ -191,9 +189,7 @@ class Tuner:
     def timed(self, configs: Sequence[Config]) -> list[float]:
         """Seconds of a launch with each configuration, in turns, on operands that exceed the L2 cache."""
         sizes = replace(self.sizes, tokens=TOKENS[self.cell.size][0], dtype=DTYPES[self.cell.dtype][0])
-        operands = self.operator.operands(sizes, self.device.torch)
-        count = min(copies_for(operands, self.device.l2_bytes), 64)
-        sets = [{name: t.clone() for name, t in operands.items()} for _ in range(count)]
+        sets, _ = copies_of(self.operator.operands(sizes, self.device.torch), self.device.l2_bytes, most=64)
         calls = {}
         for number, config in enumerate(configs):
             with trying(self.cell, config, self.device_class):
@@ -201,9 +197,9 @@ class Tuner:
             alone = [each for each in made if each.name == self.kernel]
             if not alone:
                 raise RuntimeError(f"{self.cell.name}: no launch of it among {', '.join({each.name for each in made})}")
-            calls[str(number)] = replayed(alone, self.device, self.replays)
+            calls[str(number)] = replayed(alone, self.device)
         found = self.device.in_turns(calls, SECONDS * len(configs))
-        return [found[str(number)].summary()["median"] / (self.replays * count) for number in range(len(configs))]
+        return [found[str(number)].summary()["median"] / (REPLAYS * len(sets)) for number in range(len(configs))]
 
     def run(self, seconds: float) -> Choice:
         """The choice, of as many candidates as ``seconds`` allow to check (a third of them is left for timing)."""
@@ -219,9 +215,9 @@ def rewrite(folder: Path, device: str, cell: Cell, config: Config) -> None:
     path.write_text(json.dumps(table, indent=2) + "\n")
 
 
-def tune(cell: Cell, sizes: Sizes, device: Device, seconds: float, replays: int) -> list[dict[str, Any]]:
+def tune(cell: Cell, sizes: Sizes, device: Device, seconds: float) -> list[dict[str, Any]]:
     """Choose a cell's configuration, rewrite its file if another is faster, and give a row for every candidate."""
-    tuner = Tuner(cell, sizes, device, replays)
+    tuner = Tuner(cell, sizes, device)
     choice = tuner.run(seconds)
     if choice.changed:
         rewrite(CONFIGS, tuner.device_class, cell, choice.config)
