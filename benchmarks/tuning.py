@@ -28,6 +28,8 @@ GAIN = 1.02
 TOKENS = {"skinny": (16, 1), "wide": (4096, 321)}
 DTYPES = {"half": ("bf16", "fp16"), "float": ("fp32",)}
 SECONDS = 0.3
+# Names of configurations beside a kernel's own: for ranks beyond 16, and for an F that no 16 divides.
+WIDE_RANK, UNALIGNED = "_wide_rank", "_unaligned"
 # What a field of a configuration may be: a matrix instruction takes 16 rows and columns, a warp group 4 or 8 warps.
 RANGES = {"BLOCK": (16, 256), "PARTS": (1, 2), "num_warps": (1, 8), "num_stages": (1, 4)}
 
@@ -126,15 +128,18 @@ def trying(cell: Cell, config: Config, device: str) -> Iterator[None]:
 
 
 def cells() -> list[Cell]:
-    """Everything that is shipped, what matters most first: half precision before float, wide ranks last."""
+    """What is shipped for kernels that a layer launches, what matters most first: half precision before float, wide
+    ranks and an F that no 16 divides last. Others keep their configurations: `topk_softmax_routing`'s, and the GRU's of
+    a width that a layer would have padded."""
     found = [
         Cell(operator, kernel, size, dtype)
         for operator in ("experts", "gru", "routing")
         for kernel, sizes in config_table("sm_90", operator).items()
         for size, dtypes in sizes.items()
         for dtype in dtypes
+        if kernel != "routing_topk" and not (operator == "gru" and kernel.endswith(UNALIGNED))
     ]
-    return sorted(found, key=lambda cell: (cell.kernel.endswith("_wide_rank"), cell.dtype != "half"))
+    return sorted(found, key=lambda cell: (cell.kernel.endswith((WIDE_RANK, UNALIGNED)), cell.dtype != "half"))
 
 
 def operator_of(cell: Cell) -> Operator:
@@ -150,10 +155,12 @@ class Tuner:
     def __init__(self, cell: Cell, sizes: Sizes, device: Device) -> None:
         self.cell, self.device, self.operator = cell, device, operator_of(cell)
         self.device_class = device_class(device.torch)
-        self.kernel = cell.kernel.removesuffix("_wide_rank")
-        if cell.kernel.endswith("_wide_rank"):
+        self.kernel = cell.kernel.removesuffix(WIDE_RANK).removesuffix(UNALIGNED)
+        if cell.kernel.endswith(WIDE_RANK):
             sizes = replace(sizes, rank=64)
-        elif self.kernel.endswith("forward") and (cell.operator, cell.size, cell.dtype) == ("experts", "wide", "half"):
+        elif cell.kernel.endswith(UNALIGNED):
+            sizes = replace(sizes, intermediate=sizes.intermediate - 8)
+        if self.kernel == "experts_forward" and sizes.rank <= 16 and (cell.size, cell.dtype) == ("wide", "half"):
             sizes = replace(sizes, experts=64)  # what does not run as a stream
         self.sizes = sizes
 

@@ -13,17 +13,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import devices
+from benchmarks import devices, work
 from benchmarks import gpu_report as report
 from benchmarks import session as running
 from benchmarks.cases import GROUPS, NOT_BY_DEFAULT, Case
 from benchmarks.document import Document, load
-from benchmarks.importance import rank
 from benchmarks.options import choose
 from benchmarks.providers import PROVIDERS
 from benchmarks.session import DeviceLost, NotMeasured, Session
 from benchmarks.sizes import MODELS
-from benchmarks.table import PLANS, table
+from benchmarks.table import PLANS, rank, table
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("sizes", "groups", "providers", "tokens", "dtype", "device", "threads", "seconds", "minutes", "commit")
@@ -123,7 +122,7 @@ def test_a_limited_run_begins_with_what_matters():
 @pytest.fixture
 def session(tmp_path, monkeypatch):
     """A run of a minute, by a clock that stands still, of measurements that do nothing."""
-    monkeypatch.setattr(running, "LIMIT_SIZES", {"cpu": (2**16, (8, 8, 8))})
+    monkeypatch.setattr(work, "SMALL_SIZES", (2**16, (8, 8, 8)))
     monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: 100.0, perf_counter=time.perf_counter))
     found = chosen(groups="layer", seconds=0.0)._replace(end=160.0)
     return Session(found, Document(tmp_path / "r.json"))
