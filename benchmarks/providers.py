@@ -60,11 +60,6 @@ def _peer_mixlora(layer: Layer, sizes: Sizes) -> Built:
     return _rethinking(layer, sizes, peers.peer_mixlora(layer.weights(sizes), layer.spec(sizes)), None)
 
 
-def _mixlora(layer: Layer, sizes: Sizes) -> Built:
-    forward = peers.mixlora_package(layer.mlp, layer.weights(sizes), layer.spec(sizes))
-    return _rethinking(layer, sizes, forward, None)
-
-
 def _dense_definition(layer: Layer, dtype: torch.dtype) -> Subject:
     base = dense_weights(layer.mlp)
 
@@ -83,7 +78,7 @@ def _dense_alike(layer: Layer, sizes: Sizes, *, make: Callable[[nn.Module], nn.M
 
 
 def _peft_lora(layer: Layer, sizes: Sizes) -> Built:
-    module = peers.peft_lora(layer.mlp, sizes.rank, SCALE * sizes.rank, torch.Generator().manual_seed(4))
+    module = peers.peft_lora(layer.mlp, sizes.rank, SCALE * sizes.rank, seed=4)
     tensors = peers.lora_tensors(module)
     exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
     base = dense_weights(layer.mlp)
@@ -145,7 +140,6 @@ PROVIDERS = {
         partial(_dense_alike, make=peers.liger_mlp), "dense", lambda device: peers.liger_missing(device.torch)
     ),
     "peer_mixlora": Provider(_peer_mixlora, "peers", capturable=False),
-    "mixlora": Provider(_mixlora, "peers", lambda device: peers.mixlora_missing(), capturable=False),
 }
 
 

@@ -173,7 +173,7 @@ class _Maker:
             yield self.case(group, "training", self.ours, self.sizes(self.plan.main), later=True)
 
     def layers(self) -> Iterator[Case]:
-        main, alone, peers = self.plan.main, ("dense", "liger", "peft_lora"), ("peer_mixlora", "mixlora")
+        main, alone, peers = self.plan.main, ("dense", "liger", "peft_lora"), ("peer_mixlora",)
         everyone = (*self.ours, "literal", *alone)
         for tokens in reversed(self.plan.tokens):
             graph = self.in_graph(tokens)

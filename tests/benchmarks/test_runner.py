@@ -44,7 +44,7 @@ def run(*arguments, timeout=300, **environment):
 def test_by_default_everything_but_methods_and_scaling_is_measured():
     found = chosen()
     assert {case.group for case in found.cases} - NEED_TRITON == set(GROUPS) - set(NOT_BY_DEFAULT) - NEED_TRITON
-    assert {"liger", "mixlora", "triton"} >= found.left_out.keys()
+    assert {"liger", "triton"} >= found.left_out.keys()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_by_default_everything_but_methods_and_scaling_is_measured():
         ({"sizes": "llama-4"}, f"--sizes: unknown llama-4; there are {', '.join(MODELS)}"),
         ({"groups": "layer,gru"}, f"--groups: unknown gru; there are {', '.join(GROUPS)}"),
         ({"providers": "unsloth"}, f"--providers: unknown unsloth; there are {', '.join(PROVIDERS)}"),
-        ({"providers": "mixlora,dense"}, "--providers: cannot run here: mixlora: "),
+        ({"providers": "liger,dense"}, "--providers: cannot run here: liger: "),
         ({"groups": "routing", "providers": "dense"}, "--groups routing has no case with the providers dense"),
         ({"tokens": "1,many"}, "--tokens takes numbers with commas between them, got '1,many'"),
         ({"tokens": "0,5"}, "--tokens must be at least 1, got 0"),
@@ -67,7 +67,7 @@ def test_by_default_everything_but_methods_and_scaling_is_measured():
 )
 def test_what_cannot_be_is_refused_by_name(options, message, monkeypatch):
     """A misspelt size that ran the default, or a provider that was left out in silence, would be believed."""
-    monkeypatch.setitem(PROVIDERS, "mixlora", PROVIDERS["mixlora"]._replace(missing=lambda device: "not installed"))
+    monkeypatch.setitem(PROVIDERS, "liger", PROVIDERS["liger"]._replace(missing=lambda device: "not installed"))
     with pytest.raises(pytest.UsageError) as error:
         chosen(**options)
     assert str(error.value).startswith(message)
@@ -255,7 +255,7 @@ def test_the_whole_gpu_report_on_the_cpu(tmp_path):
     (path,) = tmp_path.glob("cpu-*.json")
     content = load(path)
     assert content["conditions"]["commit"] == "abc"
-    assert content["conditions"]["left out"].keys() >= {"liger", "mixlora"}
+    assert content["conditions"]["left out"].keys() >= {"liger"}
     assert {row["provider"] for row in content["rows"]} >= {"torch", "dense", "literal"}
     assert len(content["kernels"]) == 1
     assert all(step["state"] == "done" for step in content["steps"].values())
