@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.document import Ratio, ResultError, Source, conditions_line, turn_ratio
+from benchmarks.document import ResultError, Source, conditions_line, turn_ratio
 from benchmarks.predictions import beside
 from benchmarks.targets import HEADER, target_rows
 from benchmarks.units import mega, plural, seconds
@@ -80,7 +80,7 @@ def page(sources: Sequence[Source], plots: Mapping[Path, Sequence[Drawn]] | None
 
 
 def summary(content: dict[str, Any]) -> str:
-    """What a run ends with on a terminal: conditions, every table, and what was not timed."""
+    """What a run ends with on a terminal: conditions, every table, and what failed."""
     lines = [*conditions_lines(content), ROWS_NOTE, ""]
     for title, _, (header, rows) in [*row_sections(content["rows"]), *other_sections(content)]:
         shown = [row for row in rows if row[-1] != "passed"]
@@ -197,7 +197,6 @@ def other_sections(content: dict[str, Any]) -> Iterator[Section]:
         found.append(Section("Beside the predictions", "Of an H200, by arithmetic: PREDICTIONS.md.", beside(content)))
     found += profile_sections(content["profiles"])
     found.append(Section("Checks", "", _checks(content["checks"])))
-    found.append(Section("Not timed", "", _not_timed(content)))
     steps = [(name, step) for name, step in content["steps"].items() if step["state"] != "done"]
     left = [[name, step["state"], step.get("note", "")] for name, step in steps]
     found.append(Section("Not done", "", (("case", "state", "why"), left)))
@@ -259,64 +258,3 @@ def _passed(content: dict[str, Any]) -> str:
 def _contender(check: dict[str, Any]) -> str:
     """Whom a check is of: its label in its case, or what was checked where no one is timed."""
     return next((check[key] for key in ("label", "provider", "what") if check.get(key)), "-")
-
-
-def _not_timed(content: dict[str, Any]) -> Table:
-    """Contenders that passed their check, or failed it, and are not among the rows of their case."""
-    known = {row["case"] for row in content["rows"]}
-    timed = {(row["case"], row[key]) for row in content["rows"] for key in ("label", "provider")}
-    reasons: dict[tuple[str, str], str] = {}
-    for check in content["checks"]:
-        name = (check.get("case", ""), _contender(check))
-        if name[0] and name not in timed and not check["passed"]:
-            reasons[name] = f"failed: {check['fault']}"
-        elif name[0] in known and name not in timed:
-            reasons.setdefault(name, "passed its check; why it was not timed stands with what is not done")
-    return ("case", "contender", "why"), [[*name, reason] for name, reason in reasons.items()]
-
-
-def compare(first: Source, second: Source) -> str:
-    """Every ratio that two results of one device have, side by side, and how many agree within their ranges.
-
-    Raises:
-        ResultError: the devices differ, no ratio is in both, or both are one file.
-    """
-    sources = (first, second)
-    devices = [source.content["conditions"]["device"] for source in sources]
-    named = [
-        ", ".join(f"{key} {device[key]}" for key in ("kind", "name", "threads") if key in device) for device in devices
-    ]
-    if named[0] != named[1]:
-        raise ResultError(
-            f"these are results of different devices: {first.path} of {named[0]}; {second.path} of {named[1]}. "
-            "Compare results of one device"
-        )
-    if first.path.resolve() == second.path.resolve():
-        raise ResultError(f"{first.path} is named twice: name two results")
-    mine, other = (_ratios(source.content["rows"]) for source in sources)
-    rows = []
-    for what in [what for what in mine if what in other]:
-        a, b = mine[what], other[what]
-        rows.append([what, str(a), str(b), f"{b.value / a.value - 1:+.1%}", "yes" if a.overlaps(b) else "NO"])
-    if not rows:
-        raise ResultError(f"{first.path} and {second.path} have no ratio in common: no case and labels are in both")
-    lines = [
-        f"{letter}: {path}, {conditions_line(content)}" for letter, (path, content) in zip("AB", sources, strict=True)
-    ]
-    header = ("time over time, median [lowest, highest] of the turns", "A", "B", "shift", "agree")
-    agree = sum(row[-1] == "yes" for row in rows)
-    alone = f"{len(mine) - len(rows)} of A and {len(other) - len(rows)} of B alone are not compared"
-    lines += ["", table(header, rows), "", f"{agree} of {len(rows):,} ratios agree within their ranges; {alone}"]
-    return "\n".join(lines)
-
-
-def _ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Ratio]:
-    """Ratios turn by turn, by what they are of. One and its inverse are the same: the labels' order picks one."""
-    by_name = {(row["case"], row["label"]): row for row in rows}
-    found = {}
-    for (case, label), row in by_name.items():
-        for other in row["ratios"]:
-            over, under = sorted((label, other), reverse=True)
-            if (case, other) in by_name and (ratio := turn_ratio(by_name[case, over], by_name[case, under])):
-                found[f"{case}: {over} over {under}"] = ratio
-    return found

@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.document import RESULTS, ResultError, Source, conditions_line, every, load
-from benchmarks.page import compare, page, write_into
+from benchmarks.document import RESULTS, Ratio, ResultError, Source, conditions_line, every, load, turn_ratio
+from benchmarks.page import page, write_into
 from benchmarks.targets import HEADER, target_rows
 from benchmarks.units import plural
 from graphmoe_kernels.cost.report import table
@@ -76,6 +77,53 @@ def write(sources: Sequence[Source], folder: Path) -> list[str]:
         for plot in plots[source.path]:
             lines.append(f"  {plot.path}" if plot.path else f"  no plot of {plot.name}: {plot.reason}")
     return [*lines, f"written to {path}"]
+
+
+def compare(first: Source, second: Source) -> str:
+    """Every ratio that two results of one device have, side by side, and how many agree within their ranges.
+
+    Raises:
+        ResultError: the devices differ, no ratio is in both, or both are one file.
+    """
+    sources = (first, second)
+    devices = [source.content["conditions"]["device"] for source in sources]
+    named = [
+        ", ".join(f"{key} {device[key]}" for key in ("kind", "name", "threads") if key in device) for device in devices
+    ]
+    if named[0] != named[1]:
+        raise ResultError(
+            f"these are results of different devices: {first.path} of {named[0]}; {second.path} of {named[1]}. "
+            "Compare results of one device"
+        )
+    if first.path.resolve() == second.path.resolve():
+        raise ResultError(f"{first.path} is named twice: name two results")
+    mine, other = (_ratios(source.content["rows"]) for source in sources)
+    rows = []
+    for what in [what for what in mine if what in other]:
+        a, b = mine[what], other[what]
+        rows.append([what, str(a), str(b), f"{b.value / a.value - 1:+.1%}", "yes" if a.overlaps(b) else "NO"])
+    if not rows:
+        raise ResultError(f"{first.path} and {second.path} have no ratio in common: no case and labels are in both")
+    lines = [
+        f"{letter}: {path}, {conditions_line(content)}" for letter, (path, content) in zip("AB", sources, strict=True)
+    ]
+    header = ("time over time, median [lowest, highest] of the turns", "A", "B", "shift", "agree")
+    agree = sum(row[-1] == "yes" for row in rows)
+    alone = f"{len(mine) - len(rows)} of A and {len(other) - len(rows)} of B alone are not compared"
+    lines += ["", table(header, rows), "", f"{agree} of {len(rows):,} ratios agree within their ranges; {alone}"]
+    return "\n".join(lines)
+
+
+def _ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Ratio]:
+    """Ratios turn by turn, by what they are of. One and its inverse are the same: the labels' order picks one."""
+    by_name = {(row["case"], row["label"]): row for row in rows}
+    found = {}
+    for (case, label), row in by_name.items():
+        for other in row["ratios"]:
+            over, under = sorted((label, other), reverse=True)
+            if (case, other) in by_name and (ratio := turn_ratio(by_name[case, over], by_name[case, under])):
+                found[f"{case}: {over} over {under}"] = ratio
+    return found
 
 
 def _sources(files: Sequence[Path]) -> list[Source]:

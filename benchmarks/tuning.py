@@ -52,7 +52,6 @@ class Choice(NamedTuple):
     """What was chosen, and every candidate's time or why it has none."""
 
     config: Config
-    changed: bool
     seconds: list[tuple[Config, float]]
     refused: list[tuple[Config, str]]
 
@@ -70,47 +69,6 @@ def candidates(shipped: Config) -> list[Config]:
         choices.append([step for step in steps if step == value or low <= step <= high])
     found = [dict(zip(shipped, values, strict=True)) for values in itertools.product(*choices)]
     return sorted(found, key=lambda config: sum(config[name] != shipped[name] for name in shipped))[1:]
-
-
-def choose(
-    current: Config,
-    tried: Sequence[Config],
-    fault: Callable[[Config], str | None],
-    timed: Callable[[Sequence[Config]], Sequence[float]],
-    confirmed: Callable[[Config], str | None] = lambda config: None,
-    time_left: Callable[[], bool] = lambda: True,
-) -> Choice:
-    """The fastest right one of ``current`` and ``tried``.
-
-    Args:
-        current: tried first; it stays unless another is faster by `GAIN`, or if nothing is right.
-        tried: other candidates, in the order in which they are tried while there is time.
-        fault: why a candidate may not be used (wrong, does not compile, does not fit), or None: what is asked of
-            every candidate before it is timed.
-        timed: seconds of several, taken in turns.
-        confirmed: as ``fault``, at more sizes and dtypes: what is asked of the winner; if it fails, of the next.
-        time_left: whether another candidate may be tried.
-    """
-    right, refused = [], []
-    for config in [current, *(c for c in tried if c != current)]:
-        if config != current and not time_left():
-            break
-        reason = fault(config)
-        if reason is None:
-            right.append(config)
-        else:
-            refused.append((config, reason))
-    seconds = list(zip(right, timed(right), strict=True)) if right else []
-    seconds.sort(key=lambda pair: pair[1])
-    of_current = next((s for config, s in seconds if config == current), float("inf"))
-    for config, of_config in seconds:
-        if config == current or of_current < GAIN * of_config:
-            break
-        reason = confirmed(config)
-        if reason is None:
-            return Choice(config, True, seconds, refused)
-        refused.append((config, reason))
-    return Choice(current, False, seconds, refused)
 
 
 @contextmanager
@@ -208,10 +166,32 @@ class Tuner:
         found = self.device.in_turns(calls, SECONDS * len(configs))
         return [found[str(number)].summary()["median"] / (REPLAYS * len(sets)) for number in range(len(configs))]
 
-    def run(self, seconds: float) -> Choice:
-        """The choice, of as many candidates as ``seconds`` allow to check (a third of them is left for timing)."""
-        end, tried = time.monotonic() + seconds * 2 / 3, candidates(self.current)
-        return choose(self.current, tried, self.fault, self.timed, self.confirmed, lambda: time.monotonic() < end)
+    def choose(self, tried: Sequence[Config], time_left: Callable[[], bool]) -> Choice:
+        """The fastest right one of the shipped configuration and of those that are ``tried`` while there is time.
+
+        What is shipped stays unless another is faster by `GAIN`, or if nothing is right. `fault` is asked of every
+        candidate before it is timed, `confirmed` of the winner; if that fails, of the next.
+        """
+        current, right, refused = self.current, [], []
+        for config in [current, *(c for c in tried if c != current)]:
+            if config != current and not time_left():
+                break
+            reason = self.fault(config)
+            if reason is None:
+                right.append(config)
+            else:
+                refused.append((config, reason))
+        seconds = list(zip(right, self.timed(right), strict=True)) if right else []
+        seconds.sort(key=lambda pair: pair[1])
+        of_current = next((s for config, s in seconds if config == current), float("inf"))
+        for config, of_config in seconds:
+            if config == current or of_current < GAIN * of_config:
+                break
+            reason = self.confirmed(config)
+            if reason is None:
+                return Choice(config, seconds, refused)
+            refused.append((config, reason))
+        return Choice(current, seconds, refused)
 
 
 def rewrite(folder: Path, device: str, cell: Cell, config: Config) -> None:
@@ -223,10 +203,12 @@ def rewrite(folder: Path, device: str, cell: Cell, config: Config) -> None:
 
 
 def tune(cell: Cell, sizes: Sizes, device: Device, seconds: float) -> list[dict[str, Any]]:
-    """Choose a cell's configuration, rewrite its file if another is faster, and give a row for every candidate."""
-    tuner = Tuner(cell, sizes, device)
-    choice = tuner.run(seconds)
-    if choice.changed:
+    """Choose a cell's configuration, of as many candidates as ``seconds`` allow to check (a third of them is left for
+    timing), rewrite its file if another is faster, and give a row for every candidate."""
+    tuner, end = Tuner(cell, sizes, device), time.monotonic() + seconds * 2 / 3
+    shipped = tuner.current
+    choice = tuner.choose(candidates(shipped), lambda: time.monotonic() < end)
+    if choice.config != shipped:
         rewrite(CONFIGS, tuner.device_class, cell, choice.config)
     base: dict[str, Any] = {"operator": cell.operator, "kernel": cell.name}
     base |= {"round": "later" if tuner.operator.later else "first"}

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import devices, tuning
 from benchmarks.devices import CpuDevice
-from benchmarks.document import _check_entries
+from benchmarks.document import _faults
 from benchmarks.kernels import time_kernels
 from benchmarks.layers import Layers
 from benchmarks.measure import Workplace, measure
@@ -20,9 +20,9 @@ from benchmarks.operators import OPERATORS, as_in_a_layer, check_operator, copie
 from benchmarks.page import kernel_table
 from benchmarks.sizes import MODELS
 from benchmarks.table import PLANS, TINY_CHECKED, table
-from benchmarks.tuning import GAIN, Cell, candidates, cells, choose, operator_of, rewrite, trying
+from benchmarks.tuning import GAIN, Cell, candidates, cells, operator_of, rewrite, trying
 from graphmoe_kernels.launching import CONFIGS, DEVICE_CLASSES, SKINNY_TOKENS, config_table, recorded, stubbed
-from tests.benchmarks.made_up import LIMITS
+from tests.benchmarks.made_up import LIMITS, document
 
 TINY = replace(TINY_CHECKED, dtype="fp32")
 FEW, CPU = replace(TINY, tokens=3), torch.device("cpu")
@@ -125,22 +125,28 @@ A, B, C, D = ({"BLOCK_M": 16, "num_warps": warps, "num_stages": 2} for warps in 
 )
 def test_the_fastest_right_candidate_is_chosen_if_it_is_clearly_faster(tried, wrong, unconfirmed, times, chosen):
     """A configuration that leaves something out, or that wins by chance, must not be shipped."""
-    found = choose(
-        A,
-        tried,
-        lambda config: "wrong" if config in wrong else None,
-        lambda configs: [times[config["num_warps"]] for config in configs],
-        lambda config: "fp16" if config in unconfirmed else None,
-    )
-    assert (found.config, found.changed) == (chosen, chosen != A)
+
+    class Made(tuning.Tuner):
+        current = A
+
+        def __init__(self):
+            pass
+
+        def fault(self, config):
+            return "wrong" if config in wrong else None
+
+        def timed(self, configs):
+            return [times[config["num_warps"]] for config in configs]
+
+        def confirmed(self, config):
+            return "fp16" if config in unconfirmed else None
+
+    found = Made().choose(tried, lambda: True)
+    assert found.config == chosen
     assert found.refused == [*((config, "wrong") for config in wrong), *((config, "fp16") for config in unconfirmed)]
     assert [config["num_warps"] for config, _ in found.seconds] == sorted(times, key=times.get)
-
-
-def test_no_candidate_is_begun_after_the_time():
-    answers = iter([True, False])
-    found = choose(A, [B, C], lambda config: None, lambda configs: [3.0, 2.0], time_left=lambda: next(answers))
-    assert found.config == B
+    if tried[0] not in wrong:  # no candidate is begun after the time
+        assert [config for config, _ in Made().choose(tried, lambda: False).seconds] == [A][: A not in wrong]
 
 
 @pytest.mark.parametrize("kernel", sorted({cell.kernel for cell in cells()}))
@@ -193,10 +199,9 @@ def test_a_kernel_is_tuned_as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(tuning, "TOKENS", {"skinny": (3, 1)})
     monkeypatch.setattr(tuning, "SECONDS", 0.0)
     good = {"BLOCK_M": 16, "BLOCK_G": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
-    monkeypatch.setattr(tuning, "candidates", lambda shipped: [A, good])
     tuner = tuning.Tuner(Cell("gru", "gru_forward", "skinny", "float"), FEW, CpuDevice())
     before = dict(tuner.current)
-    found = tuner.run(60)
+    found = tuner.choose([A, good], lambda: True)
     assert {json.dumps(config) for config, _ in found.seconds} == {json.dumps(before), json.dumps(good)}
     assert [config for config, _ in found.refused] == [A]
     assert tuner.current == before
@@ -218,17 +223,17 @@ def test_rewriting_changes_one_entry(tmp_path):
     assert json.loads(target.read_text()) == expected
 
 
-def test_tuning_is_a_case_of_the_runner(monkeypatch, tmp_path):
+def test_tuning_is_a_case_of_the_runner(monkeypatch):
     """It rewrites the file of what wins, and leaves every candidate's time or fault in the result."""
     written = []
     monkeypatch.setattr(tuning, "rewrite", lambda folder, device, cell, config: written.append((device, cell, config)))
-    chosen = tuning.Choice(B, True, [(B, 1e-6), (A, 2e-6)], [(C, "wrong")])
-    monkeypatch.setattr(tuning.Tuner, "run", lambda self, seconds: chosen)
+    chosen = tuning.Choice(B, [(B, 1e-6), (A, 2e-6)], [(C, "wrong")])
+    monkeypatch.setattr(tuning.Tuner, "choose", lambda self, tried, time_left: chosen)
     case = next(case for case in table(MODELS["tiny"], "cpu", "fp32", PLANS["cpu"]) if case.group == "tune")
     found = measure(case, Workplace(Layers(CpuDevice()), {"limits": {}}, 0.0))
     assert written == [("sm_90", Cell(*case.operator.split()), B)]
     assert [row.get("chosen") for row in found.kernels] == [True, False, None]
-    _check_entries(tmp_path, "kernels", found.kernels)
+    assert list(_faults(document(kernels=found.kernels))) == []
     text = "\n".join(line[0] for line in kernel_table(found.kernels)[1])
     assert "chosen: BLOCK_M=16 num_warps=2" in text
     assert "refused: wrong: BLOCK_M=16 num_warps=4" in text

@@ -115,10 +115,8 @@ def test_what_failed_or_was_skipped_is_shown_with_its_reason():
     text = markdown(content)
     assert "2 of 4 checks passed" in text
     assert cells(text, "scaling") == ["skipped", "no time left"]
-    assert "| liger | failed: y: error 5.0e-01 \\| too large |" in text
-    assert f"| {case} | triton, T=8 | failed: OutOfMemoryError |" in text
-    assert f"| {case} | peft_lora | passed its check" in text
-    assert f"| {case} | triton |" not in text
+    assert cells(text, "liger")[-1] == "failed: y: error 5.0e-01 \\| too large"
+    assert cells(text, "triton, T=8")[::5] == [case, "failed: OutOfMemoryError"]
     for words in ("2 of 4 checks passed", "no time left", "too\nlarge", "OutOfMemoryError"):
         assert words in summary(content)
 
