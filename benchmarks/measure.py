@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from benchmarks import host
 from benchmarks.cases import OPERATOR_GROUPS, Case, Contender
 from benchmarks.checks import Verdict, in_a_line
-from benchmarks.devices import Call, Device, Samples, repeated
+from benchmarks.devices import Device, Samples, repeated
 from benchmarks.document import WITHOUT_ROUNDS
 from benchmarks.host_profile import split
 from benchmarks.kernels import REPLAYS, time_kernels
@@ -56,16 +56,6 @@ class Workplace(NamedTuple):
     layers: Layers
     content: dict[str, Any]
     seconds: float
-
-
-class Ready(NamedTuple):
-    """A contender that passed its check; ``calls`` is how often a turn does what it is timed for."""
-
-    prepared: Prepared
-    call: Call
-    calls: int
-    peak: int | None
-    captured: bool = False
 
 
 def measure(case: Case, place: Workplace) -> Found:
@@ -131,27 +121,28 @@ def _in_turns(case: Case, place: Workplace) -> Found:
     return Found(checks, samples, [_row(case, each, samples, place.content) for each in ready.values()])
 
 
-def make_ready(prepared: Prepared, case: Case, device: Device) -> Ready:
-    """The call as it is timed: captured, or repeated; and its peak memory.
+def make_ready(prepared: Prepared, case: Case, device: Device) -> Prepared:
+    """With the call as it is timed, captured or repeated, and its peak memory.
 
     Raises:
         AssertionError: a captured call gives another result than the one that was checked.
     """
-    peak = None if case.group in (*OPERATOR_GROUPS, "model", "host") else device.peak_bytes(prepared.call)
+    call, times = prepared.call, 1
+    if case.group not in (*OPERATOR_GROUPS, "model", "host"):
+        prepared = prepared._replace(peak=device.peak_bytes(call))
     if prepared.capture and device.graphs:
-        call = device.capture(prepared.call)
+        call = device.capture(call)
         fault = None if prepared.verify is None else prepared.verify(call())
         if fault is not None:
             raise AssertionError(f"in a CUDA graph, {fault}")
         # Started on an idle device: of one replay the host's launch would be a good part.
-        return Ready(prepared, repeated(call, REPLAYS), REPLAYS * prepared.calls, peak, captured=True)
-    if device.kind != "cpu":
-        return Ready(prepared, prepared.call, prepared.calls, peak)
-    prepared.call()
-    start = time.perf_counter()
-    prepared.call()
-    repeats = max(1, min(MAX_REPEATS, math.ceil(SHORTEST_TURN / (time.perf_counter() - start))))
-    return Ready(prepared, repeated(prepared.call, repeats), repeats * prepared.calls, peak)
+        times, prepared = REPLAYS, prepared._replace(captured=True)
+    elif device.kind == "cpu":
+        call()
+        start = time.perf_counter()
+        call()
+        times = max(1, min(MAX_REPEATS, math.ceil(SHORTEST_TURN / (time.perf_counter() - start))))
+    return prepared._replace(call=repeated(call, times), calls=times * prepared.calls)
 
 
 def _record(case: Case, contender: Contender, found: Verdict) -> dict[str, Any]:
@@ -161,9 +152,9 @@ def _record(case: Case, contender: Contender, found: Verdict) -> dict[str, Any]:
     return {**named, "tokens": sizes.tokens, "dtype": sizes.dtype, **found.record()}
 
 
-def _row(case: Case, ready: Ready, samples: dict[str, Samples], content: dict[str, Any]) -> dict[str, Any]:
+def _row(case: Case, ready: Prepared, samples: dict[str, Samples], content: dict[str, Any]) -> dict[str, Any]:
     """As the result document has it."""
-    contender, work = ready.prepared.contender, ready.prepared.work
+    contender, work = ready.contender, ready.work
     own = samples[contender.label]
     row: dict[str, Any] = {
         "case": case.name,
@@ -182,8 +173,8 @@ def _row(case: Case, ready: Ready, samples: dict[str, Samples], content: dict[st
     median = row["seconds"]["median"]
     if ready.peak is not None:
         row["peak bytes"] = ready.peak
-    if ready.prepared.units is not None:
-        row["tokens a second"] = ready.prepared.units / median
+    if ready.units is not None:
+        row["tokens a second"] = ready.units / median
     if work is not None:
         row["work"] = work._asdict()
     if work is not None and content["limits"]:

@@ -34,6 +34,8 @@ class Prepared(NamedTuple):
     # What is wrong with a result of the call that is timed, if anything: a graph could replay another.
     verify: Callable[[Any], str | None] | None = None
     units: int | None = None  # tokens made by one of the calls, for rates
+    peak: int | None = None  # bytes that a call holds at most, where that was measured
+    captured: bool = False  # whether `call` has become a replay
 
 
 class Timing(Protocol):

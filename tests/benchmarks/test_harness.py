@@ -46,7 +46,7 @@ def cases(group, kind="cpu"):
 
 
 def side_by_side(*providers, tokens=12, **changes):
-    contenders = tuple(Contender(provider, TINY.sizes(tokens, 3, "fp32")) for provider in providers)
+    contenders = tuple(Contender(provider, TINY.sizes(tokens, 3, "fp32"), provider) for provider in providers)
     return Case("layer", TINY, "inference", contenders, **changes)
 
 
