@@ -13,7 +13,7 @@ from benchmarks.cases import Case, Contender
 from benchmarks.checks import Built, Judge, Tensors, Verdict
 from benchmarks.devices import Call
 from benchmarks.layers import Layers
-from benchmarks.operators import DTYPES, OF_GROUP, as_in_a_layer, copies_of, find_operator
+from benchmarks.operators import DTYPES, OF_GROUP, copies_of, find_operator
 from benchmarks.providers import PROVIDERS
 from benchmarks.work import Work, layer_work, operator_work
 from graphmoe_kernels.cost import Sizes
@@ -106,11 +106,7 @@ class OperatorTiming:
     def prepare(self, contender: Contender) -> Prepared:
         """A call goes through all copies of the operands."""
         backend, training = contender.provider, self.case.mode == "training"
-        # The order of tokens is made before the clock starts: in a layer it belongs to routing.
-        sets = [
-            as_in_a_layer(self.operator, self.operator.built(each, self.sizes.top_k, backend), each, backend)
-            for each in self.copies
-        ]
+        sets = [self.operator.built(each, self.sizes.top_k, backend) for each in self.copies]
         own = self.judge.operands.keys()
         pairs = zip(sets, self.copies, strict=True)
         calls = [call_of(built, {name: each[name] for name in own}, training) for built, each in pairs]

@@ -69,7 +69,7 @@ def test_the_triton_path_is_timed_without_a_gpu_and_without_the_interpreter():
 
 
 def test_a_process_that_fails_says_why():
-    with pytest.raises(ValueError, match="invalid literal for int.*'no layer'"):
+    with pytest.raises(ValueError, match=r"invalid literal for int.*'no layer'"):
         host.in_own_process(int, "no layer")
 
 

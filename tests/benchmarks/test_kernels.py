@@ -16,7 +16,7 @@ from benchmarks.document import _faults
 from benchmarks.kernels import time_kernels
 from benchmarks.layers import Layers
 from benchmarks.measure import Workplace, measure
-from benchmarks.operators import OPERATORS, as_in_a_layer, check_operator, copies_of, find_operator, launches_of
+from benchmarks.operators import OPERATORS, check_operator, copies_of, find_operator, launches_of
 from benchmarks.page import kernel_table
 from benchmarks.sizes import MODELS
 from benchmarks.table import PLANS, TINY_CHECKED, table
@@ -71,14 +71,14 @@ def test_a_wrong_order_is_refused():
     assert check_operator(order._replace(run=wrong), replace(TINY, tokens=40), CPU).fault == "token_order differs"
 
 
-def test_experts_are_checked_in_the_layers_order():
+@pytest.mark.parametrize("tokens", [SKINNY_TOKENS, SKINNY_TOKENS + 1])
+def test_experts_are_checked_in_the_layers_order(tokens):
     """What is checked without an order is another path of the kernels than a layer runs."""
-    experts = find_operator("experts", True)
-    for tokens in (SKINNY_TOKENS, SKINNY_TOKENS + 1):
-        operands = experts.operands(replace(TINY, tokens=tokens), CPU)
-        for backend in ("triton", "torch"):
-            shared = as_in_a_layer(experts, experts.built(operands, 2, backend), operands, backend).subject.shared
-            assert ("token_order" in shared) == (backend == "triton" and tokens > SKINNY_TOKENS)
+    experts, sizes = find_operator("experts", True), replace(TINY, tokens=tokens)
+    with stubbed():
+        launches = launches_of(experts, sizes, experts.operands(sizes, CPU))
+    ordered = [each.arguments["operands"].token_order is not None for each in launches]
+    assert ordered == [tokens > SKINNY_TOKENS] * 3
 
 
 def test_kernels_are_launched_alone_as_the_operator_launched_them(monkeypatch):
