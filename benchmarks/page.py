@@ -171,7 +171,7 @@ def case_table(rows: Sequence[dict[str, Any]], brief: bool = False) -> Table:
         "GFLOP": [_giga((row.get("work") or {}).get("operations")) for row in rows],
         "share of limit": [_share(row.get("limit"), row.get("share")) for row in rows],
         "peak MB": [mega(row.get("peak bytes")) for row in rows],
-        "tokens a second": [f"{rate:,.1f}" if (rate := row.get("tokens a second")) else "-" for row in rows],
+        "tokens per second": [f"{rate:,.1f}" if (rate := row.get("tokens a second")) else "-" for row in rows],
     }
     kept = {name: cells for name, cells in columns.items() if set(cells) != {"-"} and not (brief and name in DETAILS)}
     return list(kept), [list(line) for line in zip(*kept.values(), strict=True)]

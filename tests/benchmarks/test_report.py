@@ -85,7 +85,7 @@ def test_a_row_stands_beside_what_it_is_judged_by_on_the_page_and_on_the_termina
     assert cells(markdown(content), "dense")[4:] == ["-"] * 5
     line = next(line for line in summary(content).splitlines() if line.startswith("  triton"))
     assert [cell for cell in expected if cell not in line] == []
-    assert "tokens a second" not in markdown(content)
+    assert "tokens per second" not in markdown(content)
     content["rows"][0]["tokens a second"] = 1234.5
     assert cells(markdown(content), "triton")[-1] == "1,234.5"
 
