@@ -59,7 +59,9 @@ class Operator(NamedTuple):
 
     def subject(self, operands: Tensors, top_k: int, backend: str, dtype: torch.dtype | None = None) -> Subject:
         """The operator on a backend, over those of ``operands`` that are no tokens', in ``dtype`` if one is given."""
-        shared = {name: t if dtype is None else t.to(dtype) for name, t in self._split(operands)[1].items()}
+        shared = self._split(operands)[1]
+        if dtype is not None:
+            shared = {name: t.to(dtype) if t.is_floating_point() else t for name, t in shared.items()}
         return Subject(lambda given: self.run(given, top_k, backend), shared, self.fixed)
 
     def built(self, operands: Tensors, top_k: int, backend: str) -> Built:

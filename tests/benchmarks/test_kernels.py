@@ -79,6 +79,7 @@ def test_experts_are_checked_in_the_layers_order(tokens):
         launches = launches_of(experts, sizes, experts.operands(sizes, CPU))
     ordered = [each.arguments["operands"].token_order is not None for each in launches]
     assert ordered == [tokens > SKINNY_TOKENS] * 3
+    assert check_operator(experts, sizes, CPU, "torch").fault is None
 
 
 def test_kernels_are_launched_alone_as_the_operator_launched_them(monkeypatch):
