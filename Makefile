@@ -9,7 +9,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.graphmoe-installed
 
 .DEFAULT_GOAL := help
-.PHONY: env demo test test-all test-distributed test-newest test-oldest aot bench report gpu-report tune predictions check clean help
+.PHONY: env demo test test-all test-distributed test-newest test-oldest aot bench report gpu-report tune check clean help
 
 env: $(STAMP)  ## build .venv, or bring it up to date (instant when nothing changed)
 
@@ -81,7 +81,7 @@ aot: env $(OTHER_TRITON:%=%/.installed)  ## compile every kernel for every devic
 bench: env  ## the benchmarks on this machine, in 5 minutes on a 2-core CPU: latency of each round, against others, shares
 	$(PY) -m pytest benchmarks -q $(ARGS)
 
-report: env  ## results as the table of targets, a page and plots; ARGS="--compare A.json B.json": do two runs agree
+report: env  ## results as targets, a page and plots; ARGS="--compare A.json B.json": do two runs agree; "A.json --write PAGE.md"
 	$(PY) -m benchmarks.report $(ARGS)
 
 gpu-report: env  ## make bench on a GPU in 8.5 minutes, the most important first; writes benchmarks/results/
@@ -89,9 +89,6 @@ gpu-report: env  ## make bench on a GPU in 8.5 minutes, the most important first
 
 tune: env  ## try configurations of the kernels on this GPU and write the fastest right ones to graphmoe_kernels/configs/
 	$(PY) -m benchmarks.gpu_report --minutes 9 --groups tune $(ARGS)
-
-predictions: env  ## print the kernels' times by arithmetic; benchmarks/PREDICTIONS.md has those from before the first run
-	$(PY) -m benchmarks.predictions $(ARGS)
 
 check: env  ## lint, format, types, import contracts
 	$(PY) -m ruff check .

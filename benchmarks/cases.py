@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.document import WITHOUT_ROUNDS
-from benchmarks.sizes import Model, method_of
+from benchmarks.sizes import Model
 from graphmoe_kernels.cost import Sizes
 
 GROUPS = {
@@ -32,21 +31,11 @@ AXES = {"rounds": "T={}", "tokens": "{} tokens", "experts": "n={}", "rank": "r={
 
 
 class Contender(NamedTuple):
-    """A provider at some sizes; ``axis`` is the field of the sizes in which the contenders of its case differ, or
-    ``"method"``, for which several of them stand."""
+    """A provider at some sizes, by its name in its case."""
 
     provider: str
     sizes: Sizes
-    axis: str | None = None
-
-    @property
-    def label(self) -> str:
-        """Its name in its case."""
-        if self.axis is None or (self.provider in WITHOUT_ROUNDS and self.axis in ("rounds", "method")):
-            return self.provider
-        if self.axis == "method":
-            return f"{self.provider}, {method_of(self.sizes)}"
-        return f"{self.provider}, {AXES[self.axis].format(getattr(self.sizes, self.axis))}"
+    label: str
 
 
 class Case(NamedTuple):
@@ -58,6 +47,7 @@ class Case(NamedTuple):
     # or "profile"; of the host's time also "launches stubbed".
     mode: str
     contenders: tuple[Contender, ...]
+    axis: str | None = None  # the field of the sizes in which its contenders differ, or "method"
     graph: bool = False  # as a replayed CUDA graph, those of its contenders that one can hold
     operator: str = ""  # of checks and kernels
     later: bool | None = None  # of an operator: whether it is called as in a round after the first
@@ -71,7 +61,7 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         """Unique in a table."""
-        s, axis = self.sizes, self.contenders[0].axis
+        s, axis = self.sizes, self.axis
         parts = [self.group, *([self.operator] if self.operator else []), self.model.name, self.mode]
         if self.later is not None:
             parts.append("later round" if self.later else "first round")

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.devices import Device
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "transformers", "peft", "liger_kernel", "mixlora")
+PACKAGES = ("torch", "triton", "transformers", "peft", "liger_kernel")
 
 
 def conditions(device: Device, commit: str | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import platform
 import random
@@ -67,25 +68,47 @@ def repeated(call: Call, times: int) -> Call:
     return call if times == 1 else repeat
 
 
-class CpuDevice:
+class _Turns:
+    """What both kinds of device do alike; each has its own ``time``."""
+
+    time: Callable[[Call], float]
+
+    def in_turns(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Samples]:
+        """Times every call once a turn, in an order drawn anew, until ``seconds`` are over; `MIN_TURNS` at least.
+
+        What disturbs the machine falls on all alike.
+        """
+        found = {name: Samples([]) for name in calls}
+        order, shuffle = list(calls), random.Random(0).shuffle
+        start = time.perf_counter()
+        for turn in range(MAX_TURNS):
+            if turn >= MIN_TURNS and time.perf_counter() - start > seconds:
+                break
+            shuffle(order)
+            for name in order:
+                found[name].seconds.append(self.time(calls[name]))
+        return found
+
+
+class CpuDevice(_Turns):
     """The CPU, by the host's clock; no graphs."""
 
-    kind = "cpu"
-    graphs = False
+    kind, graphs, l2_bytes = "cpu", False, 0
     torch = torch.device("cpu")
-    l2_bytes = 0
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
 
     def describe(self) -> dict[str, Any]:
         """The processor and how many threads PyTorch uses."""
-        capability = torch.backends.cpu.get_cpu_capability()
-        return {"name": f"{_cpu_model()} ({capability})", "threads": torch.get_num_threads()}
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = (names or [platform.processor() or platform.machine()])[0]
+        return {"name": f"{name} ({torch.backends.cpu.get_cpu_capability()})", "threads": torch.get_num_threads()}
 
     @contextlib.contextmanager
     def memory_bounded(self) -> Iterator[None]:
-        """Inside, an allocation beyond the free memory raises, as on a GPU, instead of taking the machine with it."""
+        """By the system's limit, on Linux."""
         try:
             used, free = _kilobytes("/proc/self/status", "VmData"), _kilobytes("/proc/meminfo", "MemAvailable")
         except OSError:  # no Linux
@@ -113,33 +136,25 @@ class CpuDevice:
         """Free what only cycles keep: large tensors among them."""
         gc.collect()
 
-    def peak_bytes(self, call: Call) -> int | None:
+    def peak_bytes(self, call: Call) -> int:
         """The most memory that PyTorch's allocator held for ``call`` beyond what was there before it."""
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
             call()
         events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
         events.sort(key=lambda e: e.start_ns())
-        held = peak = 0
-        for event in events:
-            held += event.nbytes()
-            peak = max(peak, held)
-        return peak
+        return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
-    def in_turns(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Samples]:
-        """Times every call once a turn, in an order drawn anew, until ``seconds`` are over; `MIN_TURNS` at least."""
-        found = {name: Samples([]) for name in calls}
-        for name in _turns(calls, seconds):
-            start = self.clock()
-            calls[name]()
-            found[name].seconds.append(self.clock() - start)
-        return found
+    def time(self, call: Call) -> float:
+        """Seconds of a call."""
+        start = self.clock()
+        call()
+        return self.clock() - start
 
 
-class CudaDevice:
+class CudaDevice(_Turns):
     """A CUDA device: device events, graphs, peak memory."""
 
-    kind = "cuda"
-    graphs = True
+    kind, graphs = "cuda", True
 
     def __init__(self, index: int = 0) -> None:
         self.torch = torch.device("cuda", index)
@@ -210,7 +225,7 @@ class CudaDevice:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def peak_bytes(self, call: Call) -> int | None:
+    def peak_bytes(self, call: Call) -> int:
         """The most memory that ``call`` held beyond what was there before it."""
         self.synchronize()
         before = torch.cuda.memory_allocated(self.torch)
@@ -219,20 +234,21 @@ class CudaDevice:
         self.synchronize()
         return torch.cuda.max_memory_allocated(self.torch) - before
 
+    def time(self, call: Call) -> float:
+        """Seconds of a call by device events; the device is waited for after every call."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return 1e-3 * start.elapsed_time(end)
+
     def in_turns(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Samples]:
-        """As `CpuDevice.in_turns`, by device events; the device is waited for after every call's turn."""
-        found = {name: Samples([]) for name in calls}
+        """After a first call of each, which is not timed."""
         for call in calls.values():
             call()
         self.synchronize()
-        for name in _turns(calls, seconds):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            calls[name]()
-            end.record()
-            end.synchronize()
-            found[name].seconds.append(1e-3 * start.elapsed_time(end))
-        return found
+        return super().in_turns(calls, seconds)
 
 
 Device = CpuDevice | CudaDevice
@@ -241,25 +257,6 @@ Device = CpuDevice | CudaDevice
 def _kilobytes(path: str, name: str) -> int:
     """A figure that Linux tells in a file of ``name: figure kB``."""
     return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:"))
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _turns(calls: Mapping[str, Call], seconds: float) -> Iterator[str]:
-    """The names, every one once a turn: what disturbs the machine falls on all alike."""
-    order, shuffle = list(calls), random.Random(0).shuffle
-    start = time.perf_counter()
-    for turn in range(MAX_TURNS):
-        if turn >= MIN_TURNS and time.perf_counter() - start > seconds:
-            return
-        shuffle(order)
-        yield from order
 
 
 def _nvidia_smi() -> dict[str, str]:

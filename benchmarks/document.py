@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,11 @@ class Ratio(NamedTuple):
         if self.range is None:
             return f"{self.value:.3f}"
         return f"{self.value:.3f} [{self.range[0]:.3f}, {self.range[1]:.3f}]"
+
+    def overlaps(self, other: Ratio) -> bool:
+        """Whether the ranges have a point in common."""
+        (low, high), (other_low, other_high) = (each.range or (each.value,) * 2 for each in (self, other))
+        return low <= other_high and other_low <= high
 
 
 class Document:
@@ -131,16 +136,40 @@ def load(path: Path) -> dict[str, Any]:
             every row has.
     """
     content = _parse(path)
-    device = content["conditions"].get("device", {})
-    absent = [key for key in ("versions", "commit", "date") if key not in content["conditions"]]
-    absent += [f"device {key}" for key in ("kind", "name") if key not in device]
-    if absent:
-        raise ResultError(f"{path} does not say where it was measured ({', '.join(absent)} missing): {RUN_AGAIN}")
-    if not (content["rows"] or content["kernels"] or content["profiles"]):
-        raise ResultError(f"{path} has no rows: its run measured nothing ({_ends(content)}); {RUN_AGAIN}")
-    for section in KEYS:
-        _check_entries(path, section, content[section])
+    if (fault := next(_faults(content), None)) is not None:
+        raise ResultError(f"{path} {fault}; {RUN_AGAIN}")
     return content
+
+
+def _faults(content: dict[str, Any]) -> Iterator[str]:
+    """What a whole file of the schema lacks of a result."""
+    conditions = content["conditions"]
+    absent = [key for key in ("versions", "commit", "date") if key not in conditions]
+    absent += [f"device {key}" for key in ("kind", "name") if key not in conditions.get("device", {})]
+    if absent:
+        yield f"does not say where it was measured ({', '.join(absent)} missing)"
+    if not (content["rows"] or content["kernels"] or content["profiles"]):
+        states = [step["state"] for step in content["steps"].values()]
+        ends = [f"{states.count(state)} steps {state}" for state in dict.fromkeys(states)] or ["it began no step"]
+        yield f"has no rows: its run measured nothing ({', '.join(ends)})"
+    for section, keys in KEYS.items():
+        for index, entry in enumerate(content[section]):
+            what = f"is damaged: {section.removesuffix('s')} {index}"
+            if not isinstance(entry, dict):
+                yield f"{what} is a {type(entry).__name__}, expected is an object"
+                continue
+            absent = [key for key in keys if key not in entry]
+            absent += [f"{key} {name}" for key in keys if key in entry for name in keys[key] if name not in entry[key]]
+            if absent:
+                yield f"{what} has no {', '.join(absent)}"
+            elif "median" in keys.get("seconds", ()) and "refused" not in entry:
+                median = entry["seconds"]["median"]
+                if not (isinstance(median, (int, float)) and median > 0):
+                    yield f"{what} took {median!r} s, expected is a positive time"
+    names = [(row["case"], row["label"]) for row in content["rows"]]
+    for case, label in names:
+        if names.count((case, label)) > 1:
+            yield f"has two rows {label!r} of case {case!r}, expected is one"
 
 
 def turn_ratio(over: dict[str, Any], under: dict[str, Any]) -> Ratio | None:
@@ -153,6 +182,14 @@ def turn_ratio(over: dict[str, Any], under: dict[str, Any]) -> Ratio | None:
         low, high = found["range"]
         return Ratio(1 / found["median"], (1 / high, 1 / low))
     return None
+
+
+def conditions_line(content: dict[str, Any]) -> str:
+    """Device, versions, commit (with the mark of a tree that differed) and day of a result."""
+    c = content["conditions"]
+    versions = [f"{name} {c['versions'][name]}" for name in ("torch", "triton") if name in c["versions"]]
+    commit = c["commit"][:10] + "+" * (len(c["commit"]) > 10 and c["commit"].endswith("+"))
+    return ", ".join([c["device"]["name"], *versions, f"commit {commit}", c["date"][:10]])
 
 
 def every(folder: Path) -> tuple[list[Source], list[str]]:
@@ -182,42 +219,9 @@ def _parse(path: Path) -> dict[str, Any]:
         if "schema" not in content and "profiles" in content:
             raise ResultError(f"{path} is what `graphmoe profile` wrote, not the benchmarks: name a result of theirs")
         named = [f"{key} {content[key]}" for key in ("schema", "version") if key in content]
-        has = named[0] if named else "no schema number"
-        raise ResultError(f"{path} has {has}, expected is schema {SCHEMA}: {RUN_AGAIN}")
-    for key, kind in (*((key, dict) for key in ("conditions", "limits", "steps")), *((key, list) for key in LISTS)):
+        raise ResultError(f"{path} has {(named or ['no schema number'])[0]}, expected is schema {SCHEMA}: {RUN_AGAIN}")
+    for key, kind in {**dict.fromkeys(("conditions", "limits", "steps"), dict), **dict.fromkeys(LISTS, list)}.items():
         if not isinstance(content.get(key), kind):
             found = f"is a {type(content[key]).__name__}" if key in content else "is missing"
-            expected = f"expected is a {kind.__name__}: the file is damaged"
-            raise ResultError(f"{path}: {key!r} {found}, {expected}; {RUN_AGAIN}")
+            raise ResultError(f"{path} is damaged: {key!r} {found}, expected is a {kind.__name__}; {RUN_AGAIN}")
     return content
-
-
-def _check_entries(path: Path, section: str, entries: Iterable[Any]) -> None:
-    """Every entry of a list of the schema has what the schema says."""
-    seen: set[tuple[str, str]] = set()
-    for index, entry in enumerate(entries):
-        what = f"{section.removesuffix('s')} {index}"
-        if not isinstance(entry, dict):
-            raise ResultError(f"{path}: {what} is a {type(entry).__name__}, expected is an object; {RUN_AGAIN}")
-        absent = [key for key in KEYS[section] if key not in entry]
-        inner = [(key, name) for key, names in KEYS[section].items() if key in entry for name in names]
-        absent += [f"{key} {name}" for key, name in inner if name not in entry[key]]
-        if absent:
-            raise ResultError(f"{path}: {what} has no {', '.join(absent)}: the file is damaged; {RUN_AGAIN}")
-        if section == "profiles":  # whose seconds are of parts
-            continue
-        median = entry["seconds"]["median"]
-        if not (isinstance(median, (int, float)) and median > 0) and "refused" not in entry:
-            raise ResultError(f"{path}: {what} took {median!r} s, expected is a positive time; {RUN_AGAIN}")
-        if section == "rows":
-            name = (entry["case"], entry["label"])
-            if name in seen:
-                raise ResultError(f"{path} has two rows {name[1]!r} of case {name[0]!r}, expected is one")
-            seen.add(name)
-
-
-def _ends(content: dict[str, Any]) -> str:
-    states = [step["state"] for step in content["steps"].values()]
-    if not states:
-        return "it began no step"
-    return ", ".join(f"{states.count(state)} steps {state}" for state in dict.fromkeys(states))

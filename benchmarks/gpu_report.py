@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.document import RESULTS, Document, ResultError
+from benchmarks.document import RESULTS, Document, ResultError, Source
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = "The GPU report needs a CUDA device, and there is none (--device cpu --sizes tiny tries the code path)."
@@ -107,11 +107,11 @@ def _wait(process: subprocess.Popen[bytes], path: Path, end: float) -> int | Non
 
 def finish(path: Path) -> int:
     """Write the Markdown beside the JSON, and say by the exit code whether all is well."""
-    from benchmarks.page import markdown
+    from benchmarks.page import page
 
     content = Document(path).content
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text(markdown(content), encoding="utf-8")
+    path.with_suffix(".md").write_text(page([Source(path, content)]), encoding="utf-8")
     print(f"written to {path} and {path.with_suffix('.md').name}")
     wrong = any(not check["passed"] for check in content["checks"])
     failed = any(step["state"] == "failed" for step in content["steps"].values())

@@ -5,31 +5,29 @@ from __future__ import annotations
 import cProfile
 import pstats
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from benchmarks.devices import Call
 
 # What a function's file is part of, by pieces of its path; the first that fits.
-PLACES = (
-    ("Triton's binding", ("/triton/",)),
-    ("launching", ("graphmoe_kernels/launching.py",)),
-    ("routing", ("graphmoe_kernels/routing/", "rethinking/round_routing.py")),
-    ("experts", ("graphmoe_kernels/experts/", "graphmoe_kernels/mix", "graphmoe_kernels/dora.py")),
-    ("GRU", ("graphmoe_kernels/gru/",)),
-    ("freshness of the fold", ("rethinking/cache.py", "rethinking/streams.py")),
-    ("rounds", ("graphmoe_kernels/",)),
-    ("the layer's door", ("graphmoe_model/",)),
-)
+PLACES = {
+    "Triton's binding": ("/triton/",),
+    "launching": ("graphmoe_kernels/launching.py",),
+    "routing": ("graphmoe_kernels/routing/", "rethinking/round_routing.py"),
+    "experts": ("graphmoe_kernels/experts/", "graphmoe_kernels/mix", "graphmoe_kernels/dora.py"),
+    "GRU": ("graphmoe_kernels/gru/",),
+    "freshness of the fold": ("rethinking/cache.py", "rethinking/streams.py"),
+    "rounds": ("graphmoe_kernels/",),
+    "the layer's door": ("graphmoe_model/",),
+}
 # PyTorch's products, by whomever they are called.
 PRODUCTS = re.compile(r"[ .'](linear|addmm_?|mm|matmul|bmm|baddbmm)[>']")
-OTHER = "other"
-PARTS = (
-    *("the layer's door", "freshness of the fold", "rounds", "routing", "experts", "GRU", "products"),
-    *("launching", "Triton's binding", OTHER),
-)
+PARTS = (*reversed(PLACES), "products", "other")
 
 Function = tuple[str, int, str]  # as pstats names one: file, line, name
+Callers = dict[Function, dict[Function, Any]]
 
 
 def split(call: Call) -> dict[str, float]:
@@ -39,31 +37,21 @@ def split(call: Call) -> dict[str, float]:
     dearer than they are, so the shares say where to look, not what a change would gain.
     """
     profiler = cProfile.Profile()
-    profiler.enable()
-    call()
-    profiler.disable()
+    profiler.runcall(call)
     return shares(pstats.Stats(profiler).stats)  # type: ignore[attr-defined]
 
 
 def shares(stats: dict[Function, tuple[int, int, float, float, dict[Function, Any]]]) -> dict[str, float]:
     """The same from a profile as pstats has it: function -> (calls, calls, own time, time, callers)."""
     callers = {function: entry[4] for function, entry in stats.items()}
-    found = dict.fromkeys(PARTS, 0.0)
+    found: Counter[str] = Counter()
     for function, (_, _, own, _, by_caller) in stats.items():
-        part = part_of(function)
-        pieces = (
-            [(part, own)]
-            if part or not by_caller
-            else [
-                (name, by_caller[caller][2] * weight)
-                for caller in by_caller
-                for name, weight in _owners(caller, callers, (function,)).items()
-            ]
-        )
-        for name, seconds in pieces:
-            found[name or OTHER] += seconds
+        own_times = {caller: times[2] for caller, times in by_caller.items()} or {function: own}
+        for caller, seconds in own_times.items():
+            for name, weight in _owners(function, callers, (), caller).items():
+                found[name] += seconds * weight
     whole = sum(found.values()) or 1.0
-    return {name: seconds / whole for name, seconds in found.items()}
+    return {name: found[name] / whole for name in PARTS}
 
 
 def part_of(function: Function) -> str | None:
@@ -72,21 +60,19 @@ def part_of(function: Function) -> str | None:
     if path == "~" and PRODUCTS.search(name):
         return "products"
     path = Path(path).as_posix()
-    return next((part for part, pieces in PLACES if any(piece in path for piece in pieces)), None)
+    return next((part for part, pieces in PLACES.items() if any(piece in path for piece in pieces)), None)
 
 
 def _owners(
-    function: Function, callers: dict[Function, dict[Function, Any]], seen: tuple[Function, ...]
+    function: Function, callers: Callers, seen: tuple[Function, ...], only: Function | None = None
 ) -> dict[str, float]:
-    """For which parts a function was called, by its callers' time."""
+    """For which parts a function was called, by its callers' time, or by the ``only`` one that counts."""
     if (part := part_of(function)) is not None:
         return {part: 1.0}
-    above = {caller: times[3] for caller, times in callers.get(function, {}).items() if caller not in seen}
-    whole = sum(above.values())
-    if not whole:
-        return {OTHER: 1.0}
-    found: dict[str, float] = {}
+    above = {caller: times[3] for caller, times in callers.get(function, {}).items() if caller not in (*seen, function)}
+    above = {only: 1.0} if only in above else above
+    found: Counter[str] = Counter()
     for caller, seconds in above.items():
         for name, weight in _owners(caller, callers, (*seen, function)).items():
-            found[name] = found.get(name, 0.0) + weight * seconds / whole
-    return found
+            found[name] += weight * seconds / (sum(above.values()) or 1.0)
+    return dict(found) if sum(found.values()) else {"other": 1.0}

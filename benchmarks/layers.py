@@ -54,32 +54,32 @@ class Layers:
     def __init__(self, device: Device) -> None:
         self.device = device
         self._layers: dict[Sizes, Layer] = {}
-        self._mlp: tuple[Sizes, LlamaMLP] | None = None
+        self._mlps: dict[Sizes, LlamaMLP] = {}
 
     def get(self, sizes: Sizes) -> Layer:
         """The layer of these widths, experts and rank."""
-        key = _key(sizes)
+        width, key = _width(sizes), _key(sizes)
+        if width not in self._mlps:
+            self._mlps[width] = make_mlp(sizes, self.device)
         if key not in self._layers:
-            self._layers[key] = Layer(sizes, self.device, self._shared_mlp(sizes))
+            self._layers[key] = Layer(sizes, self.device, self._mlps[width])
         return self._layers[key]
 
     def keep(self, needed: Iterable[Sizes]) -> None:
-        """Free the layers that are not of the sizes ``needed`` next."""
-        keys = {_key(sizes) for sizes in needed}
+        """Free what is not of the sizes ``needed`` next."""
+        needed = list(needed)
+        keys, widths = {_key(sizes) for sizes in needed}, {_width(sizes) for sizes in needed}
         self._layers = {key: layer for key, layer in self._layers.items() if key in keys}
+        self._mlps = {width: mlp for width, mlp in self._mlps.items() if width in widths}
         self.device.release()
-
-    def _shared_mlp(self, sizes: Sizes) -> LlamaMLP:
-        key = Sizes(sizes.hidden, sizes.intermediate, 1, experts=2, dtype=sizes.dtype)
-        if self._mlp is None or self._mlp[0] != key:
-            self._mlp = None
-            self.device.release()
-            self._mlp = key, make_mlp(sizes, self.device)
-        return self._mlp[1]
 
 
 def _key(sizes: Sizes) -> Sizes:
     return replace(sizes, tokens=1, rounds=1, top_k=1)
+
+
+def _width(sizes: Sizes) -> Sizes:
+    return Sizes(sizes.hidden, sizes.intermediate, 1, experts=2, dtype=sizes.dtype)
 
 
 class Layer:

@@ -5,6 +5,7 @@ What the benchmarks know of the operators' signatures and launches stands here a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ from graphmoe_kernels.rethinking.weights import padded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 Draw = Callable[..., Tensor]
+# Sets of operands that a turn walks through, so that together they exceed the L2 cache by half.
+MAX_COPIES = 512
+COLD_FACTOR = 1.5
 
 
 class Operator(NamedTuple):
@@ -55,7 +59,9 @@ class Operator(NamedTuple):
 
     def subject(self, operands: Tensors, top_k: int, backend: str, dtype: torch.dtype | None = None) -> Subject:
         """The operator on a backend, over those of ``operands`` that are no tokens', in ``dtype`` if one is given."""
-        shared = {name: t if dtype is None else t.to(dtype) for name, t in self._split(operands)[1].items()}
+        shared = self._split(operands)[1]
+        if dtype is not None:
+            shared = {name: t.to(dtype) if t.is_floating_point() else t for name, t in shared.items()}
         return Subject(lambda given: self.run(given, top_k, backend), shared, self.fixed)
 
     def built(self, operands: Tensors, top_k: int, backend: str) -> Built:
@@ -73,24 +79,15 @@ class Operator(NamedTuple):
         return Judge(own, rows, not whole, dtype)
 
     def _split(self, operands: Tensors) -> tuple[Tensors, Tensors]:
-        """The tokens' operands and the others; an order belongs to all tokens together."""
+        """The tokens' operands and the others."""
         own = {name: t for name, t in operands.items() if name in self.per_token}
-        return own, {name: t for name, t in operands.items() if name not in self.per_token and name != "token_order"}
+        return own, {name: t for name, t in operands.items() if name not in self.per_token}
 
 
 def check_operator(operator: Operator, sizes: Sizes, device: torch.device, backend: str = "triton") -> Verdict:
     """An operator's outputs and gradients on all tokens against fp64 on a sample of them, as a layer calls it."""
     operands = operator.operands(sizes, device)
-    judge = operator.judge(operands, DTYPES[sizes.dtype])
-    return judge.check(as_in_a_layer(operator, operator.built(operands, sizes.top_k, backend), operands, backend))
-
-
-def as_in_a_layer(operator: Operator, built: Built, operands: Tensors, backend: str) -> Built:
-    """With the order of tokens that a layer makes for the experts' Triton kernels, where it makes one."""
-    if operator.name != "experts" or backend != "triton" or len(operands["expert_ids"]) <= SKINNY_TOKENS:
-        return built
-    order = {"token_order": expert_order(operands["expert_ids"])}
-    return built._replace(subject=built.subject._replace(shared=built.subject.shared | order))
+    return operator.judge(operands, DTYPES[sizes.dtype]).check(operator.built(operands, sizes.top_k, backend))
 
 
 def _chosen(draw: Draw, sizes: Sizes) -> Tensor:
@@ -119,14 +116,19 @@ def order_operands(draw: Draw, sizes: Sizes, later: bool) -> Tensors:
 
 def run_order(operands: Tensors, top_k: int, backend: str) -> Tensors:
     """The stable order by the two smallest experts of every token; elsewhere than on Triton by PyTorch's sort."""
-    if backend == "triton":
-        return {"token_order": expert_order(operands["expert_ids"])}
-    pairs = operands["expert_ids"].sort(dim=1).values[:, :2].long()
-    return {"token_order": (pairs[:, 0] * 256 + pairs[:, -1]).argsort(stable=True).int()}
+    order = expert_order if backend == "triton" else sorted_order
+    return {"token_order": order(operands["expert_ids"])}
+
+
+def sorted_order(expert_ids: Tensor) -> Tensor:
+    """The order by PyTorch's sort, [N]."""
+    pairs = expert_ids.sort(dim=1).values[:, :2].long()
+    return (pairs[:, 0] * 256 + pairs[:, -1]).argsort(stable=True).int()
 
 
 def expert_operands(draw: Draw, sizes: Sizes, later: bool) -> Tensors:
-    """The operands of `expert_swiglu`, without dropout and scale vectors."""
+    """The operands of `expert_swiglu`, without dropout and scale vectors; of many tokens with the order of them that a
+    layer makes."""
     N, F, n, r, G = sizes.tokens, sizes.intermediate, sizes.experts, sizes.rank, padded(sizes.gru_width)
     found = {
         "gate": draw(N, F),
@@ -138,6 +140,8 @@ def expert_operands(draw: Draw, sizes: Sizes, later: bool) -> Tensors:
         "routing_weights": draw(N, sizes.top_k, dtype=torch.float32).softmax(dim=1),
         "expert_ids": _chosen(draw, sizes),
     }
+    if N > SKINNY_TOKENS:
+        found["token_order"] = sorted_order(found["expert_ids"])
     if later:
         fold = {"fold_gate": draw(F, G, std=G**-0.5), "fold_up": draw(F, G, std=G**-0.5)}
         found |= {"state": draw(N, G), "low_update": draw(N, 2 * n * r), **fold}
@@ -145,7 +149,7 @@ def expert_operands(draw: Draw, sizes: Sizes, later: bool) -> Tensors:
 
 
 def run_experts(operands: Tensors, top_k: int, backend: str) -> Tensors:
-    """`expert_swiglu`; with a ``token_order`` among the operands Triton works in it."""
+    """`expert_swiglu`; Triton works in the order of the tokens, which belongs to all of them together."""
     o = operands
     packed = ExpertOperands(
         GateUp(o["gate"], o["up"]),
@@ -156,7 +160,7 @@ def run_experts(operands: Tensors, top_k: int, backend: str) -> Tensors:
         o["expert_ids"],
         low_update=o.get("low_update"),
         update=LowRankUpdate(o["state"], o["fold_gate"], o["fold_up"]) if "state" in o else None,
-        token_order=o.get("token_order"),
+        token_order=o.get("token_order") if backend == "triton" else None,
     )
     hidden, low_down = expert_swiglu(packed, scale=2.0, backend=backend)
     return {"hidden": hidden, "low_down": low_down}
@@ -197,10 +201,18 @@ def find_operator(name: str, later: bool) -> Operator:
 
 def launches_of(operator: Operator, sizes: Sizes, operands: Tensors) -> list[Launch]:
     """The launches of an operator's forward and backward on Triton, as a layer makes them."""
-    built = as_in_a_layer(operator, operator.built(operands, sizes.top_k, "triton"), operands, "triton")
+    subject = operator.subject(operands, sizes.top_k, "triton")
     own = {name: t for name, t in operands.items() if name in operator.per_token}
-    outputs = built.subject.results(own)
+    outputs = subject.results(own)
     upstream = {name: torch.randn_like(t) for name, t in outputs.items() if t.is_floating_point()}
     with recorded() as found:
-        built.subject.results(own, upstream)
+        subject.results(own, upstream)
     return found
+
+
+def copies_of(operands: Tensors, l2_bytes: int, most: int = MAX_COPIES) -> tuple[list[Tensors], bool]:
+    """The operands and copies of them, two sets at least, and whether together they exceed the L2 cache by half."""
+    size = sum(t.numel() * t.element_size() for t in operands.values())
+    count = max(2, min(most, math.ceil(COLD_FACTOR * l2_bytes / max(size, 1))))
+    copies = ({name: t.clone() for name, t in operands.items()} for _ in range(count - 1))
+    return [operands, *copies], count * size >= COLD_FACTOR * l2_bytes

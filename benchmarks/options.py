@@ -12,10 +12,9 @@ import torch
 
 from benchmarks.cases import GROUPS, NOT_BY_DEFAULT, OPERATOR_GROUPS, Case
 from benchmarks.devices import MIN_TURNS, CpuDevice, CudaDevice, Device
-from benchmarks.importance import rank
 from benchmarks.providers import PROVIDERS, missing
 from benchmarks.sizes import MODELS, Model
-from benchmarks.table import DTYPES, PLANS, Plan, table
+from benchmarks.table import DTYPES, PLANS, Plan, rank, table
 from graphmoe_kernels.cost import DTYPES as KNOWN_DTYPES
 
 DEFAULT_SIZES = {"cpu": "llama-3.2-1b", "cuda": "llama-3-8b"}
@@ -36,7 +35,6 @@ def add_options(parser: pytest.Parser) -> None:
     add("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
     add("--seconds", type=float, help=f"of timing a case, {MIN_TURNS} turns at least (default: {seconds})")
     add("--minutes", type=float, help="measure what is most important first, and begin nothing that would take longer")
-    add("--only", action="append", default=[], metavar="TEXT", help="cases with TEXT in their name; may repeat")
     add("--save-results", action="store_true", help="also write benchmarks/results/<device>-<date>-<commit>.json")
     add("--result", type=Path, help="write this file after every case; what it has already is not measured again")
     add("--commit", help="the commit, where there is no git checkout to ask")
@@ -94,18 +92,9 @@ def choose(config: pytest.Config) -> Chosen:
         )
     if limited is not None:
         cases.sort(key=lambda case: rank(case, plan, dtype)[0])  # stable
-    cases = _only(cases, option("only"))
     seconds = SECONDS[device.kind] if option("seconds") is None else option("seconds")
     end = None if limited is None else time.monotonic() + 60 * limited
     return Chosen(device, cases, models, plan, left_out, seconds, dtype, end, option("commit"))
-
-
-def _only(cases: list[Case], texts: list[str]) -> list[Case]:
-    for text in texts:
-        if not any(text in case.name for case in cases):
-            names = "\n  ".join(case.name for case in cases)
-            raise pytest.UsageError(f"--only {text!r} is in no case's name; the cases are:\n  {names}")
-    return [case for case in cases if not texts or any(text in case.name for text in texts)]
 
 
 def _device(kind: str | None) -> Device:

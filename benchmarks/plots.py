@@ -12,24 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.document import Ratio, turn_ratio
-from benchmarks.targets import short_commit
-from benchmarks.units import plural
+from benchmarks.document import conditions_line, turn_ratio
 from graphmoe_model.presentation import BACKING, INK, MUTED, STYLE
 
 # Colour and marker by provider. Paul Tol's "muted" scheme, made for readers with any colour vision; shapes tell apart
 # what colours might not.
 LOOKS = {
-    "triton": ("#332288", "o"),
-    "torch": ("#44AA99", "s"),
-    "reference": ("#999933", "v"),
-    "literal": ("#CC6677", "D"),
-    "literal_compiled": ("#882255", "^"),
-    "dense": ("#1f2933", "x"),
-    "peft_lora": ("#DDCC77", "P"),
-    "liger": ("#88CCEE", "*"),
-    "peer_mixlora": ("#117733", "X"),
-    "mixlora": ("#AA4499", "p"),
+    **{"triton": ("#332288", "o"), "torch": ("#44AA99", "s"), "literal": ("#CC6677", "D"), "dense": ("#1f2933", "x")},
+    **{"literal_compiled": ("#882255", "^"), "peft_lora": ("#DDCC77", "P"), "liger": ("#88CCEE", "*")},
+    **{"peer_mixlora": ("#117733", "X"), "mixlora": ("#AA4499", "p"), "reference": ("#999933", "v")},
 }
 OTHER_LOOK = (MUTED, "+")
 PAPER_ROUND = 0.16  # a further round of inference over T=1, the paper's Fig 5c
@@ -57,85 +48,44 @@ def draw(content: dict[str, Any], folder: Path, prefix: str) -> list[Drawn]:
             except NoRows as error:
                 found.append(Drawn(title, None, str(error)))
                 continue
-            figure.suptitle(f"{title}\n{_conditions(content)}", x=0.01, ha="left", fontsize=11)
+            figure.suptitle(f"{title}\n{conditions_line(content)}", x=0.01, ha="left", fontsize=11)
             path = folder / f"{prefix}-{plot.__name__.replace('_', '-')}.png"
             figure.savefig(path, dpi=150)
             found.append(Drawn(title, path))
     return found
 
 
-def _conditions(content: dict[str, Any]) -> str:
-    c = content["conditions"]
-    versions = ", ".join(f"{name} {version}" for name, version in c["versions"].items() if version != "missing")
-    return f"{c['device']['name']}; commit {short_commit(c['commit'])}, {c['date'][:10]}\n{versions}"
-
-
 def latency_over_rounds(content: dict[str, Any]) -> Figure:
-    """Time of T rounds over that of one; in inference beside the paper's 1 + 0.16 (T - 1)."""
-    of_panel: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    """Time of T rounds over that of one, a panel for each case; in inference beside the paper's 1 + 0.16 (T - 1)."""
+    by_case: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}  # case -> provider -> T -> row
     for row in content["rows"]:
         if row["group"] in ("rounds", "decoder"):
-            of_panel.setdefault((row["group"], row["model"], row["mode"]), []).append(row)
-    panels = []
-    for (*_, mode), rows in of_panel.items():
-        title, series = _series(rows)
-        lines = {label: (each[0]["provider"], _relative(each)) for label, each in series.items()}
-        if lines := {label: line for label, line in lines.items() if len(line[1]) > 1}:
-            panels.append((title, mode, lines))
-    if not panels:
+            by_case.setdefault(row["case"], {}).setdefault(row["provider"], {})[row["sizes"]["rounds"]] = row
+    lines = {
+        case: {provider: rows for provider, rows in of_case.items() if 1 in rows and len(rows) > 1}
+        for case, of_case in by_case.items()
+    }
+    lines = {case: of_case for case, of_case in lines.items() if of_case}
+    if not lines:
         raise NoRows("no rows of the groups rounds and decoder with T=1 and another T")
-    figure, axes = _panels([title for title, *_ in panels])
-    for ax, (_, mode, lines) in zip(axes, panels, strict=True):
-        if mode != "training":
-            rounds = sorted({t for _, points in lines.values() for t in points})
+    figure, axes = _panels(list(lines))
+    for ax, of_case in zip(axes, lines.values(), strict=True):
+        all_rows = [row for rows in of_case.values() for row in rows.values()]
+        if all_rows[0]["mode"] != "training":
+            rounds = sorted({row["sizes"]["rounds"] for row in all_rows})
             paper = [1 + PAPER_ROUND * (t - 1) for t in rounds]
             ax.plot(rounds, paper, color=MUTED, dashes=(4, 3), linewidth=1.2, label="paper: 1 + 0.16 (T - 1)")
-        _draw_lines(ax, lines)
+        for provider, rows in of_case.items():
+            colour, marker = LOOKS.get(provider, OTHER_LOOK)
+            found = {t: ratio for t, row in rows.items() if t > 1 and (ratio := turn_ratio(row, rows[1]))}
+            values = {1: 1.0} | {t: ratio.value for t, ratio in sorted(found.items())}
+            ax.plot(list(values), list(values.values()), color=colour, marker=marker, markersize=5, label=provider)
+            for t, ratio in found.items():
+                ax.vlines(t, *(ratio.range or (ratio.value,) * 2), color=colour, linewidth=1)
+        ax.legend(frameon=False, fontsize=9, loc="upper left")
         ax.set(xlabel="rounds T", ylabel="time over that of T=1")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
-
-
-def _series(rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, list[dict[str, Any]]]]:
-    """A panel's title of the traits that all rows share, and its lines by the traits in which they differ."""
-    traits = []
-    for row in rows:
-        sizes, context = row["sizes"], row.get("context")
-        shown = {name: row[name] for name in ("provider", "group", "model", "mode")}
-        shown |= {"tokens": plural(sizes["tokens"], "token"), "context": f"{context:,} cached" if context else ""}
-        shown |= {"experts": f"n={sizes['experts']}", "dtype": sizes["dtype"]}
-        traits.append(shown | {"graph": "in a graph" if row["graph"] else ""})
-    varying = [name for name in traits[0] if name == "provider" or len({t[name] for t in traits}) > 1]
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row, of_row in zip(rows, traits, strict=True):
-        lines.setdefault(", ".join(of_row[name] for name in varying if of_row[name]), []).append(row)
-    return ", ".join(text for name, text in traits[0].items() if name not in varying and text), lines
-
-
-def _relative(rows: Sequence[dict[str, Any]]) -> dict[int, Ratio]:
-    """Each T's time over that of T=1, turn by turn where there is such a ratio; nothing without a row of T=1."""
-    bases = [row for row in rows if row["sizes"]["rounds"] == 1]
-    points = {}
-    for row in sorted(rows, key=lambda row: row["sizes"]["rounds"]) if bases else ():
-        base = next((each for each in bases if each["case"] == row["case"]), bases[0])
-        ratio = Ratio(1.0) if row is base else turn_ratio(row, base)
-        points[row["sizes"]["rounds"]] = ratio or Ratio(row["seconds"]["median"] / base["seconds"]["median"])
-    return points
-
-
-def _draw_lines(ax: Axes, lines: dict[str, tuple[str, dict[int, Ratio]]]) -> None:
-    """Each line in its provider's colour, several of one provider by their dashes, with its range at every point."""
-    seen: list[str] = []
-    for label, (provider, points) in lines.items():
-        colour, marker = LOOKS.get(provider, OTHER_LOOK)
-        dashes = ("-", "--", ":", "-.")[seen.count(provider) % 4]
-        seen.append(provider)
-        values = [ratio.value for ratio in points.values()]
-        ax.plot(list(points), values, color=colour, marker=marker, linestyle=dashes, markersize=5, label=label)
-        for x, ratio in points.items():
-            if ratio.range is not None:
-                ax.vlines(x, *ratio.range, color=colour, linewidth=1)
-    ax.legend(frameon=False, fontsize=9, loc="upper left")
 
 
 def _panels(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:

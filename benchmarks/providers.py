@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import peers
-from benchmarks.checks import Built, Subject
+from benchmarks.checks import Built, Subject, Tensors
 from benchmarks.devices import CpuDevice, Device
 from benchmarks.layers import SCALE, Layer, dense_weights, over_tokens
 from benchmarks.plain import Forward, plain_literal
 from graphmoe_kernels import DenseMLP
 from graphmoe_kernels.backend import interpreting
 from graphmoe_kernels.cost import Sizes
+from graphmoe_kernels.launching import stubbed
 from graphmoe_kernels.testing import trainable
 
 
@@ -34,6 +35,7 @@ class Provider(NamedTuple):
     form: str  # its arithmetic, a form of the cost model or "lora"
     missing: Callable[[Device], str | None] = lambda device: None  # why it cannot run on a device
     capturable: bool = True  # whether a CUDA graph can hold it: nothing in it waits for the device
+    computes: bool = True  # whether there is a result to check
 
 
 def _rethinking(layer: Layer, sizes: Sizes, forward: Forward, module: nn.Module | None) -> Built:
@@ -58,11 +60,6 @@ def _peer_mixlora(layer: Layer, sizes: Sizes) -> Built:
     return _rethinking(layer, sizes, peers.peer_mixlora(layer.weights(sizes), layer.spec(sizes)), None)
 
 
-def _mixlora(layer: Layer, sizes: Sizes) -> Built:
-    forward = peers.mixlora_package(layer.mlp, layer.weights(sizes), layer.spec(sizes))
-    return _rethinking(layer, sizes, forward, None)
-
-
 def _dense_definition(layer: Layer, dtype: torch.dtype) -> Subject:
     base = dense_weights(layer.mlp)
 
@@ -81,7 +78,7 @@ def _dense_alike(layer: Layer, sizes: Sizes, *, make: Callable[[nn.Module], nn.M
 
 
 def _peft_lora(layer: Layer, sizes: Sizes) -> Built:
-    module = peers.peft_lora(layer.mlp, sizes.rank, SCALE * sizes.rank, torch.Generator().manual_seed(4))
+    module = peers.peft_lora(layer.mlp, sizes.rank, SCALE * sizes.rank, seed=4)
     tensors = peers.lora_tensors(module)
     exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
     base = dense_weights(layer.mlp)
@@ -105,11 +102,17 @@ def _compiler_missing(device: Device) -> str | None:
     return None
 
 
-def _without_launches(layer: Layer, sizes: Sizes) -> Built:
-    raise RuntimeError("launches are stubbed in a process of its own: this provider is of the group host alone")
+def _stubbed(layer: Layer, sizes: Sizes, *, bind: bool) -> Built:
+    built = _ours(layer, sizes, backend="triton")
+
+    def run(given: Tensors) -> Tensors:
+        with stubbed(bind=bind):
+            return built.subject.run(given)
+
+    return built._replace(subject=built.subject._replace(run=run))
 
 
-def _without_launches_missing(device: Device) -> str | None:
+def _no_triton(device: Device) -> str | None:
     return None if find_spec("triton") else "Triton is not installed"
 
 
@@ -119,22 +122,24 @@ def _triton_missing(device: Device) -> str | None:
     return "the Triton kernels run on CUDA devices"
 
 
+# Launches that do nothing, bound by Triton before that or not: where the CPU stands for a GPU, in the group host.
+STUBBED = {"triton_bound": True, "triton_unlaunched": False}
 # What each is stands in docs/performance.md.
 PROVIDERS = {
     "triton": Provider(partial(_ours, backend="triton"), "folded", _triton_missing),
     "torch": Provider(partial(_ours, backend="torch"), "folded", capturable=False),
     "literal": Provider(partial(_ours, backend="torch", fold="never"), "literal", capturable=False),
     "literal_compiled": Provider(_literal_compiled, "literal", _compiler_missing),
-    **dict.fromkeys(  # launches bound and not made; not even bound
-        ("triton_bound", "triton_unlaunched"), Provider(_without_launches, "folded", _without_launches_missing)
-    ),
+    **{
+        name: Provider(partial(_stubbed, bind=bind), "folded", _no_triton, computes=False)
+        for name, bind in STUBBED.items()
+    },
     "dense": Provider(partial(_dense_alike, make=lambda mlp: mlp), "dense"),
     "peft_lora": Provider(_peft_lora, "lora"),
     "liger": Provider(
         partial(_dense_alike, make=peers.liger_mlp), "dense", lambda device: peers.liger_missing(device.torch)
     ),
     "peer_mixlora": Provider(_peer_mixlora, "peers", capturable=False),
-    "mixlora": Provider(_mixlora, "peers", lambda device: peers.mixlora_missing(), capturable=False),
 }
 
 

@@ -11,12 +11,12 @@ from benchmarks.cases import Case, Contender
 from benchmarks.checks import in_a_line
 from benchmarks.conditions import conditions
 from benchmarks.document import Document
-from benchmarks.importance import rank
 from benchmarks.layers import Layers
-from benchmarks.limits import LIMIT_SIZES, SMALL_SIZES, limits_of, measure_limits
 from benchmarks.measure import Found, Workplace, measure
 from benchmarks.options import Chosen
 from benchmarks.sizes import TINY
+from benchmarks.table import rank
+from benchmarks.work import measure_limits
 
 # Words of errors after which a device takes no more work: another process has to go on.
 LOST = ("CUDA error", "illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
@@ -62,13 +62,11 @@ class Session:
             if not self.content["conditions"]:
                 self.content["conditions"] = conditions(chosen.device, chosen.commit) | {"left out": chosen.left_out}
             if not self.content["limits"]:
-                copy_bytes, matrix = SMALL_SIZES if chosen.models == [TINY] else LIMIT_SIZES[chosen.device.kind]
                 self.document.begin("limits")
-                start = time.perf_counter()
-                found = measure_limits(chosen.device, copy_bytes, matrix, chosen.seconds / 2, chosen.dtype)
-                self.content["limits"] = found
+                start, small = time.perf_counter(), chosen.models == [TINY]
+                self.content["limits"] = measure_limits(chosen.device, small, chosen.seconds / 2, chosen.dtype)
                 self.document.end("limits", "done", time.perf_counter() - start)
-            self._place = Workplace(Layers(chosen.device), limits_of(self.content), chosen.seconds)
+            self._place = Workplace(Layers(chosen.device), self.content, chosen.seconds)
         return self._place
 
     def __getitem__(self, case: Case) -> Found:

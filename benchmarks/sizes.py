@@ -63,13 +63,6 @@ def _changes(name: str) -> dict[str, Any]:
 METHODS: dict[str, dict[str, Any]] = {name: _changes(name) for name in KNOWN_METHODS}
 
 
-def method_of(sizes: Sizes) -> str:
-    """The method whose experts a layer of these sizes has: ``"GraphMoE(MoDA)"`` with more than one round."""
-    routers, dense = None if sizes.routers == "none" else sizes.routers, sizes.top_k == sizes.experts
-    fits = [m for m in KNOWN_METHODS.values() if m.routers == routers and (m.routers != "linear" or m.dense == dense)]
-    return fits[0].name(sizes.dora, sizes.rounds)
-
-
 # For tests and continuous integration: every code path in a moment, figures that mean nothing.
 TINY = Model("tiny", 64, 160, heads=4, kv_heads=2, head_dim=16, experts=4, rank=4)
 MODELS = {model.name: model for model in (TINY, *map(_published, ("llama-3.2-1b", "llama-3-8b", "qwen3-4b")))}

@@ -1,19 +1,23 @@
-"""The table of cases: what is timed side by side, at which sizes, by which providers.
+"""The table of cases: what is timed side by side, at which sizes, by which providers, and what matters most.
 
 `table` is the whole list for a model's sizes on a kind of device, and the only one.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from benchmarks.cases import OPERATOR_GROUPS, Case, Contender
+from benchmarks.cases import AXES, OPERATOR_GROUPS, Case, Contender
+from benchmarks.document import WITHOUT_ROUNDS
 from benchmarks.operators import OPERATORS
 from benchmarks.sizes import METHODS, TINY, Model
 from benchmarks.tuning import cells
 from graphmoe_kernels.cost import Sizes
+from graphmoe_tables.methods import METHODS as KNOWN_METHODS
 
 MAX_ROUNDS = 5
 # A layer so small that a call is host time; as many heads as make a whole model of it.
@@ -65,6 +69,49 @@ SCALING = {"experts": (8, 16, 32, 64), "rank": (4, 8, 16, 32, 64), "top_k": (1, 
 CHECKED = Sizes(256, 336, 32, tokens=96)
 TINY_CHECKED = Sizes(32, 32, 5, experts=3, rank=4, tokens=5)
 COMPILED, EAGER = "against torch.compile", "eager"
+# Seconds of trying and timing one kernel's configurations.
+TUNING = 60.0
+# The order of a run whose time is limited: how many seconds a case may take, and its name. First what is right, then
+# the layer at the sizes of the targets, then everything else.
+ORDER = (
+    (15, "check, *, {dtype}"),
+    (30, "layer, *, inference, {main} tokens, T=3, *, {dtype}"),
+    (25, "layer, *, inference, {first} tokens, T=3, *, {dtype}"),
+    (25, "layer, *, inference, {second} tokens, T=3, *, {dtype}"),
+    (50, "layer, *, training, {shorter} tokens, T=3, *, {dtype}"),
+    (20, "decoder, *"),
+    (10, "routing, *, {first} tokens, *"),
+    (10, "routing, *, {routing} tokens, *"),
+    (10, "routing, *, {main} tokens, *"),
+    (20, "layer, *, inference, {main} tokens, T=1, *, {dtype}"),
+    (20, "layer, *, inference, {first} tokens, T=1, *, {dtype}"),
+    (70, "layer, *, inference, {main} tokens, T=3, *, {compiled}"),
+    (90, "layer, *, training, {main} tokens, T=3, *, {compiled}"),
+    (12, "kernels, *, {main} tokens, T=3, n={experts}, {dtype}"),
+    (12, "kernels, *, {first} tokens, T=3, n={experts}, {dtype}"),
+    (15, "layer, *, inference, *, T=3, *"),
+    (30, "layer, *, training, *"),
+    (60, "rounds, *"),
+    (30, "model, *"),
+    (60, "profile, *"),
+    (20, "host, *"),
+    (15, "expert_swiglu, *, {first} tokens, *"),
+    (15, "expert_swiglu, *, {main} tokens, *"),
+    (15, "gru_step, *, {first} tokens, *"),
+    (15, "gru_step, *, {main} tokens, *"),
+    (40, "methods, *"),
+    (20, "scaling, *"),
+    (TUNING + 20, "tune, *"),
+    (15, "*"),
+)
+
+
+def rank(case: Case, plan: Plan, dtype: str) -> tuple[int, float]:
+    """The case's place in the order of importance, and how many seconds it may take."""
+    names = {"main": plan.main, "shorter": plan.shorter, "first": plan.decode[0], "second": plan.decode[:2][-1]}
+    names |= {"routing": max(plan.routing, default=0), "experts": case.model.experts}
+    patterns = [(seconds, each.format(dtype=dtype, compiled=COMPILED, **names)) for seconds, each in ORDER]
+    return next((i, seconds) for i, (seconds, each) in enumerate(patterns) if fnmatchcase(case.name, each))
 
 
 def table(model: Model, kind: str, dtype: str, plan: Plan) -> Iterator[Case]:
@@ -88,13 +135,18 @@ class _Maker:
 
     def case(self, group: str, mode: str, providers: Sequence[str], sizes: Sizes, **details: Any) -> Case:
         """Providers side by side at the same sizes."""
-        return Case(group, self.model, mode, tuple(Contender(name, sizes) for name in providers), **details)
+        return Case(group, self.model, mode, tuple(Contender(name, sizes, name) for name in providers), **details)
 
     def along(self, axis: str, values: Sequence[int], providers: Sequence[str], sizes: Sizes) -> tuple[Contender, ...]:
-        """Every provider at every value of a field of the sizes."""
-        along: list[dict[str, Any]] = [{axis: value} for value in values]
-        found = [Contender(p, replace(sizes, **value), axis) for p in providers for value in along]
-        return tuple(c for i, c in enumerate(found) if c.label not in {other.label for other in found[:i]})
+        """Every provider at every value of a field of the sizes; one without rounds once."""
+        found: dict[str, Contender] = {}
+        for provider in providers:
+            for value in values:
+                alone = axis == "rounds" and provider in WITHOUT_ROUNDS
+                label = provider if alone else f"{provider}, {AXES[axis].format(value)}"
+                along: dict[str, Any] = {axis: value}
+                found.setdefault(label, Contender(provider, replace(sizes, **along), label))
+        return tuple(found.values())
 
     def in_graph(self, tokens: int) -> bool:
         return self.kind == "cuda" and tokens <= self.plan.captured
@@ -129,7 +181,7 @@ class _Maker:
             yield self.case(group, "training", self.ours, self.sizes(self.plan.main), later=True)
 
     def layers(self) -> Iterator[Case]:
-        main, alone, peers = self.plan.main, ("dense", "liger", "peft_lora"), ("peer_mixlora", "mixlora")
+        main, alone, peers = self.plan.main, ("dense", "liger", "peft_lora"), ("peer_mixlora",)
         everyone = (*self.ours, "literal", *alone)
         for tokens in reversed(self.plan.tokens):
             graph = self.in_graph(tokens)
@@ -154,7 +206,7 @@ class _Maker:
             found = self.along("rounds", (1,), ("dense",), self.sizes(tokens))
             found += self.along("rounds", ours, self.ours[:1], self.sizes(tokens))
             found += self.along("rounds", theirs, ("literal",), self.sizes(tokens))
-            yield Case("rounds", self.model, mode, found, graph=mode == "inference" and self.in_graph(tokens))
+            yield Case("rounds", self.model, mode, found, "rounds", graph=mode == "inference" and self.in_graph(tokens))
 
     def decoders(self) -> Iterator[Case]:
         for mode, tokens in (("prefill", self.plan.shorter), ("decode", 1)):
@@ -162,44 +214,48 @@ class _Maker:
             others = self.along("rounds", (3,), ("dense", "peft_lora", "literal"), self.sizes(tokens))
             batch, context = (self.plan.batch, None) if mode == "prefill" else (1, self.plan.context)
             graph = self.in_graph(tokens)
-            yield Case("decoder", self.model, mode, (*ours, *others), graph=graph, batch=batch, context=context)
+            yield Case(
+                "decoder", self.model, mode, (*ours, *others), "rounds", graph=graph, batch=batch, context=context
+            )
 
     def models(self) -> Iterator[Case]:
         plan, one = self.plan, self.sizes(1)
         ours = self.along("rounds", (1, 3), (self.ours[0],), one)
         others = self.along("rounds", (3,), ("dense", "peft_lora", "literal"), one)
         whole = {"layers": plan.whole_layers, "new_tokens": plan.new_tokens, "context": plan.prompt}
-        yield Case("model", self.model, "generate", (*ours, *others), **whole)  # type: ignore[arg-type]
+        yield Case("model", self.model, "generate", (*ours, *others), "rounds", **whole)  # type: ignore[arg-type]
         plain = self.along("rounds", (1,), ("dense", "peft_lora"), one)
-        yield Case("profile", self.model, "profile", (*plain, *ours), layers=plan.whole_layers, lengths=plan.profiled)
+        yield Case(
+            "profile", self.model, "profile", (*plain, *ours), "rounds", layers=plan.whole_layers, lengths=plan.profiled
+        )
 
     def host(self) -> Iterator[Case]:
         one = HOST.sizes(1, 3, "fp32")
         dense, ours = self.along("rounds", (1,), ("dense",), one), self.along("rounds", (1, 3), ("torch",), one)
-        yield Case("host", HOST, "inference", (*dense, *ours))
+        yield Case("host", HOST, "inference", (*dense, *ours), "rounds")
         others = self.along("rounds", (1,), ("dense", "peft_lora"), one)
         whole = {"layers": HOST_LAYERS, "new_tokens": HOST_NEW_TOKENS, "context": 8}
-        yield Case("host", HOST, "generate", (*others, *ours), **whole)  # type: ignore[arg-type]
+        yield Case("host", HOST, "generate", (*others, *ours), "rounds", **whole)  # type: ignore[arg-type]
         half = HOST_TRITON.sizes(1, 3, "bf16")
         stubbed = self.along("rounds", (1, 3), ("triton_bound", "triton_unlaunched"), half)
         dense = self.along("rounds", (1,), ("dense",), half)
-        yield Case("host", HOST_TRITON, "launches stubbed", (*dense, *stubbed))
+        yield Case("host", HOST_TRITON, "launches stubbed", (*dense, *stubbed), "rounds")
         for model, contenders in ((HOST, ours), (HOST_TRITON, stubbed[:2])):
-            yield Case("host", model, "profile", contenders)
+            yield Case("host", model, "profile", contenders, "rounds")
 
     def methods(self) -> Iterator[Case]:
         """Every method beside the MLP alone; where there is a second round, folded and literal."""
         one, short = self.plan.decode[0], self.plan.shorter
         for mode, tokens in (("inference", self.plan.main), ("inference", one), ("training", short)):
-            found = [Contender("dense", self.sizes(tokens, 1), "method")]
-            for changes in METHODS.values():
-                for dora in (False, True):
-                    sizes = replace(self.sizes(tokens, 1), **changes, dora=dora)
-                    found.append(Contender(self.ours[0], sizes, "method"))
-                    if sizes.routers != "none":
-                        three = replace(sizes, rounds=3)
-                        found += [Contender(name, three, "method") for name in (self.ours[0], "literal")]
-            yield Case("methods", self.model, mode, tuple(found), graph=mode == "inference" and self.in_graph(tokens))
+            found = [Contender("dense", self.sizes(tokens, 1), "dense")]
+            for name, dora in itertools.product(METHODS, (False, True)):
+                one_round = replace(self.sizes(tokens, 1), **METHODS[name], dora=dora)
+                runs = [(self.ours[0], 1), *((p, 3) for p in (self.ours[0], "literal") if one_round.routers != "none")]
+                for provider, rounds in runs:
+                    label = f"{provider}, {KNOWN_METHODS[name].name(dora, rounds)}"
+                    found.append(Contender(provider, replace(one_round, rounds=rounds), label))
+            graph = mode == "inference" and self.in_graph(tokens)
+            yield Case("methods", self.model, mode, tuple(found), "method", graph=graph)
 
     def scaling(self) -> Iterator[Case]:
         main = self.plan.main
@@ -207,6 +263,6 @@ class _Maker:
             for axis, values in SCALING.items():
                 values = tuple(value for value in values if axis != "top_k" or value <= self.model.experts)
                 found = self.along(axis, values, (self.ours[0],), self.sizes(tokens))
-                yield Case("scaling", self.model, "inference", found, graph=self.in_graph(tokens))
+                yield Case("scaling", self.model, "inference", found, axis, graph=self.in_graph(tokens))
         found = self.along("tokens", self.plan.prefill, (self.ours[0],), self.sizes(main))
-        yield Case("scaling", self.model, "inference", found)
+        yield Case("scaling", self.model, "inference", found, "tokens")

@@ -2,149 +2,149 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from benchmarks.document import Ratio, Source, turn_ratio
+from benchmarks.document import Ratio, Source, conditions_line, turn_ratio
 
-MISSING, PEAK = "not measured", "peak bytes"
-ELSEWHERE = "not measured on an H200"
-# The sizes that the targets are about: the paper's.
-PAPER = {"experts": 8, "top_k": 2, "rank": 16}
-GPU_MODEL = "llama-3-8b"
-CPU_MODELS = ("llama-3.2-1b", "qwen3-4b", "llama-3-8b")
-# Ratios that differ by less are the same: a target that is met exactly must not be missed by a rounding.
-ROUNDING = 1e-9
-
-
-class TargetRow(NamedTuple):
-    """A target as the table shows it; `HEADER` names its columns."""
-
-    what: str
-    wanted: str
-    found: str
-    verdict: str
-    conditions: str
-
-
+Row = dict[str, Any]
 HEADER = ("target", "wanted", "found", "verdict", "measured on")
+MISSING, ELSEWHERE = "not measured", "not measured on an H200"
+BOUNDS = {"<=": operator.le, ">=": operator.ge}
 
 
-class Bound(NamedTuple):
-    """The most or the least that a figure may be."""
+def times(content: dict[str, Any], over: Row, under: Row) -> Ratio | None:
+    """The ratio of two times, turn by turn."""
+    return turn_ratio(over, under)
 
-    figure: float
-    least: bool = False
 
-    def __str__(self) -> str:
-        return f"{'>=' if self.least else '<='} {self.figure}"
+def peaks(content: dict[str, Any], over: Row, under: Row) -> Ratio | None:
+    """The ratio of two peaks of memory."""
+    both = over.get("peak bytes"), under.get("peak bytes")
+    return Ratio(both[0] / both[1]) if both[0] and both[1] else None
 
-    def met(self, value: float) -> bool:
-        """Whether a figure keeps the bound, which itself is kept."""
-        return value >= self.figure - ROUNDING if self.least else value <= self.figure + ROUNDING
+
+def further(content: dict[str, Any], over: Row, under: Row) -> Ratio | None:
+    """The time of a further round as a share of T=1: half of what the ratio of T=3 to T=1 exceeds 1 by."""
+    found = turn_ratio(over, under)
+    if found is None or found.range is None:
+        return None
+    return Ratio((found.value - 1) / 2, ((found.range[0] - 1) / 2, (found.range[1] - 1) / 2))
+
+
+def gru_share(content: dict[str, Any], over: Row, under: Row) -> Ratio | None:
+    """The GRU kernels' share of the layer: each kind of step alone, over the layer at T=3, which has one of each."""
+    wanted = {"kernel": "gru_forward", "tokens": over["sizes"]["tokens"], "experts": 8, "dtype": "bf16"}
+    steps = [row for row in content["kernels"] if all(row.get(key) == value for key, value in wanted.items())]
+    longest = {step["round"]: step["seconds"]["median"] for step in sorted(steps, key=lambda s: s["seconds"]["median"])}
+    return Ratio(sum(longest.values()) / over["seconds"]["median"]) if len(longest) == 2 else None
 
 
 class Target(NamedTuple):
-    """One provider's figure over another's, in cases of one kind; the worst of the cases counts.
+    """A figure of two contenders of a case, and its bound; the worst of the cases counts.
 
     Attributes:
-        over, under: (provider, T), T None for what has no rounds.
-        group, mode, graph, round, context: as in the rows; ``graph`` None where either will do.
-        tokens: how many; with ``or_more`` also every larger count that was measured.
-        figure: "seconds", "peak bytes", or "further": the time of a further round as a share, which is half of what the
-            ratio of T=3 to T=1 exceeds 1 by.
+        wanted: the bound, which itself is kept.
+        case: the case's name, in which ``*`` stands for anything.
+        over, under: labels in the case.
+        figure: what is made of the two rows.
         device: the kind of device whose results count.
+        tokens: the fewest that count.
     """
 
     what: str
-    bound: Bound
-    over: tuple[str, int | None]
-    under: tuple[str, int | None]
-    group: str = "layer"
-    mode: str = "inference"
-    figure: str = "seconds"
-    tokens: int = 8192
-    or_more: bool = False
-    graph: bool | None = False
-    round: str | None = None
-    context: int | None = None
+    wanted: str
+    case: str
+    over: str
+    under: str
+    figure: Callable[[dict[str, Any], Row, Row], Ratio | None] = times
     device: str = "cuda"
+    tokens: int = 1
 
     def find(self, content: dict[str, Any]) -> tuple[Ratio, str] | None:
         """The figure in a result, and what to say of it; None where it was not measured."""
-        found = list(_figures(self, [row for row in content["rows"] if _fits(self, row)]))
+        found = list(self._figures(content))
         if not found:
             return None
-        ratio, row = (min if self.bound.least else max)(found, key=lambda each: each[0].value)
-        note = " (of medians)" if self.figure != PEAK and ratio.range is None else ""
-        if len(found) > 1:
-            note += f", the worst of {len(found)}: {row['model']}, {row['sizes']['tokens']:,} tokens"
-        return ratio, note
+        ratio, row = (min if self.wanted.startswith(">=") else max)(found, key=lambda each: each[0].value)
+        worst = f", the worst of {len(found)}: {row['model']}, {row['sizes']['tokens']:,} tokens"
+        return ratio, worst if len(found) > 1 else ""
+
+    def met(self, value: float) -> bool:
+        """Whether a figure keeps the bound; a rounding misses nothing."""
+        sign, bound = self.wanted.split()
+        return BOUNDS[sign](round(value, 9), float(bound))
+
+    def _figures(self, content: dict[str, Any]) -> Iterator[tuple[Ratio, Row]]:
+        rows = {(row["case"], row["label"]): row for row in content["rows"]}
+        for case, label in rows:
+            if label == self.over and fnmatchcase(case, self.case) and (case, self.under) in rows:
+                over = rows[case, self.over]
+                counts = over["sizes"]["tokens"] >= self.tokens and over["model"] != "tiny"
+                ratio = self.figure(content, over, rows[case, self.under]) if counts else None
+                if ratio is not None:
+                    yield ratio, over
 
 
-class GruShare(NamedTuple):
-    """The GRU kernels' share of the layer: each kind of step alone, over the layer at T=3, which has one of each."""
-
-    what: str = "share of the GRU kernels in the layer, prefill, 8192 tokens, T=3"
-    bound: Bound = Bound(0.03)
-    device: str = "cuda"
-
-    def find(self, content: dict[str, Any]) -> tuple[Ratio, str] | None:
-        """The share in a result, and that it is one of medians; None where a part of it was not measured."""
-        layer = [row for row in content["rows"] if _fits(PREFILL, row) and _is(TRITON, row)]
-        first, later = (_gru_seconds(content["kernels"], name) for name in ("first", "later"))
-        if not layer or first is None or later is None:
-            return None
-        return Ratio((first + later) / min(row["seconds"]["median"] for row in layer)), " (of medians)"
-
-
-def least(figure: float) -> Bound:
-    """At least."""
-    return Bound(figure, least=True)
-
-
-TRITON, DENSE, COMPILED, ONE_ROUND = ("triton", 3), ("dense", None), ("literal_compiled", 3), ("triton", 1)
-PREFILL = Target("prefill, 8192 tokens, T=3, over the dense MLP", Bound(1.6), TRITON, DENSE)
-DECODE = "decode, {}, T=3, in a CUDA graph, over the dense MLP in one"
+PREFILL = "layer, llama-3-8b, inference, 8192 tokens, T=3, n=8, bf16"
+STEP = "layer, llama-3-8b, training, 8192 tokens, T=3, n=8, bf16, against torch.compile"
+ROUTING = "routing, llama-3-8b, inference, first round, {} tokens, bf16"
+PREFILL_OF_16 = "decoder, llama-3-8b, prefill, 8192 tokens, n=8, by rounds, bf16"
+DECODE = "decoder, llama-3-8b, decode, context 2048, 1 tokens, n=8, by rounds, bf16"
+DECODES = "decode, {}, T=3, in a CUDA graph, over the dense MLP in one"
 SHARE = "each further round, share of a decoder layer at T=1, {}"
-STEP = "training step, 8192 tokens, T=3, times faster than the compiled literal loop"
-FOLDED = "CPU, fp32, 64 tokens and more, T=3, times faster than the literal loop"
-NOT_SLOWER = "same, T=1, over the literal loop (never slower, but for 5% of noise)"
-FURTHER: dict[str, Any] = {"over": TRITON, "under": ONE_ROUND, "group": "decoder", "figure": "further"}
-ROUTING: dict[str, Any] = {"over": ("torch", None), "under": ("triton", None), "group": "routing", "round": "first"}
-CPU: dict[str, Any] = {"tokens": 64, "or_more": True, "device": "cpu"}
-TARGETS: tuple[Target | GruShare, ...] = (
-    PREFILL,
-    Target("same, times faster than the compiled literal loop", least(2.0), COMPILED, TRITON),
-    Target("same, times faster than a peer's MixLoRA layer in T rounds", least(6.0), ("peer_mixlora", 3), TRITON),
-    Target(DECODE.format("1 token"), Bound(1.7), TRITON, DENSE, tokens=1, graph=True),
-    Target(DECODE.format("16 tokens"), Bound(1.7), TRITON, DENSE, tokens=16, graph=True),
-    Target(SHARE.format("prefill of 16 x 512"), Bound(0.16), mode="prefill", **FURTHER),
+TARGETS = (
+    Target("prefill, 8192 tokens, T=3, over the dense MLP", "<= 1.6", PREFILL, "triton", "dense"),
     Target(
-        SHARE.format("decode with 2048 cached"),
-        Bound(0.16),
-        mode="decode",
-        tokens=1,
-        graph=True,
-        context=2048,
-        **FURTHER,
+        "same, times faster than the compiled literal loop",
+        *(">= 2.0", f"{PREFILL}, against torch.compile", "literal_compiled", "triton"),
     ),
-    Target(STEP, least(1.7), COMPILED, TRITON, mode="training"),
+    Target("same, times faster than a peer's MixLoRA layer in T rounds", ">= 6.0", PREFILL, "peer_mixlora", "triton"),
+    Target(DECODES.format("1 token"), "<= 1.7", PREFILL.replace("8192", "1"), "triton", "dense"),
+    Target(DECODES.format("16 tokens"), "<= 1.7", PREFILL.replace("8192", "16"), "triton", "dense"),
+    Target(SHARE.format("prefill of 16 x 512"), "<= 0.16", PREFILL_OF_16, "triton, T=3", "triton, T=1", further),
+    Target(SHARE.format("decode with 2048 cached"), "<= 0.16", DECODE, "triton, T=3", "triton, T=1", further),
     Target(
-        "same, peak memory over the compiled literal loop's", Bound(0.4), TRITON, COMPILED, "layer", "training", PEAK
+        "training step, 8192 tokens, T=3, times faster than the compiled literal loop",
+        ">= 1.7",
+        STEP,
+        "literal_compiled",
+        "triton",
     ),
-    GruShare(),
-    Target("MixLoRA (T=1), prefill, 8192 tokens, over the dense MLP", Bound(1.15), ONE_ROUND, DENSE),
-    Target("routing, 1 token, times faster than PyTorch", least(4.0), **ROUTING, tokens=1, graph=None),
-    Target("routing, 16,384 tokens, times faster than PyTorch", least(4.0), **ROUTING, tokens=16384, graph=None),
-    Target(FOLDED, least(1.7), ("literal", 3), ("torch", 3), **CPU),
-    Target(NOT_SLOWER, Bound(1.05), ("torch", 1), ("literal", 1), **CPU),
+    Target("same, peak memory over the compiled literal loop's", "<= 0.4", STEP, "triton", "literal_compiled", peaks),
+    Target(
+        "share of the GRU kernels in the layer, prefill, 8192 tokens, T=3",
+        "<= 0.03",
+        PREFILL,
+        "triton",
+        "triton",
+        gru_share,
+    ),
+    Target(
+        "MixLoRA (T=1), prefill, 8192 tokens, over the dense MLP",
+        "<= 1.15",
+        PREFILL.replace("T=3", "T=1"),
+        "triton",
+        "dense",
+    ),
+    Target("routing, 1 token, times faster than PyTorch", ">= 4.0", ROUTING.format(1), "torch", "triton"),
+    Target("routing, 16,384 tokens, times faster than PyTorch", ">= 4.0", ROUTING.format(16384), "torch", "triton"),
+    Target(
+        "CPU, fp32, 64 tokens and more, T=3, times faster than the literal loop",
+        *(">= 1.7", "layer, *, inference, * tokens, T=3, n=8, fp32", "literal", "torch", times, "cpu", 64),
+    ),
+    Target(
+        "same, T=1, over the literal loop (never slower, but for 5% of noise)",
+        *("<= 1.05", "layer, *, inference, * tokens, T=1, n=8, fp32", "torch", "literal", times, "cpu", 64),
+    ),
 )
 
 
-def target_rows(sources: Sequence[Source]) -> list[TargetRow]:
-    """A row for every target of the design, from the newest result of its kind of device that measured it.
+def target_rows(sources: Sequence[Source]) -> list[list[str]]:
+    """A row of `HEADER` for every target of the design, from the newest result of its kind of device that measured it.
 
     A result of an H200 goes before one of another GPU, whose figure is shown but meets or misses nothing.
     """
@@ -153,84 +153,16 @@ def target_rows(sources: Sequence[Source]) -> list[TargetRow]:
     return [_target_row(target, [source.content for source in newest_first]) for target in TARGETS]
 
 
-def _target_row(target: Target | GruShare, contents: Sequence[dict[str, Any]]) -> TargetRow:
+def _target_row(target: Target, contents: Sequence[dict[str, Any]]) -> list[str]:
     for content in contents:
-        if _kind(content) == target.device and (found := target.find(content)) is not None:
-            ratio, note = found
-            verdict = "met" if target.bound.met(ratio.value) else "missed"
-            if target.device == "cuda" and not _is_h200(content):
-                verdict = ELSEWHERE
-            return TargetRow(target.what, str(target.bound), f"{ratio}{note}", verdict, conditions_line(content))
-    return TargetRow(target.what, str(target.bound), "-", MISSING, "-")
-
-
-def conditions_line(content: dict[str, Any]) -> str:
-    """Device, commit and day of a result."""
-    c = content["conditions"]
-    return f"{c['device']['name']}, {short_commit(c['commit'])}, {c['date'][:10]}"
-
-
-def short_commit(commit: str) -> str:
-    """Ten digits, and the mark of a tree that differed."""
-    return commit[:10] + "+" * (len(commit) > 10 and commit.endswith("+"))
-
-
-def _kind(content: dict[str, Any]) -> str:
-    return content["conditions"]["device"]["kind"]
+        if content["conditions"]["device"]["kind"] == target.device and (found := target.find(content)) is not None:
+            verdict = "met" if target.met(found[0].value) else "missed"
+            verdict = ELSEWHERE if target.device == "cuda" and not _is_h200(content) else verdict
+            return [target.what, target.wanted, f"{found[0]}{found[1]}", verdict, conditions_line(content)]
+    return [target.what, target.wanted, "-", MISSING, "-"]
 
 
 def _is_h200(content: dict[str, Any]) -> bool:
     """A whole H200: a slice of one (MIG) has a part of its speed, and a GH200 is another device."""
     name = content["conditions"]["device"]["name"]
-    return _kind(content) == "cuda" and re.search(r"\bH200\b", name) is not None and "MIG" not in name
-
-
-def _fits(target: Target, row: dict[str, Any]) -> bool:
-    sizes, models = row["sizes"], (GPU_MODEL,) if target.device == "cuda" else CPU_MODELS
-    return (
-        (row["group"], row["mode"]) == (target.group, target.mode)
-        and row["model"] in models
-        and sizes["dtype"] == ("bf16" if target.device == "cuda" else "fp32")
-        and all(sizes[name] == value for name, value in PAPER.items())
-        and (sizes["tokens"] == target.tokens or (target.or_more and sizes["tokens"] > target.tokens))
-        and target.graph in (None, row["graph"])
-        and target.round in (None, row.get("round"))
-        and target.context in (None, row.get("context"))
-    )
-
-
-def _figures(target: Target, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[Ratio, dict[str, Any]]]:
-    """The ratio at each model, token count and way of calling; of two cases only where no one case has both rows."""
-    points: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        points.setdefault((row["model"], row["sizes"]["tokens"], row["graph"]), []).append(row)
-    for at_point in points.values():
-        over = [row for row in at_point if _is(target.over, row)]
-        under = [row for row in at_point if _is(target.under, row)]
-        pairs = [(o, u) for o in over for u in under]
-        together = [(o, u) for o, u in pairs if o["case"] == u["case"]]
-        for o, u in together or pairs:
-            if (ratio := _ratio(target, o, u)) is not None:
-                yield ratio, o
-
-
-def _is(contender: tuple[str, int | None], row: dict[str, Any]) -> bool:
-    provider, rounds = contender
-    return row["provider"] == provider and rounds in (None, row["sizes"]["rounds"])
-
-
-def _ratio(target: Target, over: dict[str, Any], under: dict[str, Any]) -> Ratio | None:
-    if target.figure == PEAK:
-        peaks = over.get(PEAK), under.get(PEAK)
-        return None if peaks[0] is None or not peaks[1] else Ratio(peaks[0] / peaks[1])
-    ratio = turn_ratio(over, under) or Ratio(over["seconds"]["median"] / under["seconds"]["median"])
-    if target.figure != "further":
-        return ratio
-    low, high = ratio.range or (0.0, 0.0)
-    return Ratio((ratio.value - 1) / 2, None if ratio.range is None else ((low - 1) / 2, (high - 1) / 2))
-
-
-def _gru_seconds(kernels: Sequence[dict[str, Any]], name: str) -> float | None:
-    wanted = {"kernel": "gru_forward", "tokens": 8192, "round": name, "experts": PAPER["experts"], "dtype": "bf16"}
-    times = [row["seconds"]["median"] for row in kernels if all(row.get(k) == v for k, v in wanted.items())]
-    return max(times, default=None)
+    return re.search(r"\bH200\b", name) is not None and "MIG" not in name

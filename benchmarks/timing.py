@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -13,24 +12,21 @@ import torch
 from benchmarks.cases import Case, Contender
 from benchmarks.checks import Built, Judge, Tensors, Verdict
 from benchmarks.devices import Call
-from benchmarks.layers import Layer, Layers
-from benchmarks.operators import DTYPES, OF_GROUP, as_in_a_layer, find_operator
+from benchmarks.layers import Layers
+from benchmarks.operators import DTYPES, OF_GROUP, copies_of, find_operator
 from benchmarks.providers import PROVIDERS
 from benchmarks.work import Work, layer_work, operator_work
 from graphmoe_kernels.cost import Sizes
 
 # Of x, walked through turn by turn, so that no call finds its input in a cache.
 INPUTS = 3
-# Sets of operands that a turn walks through, so that together they exceed the L2 cache by half.
-MAX_COPIES = 512
-COLD_FACTOR = 1.5
 
 
 class Prepared(NamedTuple):
     """A contender that is ready to be checked and timed."""
 
     contender: Contender
-    check: Callable[[], Verdict]  # what is wrong is not timed
+    check: Callable[[], Verdict] | None  # what is wrong is not timed; None where nothing is computed
     call: Call  # what is timed
     calls: int = 1  # how many equal calls `call` makes
     work: Work | None = None  # of one of them, where the cost model has it
@@ -38,6 +34,8 @@ class Prepared(NamedTuple):
     # What is wrong with a result of the call that is timed, if anything: a graph could replay another.
     verify: Callable[[Any], str | None] | None = None
     units: int | None = None  # tokens made by one of the calls, for rates
+    peak: int | None = None  # bytes that a call holds at most, where that was measured
+    captured: bool = False  # whether `call` has become a replay
 
 
 class Timing(Protocol):
@@ -67,15 +65,14 @@ class LayerTiming:
     def prepare(self, contender: Contender) -> Prepared:
         """Raises what building a provider raises: out of memory, an option that a peer does not have."""
         provider, sizes = PROVIDERS[contender.provider], contender.sizes
-        layer = self.layers.get(sizes)
-        built = provider.build(layer, sizes)
-        inputs, judge = self._input(layer, sizes)
+        built = provider.build(self.layers.get(sizes), sizes)
+        inputs, judge = self._input(sizes)
         built.set_mode(self.training)
         calls = [call_of(built, each, self.training) for each in inputs]
         turns, captured = itertools.cycle(calls), self.case.graph and provider.capturable
         return Prepared(
             contender,
-            lambda: judge.check(built),
+            (lambda: judge.check(built)) if provider.computes else None,
             # A graph reads one input for ever; the weights alone exceed the caches.
             calls[0] if captured else lambda: next(turns)(),
             work=layer_work(provider.form, sizes, self.training),
@@ -83,9 +80,9 @@ class LayerTiming:
             verify=lambda found: judge.compare(built, found).fault,
         )
 
-    def _input(self, layer: Layer, sizes: Sizes) -> tuple[list[Tensors], Judge]:
+    def _input(self, sizes: Sizes) -> tuple[list[Tensors], Judge]:
         """The same at all rounds: routing is decided at the most rounds that the case has."""
-        key = replace(sizes, rounds=1)
+        key, layer = replace(sizes, rounds=1), self.layers.get(sizes)
         if key not in self._inputs:
             most = max(c.sizes.rounds for c in self.case.contenders)
             x, rows = layer.input(replace(sizes, rounds=most))
@@ -93,12 +90,6 @@ class LayerTiming:
             judge = Judge({"x": x}, rows, self.training, layer.dtype)
             self._inputs[key] = [judge.operands, *others], judge
         return self._inputs[key]
-
-
-def copies_for(operands: Tensors, l2_bytes: int) -> int:
-    """How many sets of operands exceed the L2 cache by half; at least two, at most `MAX_COPIES`."""
-    size = sum(t.numel() * t.element_size() for t in operands.values())
-    return max(2, min(MAX_COPIES, math.ceil(COLD_FACTOR * l2_bytes / max(size, 1))))
 
 
 class OperatorTiming:
@@ -110,17 +101,12 @@ class OperatorTiming:
         self.operator = find_operator(OF_GROUP[case.group], bool(case.later))
         operands = self.operator.operands(self.sizes, device.torch)
         self.judge = self.operator.judge(operands, DTYPES[self.sizes.dtype])
-        copies = copies_for(operands, device.l2_bytes) - 1
-        self.copies = [operands, *({name: t.clone() for name, t in operands.items()} for _ in range(copies))]
+        self.copies, _ = copies_of(operands, device.l2_bytes)
 
     def prepare(self, contender: Contender) -> Prepared:
         """A call goes through all copies of the operands."""
         backend, training = contender.provider, self.case.mode == "training"
-        # The order of tokens is made before the clock starts: in a layer it belongs to routing.
-        sets = [
-            as_in_a_layer(self.operator, self.operator.built(each, self.sizes.top_k, backend), each, backend)
-            for each in self.copies
-        ]
+        sets = [self.operator.built(each, self.sizes.top_k, backend) for each in self.copies]
         own = self.judge.operands.keys()
         pairs = zip(sets, self.copies, strict=True)
         calls = [call_of(built, {name: each[name] for name in own}, training) for built, each in pairs]

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.checks import in_a_line
 from benchmarks.devices import Device
-from benchmarks.kernels import replayed
-from benchmarks.operators import OPERATORS, Operator, check_operator, launches_of
-from benchmarks.timing import copies_for
+from benchmarks.kernels import REPLAYS, replayed
+from benchmarks.operators import OPERATORS, Operator, check_operator, copies_of, launches_of
 from graphmoe_kernels.backend import forget_answers
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.launching import CONFIGS, Config, config_table, device_class
@@ -29,6 +28,8 @@ GAIN = 1.02
 TOKENS = {"skinny": (16, 1), "wide": (4096, 321)}
 DTYPES = {"half": ("bf16", "fp16"), "float": ("fp32",)}
 SECONDS = 0.3
+# Names of configurations beside a kernel's own: for ranks beyond 16, and for an F that no 16 divides.
+WIDE_RANK, UNALIGNED = "_wide_rank", "_unaligned"
 # What a field of a configuration may be: a matrix instruction takes 16 rows and columns, a warp group 4 or 8 warps.
 RANGES = {"BLOCK": (16, 256), "PARTS": (1, 2), "num_warps": (1, 8), "num_stages": (1, 4)}
 
@@ -51,7 +52,6 @@ class Choice(NamedTuple):
     """What was chosen, and every candidate's time or why it has none."""
 
     config: Config
-    changed: bool
     seconds: list[tuple[Config, float]]
     refused: list[tuple[Config, str]]
 
@@ -71,47 +71,6 @@ def candidates(shipped: Config) -> list[Config]:
     return sorted(found, key=lambda config: sum(config[name] != shipped[name] for name in shipped))[1:]
 
 
-def choose(
-    current: Config,
-    tried: Sequence[Config],
-    fault: Callable[[Config], str | None],
-    timed: Callable[[Sequence[Config]], Sequence[float]],
-    confirmed: Callable[[Config], str | None] = lambda config: None,
-    time_left: Callable[[], bool] = lambda: True,
-) -> Choice:
-    """The fastest right one of ``current`` and ``tried``.
-
-    Args:
-        current: tried first; it stays unless another is faster by `GAIN`, or if nothing is right.
-        tried: other candidates, in the order in which they are tried while there is time.
-        fault: why a candidate may not be used (wrong, does not compile, does not fit), or None: what is asked of
-            every candidate before it is timed.
-        timed: seconds of several, taken in turns.
-        confirmed: as ``fault``, at more sizes and dtypes: what is asked of the winner; if it fails, of the next.
-        time_left: whether another candidate may be tried.
-    """
-    right, refused = [], []
-    for config in [current, *(c for c in tried if c != current)]:
-        if config != current and not time_left():
-            break
-        reason = fault(config)
-        if reason is None:
-            right.append(config)
-        else:
-            refused.append((config, reason))
-    seconds = list(zip(right, timed(right), strict=True)) if right else []
-    seconds.sort(key=lambda pair: pair[1])
-    of_current = next((s for config, s in seconds if config == current), float("inf"))
-    for config, of_config in seconds:
-        if config == current or of_current < GAIN * of_config:
-            break
-        reason = confirmed(config)
-        if reason is None:
-            return Choice(config, True, seconds, refused)
-        refused.append((config, reason))
-    return Choice(current, False, seconds, refused)
-
-
 @contextmanager
 def trying(cell: Cell, config: Config, device: str) -> Iterator[None]:
     """Inside, the kernel of ``cell`` is launched with ``config``."""
@@ -127,15 +86,18 @@ def trying(cell: Cell, config: Config, device: str) -> Iterator[None]:
 
 
 def cells() -> list[Cell]:
-    """Everything that is shipped, what matters most first: half precision before float, wide ranks last."""
+    """What is shipped for kernels that a layer launches, what matters most first: half precision before float, wide
+    ranks and an F that no 16 divides last. Others keep their configurations: `topk_softmax_routing`'s, and the GRU's of
+    a width that a layer would have padded."""
     found = [
         Cell(operator, kernel, size, dtype)
         for operator in ("experts", "gru", "routing")
         for kernel, sizes in config_table("sm_90", operator).items()
         for size, dtypes in sizes.items()
         for dtype in dtypes
+        if kernel != "routing_topk" and not (operator == "gru" and kernel.endswith(UNALIGNED))
     ]
-    return sorted(found, key=lambda cell: (cell.kernel.endswith("_wide_rank"), cell.dtype != "half"))
+    return sorted(found, key=lambda cell: (cell.kernel.endswith((WIDE_RANK, UNALIGNED)), cell.dtype != "half"))
 
 
 def operator_of(cell: Cell) -> Operator:
@@ -146,16 +108,17 @@ def operator_of(cell: Cell) -> Operator:
 
 
 class Tuner:
-    """Checks and times one cell's candidates, in a layer of ``sizes`` with the cell's tokens and dtype; a turn replays
-    a kernel's graph ``replays`` times."""
+    """Checks and times one cell's candidates, in a layer of ``sizes`` with the cell's tokens and dtype."""
 
-    def __init__(self, cell: Cell, sizes: Sizes, device: Device, replays: int) -> None:
-        self.cell, self.device, self.operator, self.replays = cell, device, operator_of(cell), replays
+    def __init__(self, cell: Cell, sizes: Sizes, device: Device) -> None:
+        self.cell, self.device, self.operator = cell, device, operator_of(cell)
         self.device_class = device_class(device.torch)
-        self.kernel = cell.kernel.removesuffix("_wide_rank")
-        if cell.kernel.endswith("_wide_rank"):
+        self.kernel = cell.kernel.removesuffix(WIDE_RANK).removesuffix(UNALIGNED)
+        if cell.kernel.endswith(WIDE_RANK):
             sizes = replace(sizes, rank=64)
-        elif self.kernel.endswith("forward") and (cell.operator, cell.size, cell.dtype) == ("experts", "wide", "half"):
+        elif cell.kernel.endswith(UNALIGNED):
+            sizes = replace(sizes, intermediate=sizes.intermediate - 8)
+        if self.kernel == "experts_forward" and sizes.rank <= 16 and (cell.size, cell.dtype) == ("wide", "half"):
             sizes = replace(sizes, experts=64)  # what does not run as a stream
         self.sizes = sizes
 
@@ -191,9 +154,7 @@ class Tuner:
     def timed(self, configs: Sequence[Config]) -> list[float]:
         """Seconds of a launch with each configuration, in turns, on operands that exceed the L2 cache."""
         sizes = replace(self.sizes, tokens=TOKENS[self.cell.size][0], dtype=DTYPES[self.cell.dtype][0])
-        operands = self.operator.operands(sizes, self.device.torch)
-        count = min(copies_for(operands, self.device.l2_bytes), 64)
-        sets = [{name: t.clone() for name, t in operands.items()} for _ in range(count)]
+        sets, _ = copies_of(self.operator.operands(sizes, self.device.torch), self.device.l2_bytes, most=64)
         calls = {}
         for number, config in enumerate(configs):
             with trying(self.cell, config, self.device_class):
@@ -201,14 +162,36 @@ class Tuner:
             alone = [each for each in made if each.name == self.kernel]
             if not alone:
                 raise RuntimeError(f"{self.cell.name}: no launch of it among {', '.join({each.name for each in made})}")
-            calls[str(number)] = replayed(alone, self.device, self.replays)
+            calls[str(number)] = replayed(alone, self.device)
         found = self.device.in_turns(calls, SECONDS * len(configs))
-        return [found[str(number)].summary()["median"] / (self.replays * count) for number in range(len(configs))]
+        return [found[str(number)].summary()["median"] / (REPLAYS * len(sets)) for number in range(len(configs))]
 
-    def run(self, seconds: float) -> Choice:
-        """The choice, of as many candidates as ``seconds`` allow to check (a third of them is left for timing)."""
-        end, tried = time.monotonic() + seconds * 2 / 3, candidates(self.current)
-        return choose(self.current, tried, self.fault, self.timed, self.confirmed, lambda: time.monotonic() < end)
+    def choose(self, tried: Sequence[Config], time_left: Callable[[], bool]) -> Choice:
+        """The fastest right one of the shipped configuration and of those that are ``tried`` while there is time.
+
+        What is shipped stays unless another is faster by `GAIN`, or if nothing is right. `fault` is asked of every
+        candidate before it is timed, `confirmed` of the winner; if that fails, of the next.
+        """
+        current, right, refused = self.current, [], []
+        for config in [current, *(c for c in tried if c != current)]:
+            if config != current and not time_left():
+                break
+            reason = self.fault(config)
+            if reason is None:
+                right.append(config)
+            else:
+                refused.append((config, reason))
+        seconds = list(zip(right, self.timed(right), strict=True)) if right else []
+        seconds.sort(key=lambda pair: pair[1])
+        of_current = next((s for config, s in seconds if config == current), float("inf"))
+        for config, of_config in seconds:
+            if config == current or of_current < GAIN * of_config:
+                break
+            reason = self.confirmed(config)
+            if reason is None:
+                return Choice(config, seconds, refused)
+            refused.append((config, reason))
+        return Choice(current, seconds, refused)
 
 
 def rewrite(folder: Path, device: str, cell: Cell, config: Config) -> None:
@@ -219,11 +202,13 @@ def rewrite(folder: Path, device: str, cell: Cell, config: Config) -> None:
     path.write_text(json.dumps(table, indent=2) + "\n")
 
 
-def tune(cell: Cell, sizes: Sizes, device: Device, seconds: float, replays: int) -> list[dict[str, Any]]:
-    """Choose a cell's configuration, rewrite its file if another is faster, and give a row for every candidate."""
-    tuner = Tuner(cell, sizes, device, replays)
-    choice = tuner.run(seconds)
-    if choice.changed:
+def tune(cell: Cell, sizes: Sizes, device: Device, seconds: float) -> list[dict[str, Any]]:
+    """Choose a cell's configuration, of as many candidates as ``seconds`` allow to check (a third of them is left for
+    timing), rewrite its file if another is faster, and give a row for every candidate."""
+    tuner, end = Tuner(cell, sizes, device), time.monotonic() + seconds * 2 / 3
+    shipped = tuner.current
+    choice = tuner.choose(candidates(shipped), lambda: time.monotonic() < end)
+    if choice.config != shipped:
         rewrite(CONFIGS, tuner.device_class, cell, choice.config)
     base: dict[str, Any] = {"operator": cell.operator, "kernel": cell.name}
     base |= {"round": "later" if tuner.operator.later else "first"}

@@ -9,6 +9,7 @@ from benchmarks.document import SCHEMA, Source
 
 SIZES = {"hidden": 4096, "intermediate": 14336, "gru_width": 409, "experts": 8, "top_k": 2, "rank": 16}
 H200 = {"kind": "cuda", "name": "NVIDIA H200", "multiprocessors": 132}
+LIMITS = {"copy bytes a second": 4e12, "matrix operations a second": 8e14, "matrix dtype": "bf16"}
 CPU = {"kind": "cpu", "name": "AMD EPYC (AVX2)", "threads": 2}
 
 

@@ -11,16 +11,16 @@ import torch
 from benchmarks import measure as measuring
 from benchmarks.cases import GROUPS, Case, Contender
 from benchmarks.checks import Judge, verdict
-from benchmarks.decoders import DecoderTiming
 from benchmarks.devices import MIN_TURNS, CpuDevice, Samples
 from benchmarks.layers import Layer, Layers, over_tokens
-from benchmarks.limits import H200
 from benchmarks.measure import Workplace
 from benchmarks.plain import plain_literal
 from benchmarks.providers import PROVIDERS, missing
 from benchmarks.sizes import MODELS
 from benchmarks.table import PLANS, Plan, table
 from benchmarks.test_benchmarks import Replay
+from benchmarks.whole import DecoderTiming
+from tests.benchmarks.made_up import LIMITS
 
 TINY = MODELS["tiny"]
 PLAN = Plan((1,), (5, 12), batch=2, context=3, whole_layers=1, prompt=4, new_tokens=2, profiled=(4, 8))
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 def workplace():
-    return Workplace(Layers(CPU), H200, 0.0)
+    return Workplace(Layers(CPU), {"limits": LIMITS}, 0.0)
 
 
 def cases(group, kind="cpu"):
@@ -46,7 +46,7 @@ def cases(group, kind="cpu"):
 
 
 def side_by_side(*providers, tokens=12, **changes):
-    contenders = tuple(Contender(provider, TINY.sizes(tokens, 3, "fp32")) for provider in providers)
+    contenders = tuple(Contender(provider, TINY.sizes(tokens, 3, "fp32"), provider) for provider in providers)
     return Case("layer", TINY, "inference", contenders, **changes)
 
 
@@ -78,28 +78,6 @@ def test_cases_and_contenders_have_names_of_their_own(kind):
         assert {case.group for case in found} == set(GROUPS)
         for case in found:
             assert len({contender.label for contender in case.contenders}) == len(case.contenders)
-
-
-def test_targets_tokens_and_rounds_are_in_the_table():
-    """What the design sets targets for must be among what a GPU run measures."""
-    found = list(table(MODELS["llama-3-8b"], "cuda", "bf16", PLANS["cuda"]))
-
-    def providers(group, mode, tokens, rounds=3):
-        return {
-            contender.provider
-            for case in found
-            for contender in case.contenders
-            if (case.group, case.mode, contender.sizes.tokens, contender.sizes.rounds) == (group, mode, tokens, rounds)
-        }
-
-    assert {"triton", "dense", "literal_compiled", "peer_mixlora"} <= providers("layer", "inference", 8192)
-    assert {"triton", "dense"} <= providers("layer", "inference", 1) & providers("layer", "inference", 16)
-    assert {"triton", "dense"} <= providers("layer", "inference", 8192, rounds=1)
-    assert {"triton", "literal_compiled"} <= providers("layer", "training", 8192)
-    for rounds in (1, 3):
-        assert "triton" in providers("decoder", "prefill", 8192, rounds) & providers("decoder", "decode", 1, rounds)
-    for tokens in (1, 16384):
-        assert {"triton", "torch"} <= providers("routing", "inference", tokens)
 
 
 def test_a_wrong_provider_gets_no_time(monkeypatch):
@@ -163,7 +141,7 @@ def test_a_graph_holds_those_that_can_be_captured_and_the_row_says_so():
         graphs = True
 
     case = side_by_side("dense", "peer_mixlora", tokens=1, graph=True)
-    found = measuring.measure(case, Workplace(Layers(Capturing()), None, 0.0))
+    found = measuring.measure(case, Workplace(Layers(Capturing()), {"limits": {}}, 0.0))
     assert {row["provider"]: row["graph"] for row in found.rows} == {"dense": True, "peer_mixlora": False}
 
 
@@ -178,7 +156,7 @@ def test_a_graph_that_replays_another_result_is_refused(monkeypatch):
             return lambda: {"y": y * 1.01}
 
     case = side_by_side("dense", tokens=1, graph=True)
-    found = measuring.measure(case, Workplace(Layers(Replaying()), None, 0.0))
+    found = measuring.measure(case, Workplace(Layers(Replaying()), {"limits": {}}, 0.0))
     assert found.rows == []
     assert "in a CUDA graph, y: error 1.0e-02" in found.fault("dense")
 
@@ -247,7 +225,7 @@ def test_ratios_are_of_one_call_each(monkeypatch):
         monkeypatch.setitem(PROVIDERS, name, taking(PROVIDERS[name], seconds))
     monkeypatch.setattr(measuring, "SHORTEST_TURN", 6.0)
     monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=clock))
-    place = Workplace(Layers(CpuDevice(clock)), None, 0.0)
+    place = Workplace(Layers(CpuDevice(clock)), {"limits": {}}, 0.0)
     dense, literal = measuring.measure(side_by_side("dense", "literal", tokens=1), place).rows
     assert (dense["seconds"]["calls a turn"], literal["seconds"]["calls a turn"]) == (6, 2)
     assert literal["ratios"]["dense"]["median"] == pytest.approx(3.0)

@@ -12,18 +12,17 @@ import torch
 
 from benchmarks import devices, tuning
 from benchmarks.devices import CpuDevice
-from benchmarks.document import _check_entries
+from benchmarks.document import _faults
 from benchmarks.kernels import time_kernels
 from benchmarks.layers import Layers
-from benchmarks.limits import H200
 from benchmarks.measure import Workplace, measure
-from benchmarks.operators import OPERATORS, as_in_a_layer, check_operator, find_operator, launches_of
+from benchmarks.operators import OPERATORS, check_operator, copies_of, find_operator, launches_of
 from benchmarks.page import kernel_table
 from benchmarks.sizes import MODELS
 from benchmarks.table import PLANS, TINY_CHECKED, table
-from benchmarks.timing import copies_for
-from benchmarks.tuning import GAIN, Cell, candidates, cells, choose, operator_of, rewrite, trying
-from graphmoe_kernels.launching import CONFIGS, DEVICE_CLASSES, SKINNY_TOKENS, config_table, recorded
+from benchmarks.tuning import GAIN, Cell, candidates, cells, operator_of, rewrite, trying
+from graphmoe_kernels.launching import CONFIGS, DEVICE_CLASSES, SKINNY_TOKENS, config_table, recorded, stubbed
+from tests.benchmarks.made_up import LIMITS, document
 
 TINY = replace(TINY_CHECKED, dtype="fp32")
 FEW, CPU = replace(TINY, tokens=3), torch.device("cpu")
@@ -36,8 +35,10 @@ pytestmark = pytest.mark.skipif(
 def test_operands_rotate_through_more_than_the_cache():
     """Operands that stay in the L2 cache would be timed at its speed."""
     operands = {"x": torch.zeros(1000)}
-    assert copies_for(operands, l2_bytes=0) == 2
-    assert copies_for(operands, l2_bytes=400_000) * 4000 >= 600_000
+    few, many, too_few = (copies_of(operands, *each) for each in ((0,), (400_000,), (400_000, 3)))
+    assert (len(few[0]), few[1]) == (2, True)
+    assert len({own["x"].data_ptr() for own in many[0]}) * 4000 >= 600_000
+    assert (many[1], too_few[1]) == (True, False)
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.title)
@@ -55,7 +56,7 @@ def test_a_wrong_operator_is_refused_and_not_timed():
         found = GRU.run(operands, top_k, backend)
         return {"out": found["out"] * (1 + 1e-3)} if backend == "triton" else found
 
-    found, rows = time_kernels(GRU._replace(run=wrong), FEW, CpuDevice(), H200, 0.0, 1)
+    found, rows = time_kernels(GRU._replace(run=wrong), FEW, CpuDevice(), {"limits": LIMITS}, 0.0)
     assert rows == []
     assert found.fault.startswith("out: error 1.0e-03, the plain computation's own is ")
 
@@ -70,26 +71,28 @@ def test_a_wrong_order_is_refused():
     assert check_operator(order._replace(run=wrong), replace(TINY, tokens=40), CPU).fault == "token_order differs"
 
 
-def test_experts_are_checked_in_the_layers_order():
+@pytest.mark.parametrize("tokens", [SKINNY_TOKENS, SKINNY_TOKENS + 1])
+def test_experts_are_checked_in_the_layers_order(tokens):
     """What is checked without an order is another path of the kernels than a layer runs."""
-    experts = find_operator("experts", True)
-    for tokens in (SKINNY_TOKENS, SKINNY_TOKENS + 1):
-        operands = experts.operands(replace(TINY, tokens=tokens), CPU)
-        for backend in ("triton", "torch"):
-            shared = as_in_a_layer(experts, experts.built(operands, 2, backend), operands, backend).subject.shared
-            assert ("token_order" in shared) == (backend == "triton" and tokens > SKINNY_TOKENS)
+    experts, sizes = find_operator("experts", True), replace(TINY, tokens=tokens)
+    with stubbed():
+        launches = launches_of(experts, sizes, experts.operands(sizes, CPU))
+    ordered = [each.arguments["operands"].token_order is not None for each in launches]
+    assert ordered == [tokens > SKINNY_TOKENS] * 3
+    assert check_operator(experts, sizes, CPU, "torch").fault is None
 
 
 def test_kernels_are_launched_alone_as_the_operator_launched_them(monkeypatch):
     """Forward and backward kernels each have a row with the time of one launch of ten replays."""
     monkeypatch.setattr(devices, "MIN_TURNS", 2)
-    found, rows = time_kernels(GRU, FEW, CpuDevice(), H200, 0.0, 10)
+    found, rows = time_kernels(GRU, FEW, CpuDevice(), {"limits": LIMITS}, 0.0)
     assert found.fault is None
     assert [row["kernel"] for row in rows] == ["gru_forward", "gru_backward"]
     for row in rows:
         assert row["seconds"]["median"] > 0
-        assert row["seconds"]["calls a turn"] == 10 * copies_for(GRU.operands(FEW, CPU), 0)
-        assert set(row["limits"]) == {"memory", "L2", "matrix", "integer"}
+        assert row["seconds"]["calls a turn"] == 10 * 2
+        assert row["work"]["bytes"] > 0
+        assert row["limits"]["matrix"] > 0
 
 
 def test_a_launch_done_again_gives_the_same():
@@ -104,6 +107,8 @@ def test_a_launch_done_again_gives_the_same():
     assert {each.name for each in launches_of(GRU, FEW, operands)} == {"gru_forward", "gru_backward"}
 
 
+# What no layer launches.
+KEPT = ("routing_topk", "gru_forward_unaligned", "gru_backward_unaligned")
 A, B, C, D = ({"BLOCK_M": 16, "num_warps": warps, "num_stages": 2} for warps in (1, 2, 4, 8))
 
 
@@ -121,22 +126,41 @@ A, B, C, D = ({"BLOCK_M": 16, "num_warps": warps, "num_stages": 2} for warps in 
 )
 def test_the_fastest_right_candidate_is_chosen_if_it_is_clearly_faster(tried, wrong, unconfirmed, times, chosen):
     """A configuration that leaves something out, or that wins by chance, must not be shipped."""
-    found = choose(
-        A,
-        tried,
-        lambda config: "wrong" if config in wrong else None,
-        lambda configs: [times[config["num_warps"]] for config in configs],
-        lambda config: "fp16" if config in unconfirmed else None,
-    )
-    assert (found.config, found.changed) == (chosen, chosen != A)
+
+    class Made(tuning.Tuner):
+        current = A
+
+        def __init__(self):
+            pass
+
+        def fault(self, config):
+            return "wrong" if config in wrong else None
+
+        def timed(self, configs):
+            return [times[config["num_warps"]] for config in configs]
+
+        def confirmed(self, config):
+            return "fp16" if config in unconfirmed else None
+
+    found = Made().choose(tried, lambda: True)
+    assert found.config == chosen
     assert found.refused == [*((config, "wrong") for config in wrong), *((config, "fp16") for config in unconfirmed)]
     assert [config["num_warps"] for config, _ in found.seconds] == sorted(times, key=times.get)
+    if tried[0] not in wrong:  # no candidate is begun after the time
+        assert [config for config, _ in Made().choose(tried, lambda: False).seconds] == [A][: A not in wrong]
 
 
-def test_no_candidate_is_begun_after_the_time():
-    answers = iter([True, False])
-    found = choose(A, [B, C], lambda config: None, lambda configs: [3.0, 2.0], time_left=lambda: next(answers))
-    assert found.config == B
+@pytest.mark.parametrize("kernel", sorted({cell.kernel for cell in cells()}))
+def test_a_cell_is_tuned_in_a_call_that_launches_its_kernel_with_what_is_tried(kernel):
+    """What no call launches could not be timed, and what is launched otherwise would be timed for nothing."""
+    for cell in cells():
+        if cell.kernel == kernel:
+            tuner = tuning.Tuner(cell, TINY, CpuDevice())
+            sizes = replace(tuner.sizes, tokens=tuning.TOKENS[cell.size][0], dtype=tuning.DTYPES[cell.dtype][0])
+            operands = tuner.operator.operands(sizes, CPU)
+            with trying(cell, tuner.current | {"num_warps": 32}, tuner.device_class), stubbed():
+                launches = launches_of(tuner.operator, sizes, operands)
+            assert {each.options["num_warps"] for each in launches if each.name == tuner.kernel} == {32}, cell.name
 
 
 @pytest.mark.parametrize("device", DEVICE_CLASSES)
@@ -149,8 +173,9 @@ def test_every_configuration_that_is_shipped_can_be_tuned(device):
         for size, dtypes in sizes.items()
         for dtype in dtypes
     }
-    assert set(cells()) == shipped
-    for names in shipped:
+    assert {kernel for _, kernel, *_ in shipped - set(cells())} <= {*KEPT}
+    assert set(cells()) <= shipped
+    for names in cells():
         current = config_table(device, names[0])[names[1]][names[2]][names[3]]
         tried = candidates(current)
         assert current not in tried
@@ -175,10 +200,9 @@ def test_a_kernel_is_tuned_as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(tuning, "TOKENS", {"skinny": (3, 1)})
     monkeypatch.setattr(tuning, "SECONDS", 0.0)
     good = {"BLOCK_M": 16, "BLOCK_G": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
-    monkeypatch.setattr(tuning, "candidates", lambda shipped: [A, good])
-    tuner = tuning.Tuner(Cell("gru", "gru_forward", "skinny", "float"), FEW, CpuDevice(), 2)
+    tuner = tuning.Tuner(Cell("gru", "gru_forward", "skinny", "float"), FEW, CpuDevice())
     before = dict(tuner.current)
-    found = tuner.run(60)
+    found = tuner.choose([A, good], lambda: True)
     assert {json.dumps(config) for config, _ in found.seconds} == {json.dumps(before), json.dumps(good)}
     assert [config for config, _ in found.refused] == [A]
     assert tuner.current == before
@@ -200,17 +224,17 @@ def test_rewriting_changes_one_entry(tmp_path):
     assert json.loads(target.read_text()) == expected
 
 
-def test_tuning_is_a_case_of_the_runner(monkeypatch, tmp_path):
+def test_tuning_is_a_case_of_the_runner(monkeypatch):
     """It rewrites the file of what wins, and leaves every candidate's time or fault in the result."""
     written = []
     monkeypatch.setattr(tuning, "rewrite", lambda folder, device, cell, config: written.append((device, cell, config)))
-    chosen = tuning.Choice(B, True, [(B, 1e-6), (A, 2e-6)], [(C, "wrong")])
-    monkeypatch.setattr(tuning.Tuner, "run", lambda self, seconds: chosen)
+    chosen = tuning.Choice(B, [(B, 1e-6), (A, 2e-6)], [(C, "wrong")])
+    monkeypatch.setattr(tuning.Tuner, "choose", lambda self, tried, time_left: chosen)
     case = next(case for case in table(MODELS["tiny"], "cpu", "fp32", PLANS["cpu"]) if case.group == "tune")
-    found = measure(case, Workplace(Layers(CpuDevice()), None, 0.0))
+    found = measure(case, Workplace(Layers(CpuDevice()), {"limits": {}}, 0.0))
     assert written == [("sm_90", Cell(*case.operator.split()), B)]
     assert [row.get("chosen") for row in found.kernels] == [True, False, None]
-    _check_entries(tmp_path, "kernels", found.kernels)
+    assert list(_faults(document(kernels=found.kernels))) == []
     text = "\n".join(line[0] for line in kernel_table(found.kernels)[1])
     assert "chosen: BLOCK_M=16 num_warps=2" in text
     assert "refused: wrong: BLOCK_M=16 num_warps=4" in text

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from benchmarks.document import RESULTS, SCHEMA, Document, Ratio, ResultError, every, load, turn_ratio
-from benchmarks.page import markdown
+from benchmarks.document import RESULTS, SCHEMA, Document, Ratio, ResultError, Source, every, load, turn_ratio
+from benchmarks.page import page
 from tests.benchmarks.made_up import CPU, document, in_turns, row, saved
 
 COMMITTED = sorted(RESULTS.rglob("*.json"))
@@ -17,7 +17,7 @@ COMMITTED = sorted(RESULTS.rglob("*.json"))
 def test_every_committed_result_is_read_and_shown(path):
     """Docs quote them: a reader that forgot one of them would leave a figure without its source."""
     content = load(path)
-    text = markdown(content)
+    text = page([Source(path, content)])
     assert content["conditions"]["device"]["name"] in text
     for section, names in (("rows", ("label",)), ("kernels", ("kernel",)), ("profiles", ("adapter", "phase"))):
         assert all(str(entry[name]) in text for entry in content[section] for name in names)

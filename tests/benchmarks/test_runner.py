@@ -13,17 +13,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import devices
+from benchmarks import devices, work
 from benchmarks import gpu_report as report
 from benchmarks import session as running
 from benchmarks.cases import GROUPS, NOT_BY_DEFAULT, Case
 from benchmarks.document import Document, load
-from benchmarks.importance import rank
 from benchmarks.options import choose
 from benchmarks.providers import PROVIDERS
 from benchmarks.session import DeviceLost, NotMeasured, Session
 from benchmarks.sizes import MODELS
-from benchmarks.table import PLANS, table
+from benchmarks.table import PLANS, rank, table
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("sizes", "groups", "providers", "tokens", "dtype", "device", "threads", "seconds", "minutes", "commit")
@@ -32,7 +31,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tries what happen
 
 
 def chosen(**options):
-    given = {**dict.fromkeys(NAMES), "device": "cpu", "only": [], "sizes": "tiny", **options}
+    given = {**dict.fromkeys(NAMES), "device": "cpu", "sizes": "tiny", **options}
     return choose(SimpleNamespace(getoption=given.__getitem__))
 
 
@@ -45,7 +44,7 @@ def run(*arguments, timeout=300, **environment):
 def test_by_default_everything_but_methods_and_scaling_is_measured():
     found = chosen()
     assert {case.group for case in found.cases} - NEED_TRITON == set(GROUPS) - set(NOT_BY_DEFAULT) - NEED_TRITON
-    assert {"liger", "mixlora", "triton"} >= found.left_out.keys()
+    assert {"liger", "triton"} >= found.left_out.keys()
 
 
 @pytest.mark.parametrize(
@@ -54,7 +53,7 @@ def test_by_default_everything_but_methods_and_scaling_is_measured():
         ({"sizes": "llama-4"}, f"--sizes: unknown llama-4; there are {', '.join(MODELS)}"),
         ({"groups": "layer,gru"}, f"--groups: unknown gru; there are {', '.join(GROUPS)}"),
         ({"providers": "unsloth"}, f"--providers: unknown unsloth; there are {', '.join(PROVIDERS)}"),
-        ({"providers": "mixlora,dense"}, "--providers: cannot run here: mixlora: "),
+        ({"providers": "liger,dense"}, "--providers: cannot run here: liger: "),
         ({"groups": "routing", "providers": "dense"}, "--groups routing has no case with the providers dense"),
         ({"tokens": "1,many"}, "--tokens takes numbers with commas between them, got '1,many'"),
         ({"tokens": "0,5"}, "--tokens must be at least 1, got 0"),
@@ -63,12 +62,11 @@ def test_by_default_everything_but_methods_and_scaling_is_measured():
         ({"minutes": -1.0}, "--minutes must not be negative, got -1.0"),
         ({"sizes": ","}, "--sizes: no name; there are "),
         ({"groups": ""}, "--groups: no name; there are "),
-        ({"only": ["nothinglike"]}, "--only 'nothinglike' is in no case's name; the cases are:\n  "),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(options, message, monkeypatch):
     """A misspelt size that ran the default, or a provider that was left out in silence, would be believed."""
-    monkeypatch.setitem(PROVIDERS, "mixlora", PROVIDERS["mixlora"]._replace(missing=lambda device: "not installed"))
+    monkeypatch.setitem(PROVIDERS, "liger", PROVIDERS["liger"]._replace(missing=lambda device: "not installed"))
     with pytest.raises(pytest.UsageError) as error:
         chosen(**options)
     assert str(error.value).startswith(message)
@@ -123,7 +121,7 @@ def test_a_limited_run_begins_with_what_matters():
 @pytest.fixture
 def session(tmp_path, monkeypatch):
     """A run of a minute, by a clock that stands still, of measurements that do nothing."""
-    monkeypatch.setattr(running, "LIMIT_SIZES", {"cpu": (2**16, (8, 8, 8))})
+    monkeypatch.setattr(work, "SMALL_SIZES", (2**16, (8, 8, 8)))
     monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: 100.0, perf_counter=time.perf_counter))
     found = chosen(groups="layer", seconds=0.0)._replace(end=160.0)
     return Session(found, Document(tmp_path / "r.json"))
@@ -218,9 +216,9 @@ def test_wrong_options_are_refused_before_anything_starts(arguments, message, tm
 
 def test_options_of_pytest_that_are_wrong_end_the_report(tmp_path, capfd):
     """What the second process refuses is not tried again, and leaves no page."""
-    arguments = ["--device", "cpu", "--sizes", "tiny", "--only", "nothinglike", "--out", str(tmp_path)]
+    arguments = ["--device", "cpu", "--sizes", "nosuch", "--out", str(tmp_path)]
     assert report.main(arguments) == report.USAGE_ERROR
-    assert "--only 'nothinglike' is in no case's name" in "".join(capfd.readouterr())
+    assert "--sizes: unknown nosuch" in "".join(capfd.readouterr())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -247,16 +245,16 @@ def test_the_whole_gpu_report_on_the_cpu(tmp_path):
     pytest.importorskip("triton")
     arguments = ["--device", "cpu", "--sizes", "tiny", "--out", str(tmp_path), "--commit", "abc", "--tokens", "1,4"]
     only = (
-        "check, gru",
-        "kernels, routing_order, tiny, training, first round, 1 tokens, T=3, n=4",
-        "layer, tiny, inference, 1 tokens, T=1",
+        "check-gru",
+        "kernels-routing-order-tiny-training-first-round-1-tokens-T3-n4",
+        "layer-tiny-inference-1-tokens-T1",
     )
-    found = run("benchmarks.gpu_report", *arguments, "--seconds", "0", *(w for t in only for w in ("--only", t)))
+    found = run("benchmarks.gpu_report", *arguments, "--seconds", "0", "-k", " or ".join(only))
     assert found.returncode == 0, found.stdout + found.stderr
     (path,) = tmp_path.glob("cpu-*.json")
     content = load(path)
     assert content["conditions"]["commit"] == "abc"
-    assert content["conditions"]["left out"].keys() >= {"liger", "mixlora"}
+    assert content["conditions"]["left out"].keys() >= {"liger"}
     assert {row["provider"] for row in content["rows"]} >= {"torch", "dense", "literal"}
     assert len(content["kernels"]) == 1
     assert all(step["state"] == "done" for step in content["steps"].values())
@@ -273,7 +271,7 @@ def test_pytest_benchmark_reads_and_compares_a_run(tmp_path, capfd, monkeypatch)
     saved = tmp_path / "a.json"
     few = ["--sizes", "tiny", "--groups", "layer", "--providers", "dense,torch", "--tokens", "1", "--seconds", "0"]
     few += ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
-    few += ["--device", "cpu", "--only", "layer, tiny, inference, 1 tokens, T=1, n=4, fp32", "-k", "not compile"]
+    few += ["--device", "cpu", "-k", "layer-tiny-inference-1-tokens-T1-n4-fp32 and not compile"]
     assert pytest.main(["benchmarks", *few, f"--benchmark-json={saved}"]) == 0
     stored = json.loads(saved.read_text())["benchmarks"]
     assert [each["extra_info"]["label"] for each in stored] == ["torch", "dense"]

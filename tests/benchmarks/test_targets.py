@@ -2,181 +2,140 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import pytest
 
-from benchmarks.targets import ELSEWHERE, MISSING, TARGETS, target_rows
+from benchmarks.sizes import MODELS
+from benchmarks.table import PLANS, table
+from benchmarks.targets import ELSEWHERE, MISSING, TARGETS, further, gru_share, peaks, target_rows
 from tests.benchmarks.made_up import CPU, H200, document, gru_kernel, in_turns, row, source
 
-DECODER = {"group": "decoder", "mode": "prefill"}
-DECODE = {"group": "decoder", "mode": "decode", "graph": True, "context": 2048, "tokens": 1}
-ROUTING = {"group": "routing", "round": "first", "graph": True}
-ON_CPU = {"dtype": "fp32", "tokens": 256, "model": "llama-3.2-1b"}
+# The design's, in its order.
+WANTED = ["<= 1.6", ">= 2.0", ">= 6.0", "<= 1.7", "<= 1.7", "<= 0.16", "<= 0.16", ">= 1.7", "<= 0.4", "<= 0.03"]
+WANTED += ["<= 1.15", ">= 4.0", ">= 4.0", ">= 1.7", "<= 1.05"]
+PREFILL, GRU = TARGETS[0], TARGETS[9]
+FOLDED = next(target for target in TARGETS if target.device == "cpu")
 
 
-def layer(over, under, ratio, rounds=(3, 3), **changes):
-    """Two rows of one case, the first ``ratio`` times as long as the second."""
-    return in_turns(row(over, 1e-3 * ratio, rounds=rounds[0], **changes), row(under, 1e-3, rounds=rounds[1], **changes))
+def measured(target, figure, device=None, **changes):
+    """A result in which a target's figure is what is asked."""
+    case = target.case.replace("*", "llama-3.2-1b", 1).replace("*", "256")
+    ratio = {further: 1 + 2 * figure, peaks: 1.0, gru_share: 1.0}.get(target.figure, figure)
+    rows = [row("x", 1e-3 * ratio, label=target.over, tokens=256 if target.device == "cpu" else 8192)]
+    rows += [row("y", 1e-3, label=target.under)] if target.under != target.over else []
+    for each, held in zip(rows, (1e9 * figure, 1e9), strict=False):
+        each |= {"case": case, "peak bytes": held if target.figure is peaks else None, **changes}
+    steps = [("first", 0.4), ("later", 0.6)] if target.figure is gru_share else []
+    kernels = [gru_kernel(name, 1e-3 * figure * share) for name, share in steps]
+    return document(in_turns(*rows), device or (CPU if target.device == "cpu" else H200), kernels=kernels)
 
 
-def memory(ratio):
-    rows = layer("triton", "literal_compiled", 1.0, mode="training")
-    rows[0]["peak bytes"], rows[1]["peak bytes"] = 1e9 * ratio, 1e9
-    return {"rows": rows}
-
-
-def gru(share):
-    kernels = [gru_kernel("first", 0.4e-3 * share), gru_kernel("later", 0.6e-3 * share)]
-    return {"rows": [row("triton", 1e-3)], "kernels": kernels}
-
-
-# Of every target: its bound, its worse side (+1 above, -1 below), and a result in which the figure is what is asked.
-CASES = {
-    "prefill, 8192 tokens, T=3, over": (1.6, 1, lambda x: {"rows": layer("triton", "dense", x, (3, 1))}),
-    "same, times faster than the compiled": (2.0, -1, lambda x: {"rows": layer("literal_compiled", "triton", x)}),
-    "same, times faster than a peer's": (6.0, -1, lambda x: {"rows": layer("peer_mixlora", "triton", x)}),
-    "decode, 1 token": (1.7, 1, lambda x: {"rows": layer("triton", "dense", x, (3, 1), tokens=1, graph=True)}),
-    "decode, 16 tokens": (1.7, 1, lambda x: {"rows": layer("triton", "dense", x, (3, 1), tokens=16, graph=True)}),
-    "each further round, share of a decoder layer at T=1, prefill": (
-        *(0.16, 1),
-        lambda x: {"rows": layer("triton", "triton", 1 + 2 * x, (3, 1), **DECODER)},
-    ),
-    "each further round, share of a decoder layer at T=1, decode": (
-        *(0.16, 1),
-        lambda x: {"rows": layer("triton", "triton", 1 + 2 * x, (3, 1), **DECODE)},
-    ),
-    "training step": (1.7, -1, lambda x: {"rows": layer("literal_compiled", "triton", x, mode="training")}),
-    "same, peak memory": (0.4, 1, memory),
-    "share of the GRU": (0.03, 1, gru),
-    "MixLoRA (T=1)": (1.15, 1, lambda x: {"rows": layer("triton", "dense", x, (1, 1))}),
-    "routing, 1 token": (4.0, -1, lambda x: {"rows": layer("torch", "triton", x, (1, 1), tokens=1, **ROUTING)}),
-    "routing, 16,384": (4.0, -1, lambda x: {"rows": layer("torch", "triton", x, (1, 1), tokens=16384, **ROUTING)}),
-    "CPU, fp32, 64 tokens": (1.7, -1, lambda x: {"rows": layer("literal", "torch", x, **ON_CPU), "device": CPU}),
-    "same, T=1, over the literal": (
-        *(1.05, 1),
-        lambda x: {"rows": layer("torch", "literal", x, (1, 1), **ON_CPU), "device": CPU},
-    ),
-}
-
-
-def found(what, *contents):
-    rows = [each for each in target_rows([source(content) for content in contents]) if each.what.startswith(what)]
-    assert len(rows) == 1
-    return rows[0]
+def found(target, *contents):
+    """A target's row of the table: wanted, found, verdict, measured on."""
+    return target_rows([source(content) for content in contents])[TARGETS.index(target)][1:]
 
 
 def test_without_results_every_target_is_there_and_none_is_measured():
     """A table that leaves out what was not measured hides it."""
-    rows = target_rows([])
-    assert len(rows) == len(TARGETS) == len(CASES)
-    assert {(each.found, each.verdict, each.conditions) for each in rows} == {("-", MISSING, "-")}
-    assert all(sum(each.what.startswith(what) for what in CASES) == 1 for each in rows)
+    assert [each[1:] for each in target_rows([])] == [[wanted, "-", MISSING, "-"] for wanted in WANTED]
 
 
-@pytest.mark.parametrize("what", CASES)
-def test_every_target_is_met_at_its_bound_and_missed_beyond(what):
-    """The bound, its direction and the rows that it is read from."""
-    bound, worse, result = CASES[what]
-    assert found(what, document(**result(bound))).verdict == "met"
-    assert found(what, document(**result(bound * (1 - 0.01 * worse)))).verdict == "met"
-    missed = found(what, document(**result(bound * (1 + 0.01 * worse))))
-    assert missed.verdict == "missed"
-    assert missed.found.startswith(f"{bound * (1 + 0.01 * worse):.3f}")
-    others = [each for each in target_rows([source(document(**result(bound)))]) if not each.what.startswith(what)]
-    assert sum(each.verdict == MISSING for each in others) >= len(TARGETS) - 2  # memory comes with the training times
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.what)
+def test_every_target_is_met_at_its_bound_and_missed_beyond(target):
+    """The bound and its direction; and that nothing else is read from that case."""
+    sign, bound = target.wanted.split()
+    worse = 1.01 if sign == "<=" else 0.99
+    for figure, verdict in ((1.0, "met"), (2 - worse, "met"), (worse, "missed")):
+        _, shown, said, _ = found(target, measured(target, float(bound) * figure))
+        assert said == verdict
+        assert shown.startswith(f"{float(bound) * figure:.3f}")
+    others = [row[3] for row in target_rows([source(measured(target, 1.0))]) if row[0] != target.what]
+    assert others.count(MISSING) >= len(TARGETS) - 2  # memory comes with the training times
 
 
-WRONG = {
-    "another dtype": {"dtype": "fp16"},
-    "another model": {"model": "qwen3-4b"},
-    "fewer tokens": {"tokens": 4096},
-    "another group": {"group": "rounds"},
-    "another mode": {"mode": "training"},
-    "in a graph": {"graph": True},
-    "another T": {"rounds": (2, 1)},
-}
-
-
-@pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG)
-def test_rows_of_other_cases_answer_nothing(changes):
-    """A ratio of another case is not the target's, however good."""
-    rows = layer("triton", "dense", 1.1, **{"rounds": (3, 1), **changes})
-    assert found("prefill, 8192 tokens, T=3", document(rows)).verdict == MISSING
-
-
-def test_other_adapters_answer_nothing():
-    """n, k and rank are the paper's: an adapter of rank 64 has its own cost."""
-    rows = layer("triton", "dense", 1.1, (3, 1))
-    for each in rows:
-        each["sizes"]["rank"] = 64
-    assert found("prefill, 8192 tokens, T=3", document(rows)).verdict == MISSING
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.what)
+def test_what_a_target_is_about_is_measured(target):
+    """A name that no case has would leave the target unmeasured for ever. Sizes of the adapter are the paper's."""
+    model, dtype = ("llama-3-8b", "bf16") if target.device == "cuda" else ("llama-3.2-1b", "fp32")
+    cases = [
+        c for c in table(MODELS[model], target.device, dtype, PLANS[target.device]) if fnmatchcase(c.name, target.case)
+    ]
+    cases = [case for case in cases if case.sizes.tokens >= target.tokens]
+    assert cases
+    for case in cases:
+        assert {target.over, target.under} <= {contender.label for contender in case.contenders}
+        assert (case.sizes.experts, case.sizes.top_k, case.sizes.rank) == (8, 2, 16)
+        assert target.device == "cpu" or "graph" not in target.what or case.graph
 
 
 def test_gpu_figures_never_come_from_a_cpu_nor_the_other_way_round():
     """The interpreter's times on a CPU have the GPU rows' names."""
-    of_gpus = [made for bound, _, result in CASES.values() if "device" not in (made := result(bound))]
-    assert len(of_gpus) == len(TARGETS) - 2
-    on_cpu = [source(document(**each, device=CPU)) for each in of_gpus]
-    assert {each.verdict for each in target_rows(on_cpu)} == {MISSING}
-    of_cpu = CASES["CPU, fp32, 64 tokens"][2](2.0)
-    assert found("CPU", document(of_cpu["rows"], H200)).verdict == MISSING
+    for target in TARGETS:
+        assert found(target, measured(target, 1.0, H200 if target.device == "cpu" else CPU))[2] == MISSING
+
+
+def test_a_case_that_is_otherwise_alike_answers_nothing():
+    """A ratio of another case is not the target's, however good."""
+    others = ("prefill", "4096 tokens", "T=2", "n=64", "fp16", "qwen3-4b")
+    names = [
+        PREFILL.case.replace(own, other)
+        for own, other in zip(("inference", "8192 tokens", "T=3", "n=8", "bf16", "llama-3-8b"), others, strict=True)
+    ]
+    for name in (*names, f"{PREFILL.case}, eager"):
+        assert found(PREFILL, measured(PREFILL._replace(case=name), 1.1))[2] == MISSING
 
 
 @pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-80GB", "NVIDIA GH200 480GB", "NVIDIA H200 MIG 1g.18gb"])
 def test_another_gpu_is_named_and_meets_nothing(name):
     """The targets are about a whole H200."""
-    other = document(layer("triton", "dense", 1.1, (3, 1)), {**H200, "name": name})
-    row_of_other = found("prefill, 8192 tokens, T=3", other)
-    assert row_of_other.verdict == ELSEWHERE
-    assert row_of_other.found.startswith("1.100")
-    assert row_of_other.conditions.startswith(f"{name}, 0123456789, 2026-11-30")
+    _, shown, said, where = found(PREFILL, measured(PREFILL, 1.1, {**H200, "name": name}))
+    assert (said, shown[:5]) == (ELSEWHERE, "1.100")
+    assert where == f"{name}, torch 2.13.0, triton 3.7.1, commit 0123456789, 2026-11-30"
 
 
 def test_the_h200_goes_before_another_gpu_and_the_newer_before_the_older():
     """What the table shows is the best evidence among the files."""
-    names = {"new": "2026-12-02", "old": "2026-12-01"}
-    contents = [document(layer("triton", "dense", ratio, (3, 1))) for ratio in (1.1, 1.2)]
-    for content, date in zip(contents, names.values(), strict=True):
+    contents = [measured(PREFILL, 1.1), measured(PREFILL, 1.2), measured(PREFILL, 1.3, {**H200, "name": "NVIDIA H100"})]
+    for content, date in zip(contents, ("2026-12-02", "2026-12-01", "2027-01-01"), strict=True):
         content["conditions"]["date"] = f"{date}T00:00:00+00:00"
-    other = document(layer("triton", "dense", 1.3, (3, 1)), {**H200, "name": "NVIDIA H100"})
-    other["conditions"]["date"] = "2027-01-01T00:00:00+00:00"
-    shown = found("prefill, 8192 tokens, T=3", other, contents[1], contents[0])
-    assert shown.found.startswith("1.100")
-    assert shown.conditions.endswith("2026-12-02")
+    _, shown, _, where = found(PREFILL, *reversed(contents))
+    assert shown.startswith("1.100")
+    assert where.endswith("2026-12-02")
 
 
-def test_the_ratio_turn_by_turn_goes_before_that_of_medians_which_says_so():
-    """A disturbance between two steps must not pass for a ratio."""
-    together = layer("triton", "dense", 1.5, (3, 1))
-    together[0]["ratios"] = {"dense, T=1": {"median": 1.4, "range": [1.3, 1.45]}}
-    lone = row("dense", 1e-6, rounds=1, case="another case")
-    assert found("prefill, 8192 tokens, T=3", document([*together, lone])).found == "1.400 [1.300, 1.450]"
-    apart = [row("triton", 1.5e-3), lone | {"seconds": together[1]["seconds"]}]
-    assert found("prefill, 8192 tokens, T=3", document(apart)).found == "1.500 (of medians)"
+def test_only_a_ratio_turn_by_turn_counts():
+    """A disturbance between two cases must not pass for a ratio."""
+    content = measured(PREFILL, 1.5)
+    content["rows"][0]["ratios"] = {"dense": {"median": 1.4, "range": [1.3, 1.45]}}
+    assert found(PREFILL, content)[1] == "1.400 [1.300, 1.450]"
+    content["rows"][1]["case"] = "another"
+    assert found(PREFILL, content)[2] == MISSING
 
 
 def test_on_a_cpu_the_worst_token_count_from_64_on_counts_and_tiny_never():
     """One good case must not stand for all; tiny sizes say nothing."""
-    rows = [
-        *layer("literal", "torch", 2.5, **ON_CPU),
-        *layer("literal", "torch", 1.9, **{**ON_CPU, "tokens": 64}),
-        *layer("literal", "torch", 1.1, **{**ON_CPU, "tokens": 63}),
-        *layer("literal", "torch", 1.0, **{**ON_CPU, "model": "tiny", "tokens": 128}),
-    ]
-    row_of_cpu = found("CPU", document(rows, CPU))
-    assert row_of_cpu.verdict == "met"
-    assert row_of_cpu.found == "1.900 [1.881, 1.919], the worst of 2: llama-3.2-1b, 64 tokens"
+    made = [(2.5, 256, "llama-3.2-1b"), (1.9, 64, "llama-3.2-1b"), (1.1, 63, "llama-3.2-1b"), (1.0, 128, "tiny")]
+    rows = []
+    for ratio, tokens, model in made:
+        target = FOLDED._replace(case=f"layer, {model}, inference, {tokens} tokens, T=3, n=8, fp32")
+        rows += measured(target, ratio, model=model, sizes={**row("x", 1)["sizes"], "tokens": tokens})["rows"]
+    _, shown, said, _ = found(FOLDED, document(rows, CPU))
+    assert (said, shown) == ("met", "1.900 [1.881, 1.919], the worst of 2: llama-3.2-1b, 64 tokens")
 
 
-@pytest.mark.parametrize("peaks", [(None, 1e9), (1e9, None), (1e9, 0)])
-def test_memory_that_was_not_read_is_not_measured(peaks):
+@pytest.mark.parametrize("held", [(None, 1e9), (1e9, None), (1e9, 0)])
+def test_memory_that_was_not_read_is_not_measured(held):
     """On a CPU there is no peak, and zero is no measure to divide by."""
-    content = document(**memory(0.3))
-    content["rows"][0]["peak bytes"], content["rows"][1]["peak bytes"] = peaks
-    assert found("same, peak memory", content).verdict == MISSING
+    target = next(target for target in TARGETS if target.figure is peaks)
+    content = measured(target, 0.3)
+    for each, peak in zip(content["rows"], held, strict=True):
+        each["peak bytes"] = peak
+    assert found(target, content)[2] == MISSING
 
 
 def test_half_of_the_gru_is_no_share_of_it():
     """A step of the GRU that was not timed must not count as free."""
-    content = document(**gru(0.02))
+    content = measured(GRU, 0.02)
     content["kernels"].pop()
-    assert found("share of the GRU", content).verdict == MISSING
+    assert found(GRU, content)[2] == MISSING
