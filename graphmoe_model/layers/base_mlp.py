@@ -166,7 +166,7 @@ def activation_name(mlp: nn.Module) -> str:
     raise ValueError(
         f"the MLP's activation {type(module).__name__} is unknown to the kernels, which know "
         f"{', '.join(ACTIVATIONS)}; graphmoe_kernels.register_activation adds a pointwise function with its "
-        "derivative"
+        "derivative: the very function, or a module of the class, that the MLP holds"
     )
 
 

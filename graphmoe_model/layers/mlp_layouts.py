@@ -21,7 +21,7 @@ class MLPLayout(NamedTuple):
     gate: str
     up: str
     down: str
-    activations: tuple[str, ...]
+    activations: tuple[str, ...] = ()
     implied: str | None = None
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class MLPLayout(NamedTuple):
         return next((own for own in found if own is not None), None)
 
 
-# The first that fits a module is taken; `register_mlp_layout` adds to them.
+# The first that fits a module is taken; `register_mlp_layout` puts others before them, so that the latest counts.
 LAYOUTS: list[MLPLayout] = [
     MLPLayout("gate_up_proj", "gate_up_proj", "down_proj", ("act_fn", "activation_fn")),  # Phi-3, GLM
     MLPLayout("gate_proj", "up_proj", "down_proj", ("act_fn", "activation_fn")),  # Llama, Mistral, Qwen, Gemma, ...
@@ -65,7 +65,8 @@ LAYOUTS: list[MLPLayout] = [
 def register_mlp_layout(layout: MLPLayout) -> None:
     """Have MLPs with these names adapted: found when an adapter is attached, counted by profiles, saved as all others.
 
-    What an MLP of the layout computes is still compared with down(act(gate(x)) * up(x)) when it is adapted.
+    What an MLP of the layout computes is still compared with down(act(gate(x)) * up(x)) when it is adapted. Of several
+    layouts that fit an MLP the latest counts, so that a wrong one is put right by registering the right one.
 
     Raises:
         TypeError: it is no `MLPLayout`, or a field is of another type.
@@ -99,7 +100,7 @@ def register_mlp_layout(layout: MLPLayout) -> None:
         get_activation(layout.implied)
     if layout in LAYOUTS:
         raise ValueError(f"this layout is there already: {layout}")
-    LAYOUTS.append(layout)
+    LAYOUTS.insert(0, layout)
 
 
 def find_layout(module: nn.Module) -> MLPLayout | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graphmoe_kernels import ACTIVATIONS, register_activation
 from graphmoe_kernels.testing import relative_error
-from graphmoe_model import MLPLayout, register_mlp_layout
+from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig, MLPLayout, register_mlp_layout
 from graphmoe_model.layers.base_mlp import wrap_mlp
 from graphmoe_model.layers.mlp_layouts import LAYOUTS
 from graphmoe_model.profiling.modules import categories
@@ -59,6 +59,24 @@ def added() -> Iterator[None]:
     yield
     LAYOUTS.remove(LAYOUT)
     del ACTIVATIONS["wave"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [LAYOUT._replace(gate="rising", up="opening"), LAYOUT._replace(activations=(), implied="relu")]
+)
+def test_a_wrong_layout_is_put_right_by_the_right_one(wrong):
+    """The layout that was registered last counts: without it only a new process would be free of the wrong one."""
+    before = list(LAYOUTS)
+    register_activation("wave", Wave(), lambda x: 1 + torch.cos(x) / 2)
+    try:
+        register_mlp_layout(wrong)
+        with pytest.raises(TypeError, match="is supported|is not supported"):
+            FusedGraphMoEFFN(OutsideMLP(8, 16).double(), GraphMoEConfig(rounds=1, num_experts=2, r=2))
+        register_mlp_layout(LAYOUT)
+        FusedGraphMoEFFN(OutsideMLP(8, 16).double(), GraphMoEConfig(rounds=1, num_experts=2, r=2))
+    finally:
+        LAYOUTS[:] = before
+        del ACTIVATIONS["wave"]
 
 
 def test_before_they_are_added_the_refusal_says_how() -> None:
