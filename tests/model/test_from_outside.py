@@ -70,7 +70,7 @@ def test_a_wrong_layout_is_put_right_by_the_right_one(wrong):
     register_activation("wave", Wave(), lambda x: 1 + torch.cos(x) / 2)
     try:
         register_mlp_layout(wrong)
-        with pytest.raises(TypeError, match="is supported|is not supported"):
+        with pytest.raises(TypeError, match="supported"):
             FusedGraphMoEFFN(OutsideMLP(8, 16).double(), GraphMoEConfig(rounds=1, num_experts=2, r=2))
         register_mlp_layout(LAYOUT)
         FusedGraphMoEFFN(OutsideMLP(8, 16).double(), GraphMoEConfig(rounds=1, num_experts=2, r=2))
