@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("trl")
 
+from graphmoe_model.memory import strategies
 from graphmoe_model.memory.parameter_counts import count_parameters
 from graphmoe_model.memory.strategies import MAX_LIVE, PREFETCH_BUCKET, REDUCE_BUCKET
 from graphmoe_tables.strategies import STRATEGIES
@@ -94,7 +95,7 @@ def test_the_file_shards_as_it_says(ran):
 
 def test_what_a_process_holds_is_what_the_cost_model_says(ran):
     """Weights and optimizer state within 5%, which is for the padding of shards and small weights that stay whole."""
-    expected = STRATEGIES[ran.name].held(count_parameters(with_adapter(tiny_model())), gpus=2)
+    expected = strategies.held(STRATEGIES[ran.name], count_parameters(with_adapter(tiny_model())), gpus=2)
     for held in ran.ranks:
         for part in ("base weights", "adapter weights", "optimizer state"):
             assert held[part] == pytest.approx(expected[part], rel=0.05), part
