@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,13 @@ from torch import Tensor
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.triton import launch_stream
 from graphmoe_kernels.experts.triton.counters import counters, forget
+from graphmoe_kernels.experts.triton.gradients import (
+    OF_EXPERTS,
+    TokenGradients,
+    empty_token_gradients,
+    no_weight_sums,
+    update_gradients,
+)
 from graphmoe_kernels.experts.triton.layout import RowStrides, readable, readable_shared
 from graphmoe_kernels.experts.triton.plan import (
     Plan,
@@ -27,24 +34,6 @@ from graphmoe_kernels.experts.triton.plan import (
 )
 from graphmoe_kernels.experts.triton.sizes import Sizes, inner, sizes
 from graphmoe_kernels.launching import launch
-
-
-class TokenGradients(NamedTuple):
-    """What the tokens' backward kernel writes."""
-
-    gate: Tensor  # [N, F]
-    up: Tensor  # [N, F]
-    low: Tensor  # [N, 2nr]
-    routing_weights: Tensor  # [N, k] fp32
-
-
-class WeightSums(NamedTuple):
-    """What the experts' backward kernel adds up, a sum for each split of the tokens; fp32."""
-
-    gate_B: Tensor  # [splits, n, F, r]
-    up_B: Tensor  # [splits, n, F, r]
-    down_A: Tensor  # [splits, n, F, r]
-    scales: GateUp | None  # [splits, n, F] each
 
 
 @functools.cache
@@ -104,29 +93,18 @@ def backward(
     """The gradients of the ``needed`` floating operands, by their names in `FLOATING`, and perhaps others."""
     operands, strides = readable(operands)
     grads = grad_hidden.contiguous(), grad_low_down.contiguous()
-    size = sizes(operands)
-    tokens, present = _backward_tokens(grads, operands, strides, size, scale, activation)
-    found = tokens._asdict()
+    size, gate = sizes(operands), operands.pre_activations.gate
+    if launch_stream.suits(size, gate.dtype):
+        tokens, of_experts = launch_stream.backward(grads, operands, strides, size, scale, activation, needed)
+    else:
+        tokens, present = _backward_tokens(grads, operands, strides, size, scale, activation)
+        of_experts = {}
+        if needed & OF_EXPERTS:
+            of_experts = _backward_weights(grads, operands, strides, size, scale, activation, present)
+    found = tokens._asdict() | of_experts
     if "low_update" in needed:
         found["low_update"] = tokens.low.clone()
-    found |= update_gradients(GateUp(tokens.gate, tokens.up), operands.update, needed)
-    if needed & {"gate_B", "up_B", "down_A", "gate_scale", "up_scale"}:
-        found |= _backward_weights(grads, operands, strides, size, scale, activation, present)
-    return found
-
-
-def update_gradients(d: GateUp, update: LowRankUpdate | None, needed: frozenset[str]) -> dict[str, Tensor]:
-    """The gradients of an update from those of the pre-activations, by name."""
-    found: dict[str, Tensor] = {}
-    if update is None:
-        return found
-    if "state" in needed:
-        found["state"] = torch.addmm(d.gate @ update.gate, d.up, update.up)
-    if "fold_gate" in needed:
-        found["fold_gate"] = d.gate.T @ update.state
-    if "fold_up" in needed:
-        found["fold_up"] = d.up.T @ update.state
-    return found
+    return found | update_gradients(GateUp(tokens.gate, tokens.up), operands.update, needed)
 
 
 def _backward_tokens(
@@ -140,12 +118,7 @@ def _backward_tokens(
     """Gradients of what belongs to tokens, and the tiles' lists of experts for the second kernel."""
     gate = operands.pre_activations.gate
     plan = tokens_plan("backward_tokens", size, activation, gate.dtype, gate.device)
-    found = TokenGradients(
-        gate=gate.new_empty((size.tokens, size.width)),
-        up=gate.new_empty((size.tokens, size.width)),
-        low=gate.new_empty((size.tokens, 2 * size.num_experts * size.rank)),
-        routing_weights=gate.new_empty((size.tokens, size.slots), dtype=torch.float32),
-    )
+    found = empty_token_gradients(gate, size)
     scratch = gate.new_empty((plan.scratch,), dtype=torch.float32)
     present = gate.new_empty((lists(math.prod(plan.grid), size),), dtype=torch.int32)
     _launch_counting(
@@ -168,21 +141,12 @@ def _backward_weights(
     gate = operands.pre_activations.gate
     plan = backward_weights_plan(size, activation, gate.dtype, gate.device)
     _, splits = plan.grid
-    n, r, width = size.num_experts, size.rank, size.width
-    product, vector = splits * n * width * r, splits * n * width * (operands.scales is not None)
-    zeros = gate.new_zeros((3 * product + 2 * vector,), dtype=torch.float32)
-    *products, of_gate, of_up = zeros.split([product] * 3 + [vector] * 2)
-    scales = None if operands.scales is None else GateUp(of_gate.view(splits, n, width), of_up.view(splits, n, width))
-    gate_B, up_B, down_A = (x.view(splits, n, width, r) for x in products)
-    sums = WeightSums(gate_B, up_B, down_A, scales)
+    sums = no_weight_sums(gate, size, splits, operands.scales is not None)
     launch(
-        _kernels().backward_weights, plan.grid, operands, strides, *grads, sums, present, size.tokens, width,
-        inner(operands.update), n, scale, device=gate.device, **plan.constants,
+        _kernels().backward_weights, plan.grid, operands, strides, *grads, sums, present, size.tokens, size.width,
+        inner(operands.update), size.num_experts, scale, device=gate.device, **plan.constants,
     )  # fmt: skip
-    found = {"gate_B": sums.gate_B.sum(0), "up_B": sums.up_B.sum(0), "down_A": sums.down_A.sum(0).mT}
-    if scales is not None:
-        found |= {"gate_scale": scales.gate.sum(0), "up_scale": scales.up.sum(0)}
-    return found
+    return sums.total()
 
 
 def swiglu(pre_activations: GateUp, update: LowRankUpdate | None, activation: str) -> Tensor:

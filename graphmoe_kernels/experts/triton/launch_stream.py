@@ -1,8 +1,13 @@
-"""The expert round's forward for many tokens: plain steps over tiles of tokens that share all their experts.
+"""The expert round of many tokens, forward and backward: plain steps over tiles of tokens that share all experts.
 
-H M^T by cuBLAS into a buffer, one kernel that streams over it and P_1, and a small sum over the splits of F. Two small
+H M^T by cuBLAS into a buffer, kernels that stream over it and P_1, and a small sum over the splits of F. Two small
 kernels before them put tokens with the same experts together and pad each tuple of experts to whole tiles. Grids follow
 from the most tiles that there can be, so the host waits for nothing.
+
+Backward makes H M^T again, and runs two kernels: gradients of tokens are sums over F, those of experts sums over
+tokens. One kernel for both would write and read what each stripe of columns adds to the gradients of the low-rank
+activations, 0.47 GB for 8192 tokens of Llama-3-8B in stripes of 128, and hold the sums of a stripe's experts beside a
+tile; the second kernel reads 0.7 GB more (1.2 GB in a later round), at twice the occupancy.
 """
 
 from __future__ import annotations
@@ -17,9 +22,15 @@ from torch import Tensor
 
 from graphmoe_kernels.backend import interpreting, per_device
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpdate
+from graphmoe_kernels.experts.triton.gradients import (
+    OF_EXPERTS,
+    TokenGradients,
+    empty_token_gradients,
+    no_weight_sums,
+)
 from graphmoe_kernels.experts.triton.layout import RowStrides
 from graphmoe_kernels.experts.triton.plan import config, constants, target
-from graphmoe_kernels.experts.triton.sizes import Sizes, cut, program_slots
+from graphmoe_kernels.experts.triton.sizes import STREAM_BLOCK, Sizes, cut, padded_slots, program_slots
 from graphmoe_kernels.launching import SKINNY_TOKENS, SMALLEST_TILE, Config, dtype_class, launch, power_of_two
 
 # A tuple of experts needs so many tokens on average. It is padded by half a tile of 32, so that there are no more rows
@@ -57,7 +68,7 @@ def suits(size: Sizes, dtype: torch.dtype) -> bool:
 
 
 class Piece(NamedTuple):
-    """Blocks of columns that one launch streams over, and how they are split among its programs."""
+    """Blocks of `STREAM_BLOCK` columns that one launch streams over, and how they are split among its programs."""
 
     first_block: int
     end_block: int
@@ -69,140 +80,223 @@ class Piece(NamedTuple):
         """How many programs share the blocks of a tile."""
         return math.ceil((self.end_block - self.first_block) / self.split_blocks)
 
+    @property
+    def columns(self) -> int:
+        """How many columns it has, in whole blocks."""
+        return (self.end_block - self.first_block) * STREAM_BLOCK
+
 
 class StreamPlan(NamedTuple):
-    """How a stream is launched; see `graphmoe_kernels.experts.triton.plan`.
+    """How a kernel is launched that streams over F; see `graphmoe_kernels.experts.triton.plan`.
 
     Attributes:
-        num_positions: places of tokens, as many as the most tiles that they can need, whatever their experts.
-        keys: the power of two that holds the tuples, and one more for ids that are no tuple.
-        pieces: blocks of columns of a launch each.
-        columns: of the widest piece, in elements.
-        stream, summing, counting, placing: constants of the four kernels.
+        pieces: one for each launch, the first as wide as any.
+        splits: of all pieces; of the backward to experts, of the tiles instead.
+        constants: the kernel's.
     """
 
-    num_positions: int
-    keys: int
     pieces: tuple[Piece, ...]
-    columns: int
-    stream: dict[str, Any]
-    summing: dict[str, int]
-    counting: dict[str, int]
-    placing: dict[str, int]
+    splits: int
+    constants: dict[str, Any]
 
 
-@per_device
-def stream_plan(
-    size: Sizes,
-    activation: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    dropping: bool,
-    pieces: int,
-    approximate: bool,
-) -> StreamPlan:
-    """The plan of a call that `suits`, with F in so many pieces."""
-    device_class, multiprocessors = target(device)
-    chosen = tile(config("stream", size, dtype, device_class), dropping)
-    block, groups = chosen["BLOCK_M"], tuples(size) + 1
-    num_positions = (size.tokens + groups * (block - 1)) // block * block
-    launches = cut_width(size, chosen, num_positions // block, multiprocessors, pieces)
-    keys = power_of_two(groups)
-    return StreamPlan(
-        num_positions,
-        keys,
-        launches,
-        (launches[0].end_block - launches[0].first_block) * chosen["BLOCK_F"],
-        {**constants(size, activation, chosen), "APPROXIMATE": approximate},
-        {"SLOTS": size.slots, "RANK": size.rank, **SUMMING},
-        {"SLOTS": size.slots, "KEYS": keys, **PLACING},
-        {"SLOTS": size.slots, "KEYS": keys, "BLOCK_B": PLACED_BLOCKS, "TILE": block, **PLACING},
-    )
+class Placed(NamedTuple):
+    """Tokens by tuple of experts, each tuple's padded to whole tiles.
+
+    Attributes:
+        tokens: [positions] int32, -1 where there is none: as many as the most tiles that there can be.
+        experts: [tiles, k] int32, rising; n for ids that are no tuple.
+        weights: [positions, k] fp32, the routing weights in the experts' order; 0 of none.
+        used: [1] int32, how many tiles there are.
+    """
+
+    tokens: Tensor
+    experts: Tensor
+    weights: Tensor
+    used: Tensor
 
 
-def tile(config: Config, dropping: bool) -> Config:
-    """The kernel's configuration; with dropout a step is one part of it, as the random numbers of two spill."""
-    return config | {"BLOCK_F": config["BLOCK_F"] // config["PARTS"], "PARTS": 1} if dropping else config
+class StreamSums(NamedTuple):
+    """What each split adds to the gradients of tokens; fp32, by position, slots by rising expert."""
 
-
-def cut_width(size: Sizes, config: Config, tiles: int, multiprocessors: int, pieces: int) -> tuple[Piece, ...]:
-    """F in the pieces of a launch each, cut into splits that keep the device busy."""
-    blocks = math.ceil(size.width / config["BLOCK_F"])
-    each = math.ceil(blocks / pieces)
-    _, split_blocks = cut(each, tiles, program_slots(config, multiprocessors))
-    found: list[Piece] = []
-    for first in range(0, blocks, each):
-        before = sum(piece.splits for piece in found)
-        found.append(Piece(first, min(first + each, blocks), split_blocks, before))
-    return tuple(found)
+    gate: Tensor  # [splits, positions, columns]
+    up: Tensor  # [splits, positions, columns]
+    routing_weights: Tensor  # [splits, positions, padded slots]
 
 
 @functools.cache
 def _kernels() -> SimpleNamespace:
     """The kernels, imported by the first call, as Triton may be missing where nothing runs on it."""
     from graphmoe_kernels.experts.triton.stream import experts_stream, experts_stream_sum
+    from graphmoe_kernels.experts.triton.stream_backward_tokens import (
+        experts_stream_backward_tokens,
+        experts_stream_sum_tokens,
+    )
+    from graphmoe_kernels.experts.triton.stream_backward_weights import experts_stream_backward_weights
     from graphmoe_kernels.experts.triton.tuples import experts_count_tuples, experts_place_tokens
 
     return SimpleNamespace(
-        stream=experts_stream, summing=experts_stream_sum, counting=experts_count_tuples, placing=experts_place_tokens
+        stream=experts_stream,
+        summing=experts_stream_sum,
+        backward_tokens=experts_stream_backward_tokens,
+        summing_tokens=experts_stream_sum_tokens,
+        backward_weights=experts_stream_backward_weights,
+        counting=experts_count_tuples,
+        placing=experts_place_tokens,
     )
 
 
-def plan_of(operands: ExpertOperands, size: Sizes, activation: str) -> StreamPlan:
-    """The plan for these operands."""
+@per_device
+def positions(size: Sizes, block: int) -> int:
+    """Places of tokens: as many as the most tiles of ``block`` that they can need, whatever their experts."""
+    return (size.tokens + (tuples(size) + 1) * (block - 1)) // block * block
+
+
+@per_device
+def stream_plan(
+    kernel: str, size: Sizes, activation: str, dtype: torch.dtype, device: torch.device, dropping: bool, pieces: int
+) -> StreamPlan:
+    """The plan of a call that `suits`, with F in so many pieces."""
+    device_class, multiprocessors = target(device)
+    chosen = config(kernel, size, dtype, device_class)
+    fixed = constants(size, activation, chosen)
+    if kernel == "stream":
+        chosen = tile(chosen, dropping)
+        fixed = constants(size, activation, chosen) | {"APPROXIMATE": not interpreting()}
+    tiles, blocks = positions(size, chosen["BLOCK_M"]) // chosen["BLOCK_M"], math.ceil(size.width / STREAM_BLOCK)
+    each, slots = math.ceil(blocks / pieces), program_slots(chosen, multiprocessors)
+    if kernel == "stream_backward_weights":
+        cuts = [Piece(first, min(first + each, blocks), each, 0) for first in range(0, blocks, each)]
+        return StreamPlan(tuple(cuts), cut(tiles, math.ceil(cuts[0].columns / chosen["BLOCK_F"]), slots)[0], fixed)
+    _, split_blocks = cut(each, tiles, slots)
+    found: list[Piece] = []
+    for first in range(0, blocks, each):
+        before = sum(piece.splits for piece in found)
+        found.append(Piece(first, min(first + each, blocks), split_blocks, before))
+    return StreamPlan(tuple(found), sum(piece.splits for piece in found), fixed)
+
+
+def tile(config: Config, dropping: bool) -> Config:
+    """The forward kernel's configuration; with dropout a step is one part of it: the random numbers of two spill."""
+    return config | {"BLOCK_F": config["BLOCK_F"] // config["PARTS"], "PARTS": 1} if dropping else config
+
+
+def plan_of(kernel: str, operands: ExpertOperands, size: Sizes, activation: str) -> StreamPlan:
+    """A kernel's plan for these operands."""
     gate, dropping = operands.pre_activations.gate, operands.dropout is not None
     large = operands.update is not None and 2 * gate.numel() * gate.element_size() > BUFFER_BYTES
-    pieces = 2 if large else 1
-    return stream_plan(size, activation, gate.dtype, gate.device, dropping, pieces, not interpreting())
+    return stream_plan(kernel, size, activation, gate.dtype, gate.device, dropping, 2 if large else 1)
 
 
 def forward(
     operands: ExpertOperands, strides: RowStrides, size: Sizes, scale: float, activation: str
 ) -> tuple[Tensor, Tensor]:
     """hidden [N, F] and low_down [N, n*r] of a call that `suits`, its operands laid out."""
-    gate, update = operands.pre_activations.gate, operands.update
-    plan, kernels = plan_of(operands, size, activation), _kernels()
-    order = place(operands.expert_ids, size, plan)
-    splits = sum(piece.splits for piece in plan.pieces)
+    gate, kernels = operands.pre_activations.gate, _kernels()
+    plan = plan_of("stream", operands, size, activation)
+    block = plan.constants["BLOCK_M"]
+    placed, own, added = place(operands, size, block), streamed(operands), buffer(operands.update, size, plan)
+    num_positions = len(placed.tokens)
     hidden = gate.new_empty((size.tokens, size.width))
     low_down = gate.new_empty((size.tokens, size.num_experts * size.rank))
-    partial = gate.new_empty((splits, plan.num_positions, size.columns), dtype=torch.float32)
-    added = None if update is None else GateUp(*gate.new_empty((2, size.tokens, plan.columns)).unbind())
-    own = operands._replace(update=None, token_order=order)  # H M^T is made by cuBLAS
+    partial = gate.new_empty((plan.splits, num_positions, size.columns), dtype=torch.float32)
     for piece in plan.pieces:
-        if update is not None and added is not None:
-            fold_product(added, update, piece, plan)
+        fold_product(added, operands.update, piece)
         launch(
-            kernels.stream, (plan.num_positions // plan.stream["BLOCK_M"], piece.splits), own, strides, added,
-            plan.columns, piece, hidden, partial, plan.num_positions, size.width, size.num_experts, scale,
-            device=gate.device, **plan.stream,
+            kernels.stream, (num_positions // block, piece.splits), own, strides, placed, added,
+            plan.pieces[0].columns, piece, hidden, partial, num_positions, size.width, size.num_experts, scale,
+            device=gate.device, **plan.constants,
         )  # fmt: skip
     launch(
-        kernels.summing, (plan.num_positions // SUMMING["BLOCK_M"],), partial, operands.expert_ids, order, low_down,
-        plan.num_positions, splits, size.num_experts, device=gate.device, **plan.summing,
+        kernels.summing, (num_positions // SUMMING["BLOCK_M"],), partial, operands.expert_ids, placed, low_down,
+        num_positions, plan.splits, size.num_experts, device=gate.device, SLOTS=size.slots, RANK=size.rank, **SUMMING,
     )  # fmt: skip
     return hidden, low_down
 
 
-def place(expert_ids: Tensor, size: Sizes, plan: StreamPlan) -> Tensor:
-    """Tokens by tuple of experts, int32, each tuple's followed by -1 up to whole tiles; what is left is -1."""
-    kernels, device = _kernels(), expert_ids.device
-    blocks = math.ceil(size.tokens / PLACING["BLOCK_M"])
-    counts = expert_ids.new_empty((blocks, plan.keys), dtype=torch.int32)
-    order = expert_ids.new_empty((plan.num_positions,), dtype=torch.int32)
+def backward(
+    grads: tuple[Tensor, Tensor],
+    operands: ExpertOperands,
+    strides: RowStrides,
+    size: Sizes,
+    scale: float,
+    activation: str,
+    needed: frozenset[str],
+) -> tuple[TokenGradients, dict[str, Tensor]]:
+    """The gradients of a call that `suits`: of tokens, and by name those of experts where any is ``needed``."""
+    gate, kernels = operands.pre_activations.gate, _kernels()
+    plan = plan_of("stream_backward_tokens", operands, size, activation)
+    block = plan.constants["BLOCK_M"]
+    placed, own, added = place(operands, size, block), streamed(operands), buffer(operands.update, size, plan)
+    num_positions, n, width = len(placed.tokens), size.num_experts, plan.pieces[0].columns
+    found = empty_token_gradients(gate, size)
+    partial = _no_stream_sums(gate, size, plan.splits, num_positions)
+    experts = plan_of("stream_backward_weights", operands, size, activation)
+    fixed = experts.constants | {"BLOCK_M": block}
+    wanted = bool(needed & OF_EXPERTS)
+    sums = no_weight_sums(gate, size, experts.splits, operands.scales is not None) if wanted else None
+    for piece in plan.pieces:
+        fold_product(added, operands.update, piece)
+        launch(
+            kernels.backward_tokens, (num_positions // block, piece.splits), own, strides, placed, added, width, piece,
+            *grads, found, partial, num_positions, size.width, n, scale, device=gate.device, **plan.constants,
+        )  # fmt: skip
+        if sums is not None:
+            stripes = math.ceil(min(piece.columns, size.width - piece.first_block * STREAM_BLOCK) / fixed["BLOCK_F"])
+            launch(
+                kernels.backward_weights, (stripes, experts.splits), own, strides, placed, added, width, piece, *grads,
+                sums, size.width, n, scale, device=gate.device, **fixed,
+            )  # fmt: skip
     launch(
-        kernels.counting, (blocks,), expert_ids, counts, size.tokens, size.num_experts, device=device, **plan.counting
-    )
-    launch(
-        kernels.placing, (blocks + 1,), expert_ids, counts, order, size.tokens, plan.num_positions, size.num_experts,
-        device=device, **plan.placing,
+        kernels.summing_tokens, (num_positions // SUMMING["BLOCK_M"],), partial, operands.expert_ids, placed, found,
+        num_positions, plan.splits, n, scale, device=gate.device, SLOTS=size.slots, RANK=size.rank, **SUMMING,
     )  # fmt: skip
-    return order
+    return found, {} if sums is None else sums.total()
 
 
-def fold_product(added: GateUp, update: LowRankUpdate, piece: Piece, plan: StreamPlan) -> None:
+def _no_stream_sums(gate: Tensor, size: Sizes, splits: int, num_positions: int) -> StreamSums:
+    """Uninitialised, on the device of ``gate``."""
+    shapes = [(splits, num_positions, c) for c in (size.columns, size.columns, padded_slots(size.slots))]
+    return StreamSums(*(gate.new_empty(shape, dtype=torch.float32) for shape in shapes))
+
+
+def streamed(operands: ExpertOperands) -> ExpertOperands:
+    """The operands that the kernels of a stream read themselves: H M^T is made by cuBLAS, and tokens are placed."""
+    return operands._replace(update=None, token_order=None)
+
+
+def place(operands: ExpertOperands, size: Sizes, block: int) -> Placed:
+    """Put the tokens together by their experts, in tiles of ``block``."""
+    ids, kernels, device = operands.expert_ids, _kernels(), operands.expert_ids.device
+    num_positions, keys = positions(size, block), power_of_two(tuples(size) + 1)
+    blocks = math.ceil(size.tokens / PLACING["BLOCK_M"])
+    counts = ids.new_empty((blocks, keys), dtype=torch.int32)
+    placed = Placed(
+        ids.new_empty((num_positions,), dtype=torch.int32),
+        ids.new_empty((num_positions // block, size.slots), dtype=torch.int32),
+        ids.new_empty((num_positions, size.slots), dtype=torch.float32),
+        ids.new_empty((1,), dtype=torch.int32),
+    )
+    fixed = {"SLOTS": size.slots, "KEYS": keys, **PLACING}
+    launch(kernels.counting, (blocks,), ids, counts, size.tokens, size.num_experts, device=device, **fixed)
+    launch(
+        kernels.placing, (blocks + 1,), ids, operands.routing_weights, counts, placed, size.tokens, num_positions,
+        size.num_experts, device=device, BLOCK_B=PLACED_BLOCKS, TILE=block, **fixed,
+    )  # fmt: skip
+    return placed
+
+
+def buffer(update: LowRankUpdate | None, size: Sizes, plan: StreamPlan) -> GateUp | None:
+    """Where H M^T of a piece's columns goes, [N, columns] each."""
+    if update is None:
+        return None
+    return GateUp(*update.state.new_empty((2, size.tokens, plan.pieces[0].columns)).unbind())
+
+
+def fold_product(added: GateUp | None, update: LowRankUpdate | None, piece: Piece) -> None:
     """Write H M^T of a piece's columns to ``added``, [N, columns] each."""
-    block = int(plan.stream["BLOCK_F"])
+    if added is None or update is None:
+        return
     for out, fold in zip(added, (update.gate, update.up), strict=True):
-        rows = fold[piece.first_block * block : piece.end_block * block]  # [columns, G]
+        rows = fold[piece.first_block * STREAM_BLOCK : piece.end_block * STREAM_BLOCK]  # [columns, G]
         torch.mm(update.state, rows.T, out=out[:, : len(rows)])

@@ -14,6 +14,8 @@ from graphmoe_kernels.launching import Config
 MAX_COLUMNS = 256
 # From so many columns on, a program's tile is smaller: the configurations named "..._wide_rank".
 WIDE_RANK_COLUMNS = 64
+# A stream's pieces and splits of F are whole blocks of so many columns, whatever its kernels take at a time.
+STREAM_BLOCK = 64
 # Warps of these kernels that a multiprocessor holds: they use all registers that a thread can have.
 WARPS_PER_MULTIPROCESSOR = 8
 

@@ -10,19 +10,22 @@ import triton
 import triton.language as tl
 
 from graphmoe_kernels.experts.triton.reduce import sum_splits, write_wide
+from graphmoe_kernels.experts.triton.stream_tile import (
+    load_base,
+    placed_rows,
+    placed_slot,
+    pre_activation,
+    scale_tile,
+    slot_low_rows,
+    stream_columns,
+)
 from graphmoe_kernels.experts.triton.tile import (
     compact_columns,
-    expert_columns,
     expert_rows,
-    expert_weights,
     keep_mask,
-    load_pair,
-    low_rows,
-    next_expert,
     padded_rank,
     row_experts,
     shift,
-    tile_rows,
 )
 from graphmoe_kernels.triton_activations import activate
 
@@ -33,12 +36,8 @@ def expert_hidden(
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):
     """act(m (g + s B a) + b) * (m (u + s B a) + b) of expert e, [BLOCK_M, BLOCK_F] fp32."""
-    g += scale * tl.dot(low_g, expert_columns(operands.B.gate, e, f, width, RANK), input_precision="ieee")
-    u += scale * tl.dot(low_u, expert_columns(operands.B.up, e, f, width, RANK), input_precision="ieee")
-    if operands.scales is not None:
-        at = e.to(tl.int64) * width + f
-        g *= tl.load(operands.scales.gate + at, mask=f < width, other=0.0).to(tl.float32)[None, :]
-        u *= tl.load(operands.scales.up + at, mask=f < width, other=0.0).to(tl.float32)[None, :]
+    g, u = pre_activation(g, u, low_g, low_u, operands, e, f, width, scale, RANK)
+    g, u = scale_tile(g, u, operands.scales, e, f, width)
     g, u = shift(g, u, operands.biases, f, width)
     return activate(g, ACTIVATION, APPROXIMATE) * u
 
@@ -55,50 +54,36 @@ def add_low_rank(z, own, operands, token, e, f0, width, RANK: tl.constexpr, BLOC
 
 @triton.jit(do_not_specialize=["num_positions", "piece"])
 def experts_stream(
-    operands, strides, added, stride_added, piece, hidden, partial, num_positions, width, num_experts, scale,
+    operands, strides, placed, added, stride_added, piece, hidden, partial, num_positions, width, num_experts, scale,
     SLOTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, PARTS: tl.constexpr,
 ):
-    """Program (tile of ``token_order``, split of the piece's blocks of columns). Shapes as in `expert_swiglu`.
+    """Program (placed tile, split of the piece's blocks of columns). Shapes as in `expert_swiglu`.
 
-    added: a pair [N, the piece's columns], H M^T, or None. piece: a `Piece`. partial [splits, positions, columns] fp32:
-    z of a split, slot j's from column j * padded rank on.
+    partial [splits, positions, columns] fp32: z of a split, slot j's from column j * padded rank on.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
-    order = operands.token_order
-    if tl.load(order + tile * BLOCK_M) < 0:
-        return  # a tile's first row is a token's, unless there are fewer tiles than programs
-    token, live = tile_rows(order, tile, num_positions, BLOCK_M)
-    ids = row_experts(operands.expert_ids, token, live, num_experts, SLOTS)
-    smaller = next_expert(ids, tl.full([BLOCK_M], -1, tl.int32), num_experts)
-    larger = smaller if SLOTS == 1 else next_expert(ids, smaller, num_experts)
-    broken = live & (larger == num_experts)  # an id that is none, or one that stands twice: NaN, so that it shows
-    w0 = expert_weights(operands.routing_weights, ids, smaller, token, live, num_experts, SLOTS)
-    w1 = expert_weights(operands.routing_weights, ids, larger, token, live, num_experts, SLOTS)
-    w0 = tl.where(broken, float("nan"), w0)
-    e0, e1 = tl.minimum(tl.min(smaller), num_experts - 1), tl.minimum(tl.min(larger), num_experts - 1)
-    low_g0 = low_rows(operands, strides, token, live, e0 * RANK, RANK)
-    low_u0 = low_rows(operands, strides, token, live, (num_experts + e0) * RANK, RANK)
-    low_g1, low_u1 = low_g0, low_u0
+    if tile >= tl.load(placed.used):
+        return
+    token, live = placed_rows(placed, tile, BLOCK_M)
+    e0, w0 = placed_slot(placed, tile, 0, SLOTS, BLOCK_M)
+    e0 = tl.minimum(e0, num_experts - 1)
+    low_g0, low_u0 = slot_low_rows(operands, strides, token, live, e0, num_experts, RANK)
+    e1, w1, low_g1, low_u1 = e0, w0, low_g0, low_u0
     if SLOTS == 2:
-        low_g1 = low_rows(operands, strides, token, live, e1 * RANK, RANK)
-        low_u1 = low_rows(operands, strides, token, live, (num_experts + e1) * RANK, RANK)
+        e1, w1 = placed_slot(placed, tile, 1, SLOTS, BLOCK_M)
+        e1 = tl.minimum(e1, num_experts - 1)
+        low_g1, low_u1 = slot_low_rows(operands, strides, token, live, e1, num_experts, RANK)
 
     z0 = tl.zeros([BLOCK_M, padded_rank(RANK)], tl.float32)
     z1 = tl.zeros([BLOCK_M, padded_rank(RANK)], tl.float32)
-    begin = piece.first_block + split * piece.split_blocks
+    begin, end = stream_columns(piece, split)
     PART: tl.constexpr = BLOCK_F // PARTS
-    for block in range(begin * BLOCK_F, min(begin + piece.split_blocks, piece.end_block) * BLOCK_F, BLOCK_F):
+    for block in range(begin, end, BLOCK_F):
         for part in tl.static_range(PARTS):
             f0 = block + part * PART
             f = f0 + tl.arange(0, PART)
-            g, u = load_pair(operands.pre_activations, (strides.gate, strides.up), token, live, f, width)
-            if added is not None:
-                left = piece.first_block * BLOCK_F  # the first column that is there
-                inside = live[:, None] & (f < width)[None, :]
-                at = token[:, None] * stride_added + (f - left)[None, :]
-                g += tl.load(added.gate + at, mask=inside, other=0.0).to(tl.float32)
-                u += tl.load(added.up + at, mask=inside, other=0.0).to(tl.float32)
+            g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width)
             own = expert_hidden(g, u, low_g0, low_u0, operands, e0, f, width, scale, RANK, ACTIVATION, APPROXIMATE)
             mixed = own * w0[:, None]
             z0 = add_low_rank(z0, own, operands, token, e0, f0, width, RANK, PART)
@@ -120,11 +105,11 @@ def experts_stream(
 
 @triton.jit(do_not_specialize=["num_positions", "splits"])
 def experts_stream_sum(
-    partial, expert_ids, order, low_down, num_positions, splits, num_experts,
+    partial, expert_ids, placed, low_down, num_positions, splits, num_experts,
     SLOTS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     """low_down [N, n*r]: the sum over the splits, first split first, at a token's experts' columns; zero elsewhere."""
-    token, live = tile_rows(order, tl.program_id(0), num_positions, BLOCK_M)
+    token, live = placed_rows(placed, tl.program_id(0), BLOCK_M)
     ids = row_experts(expert_ids, token, live, num_experts, SLOTS)
     rows = sum_splits(partial, tl.program_id(0), splits, num_positions, compact_columns(SLOTS, RANK), BLOCK_M)
     write_wide(rows, low_down, num_experts * RANK, ids, token, live, num_experts, SLOTS, RANK, BLOCK_M)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from graphmoe_kernels.experts.triton.tile import expert_weights, next_expert, row_experts
+
 
 @triton.jit
 def tuple_keys(expert_ids, token, live, num_experts, SLOTS: tl.constexpr, KEYS: tl.constexpr):
@@ -53,15 +55,34 @@ def sum_counts(counts, blocks, block, KEYS: tl.constexpr, BLOCK_B: tl.constexpr)
     return total, before
 
 
+@triton.jit
+def place_slots(
+    placed, expert_ids, routing_weights, token, place, live, num_experts, TILE: tl.constexpr, SLOTS: tl.constexpr
+):
+    """Write the tokens' weights at their places, by rising expert, and the experts of tiles that begin with one."""
+    ids = row_experts(expert_ids, token.to(tl.int64), live, num_experts, SLOTS)
+    smaller = next_expert(ids, tl.full([token.shape[0]], -1, tl.int32), num_experts)
+    larger = smaller if SLOTS == 1 else next_expert(ids, smaller, num_experts)
+    broken = live & (larger == num_experts)  # an id that is none, or one that stands twice: NaN, so that it shows
+    w = expert_weights(routing_weights, ids, smaller, token.to(tl.int64), live, num_experts, SLOTS)
+    begins = live & (place % TILE == 0)
+    tl.store(placed.weights + place * SLOTS, tl.where(broken, float("nan"), w), mask=live)
+    tl.store(placed.experts + place // TILE * SLOTS, smaller, mask=begins)
+    if SLOTS == 2:
+        w = expert_weights(routing_weights, ids, larger, token.to(tl.int64), live, num_experts, SLOTS)
+        tl.store(placed.weights + place * SLOTS + 1, w, mask=live)
+        tl.store(placed.experts + place // TILE * SLOTS + 1, larger, mask=begins)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_positions"])
 def experts_place_tokens(
-    expert_ids, counts, order, num_tokens, num_positions, num_experts,
+    expert_ids, routing_weights, counts, placed, num_tokens, num_positions, num_experts,
     SLOTS: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, TILE: tl.constexpr,
 ):
-    """order [num_positions] int32: the tokens by tuple, each tuple's followed by -1 up to whole tiles of ``TILE``.
+    """Fill a `launch_stream.Placed`: tokens by tuple, each tuple's followed by -1 up to whole tiles of ``TILE``.
 
-    Programs 0..blocks-1 place their tokens, the one after them writes -1 everywhere else. A tuple's tokens keep their
-    order, so the result is the same in every run.
+    Programs 0..blocks-1 place their tokens, the one after them writes -1, and weights of 0, everywhere else. A tuple's
+    tokens keep their order, so the result is the same in every run.
     """
     block, blocks = tl.program_id(0), tl.num_programs(0) - 1
     k = tl.arange(0, KEYS)
@@ -71,14 +92,21 @@ def experts_place_tokens(
     if block < blocks:
         here = tl.arange(0, BLOCK_M)
         token = block * BLOCK_M + here
-        key = tuple_keys(expert_ids, token, token < num_tokens, num_experts, SLOTS, KEYS)
+        live = token < num_tokens
+        key = tuple_keys(expert_ids, token, live, num_experts, SLOTS, KEYS)
         earlier = (key[:, None] == key[None, :]) & (here[None, :] < here[:, None])
         place = tl.sum(earlier.to(tl.int32), axis=1)
         place += tl.sum(tl.where(key[:, None] == k[None, :], (start + before)[None, :], 0), axis=1)
-        tl.store(order + place, token, mask=token < num_tokens)
+        tl.store(placed.tokens + place, token, mask=live)
+        place_slots(placed, expert_ids, routing_weights, token, place, live, num_experts, TILE, SLOTS)
     else:
         at = (start + total)[:, None] + tl.arange(0, TILE)[None, :]
-        tl.store(order + at, tl.full([KEYS, TILE], -1, tl.int32), mask=at < (start + padded)[:, None])
-        for p0 in range(tl.sum(padded), num_positions, BLOCK_M):
+        inside = at < (start + padded)[:, None]
+        tl.store(placed.tokens + at, tl.full([KEYS, TILE], -1, tl.int32), mask=inside)
+        for slot in tl.static_range(SLOTS):
+            tl.store(placed.weights + at * SLOTS + slot, tl.zeros([KEYS, TILE], tl.float32), mask=inside)
+        used = tl.sum(padded)
+        tl.store(placed.used, used // TILE)
+        for p0 in range(used, num_positions, BLOCK_M):
             p = p0 + tl.arange(0, BLOCK_M)
-            tl.store(order + p, tl.full([BLOCK_M], -1, tl.int32), mask=p < num_positions)
+            tl.store(placed.tokens + p, tl.full([BLOCK_M], -1, tl.int32), mask=p < num_positions)

@@ -1,0 +1,134 @@
+"""What the kernels of a stream share: a tile of tokens that have all their experts in common, by columns of F.
+
+``placed`` is a `launch_stream.Placed`: experts are scalars of a tile, slots go by rising expert. ``operands`` and
+``strides`` are as in `tile`. ``added`` is a pair [N, the piece's columns], H M^T, or None; ``piece`` a
+`launch_stream.Piece`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from graphmoe_kernels.experts.triton import sizes
+from graphmoe_kernels.experts.triton.tile import (
+    expert_columns,
+    expert_rows,
+    keep_mask,
+    load_pair,
+    low_rank_rows,
+    low_rows,
+    shift,
+)
+from graphmoe_kernels.triton_activations import activate, differentiate
+
+STREAM_BLOCK = tl.constexpr(sizes.STREAM_BLOCK)
+
+
+@triton.jit
+def stream_columns(piece, split):
+    """The first of a split's columns, and the one after its last."""
+    begin = piece.first_block + split * piece.split_blocks
+    return begin * STREAM_BLOCK, min(begin + piece.split_blocks, piece.end_block) * STREAM_BLOCK
+
+
+@triton.jit
+def placed_rows(placed, tile, BLOCK_M: tl.constexpr):
+    """The tokens of a tile (int64, 0 where there is none) and which of its rows are there."""
+    token = tl.load(placed.tokens + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+    live = token >= 0
+    return tl.where(live, token, 0).to(tl.int64), live
+
+
+@triton.jit
+def placed_slot(placed, tile, slot, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """One slot's expert in a tile (num_experts for ids that are none), and every row's weight for it, 0 of none."""
+    position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    return tl.load(placed.experts + tile * SLOTS + slot), tl.load(placed.weights + position * SLOTS + slot)
+
+
+@triton.jit
+def slot_low_rows(operands, strides, token, live, e, num_experts, RANK: tl.constexpr):
+    """A x of expert e for gate and up, [BLOCK_M, padded rank] each."""
+    gate = low_rows(operands, strides, token, live, e * RANK, RANK)
+    return gate, low_rows(operands, strides, token, live, (num_experts + e) * RANK, RANK)
+
+
+@triton.jit
+def load_base(operands, strides, added, stride_added, piece, token, live, f, width):
+    """P_1 + H M^T, the pre-activations that all slots share, [BLOCK_M, columns] fp32 each."""
+    g, u = load_pair(operands.pre_activations, (strides.gate, strides.up), token, live, f, width)
+    if added is not None:
+        left = piece.first_block * STREAM_BLOCK  # the first column that is there
+        inside = live[:, None] & (f < width)[None, :]
+        at = token[:, None] * stride_added + (f - left)[None, :]
+        g += tl.load(added.gate + at, mask=inside, other=0.0).to(tl.float32)
+        u += tl.load(added.up + at, mask=inside, other=0.0).to(tl.float32)
+    return g, u
+
+
+@triton.jit
+def pre_activation(g, u, low_g, low_u, operands, e, f, width, scale, RANK: tl.constexpr):
+    """g and u plus s B a of expert e."""
+    g += scale * tl.dot(low_g, expert_columns(operands.B.gate, e, f, width, RANK), input_precision="ieee")
+    u += scale * tl.dot(low_u, expert_columns(operands.B.up, e, f, width, RANK), input_precision="ieee")
+    return g, u
+
+
+@triton.jit
+def scale_tile(g, u, scales, e, f, width):
+    """g and u times expert e's scale vectors, where there are any."""
+    if scales is not None:
+        at = e.to(tl.int64) * width + f
+        g *= tl.load(scales.gate + at, mask=f < width, other=0.0).to(tl.float32)[None, :]
+        u *= tl.load(scales.up + at, mask=f < width, other=0.0).to(tl.float32)[None, :]
+    return g, u
+
+
+@triton.jit
+def slot_backward(
+    g,
+    u,
+    d_hidden,
+    low_g,
+    low_u,
+    d_z,
+    w,
+    operands,
+    e,
+    token,
+    f0,
+    width,
+    scale,
+    RANK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Recompute a slot in the columns from f0 on and differentiate it; nothing wide was saved.
+
+    d_hidden [BLOCK_M, BLOCK_F]; low_g, low_u, d_z [BLOCK_M, padded rank]; w [BLOCK_M], the slot's routing weights.
+    Returns the gradients of the pre-activations after their scale vectors, the pre-activations before those, what A_D
+    read (after dropout, without the routing weight), and the routing weights' gradient from these columns [BLOCK_M].
+    """
+    f = f0 + tl.arange(0, BLOCK_F)
+    g_pre, u_pre = pre_activation(g, u, low_g, low_u, operands, e, f, width, scale, RANK)
+    g, u = scale_tile(g_pre, u_pre, operands.scales, e, f, width)
+    g, u = shift(g, u, operands.biases, f, width)
+    active = activate(g, ACTIVATION)
+    own = active * u
+    d_own = tl.dot(d_z, expert_rows(operands.down_A, e, f, width, RANK), input_precision="ieee")
+    read = own
+    if operands.dropout is not None:
+        keep = keep_mask(operands.dropout, token, tl.zeros_like(token).to(tl.int32) + e, f0, BLOCK_F)
+        d_own = tl.where(keep, d_own * operands.dropout.kept, 0.0)
+        read = tl.where(keep, own * operands.dropout.kept, 0.0)
+    d_own += d_hidden
+    d_weight = tl.sum(own * d_own, axis=1)
+    d_own *= w[:, None]
+    return d_own * u * differentiate(g, ACTIVATION), d_own * active, g_pre, u_pre, read, d_weight
+
+
+@triton.jit
+def slot_d_z(d_low_down, token, live, e, num_experts, RANK: tl.constexpr):
+    """The gradient of what expert e gave to low_down, [BLOCK_M, padded rank]."""
+    return low_rank_rows(d_low_down, None, token, live, e * RANK, num_experts * RANK, 0, RANK)
