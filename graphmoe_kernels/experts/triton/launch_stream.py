@@ -30,7 +30,7 @@ from graphmoe_kernels.experts.triton.gradients import (
 )
 from graphmoe_kernels.experts.triton.layout import RowStrides
 from graphmoe_kernels.experts.triton.plan import config, constants, target
-from graphmoe_kernels.experts.triton.sizes import STREAM_BLOCK, Sizes, cut, padded_slots, program_slots
+from graphmoe_kernels.experts.triton.sizes import STREAM_BLOCK, Sizes, cut, padded_rank, padded_slots, program_slots
 from graphmoe_kernels.launching import SKINNY_TOKENS, SMALLEST_TILE, Config, dtype_class, launch, power_of_two
 
 # A tuple of experts needs so many tokens on average. It is padded by half a tile of 32, so that there are no more rows
@@ -117,11 +117,18 @@ class Placed(NamedTuple):
 
 
 class StreamSums(NamedTuple):
-    """What each split adds to the gradients of tokens; fp32, by position, slots by rising expert."""
+    """What the backward to tokens leaves to other kernels, by position, slots by rising expert.
 
-    gate: Tensor  # [splits, positions, columns]
-    up: Tensor  # [splits, positions, columns]
-    routing_weights: Tensor  # [splits, positions, padded slots]
+    Attributes:
+        gate, up: [splits, positions, columns] fp32, what each split adds to the gradients of the low-rank activations.
+        routing_weights: [splits, positions, padded slots] fp32, likewise.
+        rows: [positions, k, 3, padded rank], A x of the slot's expert for gate and up, and the gradient of its z.
+    """
+
+    gate: Tensor
+    up: Tensor
+    routing_weights: Tensor
+    rows: Tensor
 
 
 @functools.cache
@@ -244,8 +251,8 @@ def backward(
         if sums is not None:
             stripes = math.ceil(min(piece.columns, size.width - piece.first_block * STREAM_BLOCK) / fixed["BLOCK_F"])
             launch(
-                kernels.backward_weights, (stripes, experts.splits), own, strides, placed, added, width, piece, *grads,
-                sums, size.width, n, scale, device=gate.device, **fixed,
+                kernels.backward_weights, (stripes, experts.splits), own, strides, placed, added, width, piece,
+                grads[0], partial.rows, sums, size.width, n, scale, device=gate.device, **fixed,
             )  # fmt: skip
     launch(
         kernels.summing_tokens, (num_positions // SUMMING["BLOCK_M"],), partial, operands.expert_ids, placed, found,
@@ -257,7 +264,8 @@ def backward(
 def _no_stream_sums(gate: Tensor, size: Sizes, splits: int, num_positions: int) -> StreamSums:
     """Uninitialised, on the device of ``gate``."""
     shapes = [(splits, num_positions, c) for c in (size.columns, size.columns, padded_slots(size.slots))]
-    return StreamSums(*(gate.new_empty(shape, dtype=torch.float32) for shape in shapes))
+    rows = gate.new_empty((num_positions, size.slots, 3, padded_rank(size.rank)))
+    return StreamSums(*(gate.new_empty(shape, dtype=torch.float32) for shape in shapes), rows)
 
 
 def streamed(operands: ExpertOperands) -> ExpertOperands:

@@ -11,16 +11,17 @@ import triton.language as tl
 
 from graphmoe_kernels.experts.triton.reduce import sum_splits, write_wide
 from graphmoe_kernels.experts.triton.stream_tile import (
+    expert_vectors,
     load_base,
     placed_rows,
     placed_slot,
-    pre_activation,
-    scale_tile,
+    scaled,
     slot_low_rows,
     stream_columns,
 )
 from graphmoe_kernels.experts.triton.tile import (
     compact_columns,
+    expert_columns,
     expert_rows,
     keep_mask,
     padded_rank,
@@ -32,12 +33,13 @@ from graphmoe_kernels.triton_activations import activate
 
 @triton.jit
 def expert_hidden(
-    g, u, low_g, low_u, operands, e, f, width, scale,
+    g, u, low, operands, e, f, width, scale,
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):
     """act(m (g + s B a) + b) * (m (u + s B a) + b) of expert e, [BLOCK_M, BLOCK_F] fp32."""
-    g, u = pre_activation(g, u, low_g, low_u, operands, e, f, width, scale, RANK)
-    g, u = scale_tile(g, u, operands.scales, e, f, width)
+    g += scale * tl.dot(low[0], expert_columns(operands.B.gate, e, f, width, RANK), input_precision="ieee")
+    u += scale * tl.dot(low[1], expert_columns(operands.B.up, e, f, width, RANK), input_precision="ieee")
+    g, u = scaled(g, u, expert_vectors(operands.scales, e, f, width), operands.scales)
     g, u = shift(g, u, operands.biases, f, width)
     return activate(g, ACTIVATION, APPROXIMATE) * u
 
@@ -68,12 +70,12 @@ def experts_stream(
     token, live = placed_rows(placed, tile, BLOCK_M)
     e0, w0 = placed_slot(placed, tile, 0, SLOTS, BLOCK_M)
     e0 = tl.minimum(e0, num_experts - 1)
-    low_g0, low_u0 = slot_low_rows(operands, strides, token, live, e0, num_experts, RANK)
-    e1, w1, low_g1, low_u1 = e0, w0, low_g0, low_u0
+    low0 = slot_low_rows(operands, strides, token, live, e0, num_experts, RANK)
+    e1, w1, low1 = e0, w0, low0
     if SLOTS == 2:
         e1, w1 = placed_slot(placed, tile, 1, SLOTS, BLOCK_M)
         e1 = tl.minimum(e1, num_experts - 1)
-        low_g1, low_u1 = slot_low_rows(operands, strides, token, live, e1, num_experts, RANK)
+        low1 = slot_low_rows(operands, strides, token, live, e1, num_experts, RANK)
 
     z0 = tl.zeros([BLOCK_M, padded_rank(RANK)], tl.float32)
     z1 = tl.zeros([BLOCK_M, padded_rank(RANK)], tl.float32)
@@ -84,11 +86,11 @@ def experts_stream(
             f0 = block + part * PART
             f = f0 + tl.arange(0, PART)
             g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width)
-            own = expert_hidden(g, u, low_g0, low_u0, operands, e0, f, width, scale, RANK, ACTIVATION, APPROXIMATE)
+            own = expert_hidden(g, u, low0, operands, e0, f, width, scale, RANK, ACTIVATION, APPROXIMATE)
             mixed = own * w0[:, None]
             z0 = add_low_rank(z0, own, operands, token, e0, f0, width, RANK, PART)
             if SLOTS == 2:
-                own = expert_hidden(g, u, low_g1, low_u1, operands, e1, f, width, scale, RANK, ACTIVATION, APPROXIMATE)
+                own = expert_hidden(g, u, low1, operands, e1, f, width, scale, RANK, ACTIVATION, APPROXIMATE)
                 mixed += own * w1[:, None]
                 z1 = add_low_rank(z1, own, operands, token, e1, f0, width, RANK, PART)
             at = token[:, None] * width + f[None, :]

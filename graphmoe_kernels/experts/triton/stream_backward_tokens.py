@@ -7,18 +7,18 @@ import triton.language as tl
 
 from graphmoe_kernels.experts.triton.reduce import sum_splits, write_wide
 from graphmoe_kernels.experts.triton.stream_tile import (
+    expert_matrices,
+    expert_vectors,
     load_base,
     placed_rows,
     placed_slot,
-    scale_tile,
+    scaled,
     slot_backward,
-    slot_d_z,
-    slot_low_rows,
+    slot_rows,
     stream_columns,
 )
 from graphmoe_kernels.experts.triton.tile import (
     compact_columns,
-    expert_columns,
     next_expert,
     padded_rank,
     padded_slots,
@@ -27,12 +27,19 @@ from graphmoe_kernels.experts.triton.tile import (
 
 
 @triton.jit
-def add_products(gate, up, d_g, d_u, B, e, f, width, RANK: tl.constexpr):
-    """gate and up [BLOCK_M, padded rank] plus d_g and d_u [BLOCK_M, BLOCK_F] times columns f of expert e's B."""
-    b = tl.trans(expert_columns(B.gate, e, f, width, RANK))
-    gate = tl.dot(d_g.to(b.dtype), b, gate, input_precision="ieee")
-    b = tl.trans(expert_columns(B.up, e, f, width, RANK))
-    return gate, tl.dot(d_u.to(b.dtype), b, up, input_precision="ieee")
+def add_products(gate, up, d_g, d_u, matrices):
+    """gate and up [BLOCK_M, padded rank] plus d_g and d_u [BLOCK_M, BLOCK_F] times an expert's B."""
+    gate = tl.dot(d_g.to(matrices[0].dtype), tl.trans(matrices[0]), gate, input_precision="ieee")
+    return gate, tl.dot(d_u.to(matrices[1].dtype), tl.trans(matrices[1]), up, input_precision="ieee")
+
+
+@triton.jit
+def store_rows(out, rows, tile, slot, SLOTS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Write a slot's rows side by side to ``out`` [positions, SLOTS, 3, padded rank]."""
+    position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = out + (position * SLOTS + slot)[:, None] * (3 * padded_rank(RANK)) + tl.arange(0, padded_rank(RANK))[None, :]
+    for part in tl.static_range(3):
+        tl.store(at + part * padded_rank(RANK), rows[part])
 
 
 @triton.jit
@@ -70,7 +77,7 @@ def experts_stream_backward_tokens(
     """Program (placed tile, split of the piece's blocks of columns), as `experts_stream`.
 
     d_hidden [N, F] and d_low_down [N, n*r] are contiguous. gradients: a `TokenGradients`. sums: a `StreamSums`, what
-    each split adds to the gradients of the low-rank activations and of the routing weights.
+    each split adds to the gradients of the low-rank activations and of the routing weights, and the tiles' rows.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     if tile >= tl.load(placed.used):
@@ -78,14 +85,16 @@ def experts_stream_backward_tokens(
     token, live = placed_rows(placed, tile, BLOCK_M)
     e0, w0 = placed_slot(placed, tile, 0, SLOTS, BLOCK_M)
     e0 = tl.minimum(e0, num_experts - 1)
-    low_g0, low_u0 = slot_low_rows(operands, strides, token, live, e0, num_experts, RANK)
-    d_z0 = slot_d_z(d_low_down, token, live, e0, num_experts, RANK)
-    e1, w1, low_g1, low_u1, d_z1 = e0, w0, low_g0, low_u0, d_z0
+    rows0 = slot_rows(operands, strides, d_low_down, token, live, e0, num_experts, RANK)
+    e1, w1, rows1 = e0, w0, rows0
     if SLOTS == 2:
         e1, w1 = placed_slot(placed, tile, 1, SLOTS, BLOCK_M)
         e1 = tl.minimum(e1, num_experts - 1)
-        low_g1, low_u1 = slot_low_rows(operands, strides, token, live, e1, num_experts, RANK)
-        d_z1 = slot_d_z(d_low_down, token, live, e1, num_experts, RANK)
+        rows1 = slot_rows(operands, strides, d_low_down, token, live, e1, num_experts, RANK)
+    if piece.first_split + split == 0:  # for the kernel that sums over tokens
+        store_rows(sums.rows, rows0, tile, 0, SLOTS, RANK, BLOCK_M)
+        if SLOTS == 2:
+            store_rows(sums.rows, rows1, tile, 1, SLOTS, RANK, BLOCK_M)
 
     gate0 = tl.zeros([BLOCK_M, padded_rank(RANK)], tl.float32)
     up0, gate1, up1 = gate0, gate0, gate0
@@ -98,19 +107,22 @@ def experts_stream_backward_tokens(
         at = token[:, None] * width + f[None, :]
         g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width)
         d = tl.load(d_hidden + at, mask=inside, other=0.0).to(tl.float32)
-        d_g, d_u, _, _, _, d_w = slot_backward(
-            g, u, d, low_g0, low_u0, d_z0, w0, operands, e0, token, f0, width, scale, RANK, ACTIVATION, BLOCK_F
+        matrices, vectors = expert_matrices(operands, e0, f, width, RANK), expert_vectors(operands.scales, e0, f, width)
+        d_g, d_u, _, _, _, of_weight = slot_backward(
+            g, u, d, rows0, w0, matrices, vectors, operands, e0, token, f0, width, scale, ACTIVATION, BLOCK_F
         )
-        d_g, d_u = scale_tile(d_g, d_u, operands.scales, e0, f, width)
-        gate0, up0 = add_products(gate0, up0, d_g, d_u, operands.B, e0, f, width, RANK)
-        of_weight0 += d_w
+        d_g, d_u = scaled(d_g, d_u, vectors, operands.scales)
+        gate0, up0 = add_products(gate0, up0, d_g, d_u, matrices)
+        of_weight0 += of_weight
         if SLOTS == 2:
-            other_g, other_u, _, _, _, d_w = slot_backward(
-                g, u, d, low_g1, low_u1, d_z1, w1, operands, e1, token, f0, width, scale, RANK, ACTIVATION, BLOCK_F
+            matrices = expert_matrices(operands, e1, f, width, RANK)
+            vectors = expert_vectors(operands.scales, e1, f, width)
+            other_g, other_u, _, _, _, of_weight = slot_backward(
+                g, u, d, rows1, w1, matrices, vectors, operands, e1, token, f0, width, scale, ACTIVATION, BLOCK_F
             )
-            other_g, other_u = scale_tile(other_g, other_u, operands.scales, e1, f, width)
-            gate1, up1 = add_products(gate1, up1, other_g, other_u, operands.B, e1, f, width, RANK)
-            of_weight1 += d_w
+            other_g, other_u = scaled(other_g, other_u, vectors, operands.scales)
+            gate1, up1 = add_products(gate1, up1, other_g, other_u, matrices)
+            of_weight1 += of_weight
             d_g += other_g
             d_u += other_u
         tl.store(gradients.gate + at, d_g.to(gradients.gate.dtype.element_ty), mask=inside)

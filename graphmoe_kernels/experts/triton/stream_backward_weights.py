@@ -7,25 +7,28 @@ import triton.language as tl
 
 from graphmoe_kernels.experts.triton.stream_tile import (
     STREAM_BLOCK,
+    expert_matrices,
+    expert_vectors,
     load_base,
     placed_rows,
     placed_slot,
-    scale_tile,
+    scaled,
     slot_backward,
-    slot_d_z,
-    slot_low_rows,
 )
 from graphmoe_kernels.experts.triton.tile import padded_rank
 
 
 @triton.jit
-def no_sums(scales, RANK: tl.constexpr, BLOCK_F: tl.constexpr):
-    """Zeros: of gate_B, up_B and down_A [BLOCK_F, padded rank] and, with scale vectors, of those [BLOCK_F]."""
+def begin_slot(operands, e, f, width, num_experts, RANK: tl.constexpr, BLOCK_F: tl.constexpr):
+    """Sums of zero for an expert, and what is read of it: its matrices and vectors.
+
+    The sums are of gate_B, up_B and down_A, [BLOCK_F, padded rank] each, and of its scale vectors, [BLOCK_F] each.
+    """
     zero = tl.zeros([BLOCK_F, padded_rank(RANK)], tl.float32)
-    vector = zero
-    if scales is not None:
-        vector = tl.zeros([BLOCK_F], tl.float32)
-    return zero, zero, zero, vector, vector
+    vector = tl.zeros([BLOCK_F], tl.float32)
+    e = tl.minimum(e, num_experts - 1)
+    matrices, vectors = expert_matrices(operands, e, f, width, RANK), expert_vectors(operands.scales, e, f, width)
+    return (zero, zero, zero, vector, vector), matrices, vectors
 
 
 @triton.jit
@@ -47,7 +50,11 @@ def add_vector_to(out, x, e, f, width, num_experts):
 
 @triton.jit
 def flush(sums, own, slot, e, f, width, num_experts, scale, RANK: tl.constexpr):
-    """Add one slot's sums to those of its expert e, from ``own`` [BLOCK..] on."""
+    """Add one slot's sums to those of its expert e in memory, from element ``own`` on.
+
+    No barrier: a flush writes two different experts, and those of two flushes are a tile's work apart, whose products
+    go through shared memory and its barriers.
+    """
     gate_B, up_B, down_A, of_gate, of_up = slot
     add_to(sums.gate_B + own * RANK, gate_B * scale, e, f, width, num_experts, RANK)
     add_to(sums.up_B + own * RANK, up_B * scale, e, f, width, num_experts, RANK)
@@ -58,42 +65,45 @@ def flush(sums, own, slot, e, f, width, num_experts, scale, RANK: tl.constexpr):
 
 
 @triton.jit
-def add_slot(
-    slot,
+def load_rows(rows, tile, slot, SLOTS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A slot's rows of a tile, as the tokens' kernel has left them: [BLOCK_M, padded rank] each."""
+    position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = rows + (position * SLOTS + slot)[:, None] * (3 * padded_rank(RANK)) + tl.arange(0, padded_rank(RANK))[None, :]
+    return tl.load(at), tl.load(at + padded_rank(RANK)), tl.load(at + 2 * padded_rank(RANK))
+
+
+@triton.jit
+def add_tile(
+    sums,
     g,
     u,
     d,
-    operands,
-    strides,
-    d_low_down,
-    token,
-    live,
-    e,
+    rows,
     w,
+    matrices,
+    vectors,
+    operands,
+    e,
+    token,
     f0,
     width,
-    num_experts,
     scale,
-    RANK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
     """One slot's sums plus those of a tile: d_g and d_u times A x, and what A_D read times d_low_down."""
-    gate_B, up_B, down_A, of_gate, of_up = slot
-    e = tl.minimum(e, num_experts - 1)
-    low_g, low_u = slot_low_rows(operands, strides, token, live, e, num_experts, RANK)
-    d_z = slot_d_z(d_low_down, token, live, e, num_experts, RANK)
+    gate_B, up_B, down_A, of_gate, of_up = sums
     d_g, d_u, g_pre, u_pre, read, _ = slot_backward(
-        g, u, d, low_g, low_u, d_z, w, operands, e, token, f0, width, scale, RANK, ACTIVATION, BLOCK_F
+        g, u, d, rows, w, matrices, vectors, operands, e, token, f0, width, scale, ACTIVATION, BLOCK_F
     )
     if operands.scales is not None:
         of_gate += tl.sum(d_g * g_pre, axis=0)
         of_up += tl.sum(d_u * u_pre, axis=0)
-        d_g, d_u = scale_tile(d_g, d_u, operands.scales, e, f0 + tl.arange(0, BLOCK_F), width)
-    dtype = low_g.dtype
-    gate_B = tl.dot(tl.trans(d_g.to(dtype)), low_g, gate_B, input_precision="ieee")
-    up_B = tl.dot(tl.trans(d_u.to(dtype)), low_u, up_B, input_precision="ieee")
-    d_z = (d_z.to(tl.float32) * w[:, None]).to(dtype)
+        d_g, d_u = scaled(d_g, d_u, vectors, operands.scales)
+    dtype = rows[0].dtype
+    gate_B = tl.dot(tl.trans(d_g.to(dtype)), rows[0], gate_B, input_precision="ieee")
+    up_B = tl.dot(tl.trans(d_u.to(dtype)), rows[1], up_B, input_precision="ieee")
+    d_z = (rows[2].to(tl.float32) * w[:, None]).to(dtype)
     down_A = tl.dot(tl.trans(read.to(dtype)), d_z, down_A, input_precision="ieee")
     return gate_B, up_B, down_A, of_gate, of_up
 
@@ -107,7 +117,7 @@ def experts_stream_backward_weights(
     stride_added,
     piece,
     d_hidden,
-    d_low_down,
+    rows,
     sums,
     width,
     num_experts,
@@ -122,6 +132,7 @@ def experts_stream_backward_weights(
 
     Tiles of the same experts follow one another: their sums stay in registers and go to memory where the experts
     change. Each split has its own ``sums``, a `WeightSums`, zero before, so that the order of a sum is fixed.
+    rows: as the tokens' kernel has left them in its `StreamSums`.
     """
     split, splits = tl.program_id(1), tl.num_programs(1)
     f0 = piece.first_block * STREAM_BLOCK + tl.program_id(0) * BLOCK_F
@@ -129,69 +140,62 @@ def experts_stream_backward_weights(
     own = split.to(tl.int64) * num_experts * width
     used = tl.load(placed.used)
     split_tiles = tl.cdiv(used, splits)
-    first = split * split_tiles
-    last0, _ = placed_slot(placed, tl.minimum(first, used - 1), 0, SLOTS, BLOCK_M)
-    last1, _ = placed_slot(placed, tl.minimum(first, used - 1), SLOTS - 1, SLOTS, BLOCK_M)
-    slot0 = no_sums(operands.scales, RANK, BLOCK_F)
-    slot1 = no_sums(operands.scales, RANK, BLOCK_F)
-    for tile in range(first, min(first + split_tiles, used)):
+    first = tl.minimum(split * split_tiles, used - 1)
+    last0, _ = placed_slot(placed, first, 0, SLOTS, BLOCK_M)
+    last1, _ = placed_slot(placed, first, SLOTS - 1, SLOTS, BLOCK_M)
+    slot0, matrices0, vectors0 = begin_slot(operands, last0, f, width, num_experts, RANK, BLOCK_F)
+    slot1, matrices1, vectors1 = begin_slot(operands, last1, f, width, num_experts, RANK, BLOCK_F)
+    for tile in range(split * split_tiles, min((split + 1) * split_tiles, used)):
         token, live = placed_rows(placed, tile, BLOCK_M)
         e0, w0 = placed_slot(placed, tile, 0, SLOTS, BLOCK_M)
         e1, w1 = placed_slot(placed, tile, SLOTS - 1, SLOTS, BLOCK_M)
         if (e0 != last0) | (e1 != last1):
             flush(sums, own, slot0, last0, f, width, num_experts, scale, RANK)
-            slot0 = no_sums(operands.scales, RANK, BLOCK_F)
+            slot0, matrices0, vectors0 = begin_slot(operands, e0, f, width, num_experts, RANK, BLOCK_F)
             if SLOTS == 2:
-                tl.debug_barrier()  # the next sums may be of the same expert, and read by other threads
                 flush(sums, own, slot1, last1, f, width, num_experts, scale, RANK)
-                slot1 = no_sums(operands.scales, RANK, BLOCK_F)
-            tl.debug_barrier()
+                slot1, matrices1, vectors1 = begin_slot(operands, e1, f, width, num_experts, RANK, BLOCK_F)
             last0, last1 = e0, e1
         g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width)
         at = token[:, None] * width + f[None, :]
         d = tl.load(d_hidden + at, mask=live[:, None] & (f < width)[None, :], other=0.0).to(tl.float32)
-        slot0 = add_slot(
+        slot0 = add_tile(
             slot0,
             g,
             u,
             d,
-            operands,
-            strides,
-            d_low_down,
-            token,
-            live,
-            e0,
+            load_rows(rows, tile, 0, SLOTS, RANK, BLOCK_M),
             w0,
+            matrices0,
+            vectors0,
+            operands,
+            e0,
+            token,
             f0,
             width,
-            num_experts,
             scale,
-            RANK,
             ACTIVATION,
             BLOCK_F,
         )
         if SLOTS == 2:
-            slot1 = add_slot(
+            slot1 = add_tile(
                 slot1,
                 g,
                 u,
                 d,
-                operands,
-                strides,
-                d_low_down,
-                token,
-                live,
-                e1,
+                load_rows(rows, tile, 1, SLOTS, RANK, BLOCK_M),
                 w1,
+                matrices1,
+                vectors1,
+                operands,
+                e1,
+                token,
                 f0,
                 width,
-                num_experts,
                 scale,
-                RANK,
                 ACTIVATION,
                 BLOCK_F,
             )
     flush(sums, own, slot0, last0, f, width, num_experts, scale, RANK)
     if SLOTS == 2:
-        tl.debug_barrier()
         flush(sums, own, slot1, last1, f, width, num_experts, scale, RANK)

@@ -68,21 +68,35 @@ def load_base(operands, strides, added, stride_added, piece, token, live, f, wid
 
 
 @triton.jit
-def pre_activation(g, u, low_g, low_u, operands, e, f, width, scale, RANK: tl.constexpr):
-    """g and u plus s B a of expert e."""
-    g += scale * tl.dot(low_g, expert_columns(operands.B.gate, e, f, width, RANK), input_precision="ieee")
-    u += scale * tl.dot(low_u, expert_columns(operands.B.up, e, f, width, RANK), input_precision="ieee")
+def expert_matrices(operands, e, f, width, RANK: tl.constexpr):
+    """Expert e's B^T of gate and up and its A_D, for columns f: [padded rank, columns] each."""
+    gate, up = expert_columns(operands.B.gate, e, f, width, RANK), expert_columns(operands.B.up, e, f, width, RANK)
+    return gate, up, expert_rows(operands.down_A, e, f, width, RANK)
+
+
+@triton.jit
+def expert_vectors(scales, e, f, width):
+    """Expert e's scale vectors of gate and up [columns] fp32; 1.0 where there are none."""
+    if scales is None:
+        return 1.0, 1.0
+    at = e.to(tl.int64) * width + f
+    gate = tl.load(scales.gate + at, mask=f < width, other=0.0).to(tl.float32)
+    return gate, tl.load(scales.up + at, mask=f < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def scaled(g, u, vectors, scales):
+    """g and u [BLOCK_M, columns] times an expert's vectors, where there are any."""
+    if scales is not None:
+        return g * vectors[0][None, :], u * vectors[1][None, :]
     return g, u
 
 
 @triton.jit
-def scale_tile(g, u, scales, e, f, width):
-    """g and u times expert e's scale vectors, where there are any."""
-    if scales is not None:
-        at = e.to(tl.int64) * width + f
-        g *= tl.load(scales.gate + at, mask=f < width, other=0.0).to(tl.float32)[None, :]
-        u *= tl.load(scales.up + at, mask=f < width, other=0.0).to(tl.float32)[None, :]
-    return g, u
+def pre_activation(g, u, low, matrices, scale):
+    """g and u plus s B a, for ``low`` A x of gate and up [BLOCK_M, padded rank]."""
+    g += scale * tl.dot(low[0], matrices[0], input_precision="ieee")
+    return g, u + scale * tl.dot(low[1], matrices[1], input_precision="ieee")
 
 
 @triton.jit
@@ -90,45 +104,45 @@ def slot_backward(
     g,
     u,
     d_hidden,
-    low_g,
-    low_u,
-    d_z,
+    rows,
     w,
+    matrices,
+    vectors,
     operands,
     e,
     token,
     f0,
     width,
     scale,
-    RANK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
     """Recompute a slot in the columns from f0 on and differentiate it; nothing wide was saved.
 
-    d_hidden [BLOCK_M, BLOCK_F]; low_g, low_u, d_z [BLOCK_M, padded rank]; w [BLOCK_M], the slot's routing weights.
-    Returns the gradients of the pre-activations after their scale vectors, the pre-activations before those, what A_D
-    read (after dropout, without the routing weight), and the routing weights' gradient from these columns [BLOCK_M].
+    d_hidden [BLOCK_M, BLOCK_F]; rows: as `slot_rows`; w [BLOCK_M], the slot's routing weights; its expert's matrices
+    and vectors. Returns the gradients of the pre-activations after their scale vectors, the pre-activations before
+    those, what A_D read (after dropout, without the routing weight), and the routing weights' gradient [BLOCK_M].
     """
     f = f0 + tl.arange(0, BLOCK_F)
-    g_pre, u_pre = pre_activation(g, u, low_g, low_u, operands, e, f, width, scale, RANK)
-    g, u = scale_tile(g_pre, u_pre, operands.scales, e, f, width)
+    g_pre, u_pre = pre_activation(g, u, rows, matrices, scale)
+    g, u = scaled(g_pre, u_pre, vectors, operands.scales)
     g, u = shift(g, u, operands.biases, f, width)
     active = activate(g, ACTIVATION)
     own = active * u
-    d_own = tl.dot(d_z, expert_rows(operands.down_A, e, f, width, RANK), input_precision="ieee")
+    d_own = tl.dot(rows[2], matrices[2], input_precision="ieee")
     read = own
     if operands.dropout is not None:
         keep = keep_mask(operands.dropout, token, tl.zeros_like(token).to(tl.int32) + e, f0, BLOCK_F)
         d_own = tl.where(keep, d_own * operands.dropout.kept, 0.0)
         read = tl.where(keep, own * operands.dropout.kept, 0.0)
     d_own += d_hidden
-    d_weight = tl.sum(own * d_own, axis=1)
+    of_weight = tl.sum(own * d_own, axis=1)
     d_own *= w[:, None]
-    return d_own * u * differentiate(g, ACTIVATION), d_own * active, g_pre, u_pre, read, d_weight
+    return d_own * u * differentiate(g, ACTIVATION), d_own * active, g_pre, u_pre, read, of_weight
 
 
 @triton.jit
-def slot_d_z(d_low_down, token, live, e, num_experts, RANK: tl.constexpr):
-    """The gradient of what expert e gave to low_down, [BLOCK_M, padded rank]."""
-    return low_rank_rows(d_low_down, None, token, live, e * RANK, num_experts * RANK, 0, RANK)
+def slot_rows(operands, strides, d_low_down, token, live, e, num_experts, RANK: tl.constexpr):
+    """A x of expert e for gate and up, and the gradient of what it gave to low_down: [BLOCK_M, padded rank] each."""
+    gate, up = slot_low_rows(operands, strides, token, live, e, num_experts, RANK)
+    return gate, up, low_rank_rows(d_low_down, None, token, live, e * RANK, num_experts * RANK, 0, RANK)
