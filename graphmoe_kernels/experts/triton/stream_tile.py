@@ -76,19 +76,21 @@ def expert_matrices(operands, e, f, width, RANK: tl.constexpr):
 
 @triton.jit
 def expert_vectors(scales, e, f, width):
-    """Expert e's scale vectors of gate and up [columns] fp32; 1.0 where there are none."""
-    if scales is None:
-        return 1.0, 1.0
-    at = e.to(tl.int64) * width + f
-    gate = tl.load(scales.gate + at, mask=f < width, other=0.0).to(tl.float32)
-    return gate, tl.load(scales.up + at, mask=f < width, other=0.0).to(tl.float32)
+    """Expert e's scale vectors of gate and up [columns] fp32; where there are none, what nobody reads."""
+    gate, up = f, f
+    if scales is not None:
+        at = e.to(tl.int64) * width + f
+        gate = tl.load(scales.gate + at, mask=f < width, other=0.0).to(tl.float32)
+        up = tl.load(scales.up + at, mask=f < width, other=0.0).to(tl.float32)
+    return gate, up
 
 
 @triton.jit
 def scaled(g, u, vectors, scales):
     """g and u [BLOCK_M, columns] times an expert's vectors, where there are any."""
     if scales is not None:
-        return g * vectors[0][None, :], u * vectors[1][None, :]
+        g *= vectors[0][None, :]
+        u *= vectors[1][None, :]
     return g, u
 
 
