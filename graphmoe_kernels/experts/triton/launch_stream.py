@@ -239,7 +239,7 @@ def backward(
     found = empty_token_gradients(gate, size)
     partial = _no_stream_sums(gate, size, plan.splits, num_positions)
     experts = plan_of("stream_backward_weights", operands, size, activation)
-    fixed = experts.constants | {"BLOCK_M": block}
+    fixed = experts.constants | {"TILE": block}
     wanted = bool(needed & OF_EXPERTS)
     sums = no_weight_sums(gate, size, experts.splits, operands.scales is not None) if wanted else None
     for piece in plan.pieces:

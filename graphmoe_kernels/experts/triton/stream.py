@@ -68,12 +68,12 @@ def experts_stream(
     if tile >= tl.load(placed.used):
         return
     token, live = placed_rows(placed, tile, BLOCK_M)
-    e0, w0 = placed_slot(placed, tile, 0, SLOTS, BLOCK_M)
+    e0, w0 = placed_slot(placed, tile, 0, SLOTS, BLOCK_M, BLOCK_M)
     e0 = tl.minimum(e0, num_experts - 1)
     low0 = slot_low_rows(operands, strides, token, live, e0, num_experts, RANK)
     e1, w1, low1 = e0, w0, low0
     if SLOTS == 2:
-        e1, w1 = placed_slot(placed, tile, 1, SLOTS, BLOCK_M)
+        e1, w1 = placed_slot(placed, tile, 1, SLOTS, BLOCK_M, BLOCK_M)
         e1 = tl.minimum(e1, num_experts - 1)
         low1 = slot_low_rows(operands, strides, token, live, e1, num_experts, RANK)
 

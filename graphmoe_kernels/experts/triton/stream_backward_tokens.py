@@ -83,12 +83,12 @@ def experts_stream_backward_tokens(
     if tile >= tl.load(placed.used):
         return
     token, live = placed_rows(placed, tile, BLOCK_M)
-    e0, w0 = placed_slot(placed, tile, 0, SLOTS, BLOCK_M)
+    e0, w0 = placed_slot(placed, tile, 0, SLOTS, BLOCK_M, BLOCK_M)
     e0 = tl.minimum(e0, num_experts - 1)
     rows0 = slot_rows(operands, strides, d_low_down, token, live, e0, num_experts, RANK)
     e1, w1, rows1 = e0, w0, rows0
     if SLOTS == 2:
-        e1, w1 = placed_slot(placed, tile, 1, SLOTS, BLOCK_M)
+        e1, w1 = placed_slot(placed, tile, 1, SLOTS, BLOCK_M, BLOCK_M)
         e1 = tl.minimum(e1, num_experts - 1)
         rows1 = slot_rows(operands, strides, d_low_down, token, live, e1, num_experts, RANK)
     if piece.first_split + split == 0:  # for the kernel that sums over tokens

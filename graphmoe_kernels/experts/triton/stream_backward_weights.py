@@ -127,8 +127,9 @@ def experts_stream_backward_weights(
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Program (one of the piece's blocks of columns, split of the placed tiles).
+    """Program (one of the piece's blocks of columns, split of the placed tiles, of TILE tokens).
 
     Tiles of the same experts follow one another: their sums stay in registers and go to memory where the experts
     change. Each split has its own ``sums``, a `WeightSums`, zero before, so that the order of a sum is fixed.
@@ -138,17 +139,17 @@ def experts_stream_backward_weights(
     f0 = piece.first_block * STREAM_BLOCK + tl.program_id(0) * BLOCK_F
     f = f0 + tl.arange(0, BLOCK_F)
     own = split.to(tl.int64) * num_experts * width
-    used = tl.load(placed.used)
+    used = tl.load(placed.used) * (TILE // BLOCK_M)
     split_tiles = tl.cdiv(used, splits)
     first = tl.minimum(split * split_tiles, used - 1)
-    last0, _ = placed_slot(placed, first, 0, SLOTS, BLOCK_M)
-    last1, _ = placed_slot(placed, first, SLOTS - 1, SLOTS, BLOCK_M)
+    last0, _ = placed_slot(placed, first, 0, SLOTS, BLOCK_M, TILE)
+    last1, _ = placed_slot(placed, first, SLOTS - 1, SLOTS, BLOCK_M, TILE)
     slot0, matrices0, vectors0 = begin_slot(operands, last0, f, width, num_experts, RANK, BLOCK_F)
     slot1, matrices1, vectors1 = begin_slot(operands, last1, f, width, num_experts, RANK, BLOCK_F)
     for tile in range(split * split_tiles, min((split + 1) * split_tiles, used)):
         token, live = placed_rows(placed, tile, BLOCK_M)
-        e0, w0 = placed_slot(placed, tile, 0, SLOTS, BLOCK_M)
-        e1, w1 = placed_slot(placed, tile, SLOTS - 1, SLOTS, BLOCK_M)
+        e0, w0 = placed_slot(placed, tile, 0, SLOTS, BLOCK_M, TILE)
+        e1, w1 = placed_slot(placed, tile, SLOTS - 1, SLOTS, BLOCK_M, TILE)
         if (e0 != last0) | (e1 != last1):
             flush(sums, own, slot0, last0, f, width, num_experts, scale, RANK)
             slot0, matrices0, vectors0 = begin_slot(operands, e0, f, width, num_experts, RANK, BLOCK_F)

@@ -41,10 +41,14 @@ def placed_rows(placed, tile, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def placed_slot(placed, tile, slot, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """One slot's expert in a tile (num_experts for ids that are none), and every row's weight for it, 0 of none."""
+def placed_slot(placed, tile, slot, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr):
+    """One slot's expert in a tile (num_experts for ids that are none), and every row's weight for it, 0 of none.
+
+    TILE: the tokens of a placed tile, of which ``tile`` may be a part.
+    """
     position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    return tl.load(placed.experts + tile * SLOTS + slot), tl.load(placed.weights + position * SLOTS + slot)
+    e = tl.load(placed.experts + tile * BLOCK_M // TILE * SLOTS + slot)
+    return e, tl.load(placed.weights + position * SLOTS + slot)
 
 
 @triton.jit
