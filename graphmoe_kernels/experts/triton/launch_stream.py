@@ -107,12 +107,14 @@ class Placed(NamedTuple):
         tokens: [positions] int32, -1 where there is none: as many as the most tiles that there can be.
         experts: [tiles, k] int32, rising; n for ids that are no tuple.
         weights: [positions, k] fp32, the routing weights in the experts' order; 0 of none.
+        ends: [tiles] int32, the tile after the last one of the same tuple.
         used: [1] int32, how many tiles there are.
     """
 
     tokens: Tensor
     experts: Tensor
     weights: Tensor
+    ends: Tensor
     used: Tensor
 
 
@@ -283,6 +285,7 @@ def place(operands: ExpertOperands, size: Sizes, block: int) -> Placed:
         ids.new_empty((num_positions,), dtype=torch.int32),
         ids.new_empty((num_positions // block, size.slots), dtype=torch.int32),
         ids.new_empty((num_positions, size.slots), dtype=torch.float32),
+        ids.new_empty((num_positions // block,), dtype=torch.int32),
         ids.new_empty((1,), dtype=torch.int32),
     )
     fixed = {"SLOTS": size.slots, "KEYS": keys, **PLACING}

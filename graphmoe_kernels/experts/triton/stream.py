@@ -13,8 +13,9 @@ from graphmoe_kernels.experts.triton.reduce import sum_splits, write_wide
 from graphmoe_kernels.experts.triton.stream_tile import (
     expert_vectors,
     load_base,
+    placed_expert,
     placed_rows,
-    placed_slot,
+    placed_weights,
     scaled,
     slot_low_rows,
     stream_columns,
@@ -68,13 +69,13 @@ def experts_stream(
     if tile >= tl.load(placed.used):
         return
     token, live = placed_rows(placed, tile, BLOCK_M)
-    e0, w0 = placed_slot(placed, tile, 0, SLOTS, BLOCK_M, BLOCK_M)
-    e0 = tl.minimum(e0, num_experts - 1)
+    e0 = tl.minimum(placed_expert(placed, tile, 0, SLOTS), num_experts - 1)
+    w0 = placed_weights(placed, tile, 0, SLOTS, BLOCK_M)
     low0 = slot_low_rows(operands, strides, token, live, e0, num_experts, RANK)
     e1, w1, low1 = e0, w0, low0
     if SLOTS == 2:
-        e1, w1 = placed_slot(placed, tile, 1, SLOTS, BLOCK_M, BLOCK_M)
-        e1 = tl.minimum(e1, num_experts - 1)
+        e1 = tl.minimum(placed_expert(placed, tile, 1, SLOTS), num_experts - 1)
+        w1 = placed_weights(placed, tile, 1, SLOTS, BLOCK_M)
         low1 = slot_low_rows(operands, strides, token, live, e1, num_experts, RANK)
 
     z0 = tl.zeros([BLOCK_M, padded_rank(RANK)], tl.float32)

@@ -10,8 +10,9 @@ from graphmoe_kernels.experts.triton.stream_tile import (
     expert_matrices,
     expert_vectors,
     load_base,
+    placed_expert,
     placed_rows,
-    placed_slot,
+    placed_weights,
     scaled,
     slot_backward,
     slot_rows,
@@ -83,13 +84,13 @@ def experts_stream_backward_tokens(
     if tile >= tl.load(placed.used):
         return
     token, live = placed_rows(placed, tile, BLOCK_M)
-    e0, w0 = placed_slot(placed, tile, 0, SLOTS, BLOCK_M, BLOCK_M)
-    e0 = tl.minimum(e0, num_experts - 1)
+    e0 = tl.minimum(placed_expert(placed, tile, 0, SLOTS), num_experts - 1)
+    w0 = placed_weights(placed, tile, 0, SLOTS, BLOCK_M)
     rows0 = slot_rows(operands, strides, d_low_down, token, live, e0, num_experts, RANK)
     e1, w1, rows1 = e0, w0, rows0
     if SLOTS == 2:
-        e1, w1 = placed_slot(placed, tile, 1, SLOTS, BLOCK_M, BLOCK_M)
-        e1 = tl.minimum(e1, num_experts - 1)
+        e1 = tl.minimum(placed_expert(placed, tile, 1, SLOTS), num_experts - 1)
+        w1 = placed_weights(placed, tile, 1, SLOTS, BLOCK_M)
         rows1 = slot_rows(operands, strides, d_low_down, token, live, e1, num_experts, RANK)
     if piece.first_split + split == 0:  # for the kernel that sums over tokens
         store_rows(sums.rows, rows0, tile, 0, SLOTS, RANK, BLOCK_M)
@@ -109,20 +110,20 @@ def experts_stream_backward_tokens(
         d = tl.load(d_hidden + at, mask=inside, other=0.0).to(tl.float32)
         matrices, vectors = expert_matrices(operands, e0, f, width, RANK), expert_vectors(operands.scales, e0, f, width)
         d_g, d_u, _, _, _, of_weight = slot_backward(
-            g, u, d, rows0, w0, matrices, vectors, operands, e0, token, f0, width, scale, ACTIVATION, BLOCK_F
+            g, u, d, rows0, w0, matrices, vectors, operands, e0, token, f0, width, scale, ACTIVATION, BLOCK_F, False
         )
         d_g, d_u = scaled(d_g, d_u, vectors, operands.scales)
         gate0, up0 = add_products(gate0, up0, d_g, d_u, matrices)
-        of_weight0 += of_weight
+        of_weight0 += tl.sum(of_weight, axis=1)
         if SLOTS == 2:
             matrices = expert_matrices(operands, e1, f, width, RANK)
             vectors = expert_vectors(operands.scales, e1, f, width)
             other_g, other_u, _, _, _, of_weight = slot_backward(
-                g, u, d, rows1, w1, matrices, vectors, operands, e1, token, f0, width, scale, ACTIVATION, BLOCK_F
+                g, u, d, rows1, w1, matrices, vectors, operands, e1, token, f0, width, scale, ACTIVATION, BLOCK_F, False
             )
             other_g, other_u = scaled(other_g, other_u, vectors, operands.scales)
             gate1, up1 = add_products(gate1, up1, other_g, other_u, matrices)
-            of_weight1 += of_weight
+            of_weight1 += tl.sum(of_weight, axis=1)
             d_g += other_g
             d_u += other_u
         tl.store(gradients.gate + at, d_g.to(gradients.gate.dtype.element_ty), mask=inside)

@@ -1,4 +1,7 @@
-"""The backward of a streamed expert round to what belongs to experts: their B, A_D and scale vectors."""
+"""The backward of a streamed expert round to what belongs to experts: their B, A_D and scale vectors.
+
+Tiles are of columns by tokens, so that products over tokens find what they read in the registers it was computed in.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from graphmoe_kernels.experts.triton.stream_tile import (
     expert_vectors,
     load_base,
     placed_rows,
-    placed_slot,
+    placed_weights,
     scaled,
     slot_backward,
 )
@@ -50,11 +53,7 @@ def add_vector_to(out, x, e, f, width, num_experts):
 
 @triton.jit
 def flush(sums, own, slot, e, f, width, num_experts, scale, RANK: tl.constexpr):
-    """Add one slot's sums to those of its expert e in memory, from element ``own`` on.
-
-    No barrier: a flush writes two different experts, and those of two flushes are a tile's work apart, whose products
-    go through shared memory and its barriers.
-    """
+    """Add one slot's sums to those of its expert e in memory, from element ``own`` on."""
     gate_B, up_B, down_A, of_gate, of_up = slot
     add_to(sums.gate_B + own * RANK, gate_B * scale, e, f, width, num_experts, RANK)
     add_to(sums.up_B + own * RANK, up_B * scale, e, f, width, num_experts, RANK)
@@ -74,129 +73,68 @@ def load_rows(rows, tile, slot, SLOTS: tl.constexpr, RANK: tl.constexpr, BLOCK_M
 
 @triton.jit
 def add_tile(
-    sums,
-    g,
-    u,
-    d,
-    rows,
-    w,
-    matrices,
-    vectors,
-    operands,
-    e,
-    token,
-    f0,
-    width,
-    scale,
-    ACTIVATION: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    slot, g, u, d, rows, w, matrices, vectors, operands, e, token, f0, width, scale,
+    ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr,
 ):
     """One slot's sums plus those of a tile: d_g and d_u times A x, and what A_D read times d_low_down."""
-    gate_B, up_B, down_A, of_gate, of_up = sums
+    gate_B, up_B, down_A, of_gate, of_up = slot
     d_g, d_u, g_pre, u_pre, read, _ = slot_backward(
-        g, u, d, rows, w, matrices, vectors, operands, e, token, f0, width, scale, ACTIVATION, BLOCK_F
+        g, u, d, rows, w, matrices, vectors, operands, e, token, f0, width, scale, ACTIVATION, BLOCK_F, True
     )
     if operands.scales is not None:
-        of_gate += tl.sum(d_g * g_pre, axis=0)
-        of_up += tl.sum(d_u * u_pre, axis=0)
-        d_g, d_u = scaled(d_g, d_u, vectors, operands.scales)
+        of_gate += tl.sum(d_g * g_pre, axis=1)
+        of_up += tl.sum(d_u * u_pre, axis=1)
+        d_g, d_u = scaled(d_g, d_u, vectors, operands.scales, True)
     dtype = rows[0].dtype
-    gate_B = tl.dot(tl.trans(d_g.to(dtype)), rows[0], gate_B, input_precision="ieee")
-    up_B = tl.dot(tl.trans(d_u.to(dtype)), rows[1], up_B, input_precision="ieee")
-    d_z = (rows[2].to(tl.float32) * w[:, None]).to(dtype)
-    down_A = tl.dot(tl.trans(read.to(dtype)), d_z, down_A, input_precision="ieee")
+    gate_B = tl.dot(d_g.to(dtype), rows[0], gate_B, input_precision="ieee")
+    up_B = tl.dot(d_u.to(dtype), rows[1], up_B, input_precision="ieee")
+    down_A = tl.dot((read * w[None, :]).to(dtype), rows[2], down_A, input_precision="ieee")
     return gate_B, up_B, down_A, of_gate, of_up
 
 
 @triton.jit(do_not_specialize=["piece"])
 def experts_stream_backward_weights(
-    operands,
-    strides,
-    placed,
-    added,
-    stride_added,
-    piece,
-    d_hidden,
-    rows,
-    sums,
-    width,
-    num_experts,
-    scale,
-    SLOTS: tl.constexpr,
-    RANK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    TILE: tl.constexpr,
+    operands, strides, placed, added, stride_added, piece, d_hidden, rows, sums, width, num_experts, scale,
+    SLOTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr,
 ):
     """Program (one of the piece's blocks of columns, split of the placed tiles, of TILE tokens).
 
-    Tiles of the same experts follow one another: their sums stay in registers and go to memory where the experts
-    change. Each split has its own ``sums``, a `WeightSums`, zero before, so that the order of a sum is fixed.
+    Tiles of the same experts follow one another, a run: its sums stay in registers, and go to memory at its end. Each split has its own ``sums``, a `WeightSums`, zero before, so that the order of a sum is fixed.
     rows: as the tokens' kernel has left them in its `StreamSums`.
     """
     split, splits = tl.program_id(1), tl.num_programs(1)
     f0 = piece.first_block * STREAM_BLOCK + tl.program_id(0) * BLOCK_F
     f = f0 + tl.arange(0, BLOCK_F)
     own = split.to(tl.int64) * num_experts * width
-    used = tl.load(placed.used) * (TILE // BLOCK_M)
+    PARTS: tl.constexpr = TILE // BLOCK_M
+    used = tl.load(placed.used)
     split_tiles = tl.cdiv(used, splits)
-    first = tl.minimum(split * split_tiles, used - 1)
-    last0, _ = placed_slot(placed, first, 0, SLOTS, BLOCK_M, TILE)
-    last1, _ = placed_slot(placed, first, SLOTS - 1, SLOTS, BLOCK_M, TILE)
-    slot0, matrices0, vectors0 = begin_slot(operands, last0, f, width, num_experts, RANK, BLOCK_F)
-    slot1, matrices1, vectors1 = begin_slot(operands, last1, f, width, num_experts, RANK, BLOCK_F)
-    for tile in range(split * split_tiles, min((split + 1) * split_tiles, used)):
-        token, live = placed_rows(placed, tile, BLOCK_M)
-        e0, w0 = placed_slot(placed, tile, 0, SLOTS, BLOCK_M, TILE)
-        e1, w1 = placed_slot(placed, tile, SLOTS - 1, SLOTS, BLOCK_M, TILE)
-        if (e0 != last0) | (e1 != last1):
-            flush(sums, own, slot0, last0, f, width, num_experts, scale, RANK)
-            slot0, matrices0, vectors0 = begin_slot(operands, e0, f, width, num_experts, RANK, BLOCK_F)
-            if SLOTS == 2:
-                flush(sums, own, slot1, last1, f, width, num_experts, scale, RANK)
-                slot1, matrices1, vectors1 = begin_slot(operands, e1, f, width, num_experts, RANK, BLOCK_F)
-            last0, last1 = e0, e1
-        g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width)
-        at = token[:, None] * width + f[None, :]
-        d = tl.load(d_hidden + at, mask=live[:, None] & (f < width)[None, :], other=0.0).to(tl.float32)
-        slot0 = add_tile(
-            slot0,
-            g,
-            u,
-            d,
-            load_rows(rows, tile, 0, SLOTS, RANK, BLOCK_M),
-            w0,
-            matrices0,
-            vectors0,
-            operands,
-            e0,
-            token,
-            f0,
-            width,
-            scale,
-            ACTIVATION,
-            BLOCK_F,
-        )
-        if SLOTS == 2:
-            slot1 = add_tile(
-                slot1,
-                g,
-                u,
-                d,
-                load_rows(rows, tile, 1, SLOTS, RANK, BLOCK_M),
-                w1,
-                matrices1,
-                vectors1,
-                operands,
-                e1,
-                token,
-                f0,
-                width,
-                scale,
-                ACTIVATION,
-                BLOCK_F,
+    begin, end = split * split_tiles, min((split + 1) * split_tiles, used)
+    while begin < end:
+        run_end = min(tl.load(placed.ends + begin), end)
+        e0, e1 = tl.load(placed.experts + begin * SLOTS), tl.load(placed.experts + begin * SLOTS + SLOTS - 1)
+        slot0, matrices0, vectors0 = begin_slot(operands, e0, f, width, num_experts, RANK, BLOCK_F)
+        slot1, matrices1, vectors1 = begin_slot(operands, e1, f, width, num_experts, RANK, BLOCK_F)
+        for tile in range(begin * PARTS, run_end * PARTS):
+            token, live = placed_rows(placed, tile, BLOCK_M)
+            g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width)
+            at = token[:, None] * width + f[None, :]
+            d = tl.load(d_hidden + at, mask=live[:, None] & (f < width)[None, :], other=0.0).to(tl.float32)
+            g, u, d = tl.trans(g), tl.trans(u), tl.trans(d)
+            slot0 = add_tile(
+                slot0, g, u, d, load_rows(rows, tile, 0, SLOTS, RANK, BLOCK_M),
+                placed_weights(placed, tile, 0, SLOTS, BLOCK_M), matrices0, vectors0, operands, e0, token, f0, width,
+                scale, ACTIVATION, BLOCK_F,
             )
-    flush(sums, own, slot0, last0, f, width, num_experts, scale, RANK)
-    if SLOTS == 2:
-        flush(sums, own, slot1, last1, f, width, num_experts, scale, RANK)
+            if SLOTS == 2:
+                slot1 = add_tile(
+                    slot1, g, u, d, load_rows(rows, tile, 1, SLOTS, RANK, BLOCK_M),
+                    placed_weights(placed, tile, 1, SLOTS, BLOCK_M), matrices1, vectors1, operands, e1, token, f0,
+                    width, scale, ACTIVATION, BLOCK_F,
+                )
+        flush(sums, own, slot0, e0, f, width, num_experts, scale, RANK)
+        if SLOTS == 2:
+            flush(sums, own, slot1, e1, f, width, num_experts, scale, RANK)
+        tl.debug_barrier()  # the next run may add to the same expert's sums
+        begin = run_end

@@ -41,14 +41,16 @@ def placed_rows(placed, tile, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def placed_slot(placed, tile, slot, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr):
-    """One slot's expert in a tile (num_experts for ids that are none), and every row's weight for it, 0 of none.
+def placed_expert(placed, tile, slot, SLOTS: tl.constexpr):
+    """One slot's expert in a tile; num_experts for ids that are none."""
+    return tl.load(placed.experts + tile * SLOTS + slot)
 
-    TILE: the tokens of a placed tile, of which ``tile`` may be a part.
-    """
+
+@triton.jit
+def placed_weights(placed, tile, slot, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The routing weights of a tile's rows for one slot's expert, 0 where there is no token: [BLOCK_M] fp32."""
     position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    e = tl.load(placed.experts + tile * BLOCK_M // TILE * SLOTS + slot)
-    return e, tl.load(placed.weights + position * SLOTS + slot)
+    return tl.load(placed.weights + position * SLOTS + slot)
 
 
 @triton.jit
@@ -79,6 +81,13 @@ def expert_matrices(operands, e, f, width, RANK: tl.constexpr):
 
 
 @triton.jit
+def load_vectors(pair, f, width):
+    """Columns f of a pair of vectors, fp32."""
+    gate = tl.load(pair.gate + f, mask=f < width, other=0.0).to(tl.float32)
+    return gate, tl.load(pair.up + f, mask=f < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def expert_vectors(scales, e, f, width):
     """Expert e's scale vectors of gate and up [columns] fp32; where there are none, what nobody reads."""
     gate, up = f, f
@@ -90,60 +99,64 @@ def expert_vectors(scales, e, f, width):
 
 
 @triton.jit
-def scaled(g, u, vectors, scales):
-    """g and u [BLOCK_M, columns] times an expert's vectors, where there are any."""
+def scaled(g, u, vectors, scales, BY_COLUMN: tl.constexpr = False):
+    """g and u [BLOCK_M, columns] times an expert's vectors, where there are any; ``BY_COLUMN`` as in `slot_backward`."""
     if scales is not None:
-        g *= vectors[0][None, :]
-        u *= vectors[1][None, :]
+        g *= along_columns(vectors[0], BY_COLUMN)
+        u *= along_columns(vectors[1], BY_COLUMN)
     return g, u
 
 
 @triton.jit
-def pre_activation(g, u, low, matrices, scale):
-    """g and u plus s B a, for ``low`` A x of gate and up [BLOCK_M, padded rank]."""
-    g += scale * tl.dot(low[0], matrices[0], input_precision="ieee")
-    return g, u + scale * tl.dot(low[1], matrices[1], input_precision="ieee")
+def along_columns(vector, BY_COLUMN: tl.constexpr):
+    """A vector of columns, to be broadcast over the tokens of a tile."""
+    return vector[:, None] if BY_COLUMN else vector[None, :]
+
+
+@triton.jit
+def low_rank_product(rows, matrix, BY_COLUMN: tl.constexpr):
+    """rows [BLOCK_M, padded rank] times matrix [padded rank, columns]."""
+    if BY_COLUMN:
+        product = tl.dot(tl.trans(matrix), tl.trans(rows), input_precision="ieee")
+    else:
+        product = tl.dot(rows, matrix, input_precision="ieee")
+    return product
 
 
 @triton.jit
 def slot_backward(
-    g,
-    u,
-    d_hidden,
-    rows,
-    w,
-    matrices,
-    vectors,
-    operands,
-    e,
-    token,
-    f0,
-    width,
-    scale,
-    ACTIVATION: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    g, u, d_hidden, rows, w, matrices, vectors, operands, e, token, f0, width, scale,
+    ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):
     """Recompute a slot in the columns from f0 on and differentiate it; nothing wide was saved.
 
-    d_hidden [BLOCK_M, BLOCK_F]; rows: as `slot_rows`; w [BLOCK_M], the slot's routing weights; its expert's matrices
-    and vectors. Returns the gradients of the pre-activations after their scale vectors, the pre-activations before
-    those, what A_D read (after dropout, without the routing weight), and the routing weights' gradient [BLOCK_M].
+    g, u, d_hidden: tiles of tokens by columns, or of columns by tokens with ``BY_COLUMN``, and so are the results:
+    a product that sums over the columns takes what it reads from the registers of the first, one over the tokens from
+    those of the second. rows: as `slot_rows`; w [BLOCK_M], the slot's routing weights; its expert's matrices and
+    vectors. Returns the gradients of the pre-activations after their scale vectors, the pre-activations before those,
+    what A_D read (after dropout, without the routing weight), and its product with what it gets a gradient of.
     """
     f = f0 + tl.arange(0, BLOCK_F)
-    g_pre, u_pre = pre_activation(g, u, rows, matrices, scale)
-    g, u = scaled(g_pre, u_pre, vectors, operands.scales)
-    g, u = shift(g, u, operands.biases, f, width)
+    g_pre = g + scale * low_rank_product(rows[0], matrices[0], BY_COLUMN)
+    u_pre = u + scale * low_rank_product(rows[1], matrices[1], BY_COLUMN)
+    g, u = scaled(g_pre, u_pre, vectors, operands.scales, BY_COLUMN)
+    if operands.biases is not None:
+        gate, up = load_vectors(operands.biases, f, width)
+        g += along_columns(gate, BY_COLUMN)
+        u += along_columns(up, BY_COLUMN)
     active = activate(g, ACTIVATION)
     own = active * u
-    d_own = tl.dot(rows[2], matrices[2], input_precision="ieee")
+    d_own = low_rank_product(rows[2], matrices[2], BY_COLUMN)
     read = own
     if operands.dropout is not None:
         keep = keep_mask(operands.dropout, token, tl.zeros_like(token).to(tl.int32) + e, f0, BLOCK_F)
+        if BY_COLUMN:
+            keep = tl.trans(keep)
         d_own = tl.where(keep, d_own * operands.dropout.kept, 0.0)
         read = tl.where(keep, own * operands.dropout.kept, 0.0)
     d_own += d_hidden
-    of_weight = tl.sum(own * d_own, axis=1)
-    d_own *= w[:, None]
+    of_weight = own * d_own
+    d_own *= w[None, :] if BY_COLUMN else w[:, None]
     return d_own * u * differentiate(g, ACTIVATION), d_own * active, g_pre, u_pre, read, of_weight
 
 

@@ -98,6 +98,8 @@ def experts_place_tokens(
         place = tl.sum(earlier.to(tl.int32), axis=1)
         place += tl.sum(tl.where(key[:, None] == k[None, :], (start + before)[None, :], 0), axis=1)
         tl.store(placed.tokens + place, token, mask=live)
+        end = tl.sum(tl.where(key[:, None] == k[None, :], (start + padded)[None, :], 0), axis=1)
+        tl.store(placed.ends + place // TILE, end // TILE, mask=live & (place % TILE == 0))
         place_slots(placed, expert_ids, routing_weights, token, place, live, num_experts, TILE, SLOTS)
     else:
         at = (start + total)[:, None] + tl.arange(0, TILE)[None, :]
