@@ -28,11 +28,14 @@ OPERATORS = {
     "expert_swiglu": (FOLD, *LOW_RANK),
     "gru_step": ("GRU candidate, h and H",),
 }
-# And a kernel, so many times; kernels without matrix products are left out. The stream gets H M^T as a tensor.
-KERNELS = {
+# And a kernel, so many times, a name given twice once more; kernels without matrix products are left out. The stream
+# gets H M^T as a tensor, forward and backward.
+KERNELS: dict[str, tuple[int, tuple[str, ...]]] = {
     "routing_forward": (1, OPERATORS["routing"]),
     "experts_forward": (1, OPERATORS["expert_swiglu"]),
     "experts_stream": (1, LOW_RANK),
+    "experts_stream_backward_tokens": (1, (*LOW_RANK, LOW_RANK[0])),
+    "experts_stream_backward_weights": (2, LOW_RANK),
     "experts_backward_tokens": (1, OPERATORS["expert_swiglu"]),
     "experts_backward_weights": (1, OPERATORS["expert_swiglu"]),
     "gru_forward": (1, OPERATORS["gru_step"]),
@@ -134,7 +137,7 @@ def kernel_work(launches: list[Launch], sizes: Sizes, later: bool) -> Work:
         for t in tensors.values()
     ]
     times, names = KERNELS.get(launches[0].name, (0, ()))
-    products = times * sum(term.multiply_adds for term in _round(names, sizes, later))
+    products = times * sum(term.multiply_adds * names.count(term.name) for term in _round(names, sizes, later))
     return Work(float(sum(sums)), 2.0 * sizes.tokens * products)
 
 

@@ -18,13 +18,7 @@ from graphmoe_kernels.experts.triton.stream_tile import (
     slot_rows,
     stream_columns,
 )
-from graphmoe_kernels.experts.triton.tile import (
-    compact_columns,
-    next_expert,
-    padded_rank,
-    padded_slots,
-    row_experts,
-)
+from graphmoe_kernels.experts.triton.tile import compact_columns, next_expert, padded_rank, padded_slots, row_experts
 
 
 @triton.jit
@@ -55,25 +49,9 @@ def store_slot(sums, row, slot, gate, up, of_weight, SLOTS: tl.constexpr, RANK: 
 
 @triton.jit(do_not_specialize=["num_positions", "piece"])
 def experts_stream_backward_tokens(
-    operands,
-    strides,
-    placed,
-    added,
-    stride_added,
-    piece,
-    d_hidden,
-    d_low_down,
-    gradients,
-    sums,
-    num_positions,
-    width,
-    num_experts,
-    scale,
-    SLOTS: tl.constexpr,
-    RANK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    operands, strides, placed, added, stride_added, piece, d_hidden, d_low_down, gradients, sums, num_positions, width,
+    num_experts, scale,
+    SLOTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):
     """Program (placed tile, split of the piece's blocks of columns), as `experts_stream`.
 
@@ -137,17 +115,8 @@ def experts_stream_backward_tokens(
 
 @triton.jit(do_not_specialize=["num_positions", "splits"])
 def experts_stream_sum_tokens(
-    sums,
-    expert_ids,
-    placed,
-    gradients,
-    num_positions,
-    splits,
-    num_experts,
-    scale,
-    SLOTS: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    sums, expert_ids, placed, gradients, num_positions, splits, num_experts, scale,
+    SLOTS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     """The sums over the splits, first split first: gradients.low [N, 2nr] and gradients.routing_weights [N, k]."""
     tile = tl.program_id(0)

@@ -100,8 +100,9 @@ def experts_stream_backward_weights(
 ):
     """Program (one of the piece's blocks of columns, split of the placed tiles, of TILE tokens).
 
-    Tiles of the same experts follow one another, a run: its sums stay in registers, and go to memory at its end. Each split has its own ``sums``, a `WeightSums`, zero before, so that the order of a sum is fixed.
-    rows: as the tokens' kernel has left them in its `StreamSums`.
+    Tiles of the same experts follow one another, a run: its sums stay in registers, and go to memory at its end. Each
+    split has its own ``sums``, a `WeightSums`, zero before, so that the order of a sum is fixed. rows: as the tokens'
+    kernel has left them in its `StreamSums`.
     """
     split, splits = tl.program_id(1), tl.num_programs(1)
     f0 = piece.first_block * STREAM_BLOCK + tl.program_id(0) * BLOCK_F

@@ -18,7 +18,6 @@ from graphmoe_kernels.experts.triton.tile import (
     load_pair,
     low_rank_rows,
     low_rows,
-    shift,
 )
 from graphmoe_kernels.triton_activations import activate, differentiate
 
@@ -100,7 +99,7 @@ def expert_vectors(scales, e, f, width):
 
 @triton.jit
 def scaled(g, u, vectors, scales, BY_COLUMN: tl.constexpr = False):
-    """g and u [BLOCK_M, columns] times an expert's vectors, where there are any; ``BY_COLUMN`` as in `slot_backward`."""
+    """g and u, tiles as in `slot_backward`, times an expert's vectors where there are any."""
     if scales is not None:
         g *= along_columns(vectors[0], BY_COLUMN)
         u *= along_columns(vectors[1], BY_COLUMN)

@@ -67,7 +67,7 @@ def place_slots(
     w = expert_weights(routing_weights, ids, smaller, token.to(tl.int64), live, num_experts, SLOTS)
     begins = live & (place % TILE == 0)
     tl.store(placed.weights + place * SLOTS, tl.where(broken, float("nan"), w), mask=live)
-    tl.store(placed.experts + place // TILE * SLOTS, smaller, mask=begins)
+    tl.store(placed.experts + place // TILE * SLOTS, tl.where(broken, num_experts, smaller), mask=begins)
     if SLOTS == 2:
         w = expert_weights(routing_weights, ids, larger, token.to(tl.int64), live, num_experts, SLOTS)
         tl.store(placed.weights + place * SLOTS + 1, w, mask=live)
