@@ -234,7 +234,7 @@ def _run(
 
 def _token_order(routing: ChosenRouting, low: Tensor, down_A: Tensor, call: Call) -> Tensor | None:
     """Order the tokens for the Triton kernels, or not (None) where that gains nothing: for a single expert, for few
-    tokens, and where a forward that runs as a stream has no backward after it.
+    tokens, and where the round runs as a stream, which places them itself.
 
     Every round has its own, as rethinking sends tokens to other experts: in the order of another round a tile holds
     more experts, and the kernel's time follows their number. It never changes a result.
@@ -243,7 +243,7 @@ def _token_order(routing: ChosenRouting, low: Tensor, down_A: Tensor, call: Call
     if call.backend != "triton" or not routing.logits or tokens <= SKINNY_TOKENS:
         return None
     n, r, width = down_A.shape
-    if not torch.is_grad_enabled() and launch_stream.suits(Sizes(tokens, width, n, r, slots), low.dtype):
+    if launch_stream.suits(Sizes(tokens, width, n, r, slots), low.dtype):
         return None
     with named_range("routing"):
         return run_expert_order(routing.expert_ids)

@@ -1,0 +1,179 @@
+"""The backward of `expert_swiglu` as a stream, and forward with it: gradients, layouts, order, ids that are none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphmoe_kernels import expert_swiglu
+from graphmoe_kernels.experts.triton import launch_stream as stream
+from graphmoe_kernels.launching import recorded
+from graphmoe_kernels.testing import relative_error, within_budget
+from tests import interpreter
+from tests.kernels.expert_operands import cast, operands, packed, results
+from tests.kernels.expert_operands import run as run_experts
+from tests.kernels.triton_marks import MARKS
+
+pytestmark = MARKS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Given = dict[str, torch.Tensor]
+PLACING = ["experts_count_tuples", "experts_place_tokens"]
+BACKWARD = ["experts_stream_backward_tokens", "experts_stream_backward_weights"]
+STEPS = [*PLACING, "experts_stream", "experts_stream_sum", *PLACING, *BACKWARD, "experts_stream_sum_tokens"]
+
+
+def assert_within_budget(given: Given, dtype: torch.dtype, steps: list[str] = STEPS, **settings: object) -> None:
+    """c, z and every gradient, of these kernels, against the fp64 oracle, beside the reference in ``dtype``."""
+    given = cast(cast(given, dtype), torch.float64)
+    exact, own = (results(cast(given, d), "reference", **settings) for d in (torch.float64, dtype))
+    with recorded() as launches:
+        found = gradients(cast(given, dtype), **settings)
+    assert [each.name for each in launches] == steps
+    assert found.keys() == exact.keys()
+    for name in exact:
+        error, theirs = relative_error(found[name], exact[name]), relative_error(own[name], exact[name])
+        assert within_budget(error, theirs, dtype), f"{name}: {error:.2e}, reference {theirs:.2e}"
+
+
+def gradients(given: Given, **settings: object) -> Given:
+    """c, z and every gradient on Triton, by name."""
+    here = [{k: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for k, x in d.items()} for d in (given, settings)]
+    return {name: x.cpu() for name, x in results(here[0], "triton", **here[1]).items()}
+
+
+GRADIENT_CASES = {
+    "one tuple": {"tokens": 65, "experts": 2, "rank": 2},
+    "experts in two runs each": {"tokens": 230, "experts": 3, "inner": 6},
+    "experts in three runs each": {"tokens": 300, "experts": 4, "rank": 2, "width": 70, "inner": 6},
+    "k = 1, several runs": {"tokens": 200, "experts": 3, "top_k": 1, "inner": 6},
+    "k = 1, rank 20": {"tokens": 65, "experts": 2, "top_k": 1, "rank": 20, "width": 70},
+    "n = 1, rank 1": {"tokens": 65, "experts": 1, "top_k": 1, "rank": 1, "inner": 6},
+    "whole tiles, three blocks": {"tokens": 128, "experts": 2, "rank": 16, "width": 192, "inner": 16},
+    "scale vectors": {"tokens": 130, "experts": 3, "scales": True, "inner": 6, "width": 72},
+    "scale vectors and biases": {"tokens": 65, "experts": 2, "scales": True, "biases": True},
+    "scale vectors and biases, k = 1": {"tokens": 65, "experts": 2, "top_k": 1, "scales": True, "biases": True},
+    "biases": {"tokens": 65, "experts": 2, "biases": True, "inner": 6},
+}
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES.values(), ids=GRADIENT_CASES)
+def test_gradients_are_within_budget(case):
+    """Tuples of several tiles, experts of several tuples, sizes that fill no tile."""
+    assert_within_budget(operands(**case), torch.bfloat16)
+
+
+def test_gradients_in_fp16():
+    """The other half precision."""
+    assert_within_budget(operands(tokens=100, experts=3, inner=6), torch.float16)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_gradients_with_dropout(top_k):
+    """Both kernels draw the forward's mask again, the one of columns by tokens too."""
+    given = operands(tokens=70, experts=2, top_k=top_k, width=70, inner=6)
+    assert_within_budget(given, torch.bfloat16, dropout=0.4, seed=torch.tensor([2**40 + 7]))
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "relu2", "gelu_tanh"])
+def test_gradients_of_activations(activation):
+    """One with a derivative of zero, and two that take more than silu's."""
+    assert_within_budget(operands(tokens=65, experts=1, top_k=1), torch.bfloat16, activation=activation)
+
+
+@pytest.mark.parametrize("chosen", [[0, 1], [3, 1]])
+def test_experts_that_nobody_chose_get_zero_gradients(chosen):
+    """All tokens to one tuple of six: its experts' gradients are right, the others' exactly zero."""
+    given = operands(tokens=97, experts=4, inner=6)
+    given["expert_ids"] = torch.tensor(chosen).expand(97, 2)
+    assert_within_budget(given, torch.bfloat16)
+    found = gradients(cast(given, torch.bfloat16))
+    for name in ("gate_B", "up_B", "down_A"):
+        assert not found[name][[e for e in range(4) if e not in chosen]].any()
+
+
+def test_only_what_is_needed_is_launched():
+    """Where no expert's weights learn, the kernel of their gradients is left out."""
+    here = packed({name: x.to(DEVICE) for name, x in cast(operands(tokens=65, experts=2), torch.bfloat16).items()})
+    low = here.low.requires_grad_()
+    with recorded() as launches:
+        sum(x.float().sum() for x in expert_swiglu(here, backend="triton")).backward()
+    assert low.grad is not None
+    assert [each.name for each in launches] == [name for name in STEPS if name != BACKWARD[1]]
+
+
+def test_gradients_in_two_pieces_of_h_m(monkeypatch):
+    """Each piece's H M^T is made once and read by both kernels; the second piece is narrower and fills no block."""
+    monkeypatch.setattr(stream, "BUFFER_BYTES", 0)
+    steps = [*STEPS[:3], *STEPS[2:6], *BACKWARD, *BACKWARD, STEPS[-1]]
+    assert_within_budget(operands(tokens=150, experts=3, width=200, inner=6), torch.bfloat16, steps)
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[Given, Given]:
+    """Operands, and their results and gradients: three tuples, two of two tiles."""
+    torch.manual_seed(3)
+    given = cast(operands(tokens=165, experts=3, inner=6, width=130), torch.bfloat16)
+    return given, gradients(given)
+
+
+def test_layout_does_not_matter(plain):
+    """Views, id dtypes and an order of tokens, as models have them, give what plain operands give, bit for bit."""
+    given, exact = plain
+    gate, up = torch.cat([given["gate"], given["up"]], 1).chunk(2, 1)
+    fold_gate, fold_up = torch.cat([given["fold_gate"], given["fold_up"]]).chunk(2)
+    found = gradients(
+        given
+        | {"gate": gate, "up": up, "fold_gate": fold_gate, "fold_up": fold_up}
+        | {"low_update": given["low_update"].repeat(1, 2)[:, : given["low"].shape[1]]}
+        | {"state": given["state"].repeat(1, 2)[:, :6], "expert_ids": given["expert_ids"].to(torch.uint8)}
+        | {"token_order": torch.arange(165, dtype=torch.int32).flip(0)}
+    )
+    assert found.keys() == exact.keys()
+    for name, x in exact.items():
+        assert torch.equal(found[name], x), name
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's order of programs")
+@pytest.mark.parametrize("order", ["reverse", 3])
+def test_results_do_not_depend_on_the_order_of_programs(order, plain):
+    """Placing and sums are the same whichever program runs first."""
+    given, exact = plain
+    with interpreter.grid_order(order):
+        found = gradients(given)
+    for name, x in exact.items():
+        assert torch.equal(found[name], x), name
+
+
+BY_TOKEN = ("gate", "up", "low", "routing_weights", "expert_ids", "low_update", "state")
+
+
+def mean_gradients(given: Given, rows: list[int]) -> Given:
+    """Every gradient of a fixed function of the outputs of some rows' tokens."""
+    leaves = {name: x.to(DEVICE).requires_grad_(x.is_floating_point()) for name, x in given.items()}
+    hidden, low_down = run_experts(**leaves, scale=1.5, backend="triton")
+    (hidden[rows].float().square().sum() + low_down[rows].float().square().sum()).backward()
+    return {name: x.grad.cpu() for name, x in leaves.items() if x.grad is not None}
+
+
+@pytest.mark.parametrize("wrong", [5, -1, None], ids=["too large", "negative", "twice"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_an_id_that_is_no_expert_moves_no_other_gradient(wrong, top_k):
+    """Its pre-activations' gradients are NaN, other tokens' the same bit for bit, experts' as if it were not there."""
+    if top_k == 1 and wrong is None:
+        pytest.skip("one id cannot stand twice")
+    n = 2 if top_k == 1 else 3
+    given = cast(operands(tokens=70, experts=n, top_k=top_k, scales=True, inner=6), torch.bfloat16)
+    broken = given | {"expert_ids": given["expert_ids"].clone()}
+    broken["expert_ids"][3, -1] = given["expert_ids"][3, 0] if wrong is None else wrong
+    broken["expert_ids"][40, 0] = 17
+    others = [i for i in range(70) if i not in (3, 40)]
+    alone = {name: x[others].clone() if name in BY_TOKEN else x for name, x in given.items()}
+    every, found, expected = (
+        mean_gradients(x, rows) for x, rows in ((given, others), (broken, others), (alone, list(range(68))))
+    )
+    for name in ("gate", "up", "routing_weights", "low"):
+        assert torch.equal(found[name][others], every[name][others]), name
+    assert all(found[name][[3, 40]].isnan().all() for name in ("gate", "up"))
+    for name in ("gate_B", "up_B", "down_A", "gate_scale", "up_scale"):
+        assert relative_error(found[name], expected[name].double()) < 4e-3, name
