@@ -100,6 +100,13 @@ class StreamPlan(NamedTuple):
     constants: dict[str, Any]
 
 
+class Extras(NamedTuple):
+    """What a call has that takes registers beside the round itself."""
+
+    dropout: bool
+    scales: bool
+
+
 class Placed(NamedTuple):
     """Tokens by tuple of experts, each tuple's padded to whole tiles.
 
@@ -163,15 +170,16 @@ def positions(size: Sizes, block: int) -> int:
 
 @per_device
 def stream_plan(
-    kernel: str, size: Sizes, activation: str, dtype: torch.dtype, device: torch.device, dropping: bool, pieces: int
+    kernel: str, size: Sizes, activation: str, dtype: torch.dtype, device: torch.device, extras: Extras, pieces: int
 ) -> StreamPlan:
     """The plan of a call that `suits`, with F in so many pieces."""
     device_class, multiprocessors = target(device)
-    chosen = config(kernel, size, dtype, device_class)
+    chosen = fitting(config(kernel, size, dtype, device_class), extras)
     fixed = constants(size, activation, chosen)
     if kernel == "stream":
-        chosen = tile(chosen, dropping)
-        fixed = constants(size, activation, chosen) | {"APPROXIMATE": not interpreting()}
+        fixed["APPROXIMATE"] = not interpreting()
+    else:
+        fixed["WHOLE"] = size.width % chosen["BLOCK_F"] == 0
     tiles, blocks = positions(size, chosen["BLOCK_M"]) // chosen["BLOCK_M"], math.ceil(size.width / STREAM_BLOCK)
     each, slots = math.ceil(blocks / pieces), program_slots(chosen, multiprocessors)
     if kernel == "stream_backward_weights":
@@ -185,16 +193,26 @@ def stream_plan(
     return StreamPlan(tuple(found), sum(piece.splits for piece in found), fixed)
 
 
-def tile(config: Config, dropping: bool) -> Config:
-    """The forward kernel's configuration; with dropout a step is one part of it: the random numbers of two spill."""
-    return config | {"BLOCK_F": config["BLOCK_F"] // config["PARTS"], "PARTS": 1} if dropping else config
+def fitting(config: Config, extras: Extras) -> Config:
+    """A configuration without what spills beside dropout or scale vectors.
+
+    A forward step with dropout is one part, as the random numbers of two spill; and a bound on registers that a plain
+    round fits in is none where a program also holds either.
+    """
+    found = dict(config)
+    if extras.dropout and "PARTS" in found:
+        found |= {"BLOCK_F": found["BLOCK_F"] // found["PARTS"], "PARTS": 1}
+    if extras.dropout or extras.scales:
+        found.pop("maxnreg", None)
+    return found
 
 
 def plan_of(kernel: str, operands: ExpertOperands, size: Sizes, activation: str) -> StreamPlan:
     """A kernel's plan for these operands."""
-    gate, dropping = operands.pre_activations.gate, operands.dropout is not None
+    gate = operands.pre_activations.gate
+    extras = Extras(operands.dropout is not None, operands.scales is not None)
     large = operands.update is not None and 2 * gate.numel() * gate.element_size() > BUFFER_BYTES
-    return stream_plan(kernel, size, activation, gate.dtype, gate.device, dropping, 2 if large else 1)
+    return stream_plan(kernel, size, activation, gate.dtype, gate.device, extras, 2 if large else 1)
 
 
 def forward(

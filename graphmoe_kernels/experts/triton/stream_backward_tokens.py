@@ -18,7 +18,14 @@ from graphmoe_kernels.experts.triton.stream_tile import (
     slot_rows,
     stream_columns,
 )
-from graphmoe_kernels.experts.triton.tile import compact_columns, next_expert, padded_rank, padded_slots, row_experts
+from graphmoe_kernels.experts.triton.tile import (
+    columns_inside,
+    compact_columns,
+    next_expert,
+    padded_rank,
+    padded_slots,
+    row_experts,
+)
 
 
 @triton.jit
@@ -52,6 +59,7 @@ def experts_stream_backward_tokens(
     operands, strides, placed, added, stride_added, piece, d_hidden, d_low_down, gradients, sums, num_positions, width,
     num_experts, scale,
     SLOTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """Program (placed tile, split of the piece's blocks of columns), as `experts_stream`.
 
@@ -80,24 +88,27 @@ def experts_stream_backward_tokens(
     of_weight0 = tl.zeros([BLOCK_M], tl.float32)
     of_weight1 = of_weight0
     begin, end = stream_columns(piece, split)
-    for f0 in range(begin, end, BLOCK_F):
+    for f0 in range(begin, min(end, width), BLOCK_F):
         f = f0 + tl.arange(0, BLOCK_F)
-        inside = live[:, None] & (f < width)[None, :]
+        inside = live[:, None] & columns_inside(f, width, WHOLE)[None, :]
         at = token[:, None] * width + f[None, :]
-        g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width)
-        d = tl.load(d_hidden + at, mask=inside, other=0.0).to(tl.float32)
-        matrices, vectors = expert_matrices(operands, e0, f, width, RANK), expert_vectors(operands.scales, e0, f, width)
+        g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width, WHOLE)
+        d = tl.load(d_hidden + at, mask=inside, other=0.0)
+        matrices = expert_matrices(operands, e0, f, width, RANK, WHOLE)
+        vectors = expert_vectors(operands.scales, e0, f, width, WHOLE)
         d_g, d_u, _, _, _, of_weight = slot_backward(
-            g, u, d, rows0, w0, matrices, vectors, operands, e0, token, f0, width, scale, ACTIVATION, BLOCK_F, False
+            g, u, d, rows0, w0, matrices, vectors, operands, e0, token, f0, width, scale, ACTIVATION, BLOCK_F,
+            False, WHOLE,
         )
         d_g, d_u = scaled(d_g, d_u, vectors, operands.scales)
         gate0, up0 = add_products(gate0, up0, d_g, d_u, matrices)
         of_weight0 += tl.sum(of_weight, axis=1)
         if SLOTS == 2:
-            matrices = expert_matrices(operands, e1, f, width, RANK)
-            vectors = expert_vectors(operands.scales, e1, f, width)
+            matrices = expert_matrices(operands, e1, f, width, RANK, WHOLE)
+            vectors = expert_vectors(operands.scales, e1, f, width, WHOLE)
             other_g, other_u, _, _, _, of_weight = slot_backward(
-                g, u, d, rows1, w1, matrices, vectors, operands, e1, token, f0, width, scale, ACTIVATION, BLOCK_F, False
+                g, u, d, rows1, w1, matrices, vectors, operands, e1, token, f0, width, scale, ACTIVATION, BLOCK_F,
+                False, WHOLE,
             )
             other_g, other_u = scaled(other_g, other_u, vectors, operands.scales)
             gate1, up1 = add_products(gate1, up1, other_g, other_u, matrices)
@@ -122,7 +133,8 @@ def experts_stream_sum_tokens(
     tile = tl.program_id(0)
     token, live = placed_rows(placed, tile, BLOCK_M)
     ids = row_experts(expert_ids, token, live, num_experts, SLOTS)
-    whole, COLUMNS = num_experts * RANK, compact_columns(SLOTS, RANK)
+    COLUMNS: tl.constexpr = compact_columns(SLOTS, RANK)
+    whole = num_experts * RANK
     rows = sum_splits(sums.gate, tile, splits, num_positions, COLUMNS, BLOCK_M) * scale
     write_wide(rows, gradients.low, 2 * whole, ids, token, live, num_experts, SLOTS, RANK, BLOCK_M)
     rows = sum_splits(sums.up, tile, splits, num_positions, COLUMNS, BLOCK_M) * scale

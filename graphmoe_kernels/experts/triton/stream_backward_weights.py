@@ -18,11 +18,13 @@ from graphmoe_kernels.experts.triton.stream_tile import (
     scaled,
     slot_backward,
 )
-from graphmoe_kernels.experts.triton.tile import padded_rank
+from graphmoe_kernels.experts.triton.tile import columns_inside, padded_rank
 
 
 @triton.jit
-def begin_slot(operands, e, f, width, num_experts, RANK: tl.constexpr, BLOCK_F: tl.constexpr):
+def begin_slot(
+    operands, e, f, width, num_experts, RANK: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr
+):
     """Sums of zero for an expert, and what is read of it: its matrices and vectors.
 
     The sums are of gate_B, up_B and down_A, [BLOCK_F, padded rank] each, and of its scale vectors, [BLOCK_F] each.
@@ -30,7 +32,8 @@ def begin_slot(operands, e, f, width, num_experts, RANK: tl.constexpr, BLOCK_F: 
     zero = tl.zeros([BLOCK_F, padded_rank(RANK)], tl.float32)
     vector = tl.zeros([BLOCK_F], tl.float32)
     e = tl.minimum(e, num_experts - 1)
-    matrices, vectors = expert_matrices(operands, e, f, width, RANK), expert_vectors(operands.scales, e, f, width)
+    matrices = expert_matrices(operands, e, f, width, RANK, WHOLE)
+    vectors = expert_vectors(operands.scales, e, f, width, WHOLE)
     return (zero, zero, zero, vector, vector), matrices, vectors
 
 
@@ -74,12 +77,12 @@ def load_rows(rows, tile, slot, SLOTS: tl.constexpr, RANK: tl.constexpr, BLOCK_M
 @triton.jit
 def add_tile(
     slot, g, u, d, rows, w, matrices, vectors, operands, e, token, f0, width, scale,
-    ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
 ):
     """One slot's sums plus those of a tile: d_g and d_u times A x, and what A_D read times d_low_down."""
     gate_B, up_B, down_A, of_gate, of_up = slot
     d_g, d_u, g_pre, u_pre, read, _ = slot_backward(
-        g, u, d, rows, w, matrices, vectors, operands, e, token, f0, width, scale, ACTIVATION, BLOCK_F, True
+        g, u, d, rows, w, matrices, vectors, operands, e, token, f0, width, scale, ACTIVATION, BLOCK_F, True, WHOLE
     )
     if operands.scales is not None:
         of_gate += tl.sum(d_g * g_pre, axis=1)
@@ -97,6 +100,7 @@ def experts_stream_backward_weights(
     operands, strides, placed, added, stride_added, piece, d_hidden, rows, sums, width, num_experts, scale,
     SLOTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """Program (one of the piece's blocks of columns, split of the placed tiles, of TILE tokens).
 
@@ -115,24 +119,25 @@ def experts_stream_backward_weights(
     while begin < end:
         run_end = min(tl.load(placed.ends + begin), end)
         e0, e1 = tl.load(placed.experts + begin * SLOTS), tl.load(placed.experts + begin * SLOTS + SLOTS - 1)
-        slot0, matrices0, vectors0 = begin_slot(operands, e0, f, width, num_experts, RANK, BLOCK_F)
-        slot1, matrices1, vectors1 = begin_slot(operands, e1, f, width, num_experts, RANK, BLOCK_F)
+        slot0, matrices0, vectors0 = begin_slot(operands, e0, f, width, num_experts, RANK, BLOCK_F, WHOLE)
+        slot1, matrices1, vectors1 = begin_slot(operands, e1, f, width, num_experts, RANK, BLOCK_F, WHOLE)
         for tile in range(begin * PARTS, run_end * PARTS):
             token, live = placed_rows(placed, tile, BLOCK_M)
-            g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width)
+            g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width, WHOLE)
             at = token[:, None] * width + f[None, :]
-            d = tl.load(d_hidden + at, mask=live[:, None] & (f < width)[None, :], other=0.0).to(tl.float32)
+            inside = live[:, None] & columns_inside(f, width, WHOLE)[None, :]
+            d = tl.load(d_hidden + at, mask=inside, other=0.0)
             g, u, d = tl.trans(g), tl.trans(u), tl.trans(d)
             slot0 = add_tile(
                 slot0, g, u, d, load_rows(rows, tile, 0, SLOTS, RANK, BLOCK_M),
                 placed_weights(placed, tile, 0, SLOTS, BLOCK_M), matrices0, vectors0, operands, e0, token, f0, width,
-                scale, ACTIVATION, BLOCK_F,
+                scale, ACTIVATION, BLOCK_F, WHOLE,
             )
             if SLOTS == 2:
                 slot1 = add_tile(
                     slot1, g, u, d, load_rows(rows, tile, 1, SLOTS, RANK, BLOCK_M),
                     placed_weights(placed, tile, 1, SLOTS, BLOCK_M), matrices1, vectors1, operands, e1, token, f0,
-                    width, scale, ACTIVATION, BLOCK_F,
+                    width, scale, ACTIVATION, BLOCK_F, WHOLE,
                 )
         flush(sums, own, slot0, e0, f, width, num_experts, scale, RANK)
         if SLOTS == 2:

@@ -2,7 +2,7 @@
 
 ``placed`` is a `launch_stream.Placed`: experts are scalars of a tile, slots go by rising expert. ``operands`` and
 ``strides`` are as in `tile`. ``added`` is a pair [N, the piece's columns], H M^T, or None; ``piece`` a
-`launch_stream.Piece`.
+`launch_stream.Piece`. ``WHOLE`` says that blocks of columns fill F.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton.language as tl
 
 from graphmoe_kernels.experts.triton import sizes
 from graphmoe_kernels.experts.triton.tile import (
+    columns_inside,
     expert_columns,
     expert_rows,
     keep_mask,
@@ -60,12 +61,14 @@ def slot_low_rows(operands, strides, token, live, e, num_experts, RANK: tl.const
 
 
 @triton.jit
-def load_base(operands, strides, added, stride_added, piece, token, live, f, width):
+def load_base(
+    operands, strides, added, stride_added, piece, token, live, f, width, WHOLE: tl.constexpr = False
+):
     """P_1 + H M^T, the pre-activations that all slots share, [BLOCK_M, columns] fp32 each."""
-    g, u = load_pair(operands.pre_activations, (strides.gate, strides.up), token, live, f, width)
+    g, u = load_pair(operands.pre_activations, (strides.gate, strides.up), token, live, f, width, WHOLE)
     if added is not None:
         left = piece.first_block * STREAM_BLOCK  # the first column that is there
-        inside = live[:, None] & (f < width)[None, :]
+        inside = live[:, None] & columns_inside(f, width, WHOLE)[None, :]
         at = token[:, None] * stride_added + (f - left)[None, :]
         g += tl.load(added.gate + at, mask=inside, other=0.0).to(tl.float32)
         u += tl.load(added.up + at, mask=inside, other=0.0).to(tl.float32)
@@ -73,27 +76,29 @@ def load_base(operands, strides, added, stride_added, piece, token, live, f, wid
 
 
 @triton.jit
-def expert_matrices(operands, e, f, width, RANK: tl.constexpr):
+def expert_matrices(operands, e, f, width, RANK: tl.constexpr, WHOLE: tl.constexpr):
     """Expert e's B^T of gate and up and its A_D, for columns f: [padded rank, columns] each."""
-    gate, up = expert_columns(operands.B.gate, e, f, width, RANK), expert_columns(operands.B.up, e, f, width, RANK)
-    return gate, up, expert_rows(operands.down_A, e, f, width, RANK)
+    gate = expert_columns(operands.B.gate, e, f, width, RANK, WHOLE)
+    up = expert_columns(operands.B.up, e, f, width, RANK, WHOLE)
+    return gate, up, expert_rows(operands.down_A, e, f, width, RANK, WHOLE)
 
 
 @triton.jit
-def load_vectors(pair, f, width):
+def load_vectors(pair, f, width, WHOLE: tl.constexpr):
     """Columns f of a pair of vectors, fp32."""
-    gate = tl.load(pair.gate + f, mask=f < width, other=0.0).to(tl.float32)
-    return gate, tl.load(pair.up + f, mask=f < width, other=0.0).to(tl.float32)
+    inside = columns_inside(f, width, WHOLE)
+    gate = tl.load(pair.gate + f, mask=inside, other=0.0).to(tl.float32)
+    return gate, tl.load(pair.up + f, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def expert_vectors(scales, e, f, width):
+def expert_vectors(scales, e, f, width, WHOLE: tl.constexpr = False):
     """Expert e's scale vectors of gate and up [columns] fp32; where there are none, what nobody reads."""
     gate, up = f, f
     if scales is not None:
-        at = e.to(tl.int64) * width + f
-        gate = tl.load(scales.gate + at, mask=f < width, other=0.0).to(tl.float32)
-        up = tl.load(scales.up + at, mask=f < width, other=0.0).to(tl.float32)
+        at, inside = e.to(tl.int64) * width + f, columns_inside(f, width, WHOLE)
+        gate = tl.load(scales.gate + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(scales.up + at, mask=inside, other=0.0).to(tl.float32)
     return gate, up
 
 
@@ -125,7 +130,7 @@ def low_rank_product(rows, matrix, BY_COLUMN: tl.constexpr):
 @triton.jit
 def slot_backward(
     g, u, d_hidden, rows, w, matrices, vectors, operands, e, token, f0, width, scale,
-    ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr, BY_COLUMN: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr, BY_COLUMN: tl.constexpr, WHOLE: tl.constexpr,
 ):
     """Recompute a slot in the columns from f0 on and differentiate it; nothing wide was saved.
 
@@ -140,7 +145,7 @@ def slot_backward(
     u_pre = u + scale * low_rank_product(rows[1], matrices[1], BY_COLUMN)
     g, u = scaled(g_pre, u_pre, vectors, operands.scales, BY_COLUMN)
     if operands.biases is not None:
-        gate, up = load_vectors(operands.biases, f, width)
+        gate, up = load_vectors(operands.biases, f, width, WHOLE)
         g += along_columns(gate, BY_COLUMN)
         u += along_columns(up, BY_COLUMN)
     active = activate(g, ACTIVATION)
@@ -153,7 +158,7 @@ def slot_backward(
             keep = tl.trans(keep)
         d_own = tl.where(keep, d_own * operands.dropout.kept, 0.0)
         read = tl.where(keep, own * operands.dropout.kept, 0.0)
-    d_own += d_hidden
+    d_own -= -d_hidden.to(tl.float32)  # as a sum it would be the product's accumulator, whose load is not pipelined
     of_weight = own * d_own
     d_own *= w[None, :] if BY_COLUMN else w[:, None]
     return d_own * u * differentiate(g, ACTIVATION), d_own * active, g_pre, u_pre, read, of_weight

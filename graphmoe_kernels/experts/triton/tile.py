@@ -84,9 +84,15 @@ def list_present(ids, present, num_experts, SLOTS: tl.constexpr, BLOCK_M: tl.con
 
 
 @triton.jit
-def load_pair(pair, row_strides, token, live, f, width):
+def columns_inside(f, width, WHOLE: tl.constexpr):
+    """Which columns f are there: all, where the caller knows that its block is ``WHOLE``, which leaves no mask."""
+    return f >= 0 if WHOLE else f < width
+
+
+@triton.jit
+def load_pair(pair, row_strides, token, live, f, width, WHOLE: tl.constexpr = False):
     """The same rows and columns of two tensors of activations, [BLOCK_M, columns] fp32 each."""
-    inside = live[:, None] & (f < width)[None, :]
+    inside = live[:, None] & columns_inside(f, width, WHOLE)[None, :]
     stride_gate, stride_up = row_strides
     g = tl.load(pair.gate + token[:, None] * stride_gate + f[None, :], mask=inside, other=0.0).to(tl.float32)
     u = tl.load(pair.up + token[:, None] * stride_up + f[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -153,18 +159,18 @@ def low_rows(operands, strides, token, hit, column, RANK: tl.constexpr):
 
 
 @triton.jit
-def expert_columns(B, e, f, width, RANK: tl.constexpr):
+def expert_columns(B, e, f, width, RANK: tl.constexpr, WHOLE: tl.constexpr = False):
     """B_e^T for columns f of B [n, F, r]: [padded rank, BLOCK_F]."""
     i = tl.arange(0, padded_rank(RANK))
-    inside = (i < RANK)[:, None] & (f < width)[None, :]
+    inside = (i < RANK)[:, None] & columns_inside(f, width, WHOLE)[None, :]
     return tl.load(B + e.to(tl.int64) * width * RANK + f[None, :] * RANK + i[:, None], mask=inside, other=0.0)
 
 
 @triton.jit
-def expert_rows(A, e, f, width, RANK: tl.constexpr):
+def expert_rows(A, e, f, width, RANK: tl.constexpr, WHOLE: tl.constexpr = False):
     """A_e for columns f of A [n, r, F]: [padded rank, BLOCK_F]."""
     i = tl.arange(0, padded_rank(RANK))
-    inside = (i < RANK)[:, None] & (f < width)[None, :]
+    inside = (i < RANK)[:, None] & columns_inside(f, width, WHOLE)[None, :]
     return tl.load(A + e.to(tl.int64) * RANK * width + i[:, None] * width + f[None, :], mask=inside, other=0.0)
 
 

@@ -11,6 +11,9 @@ import triton.language as tl
 
 from graphmoe_kernels.experts.triton.tile import expert_weights, next_expert, row_experts
 
+# Places of padding that are written at a time, for all tuples at once.
+PADDED = tl.constexpr(16)
+
 
 @triton.jit
 def tuple_keys(expert_ids, token, live, num_experts, SLOTS: tl.constexpr, KEYS: tl.constexpr):
@@ -102,11 +105,12 @@ def experts_place_tokens(
         tl.store(placed.ends + place // TILE, end // TILE, mask=live & (place % TILE == 0))
         place_slots(placed, expert_ids, routing_weights, token, place, live, num_experts, TILE, SLOTS)
     else:
-        at = (start + total)[:, None] + tl.arange(0, TILE)[None, :]
-        inside = at < (start + padded)[:, None]
-        tl.store(placed.tokens + at, tl.full([KEYS, TILE], -1, tl.int32), mask=inside)
-        for slot in tl.static_range(SLOTS):
-            tl.store(placed.weights + at * SLOTS + slot, tl.zeros([KEYS, TILE], tl.float32), mask=inside)
+        for i in range(0, TILE, PADDED):
+            at = (start + total + i)[:, None] + tl.arange(0, PADDED)[None, :]
+            inside = at < (start + padded)[:, None]
+            tl.store(placed.tokens + at, tl.full([KEYS, PADDED], -1, tl.int32), mask=inside)
+            for slot in tl.static_range(SLOTS):
+                tl.store(placed.weights + at * SLOTS + slot, tl.zeros([KEYS, PADDED], tl.float32), mask=inside)
         used = tl.sum(padded)
         tl.store(placed.used, used // TILE)
         for p0 in range(used, num_positions, BLOCK_M):
