@@ -43,8 +43,8 @@ MAX_STREAM_COLUMNS = 32
 # H M^T is made in one piece up to this size; beyond, in two, so that it takes no more memory than hidden.
 BUFFER_BYTES = 2**26
 # Tokens of a program, and blocks of them that are read at a time, of the kernels that put tokens together.
-PLACING = {"BLOCK_M": 64, "num_warps": 4}
-PLACED_BLOCKS = 32
+PLACING = {"BLOCK_M": 64, "num_warps": 8}
+PLACED_BLOCKS = 16
 # Rows of a program that sums the splits.
 SUMMING = {"BLOCK_M": SMALLEST_TILE, "num_warps": 4}
 
