@@ -5,11 +5,15 @@ Gradients, layouts and the order of programs are in `test_expert_stream_gradient
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
 from graphmoe_kernels.experts.triton import launch_stream as stream
+from graphmoe_kernels.experts.triton import placing
 from graphmoe_kernels.experts.triton.sizes import Sizes, sizes
+from graphmoe_kernels.launching import recorded
 from graphmoe_kernels.testing import relative_error, within_budget
 from tests.kernels.expert_operands import cast, operands, packed
 from tests.kernels.expert_operands import run as run_experts
@@ -22,12 +26,10 @@ Given = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def launched(monkeypatch) -> list[str]:
-    """The names of the kernels that a stream starts, as they come."""
-    found: list[str] = []
-    plain = stream.launch
-    monkeypatch.setattr(stream, "launch", lambda k, *a, **o: (found.append(k.__name__), plain(k, *a, **o)))
-    return found
+def launched() -> Iterator[Callable[[], list[str]]]:
+    """Gives the names of the kernels that were launched so far, as they came."""
+    with recorded() as launches:
+        yield lambda: [each.name for each in launches]
 
 
 STEPS = ["experts_count_tuples", "experts_place_tokens", "experts_stream", "experts_stream_sum"]
@@ -68,13 +70,13 @@ CASES = {
 def test_values_are_within_budget(case, launched):
     """Token counts, widths and ranks that fill no tile, and some that do; both numbers of slots."""
     assert_within_budget(operands(**case), torch.bfloat16)
-    assert launched == STEPS
+    assert launched() == STEPS
 
 
 def test_fp16(launched):
     """The other half precision."""
     assert_within_budget(operands(tokens=65, experts=2, inner=6), torch.float16)
-    assert launched == STEPS
+    assert launched() == STEPS
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -82,7 +84,7 @@ def test_dropout_draws_the_mask_of_the_other_backends(top_k, launched):
     """Two steps of a tile, so that both halves of its columns have the right numbers."""
     given = operands(tokens=65, experts=2, top_k=top_k, width=70, inner=6)
     assert_within_budget(given, torch.bfloat16, dropout=0.4, seed=torch.tensor([2**40 + 7]))
-    assert launched == STEPS
+    assert launched() == STEPS
 
 
 @pytest.mark.parametrize("chosen", [[0, 1], [3, 1]])
@@ -91,7 +93,7 @@ def test_all_tokens_to_one_tuple(chosen, launched):
     given = operands(tokens=97, experts=4, inner=6)
     given["expert_ids"] = torch.tensor(chosen).expand(97, 2)
     assert_within_budget(given, torch.bfloat16)
-    assert launched == STEPS
+    assert launched() == STEPS
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "sigmoid", "gelu_tanh"])
@@ -106,7 +108,7 @@ def test_two_pieces_of_h_m(monkeypatch, launched):
     c, z = run(given)
     monkeypatch.setattr(stream, "BUFFER_BYTES", 0)
     found = run(given)
-    assert launched == [*STEPS, *STEPS[:3], *STEPS[2:]]
+    assert launched() == [*STEPS, *STEPS[:3], *STEPS[2:]]
     assert torch.equal(found[0], c)
     torch.testing.assert_close(found[1], z, rtol=2e-2, atol=2e-2)
 
@@ -135,7 +137,7 @@ def test_tokens_are_placed_by_tuple_and_padded(tokens, top_k):
     given = cast(operands(tokens=tokens, experts=6, top_k=top_k, rank=1, width=4), torch.bfloat16)
     given["expert_ids"][5] = 9  # no expert
     here = packed({name: t.to(DEVICE) for name, t in given.items()})
-    placed = stream.place(here, sizes(here), 32)
+    placed = placing.place(here.expert_ids, here.routing_weights, sizes(here), 32)
     order = placed.tokens.cpu()
     keys = [tuple(sorted(row)) for row in given["expert_ids"].tolist()]
     seen: dict[tuple[int, ...], list[int]] = {}

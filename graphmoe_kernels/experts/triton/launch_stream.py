@@ -29,12 +29,14 @@ from graphmoe_kernels.experts.triton.gradients import (
     no_weight_sums,
 )
 from graphmoe_kernels.experts.triton.layout import RowStrides
+from graphmoe_kernels.experts.triton.placing import place, positions, tuples
 from graphmoe_kernels.experts.triton.plan import config, constants, target
 from graphmoe_kernels.experts.triton.sizes import STREAM_BLOCK, Sizes, cut, padded_rank, padded_slots, program_slots
-from graphmoe_kernels.launching import SKINNY_TOKENS, SMALLEST_TILE, Config, dtype_class, launch, power_of_two
+from graphmoe_kernels.launching import SKINNY_TOKENS, SMALLEST_TILE, Config, dtype_class, launch
 
-# A tuple of experts needs so many tokens on average. It is padded by half a tile of 32, so that there are no more rows
-# of padding than tokens. Measured on an H100 with 18 tokens per tuple and 75% padding: 2.3 times as fast as without.
+# A tuple of experts needs so many tokens on average. It is padded by half a tile, of 32 in the forward, so that there
+# are no more rows of padding than tokens (the backward's tiles are of 64; their padding reads and writes nothing wide).
+# Measured on an H100 with 18 tokens per tuple and 75% padding: the forward is 2.3 times as fast as without.
 TUPLE_TOKENS = 16
 # The kernels that put tokens together hold a count of every tuple in registers.
 MAX_TUPLES = 255
@@ -42,16 +44,8 @@ MAX_TUPLES = 255
 MAX_STREAM_COLUMNS = 32
 # H M^T is made in one piece up to this size; beyond, in two, so that it takes no more memory than hidden.
 BUFFER_BYTES = 2**26
-# Tokens of a program, and blocks of them that are read at a time, of the kernels that put tokens together.
-PLACING = {"BLOCK_M": 64, "num_warps": 8}
-PLACED_BLOCKS = 16
 # Rows of a program that sums the splits.
 SUMMING = {"BLOCK_M": SMALLEST_TILE, "num_warps": 4}
-
-
-def tuples(size: Sizes) -> int:
-    """How many different tuples of experts a token can have, of one expert or two."""
-    return math.comb(size.num_experts, size.slots)
 
 
 def suits(size: Sizes, dtype: torch.dtype) -> bool:
@@ -107,24 +101,6 @@ class Extras(NamedTuple):
     scales: bool
 
 
-class Placed(NamedTuple):
-    """Tokens by tuple of experts, each tuple's padded to whole tiles.
-
-    Attributes:
-        tokens: [positions] int32, -1 where there is none: as many as the most tiles that there can be.
-        experts: [tiles, k] int32, rising; n for ids that are no tuple.
-        weights: [positions, k] fp32, the routing weights in the experts' order; 0 of none.
-        ends: [tiles] int32, the tile after the last one of the same tuple.
-        used: [1] int32, how many tiles there are.
-    """
-
-    tokens: Tensor
-    experts: Tensor
-    weights: Tensor
-    ends: Tensor
-    used: Tensor
-
-
 class StreamSums(NamedTuple):
     """What the backward to tokens leaves to other kernels, by position, slots by rising expert.
 
@@ -149,7 +125,6 @@ def _kernels() -> SimpleNamespace:
         experts_stream_sum_tokens,
     )
     from graphmoe_kernels.experts.triton.stream_backward_weights import experts_stream_backward_weights
-    from graphmoe_kernels.experts.triton.tuples import experts_count_tuples, experts_place_tokens
 
     return SimpleNamespace(
         stream=experts_stream,
@@ -157,15 +132,7 @@ def _kernels() -> SimpleNamespace:
         backward_tokens=experts_stream_backward_tokens,
         summing_tokens=experts_stream_sum_tokens,
         backward_weights=experts_stream_backward_weights,
-        counting=experts_count_tuples,
-        placing=experts_place_tokens,
     )
-
-
-@per_device
-def positions(size: Sizes, block: int) -> int:
-    """Places of tokens: as many as the most tiles of ``block`` that they can need, whatever their experts."""
-    return (size.tokens + (tuples(size) + 1) * (block - 1)) // block * block
 
 
 @per_device
@@ -222,7 +189,11 @@ def forward(
     gate, kernels = operands.pre_activations.gate, _kernels()
     plan = plan_of("stream", operands, size, activation)
     block = plan.constants["BLOCK_M"]
-    placed, own, added = place(operands, size, block), streamed(operands), buffer(operands.update, size, plan)
+    placed, own, added = (
+        place(operands.expert_ids, operands.routing_weights, size, block),
+        streamed(operands),
+        buffer(operands.update, size, plan),
+    )
     num_positions = len(placed.tokens)
     hidden = gate.new_empty((size.tokens, size.width))
     low_down = gate.new_empty((size.tokens, size.num_experts * size.rank))
@@ -254,7 +225,11 @@ def backward(
     gate, kernels = operands.pre_activations.gate, _kernels()
     plan = plan_of("stream_backward_tokens", operands, size, activation)
     block = plan.constants["BLOCK_M"]
-    placed, own, added = place(operands, size, block), streamed(operands), buffer(operands.update, size, plan)
+    placed, own, added = (
+        place(operands.expert_ids, operands.routing_weights, size, block),
+        streamed(operands),
+        buffer(operands.update, size, plan),
+    )
     num_positions, n, width = len(placed.tokens), size.num_experts, plan.pieces[0].columns
     found = empty_token_gradients(gate, size)
     partial = _no_stream_sums(gate, size, plan.splits, num_positions)
@@ -291,28 +266,6 @@ def _no_stream_sums(gate: Tensor, size: Sizes, splits: int, num_positions: int) 
 def streamed(operands: ExpertOperands) -> ExpertOperands:
     """The operands that the kernels of a stream read themselves: H M^T is made by cuBLAS, and tokens are placed."""
     return operands._replace(update=None, token_order=None)
-
-
-def place(operands: ExpertOperands, size: Sizes, block: int) -> Placed:
-    """Put the tokens together by their experts, in tiles of ``block``."""
-    ids, kernels, device = operands.expert_ids, _kernels(), operands.expert_ids.device
-    num_positions, keys = positions(size, block), power_of_two(tuples(size) + 1)
-    blocks = math.ceil(size.tokens / PLACING["BLOCK_M"])
-    counts = ids.new_empty((blocks, keys), dtype=torch.int32)
-    placed = Placed(
-        ids.new_empty((num_positions,), dtype=torch.int32),
-        ids.new_empty((num_positions // block, size.slots), dtype=torch.int32),
-        ids.new_empty((num_positions, size.slots), dtype=torch.float32),
-        ids.new_empty((num_positions // block,), dtype=torch.int32),
-        ids.new_empty((1,), dtype=torch.int32),
-    )
-    fixed = {"SLOTS": size.slots, "KEYS": keys, **PLACING}
-    launch(kernels.counting, (blocks,), ids, counts, size.tokens, size.num_experts, device=device, **fixed)
-    launch(
-        kernels.placing, (blocks + 1,), ids, operands.routing_weights, counts, placed, size.tokens, num_positions,
-        size.num_experts, device=device, BLOCK_B=PLACED_BLOCKS, TILE=block, **fixed,
-    )  # fmt: skip
-    return placed
 
 
 def buffer(update: LowRankUpdate | None, size: Sizes, plan: StreamPlan) -> GateUp | None:

@@ -1,6 +1,6 @@
 """What the kernels of a stream share: a tile of tokens that have all their experts in common, by columns of F.
 
-``placed`` is a `launch_stream.Placed`: experts are scalars of a tile, slots go by rising expert. ``operands`` and
+``placed`` is a `placing.Placed`: experts are scalars of a tile, slots go by rising expert. ``operands`` and
 ``strides`` are as in `tile`. ``added`` is a pair [N, the piece's columns], H M^T, or None; ``piece`` a
 `launch_stream.Piece`. ``WHOLE`` says that blocks of columns fill F.
 """

@@ -82,7 +82,7 @@ def experts_place_tokens(
     expert_ids, routing_weights, counts, placed, num_tokens, num_positions, num_experts,
     SLOTS: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, TILE: tl.constexpr,
 ):
-    """Fill a `launch_stream.Placed`: tokens by tuple, each tuple's followed by -1 up to whole tiles of ``TILE``.
+    """Fill a `placing.Placed`: tokens by tuple, each tuple's followed by -1 up to whole tiles of ``TILE``.
 
     Programs 0..blocks-1 place their tokens, the one after them writes -1, and weights of 0, everywhere else. A tuple's
     tokens keep their order, so the result is the same in every run.
