@@ -260,7 +260,8 @@ def _no_stream_sums(gate: Tensor, size: Sizes, splits: int, num_positions: int) 
     """Uninitialised, on the device of ``gate``."""
     shapes = [(splits, num_positions, c) for c in (size.columns, size.columns, padded_slots(size.slots))]
     rows = gate.new_empty((num_positions, size.slots, 3, padded_rank(size.rank)))
-    return StreamSums(*(gate.new_empty(shape, dtype=torch.float32) for shape in shapes), rows)
+    of_gate, of_up, of_weights = (gate.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return StreamSums(of_gate, of_up, of_weights, rows)
 
 
 def streamed(operands: ExpertOperands) -> ExpertOperands:
