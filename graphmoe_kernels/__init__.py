@@ -33,7 +33,7 @@ from graphmoe_kernels.rethinking.weights import (
     RethinkingSpec,
     RouterSettings,
 )
-from graphmoe_kernels.routing import Routing, expert_order, route_tokens, topk_softmax_routing
+from graphmoe_kernels.routing import Routing, route_tokens, topk_softmax_routing
 from graphmoe_kernels.validation import FLOAT_DTYPES, shown
 
 __all__ = [
@@ -70,7 +70,6 @@ __all__ = [
     "SingleExpert",
     "build_fold",
     "check_backend",
-    "expert_order",
     "expert_swiglu",
     "fold_break_even",
     "fold_sources",

@@ -26,8 +26,7 @@ def expert_swiglu(
     Args:
         operands: see `ExpertOperands`. As to expert ids: ``"torch"``, which counts them on the host, refuses those that
             are none and those that stand twice in a row, and so does ``"reference"`` on the CPU. Triton does not read
-            them back from the GPU: there such an id makes its token NaN. A token_order that is no permutation leaves
-            tokens undefined.
+            them back from the GPU: there such an id makes its token NaN.
         scale: s = alpha / r.
         activation: a name of `graphmoe_kernels.ACTIVATIONS`.
         backend: see `graphmoe_kernels.backend`. Triton takes F * G and F * r below 2^31, and k times r (rounded up to a

@@ -63,8 +63,6 @@ def check_operands(operands: ExpertOperands) -> None:
             raise ValueError(f"biases.{field} is a constant of this operator and gets no gradient; pass it detached")
     if operands.dropout is not None:
         _check_dropout(operands.dropout, gate)
-    if operands.token_order is not None:
-        _check_order(operands.token_order, gate)
 
 
 def check_shared(pre_activations: GateUp, update: LowRankUpdate | None) -> None:
@@ -100,16 +98,4 @@ def _check_dropout(dropout: Dropout, gate: Tensor) -> None:
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(
             f"dropout.seed must be one int64, as of torch.randint(2**62, (1,)), got {seed.dtype} {list(seed.shape)}"
-        )
-
-
-def _check_order(order: Tensor, gate: Tensor) -> None:
-    """A wrong order would be read past its end."""
-    tokens = gate.shape[0]
-    check_tensor("token_order", order)
-    check_device("token_order", order, _MAIN, gate)
-    if order.dtype != torch.int32 or order.shape != (tokens,) or not order.is_contiguous():
-        raise ValueError(
-            f"token_order must be int32 [{tokens}] and contiguous, a permutation of the tokens (expert_order makes "
-            f"one), got {order.dtype} {list(order.shape)}"
         )

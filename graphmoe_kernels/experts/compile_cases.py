@@ -16,8 +16,6 @@ WIDTH = 14336
 UNALIGNED_WIDTH = 712  # F that is no multiple of 16, so that rows are not aligned
 EXPERTS = 8
 GRU_WIDTH = 416
-# Kernels whose tiles are for a warp group; those of a stream are of a warp each.
-MATRIX = ("experts_forward", "experts_backward_tokens", "experts_backward_weights")
 
 
 class Layer(NamedTuple):
@@ -28,7 +26,6 @@ class Layer(NamedTuple):
     dropout: bool = False
     scales: bool = False
     biases: bool = False
-    order: bool = True
     slots: int = 2
     rank: int = 16
     experts: int = EXPERTS
@@ -48,29 +45,29 @@ LAYERS = {
         Layer("64 experts", experts=64),
     ),
     "skinny": (
-        FIRST._replace(order=False),
-        LATER._replace(order=False),
-        Layer("later round, F not divisible by 16", width=UNALIGNED_WIDTH, order=False),
+        FIRST,
+        LATER,
+        Layer("later round, F not divisible by 16", width=UNALIGNED_WIDTH),
     ),
 }
-WIDE_RANK = (Layer("rank 80, LoRA", slots=1, rank=80, order=False, experts=1), Layer("k = 8", slots=8))
+WIDE_RANK = (Layer("rank 80, LoRA", slots=1, rank=80, experts=1), Layer("k = 8", slots=8))
 
 
 def variants() -> Iterator[Variant]:
     """Every kernel, size class and dtype, forward and backward."""
     for size, tokens in SIZES.items():
         for dtype in DTYPES:
-            matrix = MATRIX if size == "wide" and dtype != "fp32" else ()
             for layer in LAYERS[size][:2] if dtype == "fp16" else (*LAYERS[size], *WIDE_RANK):
-                yield Variant(f"{size} {dtype}, {layer.name}", partial(_experts, tokens, DTYPES[dtype], layer), matrix)
+                yield Variant(f"{size} {dtype}, {layer.name}", partial(_experts, tokens, DTYPES[dtype], layer))
             for later in (False, True):
                 name = f"{size} {dtype}, mixed experts, {'an update' if later else 'no update'}"
                 yield Variant(name, partial(_shared, tokens, DTYPES[dtype], later))
-    yield Variant("wide bf16, 21 experts: 256 keys", partial(_experts, 8192, torch.bfloat16, Layer("", experts=22)))
-    # Few tokens for their tuples run as tiles of any mixture of experts, in half precision too.
+    # Few tokens for their pairs, and many experts: a slot of a token is a row.
+    rows = (*LAYERS["wide"], *(Layer(f"n = {n}, k = {k}", experts=n, slots=k) for n, k in ((16, 4), (256, 8), (23, 2))))
     for dtype in ("bf16", "fp16"):
-        for layer in LAYERS["wide"] if dtype == "bf16" else (LATER,):
-            yield Variant(f"tiles {dtype}, {layer.name}", partial(_experts, 256, DTYPES[dtype], layer), MATRIX)
+        for layer in rows if dtype == "bf16" else (LATER,):
+            yield Variant(f"rows {dtype}, {layer.name}", partial(_experts, 256, DTYPES[dtype], layer))
+    yield Variant("wide bf16, 22 experts: 256 pairs", partial(_experts, 8192, torch.bfloat16, Layer("", experts=22)))
 
 
 def _update(tokens: int, width: int, dtype: torch.dtype) -> LowRankUpdate:
@@ -102,7 +99,6 @@ def _experts(tokens: int, dtype: torch.dtype, layer: Layer) -> None:
         scales=GateUp(scale, scale) if layer.scales else None,
         biases=GateUp(bias, bias) if layer.biases else None,
         dropout=Dropout(0.1, empty(1, dtype=torch.int64)) if layer.dropout else None,
-        token_order=empty(tokens, dtype=torch.int32) if layer.order else None,
     )
     launch.forward(operands, 2.0, "silu")
     launch.backward(wide, own(tokens, n * r), operands, 2.0, "silu", frozenset(FLOATING))

@@ -32,7 +32,7 @@ def flatten(operands: ExpertOperands) -> tuple[Any, ...]:
 def unflatten(flat: Sequence[Any]) -> ExpertOperands:
     """The inverse of `flatten`."""
     gate, up, low, gate_B, up_B, down_A, weights, low_update, state, fold_gate, fold_up, *rest = flat
-    gate_scale, up_scale, expert_ids, gate_bias, up_bias, seed, token_order, rate = rest
+    gate_scale, up_scale, expert_ids, gate_bias, up_bias, seed, rate = rest
     return ExpertOperands(
         GateUp(gate, up),
         low,
@@ -45,7 +45,6 @@ def unflatten(flat: Sequence[Any]) -> ExpertOperands:
         scales=None if gate_scale is None else GateUp(gate_scale, up_scale),
         biases=None if gate_bias is None else GateUp(gate_bias, up_bias),
         dropout=None if seed is None else Dropout(rate, seed),
-        token_order=token_order,
     )
 
 
@@ -173,7 +172,7 @@ expert_swiglu_op = _register(
     _experts_fake,
     ("hidden", "low_down"),
     FLOATING,
-    "Tensor expert_ids, Tensor? gate_bias, Tensor? up_bias, Tensor? seed, Tensor? token_order, float dropout, "
+    "Tensor expert_ids, Tensor? gate_bias, Tensor? up_bias, Tensor? seed, float dropout, "
     "float scale, str activation, str backend",
 )
 swiglu_op = _register(

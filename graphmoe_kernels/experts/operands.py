@@ -56,8 +56,6 @@ class ExpertOperands(NamedTuple):
         scales: [n, F] each, the experts' scale vectors m (DoRA's magnitude over norm), in any float dtype.
         biases: [F] each, constants that no scale vector multiplies.
         dropout: on the input of ``down_A``.
-        token_order: [N] int32, a permutation of the tokens in which neighbours share experts (`expert_order`). It
-            changes the Triton kernels' speed and nothing else.
     """
 
     pre_activations: GateUp
@@ -71,7 +69,6 @@ class ExpertOperands(NamedTuple):
     scales: GateUp | None = None
     biases: GateUp | None = None
     dropout: Dropout | None = None
-    token_order: Tensor | None = None
 
     def cast(self) -> ExpertOperands:
         """The same with all in the dtype of the pre-activations that is computed in it.
@@ -103,9 +100,9 @@ class ExpertOperands(NamedTuple):
         )
 
     def constants(self) -> tuple[Tensor | None, ...]:
-        """The tensors that get none: expert_ids, both biases, the dropout's seed and token_order."""
+        """The tensors that get none: expert_ids, both biases and the dropout's seed."""
         seed = None if self.dropout is None else self.dropout.seed
-        return self.expert_ids, *(self.biases or (None, None)), seed, self.token_order
+        return self.expert_ids, *(self.biases or (None, None)), seed
 
 
 # The names of gradients, and of the registered operator's tensors.

@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp
-from graphmoe_kernels.experts.triton import launch_stream
 from graphmoe_kernels.experts.triton.sizes import Sizes, check_sizes
-from graphmoe_kernels.launching import SKINNY_TOKENS
 from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking.call import Call
 from graphmoe_kernels.rethinking.down import PlainDown, RoundOutput, ScaledDown
@@ -23,7 +21,6 @@ from graphmoe_kernels.rethinking.kinds import CastExperts, RoundInputs
 from graphmoe_kernels.rethinking.lora import cast_down, dora_scales, input_biases, join_low_A, router_product, without
 from graphmoe_kernels.rethinking.weights import BaseMLP, ExpertWeights
 from graphmoe_kernels.routing.api import check_routed
-from graphmoe_kernels.routing.run import run_expert_order
 from graphmoe_kernels.structures import cast
 
 
@@ -227,23 +224,5 @@ def _run(
                 scales,
                 biases,
                 call.draw_dropout(inputs.low.device),
-                _token_order(routing, inputs.low, experts.down_A, call),
             )
         )
-
-
-def _token_order(routing: ChosenRouting, low: Tensor, down_A: Tensor, call: Call) -> Tensor | None:
-    """Order the tokens for the Triton kernels, or not (None) where that gains nothing: for a single expert, for few
-    tokens, and where the round runs as a stream, which places them itself.
-
-    Every round has its own, as rethinking sends tokens to other experts: in the order of another round a tile holds
-    more experts, and the kernel's time follows their number. It never changes a result.
-    """
-    tokens, slots = routing.expert_ids.shape
-    if call.backend != "triton" or not routing.logits or tokens <= SKINNY_TOKENS:
-        return None
-    n, r, width = down_A.shape
-    if launch_stream.suits(Sizes(tokens, width, n, r, slots), low.dtype):
-        return None
-    with named_range("routing"):
-        return run_expert_order(routing.expert_ids)

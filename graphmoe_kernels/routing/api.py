@@ -1,4 +1,4 @@
-"""`topk_softmax_routing`, `route_tokens` and `expert_order`: what they promise, and what they refuse."""
+"""`topk_softmax_routing` and `route_tokens`: what they promise, and what they refuse."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from graphmoe_kernels.backend import resolve_backend, without_autocast
 from graphmoe_kernels.routing import reference
 from graphmoe_kernels.routing.op import topk_softmax_op
 from graphmoe_kernels.routing.operands import Routing
-from graphmoe_kernels.routing.run import run_expert_order, run_routing
+from graphmoe_kernels.routing.run import run_routing
 from graphmoe_kernels.routing.triton.launch import MAX_EXPERTS
 from graphmoe_kernels.validation import (
     INTEGER_DTYPES,
@@ -105,31 +105,6 @@ def route_tokens(
     with without_autocast(x):
         routing = run_routing(x, router, top_k, offset=offset, normalize=normalize, backend=backend)
         return _counted(routing, statistics, token_mask)
-
-
-def expert_order(experts: Tensor) -> Tensor:
-    """Return the order that brings tokens with the same experts together: int32 [N], a permutation of 0..N-1.
-
-    Sorts each window of 16,384 tokens, stably, by their two smallest experts (for k = 1 by the one), so that
-    ``experts[order]`` has runs of equal experts. Deterministic; without gradient. Triton only: the other backends
-    work on no tiles of tokens.
-
-    Args:
-        experts: [N, k], int64, int32, int16 or uint8; values in 0..255. A GPU does not read them back: with other
-            values there the order is no permutation.
-
-    Raises:
-        TypeError: ``experts`` is no dense tensor of an integer dtype.
-        ValueError: not of two dimensions, Triton cannot run where it is, or on the CPU (in Triton's interpreter) a
-            value outside of 0..255.
-    """
-    check_tensor("experts", experts)
-    if experts.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise TypeError(f"experts must be int64, int32, int16 or uint8, got {experts.dtype}")
-    if experts.dim() != 2 or experts.shape[1] == 0:
-        raise ValueError(f"experts must be [tokens, top_k], got {list(experts.shape)}")
-    resolve_backend("triton", "experts", experts.new_empty(0, dtype=torch.float32))  # asks where, not in which dtype
-    return run_expert_order(experts)
 
 
 def check_routed(num_experts: int) -> None:

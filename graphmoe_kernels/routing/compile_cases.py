@@ -30,9 +30,6 @@ def variants() -> Iterator[Variant]:
             yield _given_logits(size, tokens, n, k)
             yield _backward(size, tokens, n, k, normalize=n == 8)
         yield _backward(size, tokens, 8, 2, normalize=True, logits=False)
-        for k in (1, 2, 8):
-            ids = empty(tokens, k, dtype=torch.int32)
-            yield Variant(f"{size} k={k}", partial(launch.token_order, ids))
     odd = empty(SKINNY_TOKENS, 37, dtype=torch.bfloat16), empty(8, 37)
     yield Variant("skinny bf16, rows that are not aligned", partial(launch.route, *odd, None, 2, True))
 

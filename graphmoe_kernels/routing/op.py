@@ -48,17 +48,6 @@ def _(d_routing_weights, d_logits, logits, expert_ids, normalize):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("graphmoe::expert_order", mutates_args=())
-def expert_order_op(expert_ids: Tensor) -> Tensor:
-    """Return the order of tokens, int32 [N]: see `graphmoe_kernels.expert_order`."""
-    return launch.token_order(expert_ids)
-
-
-@expert_order_op.register_fake
-def _(expert_ids):
-    return expert_ids.new_empty(expert_ids.shape[0], dtype=torch.int32)
-
-
 def _save_route(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, router, offset, _, ctx.normalize = inputs
     logits, _, expert_ids = output

@@ -7,7 +7,7 @@ from torch import Tensor
 from graphmoe_kernels.exact_linear import exact_linear
 from graphmoe_kernels.registration import seen_from_outside
 from graphmoe_kernels.routing import reference
-from graphmoe_kernels.routing.op import expert_order_op, route_op
+from graphmoe_kernels.routing.op import route_op
 from graphmoe_kernels.routing.operands import Routing
 from graphmoe_kernels.routing.triton import launch
 
@@ -34,8 +34,3 @@ def run_routing(
     route = route_op if seen else launch.route
     logits, routing_weights, expert_ids = route(x, router, offset, top_k, normalize)
     return Routing(routing_weights, expert_ids, logits)
-
-
-def run_expert_order(expert_ids: Tensor) -> Tensor:
-    """Return `graphmoe_kernels.expert_order` of ids [N, k] that are known to be right, on Triton."""
-    return expert_order_op(expert_ids) if seen_from_outside(expert_ids) else launch.token_order(expert_ids)

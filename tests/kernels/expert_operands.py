@@ -83,7 +83,6 @@ def packed(given: dict[str, Any]) -> ExpertOperands:
         scales=group(GateUp, *SCALES),
         biases=group(GateUp, *BIASES),
         dropout=Dropout(given["dropout"], given.get("seed")) if given.get("dropout") else None,
-        token_order=given.get("token_order"),
     )
 
 

@@ -211,10 +211,3 @@ def run_rethink(**given: Any) -> Any:
     spec = RethinkingSpec(**{name: given[name] for name in RethinkingSpec._fields})
     options = {name: given[name] for name in ("fold", "backend")}
     return rethink(given["x"], layer_of(given), spec, **options)
-
-
-order_arguments = st.integers(1, 3).flatmap(
-    lambda k: st.lists(st.lists(st.integers(0, 255), min_size=k, max_size=k), min_size=1, max_size=9).map(
-        lambda rows: {"experts": torch.tensor(rows, dtype=torch.int64)}
-    )
-)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from graphmoe_kernels import (
     RethinkingSpec,
-    expert_order,
     gru_step,
     rethink_reference,
     route_tokens,
@@ -25,7 +24,6 @@ from tests.kernels.operator_arguments import (
     gru_arguments,
     layer_of,
     logits_arguments,
-    order_arguments,
     rethinking_arguments,
     routing_arguments,
     run_experts,
@@ -127,12 +125,6 @@ def check_rethinking(given: dict[str, Any], found: Any) -> None:
         assert_near(found.y, exact, torch.float64)
 
 
-def check_order(given: dict[str, Any], found: Tensor) -> None:
-    rows = [sorted(row) for row in given["experts"].tolist()]
-    keys = [(row[0], row[1] if len(row) > 1 else 0, place) for place, row in enumerate(rows)]
-    assert found.tolist() == [place for _, _, place in sorted(keys)]
-
-
 OPERATORS = {
     "topk_softmax_routing": Operator(topk_softmax_routing, logits_arguments(), check_routing),
     "route_tokens": Operator(route_tokens, routing_arguments(), check_routing),
@@ -140,7 +132,6 @@ OPERATORS = {
     "swiglu": Operator(run_shared, shared_arguments(), check_shared),
     "gru_step": Operator(gru_step, gru_arguments(), check_gru),
     "rethink": Operator(run_rethink, rethinking_arguments(), check_rethinking),
-    "expert_order": Operator(expert_order, order_arguments, check_order),
 }
 
 # --- spoilt arguments ------------------------------------------------------------------------------------------------

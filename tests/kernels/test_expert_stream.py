@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from graphmoe_kernels.experts.triton import launch_stream as stream
-from graphmoe_kernels.experts.triton import placing
-from graphmoe_kernels.experts.triton.sizes import Sizes, sizes
+from graphmoe_kernels.experts.triton import placing, stream_plan
+from graphmoe_kernels.experts.triton.sizes import Sizes, Tiling, sizes, tiling
 from graphmoe_kernels.launching import recorded
 from graphmoe_kernels.testing import relative_error, within_budget
 from tests.kernels.expert_operands import cast, operands, packed
@@ -32,7 +31,7 @@ def launched() -> Iterator[Callable[[], list[str]]]:
         yield lambda: [each.name for each in launches]
 
 
-STEPS = ["experts_count_tuples", "experts_place_tokens", "experts_stream", "experts_stream_sum"]
+STEPS = ["experts_count_tuples", "experts_place_rows", "experts_stream", "experts_stream_sum"]
 
 
 @torch.no_grad()
@@ -52,6 +51,27 @@ def assert_within_budget(given: Given, dtype: torch.dtype, **settings: object) -
         assert within_budget(error, theirs, dtype), f"{name}: {error:.2e}, reference {theirs:.2e}"
 
 
+# A slot of a token is a row: few tokens for their pairs, more than two slots, a high rank.
+SLOTS = {
+    "k = 2, n = 8": {"tokens": 66, "experts": 8, "rank": 2, "width": 40, "inner": 6},
+    "k = 2, n = 16": {"tokens": 66, "experts": 16, "rank": 2, "width": 40},
+    "k = 2, n = 64, fewer rows than experts' tiles": {"tokens": 70, "experts": 64, "rank": 1, "width": 40},
+    "k = 4, n = 64": {"tokens": 66, "experts": 64, "top_k": 4, "rank": 2, "width": 20, "inner": 6},
+    "k = 8, n = 8": {"tokens": 65, "experts": 8, "top_k": 8, "rank": 1, "width": 20},
+    "k = 8, n = 256": {"tokens": 65, "experts": 256, "top_k": 8, "rank": 1, "width": 20},
+    "k = 3, scale vectors and biases": {
+        "tokens": 65,
+        "experts": 5,
+        "top_k": 3,
+        "scales": True,
+        "biases": True,
+        "inner": 6,
+        "width": 72,
+    },
+    "k = 2, rank 20": {"tokens": 65, "experts": 3, "rank": 20, "width": 70, "inner": 6},
+    "k = 1, rank 68": {"tokens": 65, "experts": 2, "top_k": 1, "rank": 68, "width": 40},
+    "rank 0": {"tokens": 65, "experts": 2, "rank": 0, "inner": 20, "width": 40},
+}
 CASES = {
     "first round": {"tokens": 66, "experts": 3},
     "later round": {"tokens": 66, "experts": 3, "inner": 20, "width": 40},
@@ -63,6 +83,7 @@ CASES = {
     "scale vectors": {"tokens": 65, "experts": 2, "scales": True, "inner": 6, "width": 72},
     "scale vectors and biases": {"tokens": 65, "experts": 2, "scales": True, "biases": True},
     "biases, k = 1": {"tokens": 65, "experts": 2, "top_k": 1, "biases": True, "inner": 6},
+    **SLOTS,
 }
 
 
@@ -106,7 +127,7 @@ def test_two_pieces_of_h_m(monkeypatch, launched):
     """Where H M^T would be larger than c it is made for half of the columns at a time: c is the same bit for bit."""
     given = cast(operands(tokens=65, experts=2, width=200, inner=6), torch.bfloat16)
     c, z = run(given)
-    monkeypatch.setattr(stream, "BUFFER_BYTES", 0)
+    monkeypatch.setattr(stream_plan, "BUFFER_BYTES", 0)
     found = run(given)
     assert launched() == [*STEPS, *STEPS[:3], *STEPS[2:]]
     assert torch.equal(found[0], c)
@@ -130,50 +151,63 @@ def test_an_id_that_is_no_expert_makes_its_token_nan(wrong, top_k):
         assert torch.equal(a[others], b[others])
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
+PLACES = {
+    "k = 1": (6, 1, Tiling(1, 1, 6)),
+    "pairs": (6, 2, Tiling(2, 1, 15)),
+    "slots, k = 2": (6, 2, Tiling(1, 2, 6)),
+    "slots, k = 4, more experts than rows of a block": (300, 4, Tiling(1, 4, 300)),
+}
+
+
+@pytest.mark.parametrize("experts, top_k, own", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("tokens", [66, 700])
-def test_tokens_are_placed_by_tuple_and_padded(tokens, top_k):
-    """Every token once, in its own order within its tuple; every tile of one tuple, its first row a token's."""
-    given = cast(operands(tokens=tokens, experts=6, top_k=top_k, rank=1, width=4), torch.bfloat16)
-    given["expert_ids"][5] = 9  # no expert
+def test_rows_are_placed_by_tuple_and_padded(tokens, experts, top_k, own, monkeypatch):
+    """Every row once, in its own order within its tuple; every tile of one tuple, its first row there."""
+    monkeypatch.setattr(placing, "MAX_BLOCKS", 4)  # so that programs have several chunks
+    given = cast(operands(tokens=tokens, experts=experts, top_k=top_k, rank=1, width=4), torch.bfloat16)
+    given["expert_ids"][5] = experts + 3  # no expert
     here = packed({name: t.to(DEVICE) for name, t in given.items()})
-    placed = placing.place(here.expert_ids, here.routing_weights, sizes(here), 32)
-    order = placed.tokens.cpu()
-    keys = [tuple(sorted(row)) for row in given["expert_ids"].tolist()]
+    placed = placing.place(here.expert_ids, here.routing_weights, sizes(here), own, 32)
+    keys = [tuple(sorted(row)) for row in given["expert_ids"].view(-1, own.experts).tolist()]
     seen: dict[tuple[int, ...], list[int]] = {}
-    used = True
-    for rows in order.view(-1, 32).tolist():
-        live = [token for token in rows if token >= 0]
+    used = 0
+    tiles = placed.rows.cpu().view(-1, 32).tolist()
+    for tile, rows in enumerate(tiles):
+        live = [row for row in rows if row >= 0]
         assert rows == live + [-1] * (32 - len(live))
-        assert used or not live, "a spare tile before one that is used"
-        used = bool(live)
         if live:
-            (key,) = {keys[token] for token in live}
+            assert used == tile, "a spare tile before one that is used"
+            used = tile + 1
+            (key,) = {keys[row] for row in live}
+            expected = list(key) if key[0] < experts else [experts] * own.experts
+            assert placed.experts[tile].tolist() == expected
             before = seen.setdefault(key, [])
             assert len(before) % 32 == 0, "a tuple's second tile after one that is not full"
             before += live
-    assert all(tokens == sorted(tokens) for tokens in seen.values())
-    assert sorted(token for tokens in seen.values() for token in tokens) == list(range(tokens))
+            assert placed.places[torch.tensor(live)].tolist() == [tile * 32 + i for i in range(len(live))]
+    assert int(placed.used) == used
+    assert all(rows == sorted(rows) for rows in seen.values())
+    assert sorted(row for rows in seen.values() for row in rows) == list(range(tokens * own.rows))
+    last = {key: max(i for i, rows in enumerate(tiles) if keys[rows[0]] == key and rows[0] >= 0) for key in seen}
+    assert placed.ends[:used].tolist() == [last[keys[rows[0]]] + 1 for rows in tiles[:used]]
 
 
 @pytest.mark.parametrize(
-    "change, expected",
+    "change, experts",
     [
-        ({}, True),
-        ({"tokens": 448}, False),  # 28 pairs
-        ({"tokens": 64, "num_experts": 1, "slots": 1}, False),
-        ({"tokens": 65, "num_experts": 1, "slots": 1}, True),
-        ({"tokens": 10**6, "num_experts": 64}, False),
-        ({"num_experts": 64, "slots": 1}, True),
-        ({"slots": 3}, False),
-        ({"rank": 0, "num_experts": 1, "slots": 1}, False),
-        ({"rank": 17}, False),
-        ({"rank": 32, "slots": 1}, True),
-        ({"rank": 33, "slots": 1}, False),
+        ({}, 2),
+        ({"tokens": 448}, 1),  # 28 pairs
+        ({"tokens": 449}, 2),
+        ({"tokens": 65, "num_experts": 2}, 2),
+        ({"tokens": 10**6, "num_experts": 64}, 1),
+        ({"rank": 17}, 1),
+        ({"slots": 1}, 1),
+        ({"slots": 4}, 1),
     ],
 )
-def test_what_runs_as_a_stream(change, expected):
-    """Llama-3-8B at 8192 tokens does; few tokens for the tuples, many experts, slots or ranks keep the other kernel."""
+def test_a_pair_of_experts_shares_a_tile_where_that_pays(change, experts):
+    """Llama-3-8B's at 8192 tokens do; with few tokens for the pairs, many experts or high ranks a slot is a row."""
     size = Sizes(8192, 14336, 8, 16, 2)._replace(**change)
-    assert stream.suits(size, torch.bfloat16) is expected
-    assert not stream.suits(size, torch.float32)
+    found = tiling(size)
+    assert found.experts == experts
+    assert found.rows == size.slots // experts

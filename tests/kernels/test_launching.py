@@ -20,7 +20,7 @@ pytestmark = [
 
 CPU = torch.device("cpu")
 # Kernels that read no tensor of the activations' dtype.
-OF_FP32 = ("routing_topk", "routing_backward", "routing_order")
+OF_FP32 = ("routing_topk", "routing_backward")
 
 
 def run_without_interpreter(code: str, **environment: str) -> str:
@@ -50,7 +50,6 @@ def run(tokens):
     logits, weights, ids = routing.route(empty(tokens, 64), empty(8, 64), None, 2, True)
     routing.topk_softmax(logits, 2, True)
     routing.backward(weights, None, logits, ids, True)
-    routing.token_order(ids)
     inputs, state = empty(tokens, 96), (empty(tokens, 64), empty(tokens, 32), empty(tokens, 32))
     out, candidate = gru.step(inputs, *state, empty(32, 32), empty(32), "tanh", True)
     gru.step_backward(out, inputs, *state[:2], candidate, empty(32, 32), empty(32), "tanh", True, True)
@@ -75,9 +74,9 @@ for call, counts in ((run, (1, 16, 17)), (run_experts, (1, 16, 17)), (run_expert
 """)
     shared = {"swiglu_forward", "swiglu_backward", "True"}
     tiles = {"experts_forward", "experts_backward_tokens", "experts_backward_weights"}
-    stream = {"experts_count_tuples", "experts_place_tokens", "experts_stream", "experts_stream_sum"}
+    stream = {"experts_count_tuples", "experts_place_rows", "experts_stream", "experts_stream_sum"}
     stream |= {f"experts_stream_{name}" for name in ("backward_tokens", "backward_weights", "sum_tokens")}
-    of_layer = {"routing_forward", "routing_topk", "routing_backward", "routing_order", "gru_forward", "gru_backward"}
+    of_layer = {"routing_forward", "routing_topk", "routing_backward", "gru_forward", "gru_backward"}
     found = [set(line.split()) for line in printed.splitlines()]
     assert found == [of_layer | {"True"}, shared | tiles, shared | stream]
 

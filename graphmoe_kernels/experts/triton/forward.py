@@ -35,7 +35,7 @@ def experts_forward(
     """
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     COLUMNS: tl.constexpr = compact_columns(SLOTS, RANK)
-    token, live = tile_rows(operands.token_order, tile, num_tokens, BLOCK_M)
+    token, live = tile_rows(tile, num_tokens, BLOCK_M)
     ids = row_experts(operands.expert_ids, token, live, num_experts, SLOTS)
     summed = tl.where(splits > 1, splits, 0).to(tl.int64) * num_tokens * COLUMNS
     present = (scratch + summed).to(tl.pointer_type(tl.int32), bitcast=True)

@@ -1,8 +1,11 @@
-"""The expert round of many tokens, forward and backward: plain steps over tiles of tokens that share all experts.
+"""The expert round of many tokens, and every backward: plain steps over tiles of rows that share their experts.
 
 H M^T by cuBLAS into a buffer, kernels that stream over it and P_1, and a small sum over the splits of F. Two small
-kernels before them put tokens with the same experts together and pad each tuple of experts to whole tiles. Grids follow
+kernels before them put rows with the same experts together and pad each tuple of experts to whole tiles. Grids follow
 from the most tiles that there can be, so the host waits for nothing.
+
+A row is a token with its one or two experts where there are few tuples of them, else a slot of a token (`tiling`): its
+hidden, and in backward the gradients of its pre-activations, go to a buffer and are summed over a token's slots.
 
 Backward makes H M^T again, and runs two kernels: gradients of tokens are sums over F, those of experts sums over
 tokens. One kernel for both would write and read what each stripe of columns adds to the gradients of the low-rank
@@ -15,12 +18,11 @@ from __future__ import annotations
 import functools
 import math
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.backend import interpreting, per_device
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.triton.gradients import (
     OF_EXPERTS,
@@ -29,85 +31,23 @@ from graphmoe_kernels.experts.triton.gradients import (
     no_weight_sums,
 )
 from graphmoe_kernels.experts.triton.layout import RowStrides
-from graphmoe_kernels.experts.triton.placing import place, positions, tuples
-from graphmoe_kernels.experts.triton.plan import config, constants, target
-from graphmoe_kernels.experts.triton.sizes import STREAM_BLOCK, Sizes, cut, padded_rank, padded_slots, program_slots
-from graphmoe_kernels.launching import SKINNY_TOKENS, SMALLEST_TILE, Config, dtype_class, launch
+from graphmoe_kernels.experts.triton.placing import place
+from graphmoe_kernels.experts.triton.sizes import Sizes, Tiling, compact_columns, padded_rank
+from graphmoe_kernels.experts.triton.stream_plan import Piece, StreamPlan, stream_plan
+from graphmoe_kernels.launching import SMALLEST_TILE, launch
 
-# A tuple of experts needs so many tokens on average. It is padded by half a tile, of 32 in the forward, so that there
-# are no more rows of padding than tokens (the backward's tiles are of 64; their padding reads and writes nothing wide).
-# Measured on an H100 with 18 tokens per tuple and 75% padding: the forward is 2.3 times as fast as without.
-TUPLE_TOKENS = 16
-# The kernels that put tokens together hold a count of every tuple in registers.
-MAX_TUPLES = 255
-# Columns of a token's compact low-rank rows, with which the tile's loads fit in registers and shared memory.
-MAX_STREAM_COLUMNS = 32
-# H M^T is made in one piece up to this size; beyond, in two, so that it takes no more memory than hidden.
-BUFFER_BYTES = 2**26
-# Rows of a program that sums the splits.
+# Tokens of a program that sums the splits.
 SUMMING = {"BLOCK_M": SMALLEST_TILE, "num_warps": 4}
 
 
-def suits(size: Sizes, dtype: torch.dtype) -> bool:
-    """Whether a call runs as a stream: many tokens in half precision, each with one or two whole experts."""
-    return (
-        size.tokens > SKINNY_TOKENS
-        and dtype_class(dtype) == "half"
-        and size.slots <= 2
-        and size.rank > 0
-        and size.columns <= MAX_STREAM_COLUMNS
-        and tuples(size) <= MAX_TUPLES
-        and size.tokens > TUPLE_TOKENS * tuples(size)
-    )
-
-
-class Piece(NamedTuple):
-    """Blocks of `STREAM_BLOCK` columns that one launch streams over, and how they are split among its programs."""
-
-    first_block: int
-    end_block: int
-    split_blocks: int
-    first_split: int
-
-    @property
-    def splits(self) -> int:
-        """How many programs share the blocks of a tile."""
-        return math.ceil((self.end_block - self.first_block) / self.split_blocks)
-
-    @property
-    def columns(self) -> int:
-        """How many columns it has, in whole blocks."""
-        return (self.end_block - self.first_block) * STREAM_BLOCK
-
-
-class StreamPlan(NamedTuple):
-    """How a kernel is launched that streams over F; see `graphmoe_kernels.experts.triton.plan`.
-
-    Attributes:
-        pieces: one for each launch, the first as wide as any.
-        splits: of all pieces; of the backward to experts, of the tiles instead.
-        constants: the kernel's.
-    """
-
-    pieces: tuple[Piece, ...]
-    splits: int
-    constants: dict[str, Any]
-
-
-class Extras(NamedTuple):
-    """What a call has that takes registers beside the round itself."""
-
-    dropout: bool
-    scales: bool
-
-
 class StreamSums(NamedTuple):
-    """What the backward to tokens leaves to other kernels, by position, slots by rising expert.
+    """What the backward to tokens leaves to other kernels, by position, a tile's experts as they rise.
 
     Attributes:
         gate, up: [splits, positions, columns] fp32, what each split adds to the gradients of the low-rank activations.
-        routing_weights: [splits, positions, padded slots] fp32, likewise.
-        rows: [positions, k, 3, padded rank], A x of the slot's expert for gate and up, and the gradient of its z.
+        routing_weights: [splits, positions, experts of a tile] fp32, likewise.
+        rows: [positions, experts of a tile, 3, padded rank], A x of an expert for gate and up, and its gradient of
+            low_down.
     """
 
     gate: Tensor
@@ -119,12 +59,10 @@ class StreamSums(NamedTuple):
 @functools.cache
 def _kernels() -> SimpleNamespace:
     """The kernels, imported by the first call, as Triton may be missing where nothing runs on it."""
-    from graphmoe_kernels.experts.triton.stream import experts_stream, experts_stream_sum
-    from graphmoe_kernels.experts.triton.stream_backward_tokens import (
-        experts_stream_backward_tokens,
-        experts_stream_sum_tokens,
-    )
+    from graphmoe_kernels.experts.triton.stream import experts_stream
+    from graphmoe_kernels.experts.triton.stream_backward_tokens import experts_stream_backward_tokens
     from graphmoe_kernels.experts.triton.stream_backward_weights import experts_stream_backward_weights
+    from graphmoe_kernels.experts.triton.stream_sums import experts_stream_sum, experts_stream_sum_tokens
 
     return SimpleNamespace(
         stream=experts_stream,
@@ -135,79 +73,32 @@ def _kernels() -> SimpleNamespace:
     )
 
 
-@per_device
-def stream_plan(
-    kernel: str, size: Sizes, activation: str, dtype: torch.dtype, device: torch.device, extras: Extras, pieces: int
-) -> StreamPlan:
-    """The plan of a call that `suits`, with F in so many pieces."""
-    device_class, multiprocessors = target(device)
-    chosen = fitting(config(kernel, size, dtype, device_class), extras)
-    fixed = constants(size, activation, chosen)
-    if kernel == "stream":
-        fixed["APPROXIMATE"] = not interpreting()
-    else:
-        fixed["WHOLE"] = size.width % chosen["BLOCK_F"] == 0
-    tiles, blocks = positions(size, chosen["BLOCK_M"]) // chosen["BLOCK_M"], math.ceil(size.width / STREAM_BLOCK)
-    each, slots = math.ceil(blocks / pieces), program_slots(chosen, multiprocessors)
-    if kernel == "stream_backward_weights":
-        cuts = [Piece(first, min(first + each, blocks), each, 0) for first in range(0, blocks, each)]
-        return StreamPlan(tuple(cuts), cut(tiles, math.ceil(cuts[0].columns / chosen["BLOCK_F"]), slots)[0], fixed)
-    _, split_blocks = cut(each, tiles, slots)
-    found: list[Piece] = []
-    for first in range(0, blocks, each):
-        before = sum(piece.splits for piece in found)
-        found.append(Piece(first, min(first + each, blocks), split_blocks, before))
-    return StreamPlan(tuple(found), sum(piece.splits for piece in found), fixed)
-
-
-def fitting(config: Config, extras: Extras) -> Config:
-    """A configuration without what spills beside dropout or scale vectors.
-
-    A forward step with dropout is one part, as the random numbers of two spill; and a bound on registers that a plain
-    round fits in is none where a program also holds either.
-    """
-    found = dict(config)
-    if extras.dropout and "PARTS" in found:
-        found |= {"BLOCK_F": found["BLOCK_F"] // found["PARTS"], "PARTS": 1}
-    if extras.dropout or extras.scales:
-        found.pop("maxnreg", None)
-    return found
-
-
-def plan_of(kernel: str, operands: ExpertOperands, size: Sizes, activation: str) -> StreamPlan:
-    """A kernel's plan for these operands."""
-    gate = operands.pre_activations.gate
-    extras = Extras(operands.dropout is not None, operands.scales is not None)
-    large = operands.update is not None and 2 * gate.numel() * gate.element_size() > BUFFER_BYTES
-    return stream_plan(kernel, size, activation, gate.dtype, gate.device, extras, 2 if large else 1)
-
-
 def forward(
     operands: ExpertOperands, strides: RowStrides, size: Sizes, scale: float, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """hidden [N, F] and low_down [N, n*r] of a call that `suits`, its operands laid out."""
-    gate, kernels = operands.pre_activations.gate, _kernels()
-    plan = plan_of("stream", operands, size, activation)
-    block = plan.constants["BLOCK_M"]
-    placed, own, added = (
-        place(operands.expert_ids, operands.routing_weights, size, block),
-        streamed(operands),
-        buffer(operands.update, size, plan),
-    )
-    num_positions = len(placed.tokens)
-    hidden = gate.new_empty((size.tokens, size.width))
-    low_down = gate.new_empty((size.tokens, size.num_experts * size.rank))
-    partial = gate.new_empty((plan.splits, num_positions, size.columns), dtype=torch.float32)
+    """hidden [N, F] and low_down [N, n*r]; the operands are laid out."""
+    gate, kernels, n = operands.pre_activations.gate, _kernels(), size.num_experts
+    plan = stream_plan("stream", operands, size, activation)
+    own, block = plan.tiling, plan.constants["BLOCK_M"]
+    placed = place(operands.expert_ids, operands.routing_weights, size, own, block)
+    num_positions = len(placed.rows)
+    streamed, added = _streamed(operands), _fold_buffer(operands.update, size, plan)
+    hidden, low_down = gate.new_empty((size.tokens, size.width)), gate.new_empty((size.tokens, n * size.rank))
+    columns = compact_columns(own.experts, size.rank)
+    partial = gate.new_empty((plan.splits, num_positions, columns), dtype=torch.float32)
+    (of_rows,) = _row_buffers(gate, size, plan, 1)
     for piece in plan.pieces:
-        fold_product(added, operands.update, piece)
+        _fold_product(added, operands.update, piece, size)
+        out = _rows_of(hidden, of_rows, piece, size)
         launch(
-            kernels.stream, (num_positions // block, piece.splits), own, strides, placed, added,
-            plan.pieces[0].columns, piece, hidden, partial, num_positions, size.width, size.num_experts, scale,
+            kernels.stream, (num_positions // block, piece.splits), streamed, strides, placed, added,
+            _row_stride(added), piece, out, out.stride(0), partial, num_positions, size.width, n, scale,
             device=gate.device, **plan.constants,
         )  # fmt: skip
+        _sum_rows(hidden, of_rows, piece, size)
     launch(
-        kernels.summing, (num_positions // SUMMING["BLOCK_M"],), partial, operands.expert_ids, placed, low_down,
-        num_positions, plan.splits, size.num_experts, device=gate.device, SLOTS=size.slots, RANK=size.rank, **SUMMING,
+        kernels.summing, (math.ceil(size.tokens / SUMMING["BLOCK_M"]),), partial, operands.expert_ids, placed.places,
+        low_down, size.tokens, num_positions, plan.splits, n, device=gate.device, **_summing(size, own),
     )  # fmt: skip
     return hidden, low_down
 
@@ -221,65 +112,108 @@ def backward(
     activation: str,
     needed: frozenset[str],
 ) -> tuple[TokenGradients, dict[str, Tensor]]:
-    """The gradients of a call that `suits`: of tokens, and by name those of experts where any is ``needed``."""
-    gate, kernels = operands.pre_activations.gate, _kernels()
-    plan = plan_of("stream_backward_tokens", operands, size, activation)
-    block = plan.constants["BLOCK_M"]
-    placed, own, added = (
-        place(operands.expert_ids, operands.routing_weights, size, block),
-        streamed(operands),
-        buffer(operands.update, size, plan),
-    )
-    num_positions, n, width = len(placed.tokens), size.num_experts, plan.pieces[0].columns
+    """The gradients of tokens, and by name those of experts where any is ``needed``; the operands are laid out."""
+    gate, kernels, n = operands.pre_activations.gate, _kernels(), size.num_experts
+    if size.tokens == 0:
+        return empty_token_gradients(gate, size), no_weight_sums(gate, size, 1, operands.scales is not None).total()
+    plan = stream_plan("stream_backward_tokens", operands, size, activation)
+    own, block = plan.tiling, plan.constants["BLOCK_M"]
+    placed = place(operands.expert_ids, operands.routing_weights, size, own, block)
+    num_positions = len(placed.rows)
+    streamed, added = _streamed(operands), _fold_buffer(operands.update, size, plan)
     found = empty_token_gradients(gate, size)
-    partial = _no_stream_sums(gate, size, plan.splits, num_positions)
-    experts = plan_of("stream_backward_weights", operands, size, activation)
+    partial = _no_stream_sums(gate, size, plan, num_positions)
+    experts = stream_plan("stream_backward_weights", operands, size, activation)
     fixed = experts.constants | {"TILE": block}
     wanted = bool(needed & OF_EXPERTS)
     sums = no_weight_sums(gate, size, experts.splits, operands.scales is not None) if wanted else None
+    of_rows = _row_buffers(gate, size, plan, 2)
     for piece in plan.pieces:
-        fold_product(added, operands.update, piece)
+        _fold_product(added, operands.update, piece, size)
+        out = GateUp(*(_rows_of(x, rows, piece, size) for x, rows in zip(found[:2], of_rows, strict=True)))
         launch(
-            kernels.backward_tokens, (num_positions // block, piece.splits), own, strides, placed, added, width, piece,
-            *grads, found, partial, num_positions, size.width, n, scale, device=gate.device, **plan.constants,
+            kernels.backward_tokens, (num_positions // block, piece.splits), streamed, strides, placed, added,
+            _row_stride(added), piece, *grads, out, out.gate.stride(0), partial, num_positions, size.width, n, scale,
+            device=gate.device, **plan.constants,
         )  # fmt: skip
+        for x, rows in zip(found[:2], of_rows, strict=True):
+            _sum_rows(x, rows, piece, size)
         if sums is not None:
-            stripes = math.ceil(min(piece.columns, size.width - piece.first_block * STREAM_BLOCK) / fixed["BLOCK_F"])
+            columns = piece.columns(size.width)
+            stripes = math.ceil((columns.stop - columns.start) / fixed["BLOCK_F"])
             launch(
-                kernels.backward_weights, (stripes, experts.splits), own, strides, placed, added, width, piece,
-                grads[0], partial.rows, sums, size.width, n, scale, device=gate.device, **fixed,
+                kernels.backward_weights, (stripes, experts.splits), streamed, strides, placed, added,
+                _row_stride(added), piece, grads[0], partial.rows, sums, size.width, n, scale, device=gate.device,
+                **fixed,
             )  # fmt: skip
     launch(
-        kernels.summing_tokens, (num_positions // SUMMING["BLOCK_M"],), partial, operands.expert_ids, placed, found,
-        num_positions, plan.splits, n, scale, device=gate.device, SLOTS=size.slots, RANK=size.rank, **SUMMING,
+        kernels.summing_tokens, (math.ceil(size.tokens / SUMMING["BLOCK_M"]),), partial, operands.expert_ids,
+        placed.places, found, size.tokens, num_positions, plan.splits, n, scale, device=gate.device,
+        **_summing(size, own),
     )  # fmt: skip
     return found, {} if sums is None else sums.total()
 
 
-def _no_stream_sums(gate: Tensor, size: Sizes, splits: int, num_positions: int) -> StreamSums:
+def _no_stream_sums(gate: Tensor, size: Sizes, plan: StreamPlan, num_positions: int) -> StreamSums:
     """Uninitialised, on the device of ``gate``."""
-    shapes = [(splits, num_positions, c) for c in (size.columns, size.columns, padded_slots(size.slots))]
-    rows = gate.new_empty((num_positions, size.slots, 3, padded_rank(size.rank)))
+    experts = plan.tiling.experts
+    columns = compact_columns(experts, size.rank)
+    shapes = [(plan.splits, num_positions, c) for c in (columns, columns, experts)]
+    rows = gate.new_empty((num_positions, experts, 3, padded_rank(size.rank)))
     of_gate, of_up, of_weights = (gate.new_empty(shape, dtype=torch.float32) for shape in shapes)
     return StreamSums(of_gate, of_up, of_weights, rows)
 
 
-def streamed(operands: ExpertOperands) -> ExpertOperands:
-    """The operands that the kernels of a stream read themselves: H M^T is made by cuBLAS, and tokens are placed."""
-    return operands._replace(update=None, token_order=None)
+def _summing(size: Sizes, tiling: Tiling) -> dict[str, int]:
+    """The constants of the kernels that sum splits."""
+    return {"SLOTS": size.slots, "EXPERTS": tiling.experts, "RANK": size.rank, **SUMMING}
 
 
-def buffer(update: LowRankUpdate | None, size: Sizes, plan: StreamPlan) -> GateUp | None:
+def _streamed(operands: ExpertOperands) -> ExpertOperands:
+    """The operands that the kernels of a stream read themselves: H M^T is made by cuBLAS."""
+    return operands._replace(update=None)
+
+
+def _piece_columns(size: Sizes, plan: StreamPlan) -> int:
+    """Columns of the widest piece, the first."""
+    return plan.pieces[0].columns(size.width).stop
+
+
+def _row_stride(added: GateUp | None) -> int:
+    return 0 if added is None else added.gate.stride(0)
+
+
+def _fold_buffer(update: LowRankUpdate | None, size: Sizes, plan: StreamPlan) -> GateUp | None:
     """Where H M^T of a piece's columns goes, [N, columns] each."""
     if update is None:
         return None
-    return GateUp(*update.state.new_empty((2, size.tokens, plan.pieces[0].columns)).unbind())
+    return GateUp(*update.state.new_empty((2, size.tokens, _piece_columns(size, plan))).unbind())
 
 
-def fold_product(added: GateUp | None, update: LowRankUpdate | None, piece: Piece) -> None:
+def _fold_product(added: GateUp | None, update: LowRankUpdate | None, piece: Piece, size: Sizes) -> None:
     """Write H M^T of a piece's columns to ``added``, [N, columns] each."""
     if added is None or update is None:
         return
     for out, fold in zip(added, (update.gate, update.up), strict=True):
-        rows = fold[piece.first_block * STREAM_BLOCK : piece.end_block * STREAM_BLOCK]  # [columns, G]
+        rows = fold[piece.columns(size.width)]  # [columns, G]
         torch.mm(update.state, rows.T, out=out[:, : len(rows)])
+
+
+def _row_buffers(gate: Tensor, size: Sizes, plan: StreamPlan, count: int) -> list[Tensor | None]:
+    """Where rows that are one slot of a token go, [N * k, a piece's columns] each; None where a row is a token."""
+    if plan.tiling.rows == 1:
+        return [None] * count
+    rows = size.tokens * plan.tiling.rows
+    return list(gate.new_empty((count, rows, _piece_columns(size, plan))).unbind())
+
+
+def _rows_of(x: Tensor, of_rows: Tensor | None, piece: Piece, size: Sizes) -> Tensor:
+    """Where a launch writes its rows: a piece's columns of x [N, F], or the buffer."""
+    return x[:, piece.columns(size.width)] if of_rows is None else of_rows
+
+
+def _sum_rows(x: Tensor, of_rows: Tensor | None, piece: Piece, size: Sizes) -> None:
+    """Write the sums over tokens' rows to a piece's columns of x [N, F]."""
+    if of_rows is not None:
+        out = x[:, piece.columns(size.width)]
+        torch.sum(of_rows.view(size.tokens, -1, of_rows.shape[1])[:, :, : out.shape[1]], 1, out=out)

@@ -32,7 +32,7 @@ class Mask(NamedTuple):
 
 def readable(operands: ExpertOperands) -> tuple[ExpertOperands, RowStrides]:
     """The operands for the kernels, ``dropout`` as a `Mask`: no copy and no new tuple where all is laid out already."""
-    (gate, up), low, B, down_A, weights, ids, low_update, update, scales, biases, dropout, _ = operands
+    (gate, up), low, B, down_A, weights, ids, low_update, update, scales, biases, dropout = operands
     stride_gate, one_gate = gate.stride()
     stride_up, one_up = up.stride()
     stride_low, one_low = low.stride()

@@ -14,7 +14,7 @@ import torch
 from graphmoe_kernels import launching
 from graphmoe_kernels.activations import triton_form
 from graphmoe_kernels.backend import check_device, per_device
-from graphmoe_kernels.experts.triton.sizes import WIDE_RANK_COLUMNS, Sizes, cut, padded_slots, program_slots
+from graphmoe_kernels.experts.triton.sizes import WIDE_RANK_COLUMNS, Sizes, cut, program_slots
 from graphmoe_kernels.launching import Config, class_config
 
 
@@ -68,44 +68,22 @@ def tiles_and_splits(tokens: int, width: int, config: Config, multiprocessors: i
 
 
 @per_device
-def tokens_plan(kernel: str, size: Sizes, activation: str, dtype: torch.dtype, device: torch.device) -> Plan:
-    """A kernel of tiles of tokens by splits of F. Scratch: sums of splits; of the forward lists of experts too."""
+def forward_plan(size: Sizes, activation: str, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The forward of few tokens: tiles of them by splits of F. Scratch: sums of splits, and lists of experts."""
     device_class, multiprocessors = target(device)
-    chosen = config(kernel, size, dtype, device_class)
+    chosen = config("forward", size, dtype, device_class)
     tiles, splits = tiles_and_splits(size.tokens, size.width, chosen, multiprocessors)
-    forward = kernel == "forward"
-    columns = size.columns if forward else 2 * size.columns + padded_slots(size.slots)
-    sums = splits * size.tokens * columns if splits > 1 else 0
-    scratch = sums + lists(tiles * splits, size) if forward else sums
-    return Plan((tiles, splits), constants(size, activation, chosen), scratch)
-
-
-@per_device
-def backward_weights_plan(size: Sizes, activation: str, dtype: torch.dtype, device: torch.device) -> Plan:
-    """The backward to experts: columns by splits of the tokens. Scratch: none.
-
-    The lists of the tiles' experts were made for the tokens' kernel, so its BLOCK_M is that of this one too.
-    """
-    device_class, multiprocessors = target(device)
-    tokens = config("backward_tokens", size, dtype, device_class)
-    chosen = config("backward_weights", size, dtype, device_class) | {"BLOCK_M": tokens["BLOCK_M"]}
-    columns = math.ceil(size.width / chosen["BLOCK_F"])
-    tiles = math.ceil(size.tokens / chosen["BLOCK_M"])
-    splits, _ = cut(tiles, columns, program_slots(chosen, multiprocessors))
-    return Plan((columns, splits), constants(size, activation, chosen), 0)
+    sums = splits * size.tokens * size.columns if splits > 1 else 0
+    lists = tiles * splits * size.slots * (size.num_experts + 1)
+    return Plan((tiles, splits), constants(size, activation, chosen), sums + lists)
 
 
 @per_device
 def swiglu_plan(
     kernel: str, tokens: int, width: int, activation: str, dtype: torch.dtype, device: torch.device
 ) -> Plan:
-    """Without experts: the configurations are those of the experts' ``kernel``, whose loads of tiles it shares."""
+    """Without experts."""
     device_class, multiprocessors = target(device)
-    chosen = class_config(f"experts_{kernel}", tokens, dtype, device_class)
+    chosen = class_config(kernel, tokens, dtype, device_class)
     grid = tiles_and_splits(tokens, width, chosen, multiprocessors)
     return Plan(grid, {"ACTIVATION": triton_form(activation), **chosen}, 0)
-
-
-def lists(programs: int, size: Sizes) -> int:
-    """Elements of the programs' lists of experts."""
-    return programs * size.slots * (size.num_experts + 1)

@@ -16,6 +16,15 @@ MAX_COLUMNS = 256
 WIDE_RANK_COLUMNS = 64
 # A stream's pieces and splits of F are whole blocks of so many columns, whatever its kernels take at a time.
 STREAM_BLOCK = 64
+# A token's experts share a tile where each pair of them has so many tokens on average. A pair is padded by half a tile,
+# of 32 in the forward, so that there are no more rows of padding than tokens; with one expert per tile a token is read
+# twice, and what its rows give is written and read once more: 2.6 times the bytes. Measured on an H100 with 18 tokens
+# per pair and 75% padding: the forward is 2.3 times as fast as tiles of any experts.
+PAIR_TOKENS = 16
+# The kernels that put rows together read a count of every pair.
+MAX_PAIRS = 255
+# Columns of a tile's low-rank rows, with which what it reads of two experts fits in registers and shared memory.
+MAX_PAIR_COLUMNS = 32
 # Warps of these kernels that a multiprocessor holds: they use all registers that a thread can have.
 WARPS_PER_MULTIPROCESSOR = 8
 
@@ -51,6 +60,33 @@ class Sizes(NamedTuple):
     def columns(self) -> int:
         """Columns of compact rows."""
         return compact_columns(self.slots, self.rank)
+
+
+class Tiling(NamedTuple):
+    """How a stream cuts tokens into rows whose tiles share their experts.
+
+    Attributes:
+        experts: of a tile: all of a token's, one or two, or else one.
+        rows: of a token: 1, or one for each of its slots.
+        tuples: how many different tuples of experts a tile can have.
+    """
+
+    experts: int
+    rows: int
+    tuples: int
+
+
+def tiling(size: Sizes) -> Tiling:
+    """One row for a token where its experts make few tuples for so many tokens, else one for each slot."""
+    pairs = math.comb(size.num_experts, 2)
+    if (
+        size.slots == 2
+        and size.columns <= MAX_PAIR_COLUMNS
+        and pairs <= MAX_PAIRS
+        and size.tokens > PAIR_TOKENS * pairs
+    ):
+        return Tiling(2, 1, pairs)
+    return Tiling(1, size.slots, size.num_experts)
 
 
 def sizes(operands: ExpertOperands) -> Sizes:

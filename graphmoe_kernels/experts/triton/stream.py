@@ -1,4 +1,4 @@
-"""The expert round of many tokens: a stream over F in tiles of tokens that share all their experts.
+"""The expert round of many tokens: a stream over F in tiles of rows that share their experts.
 
 Experts are scalars of a tile, so a step's loads depend on nothing that the step before computes, and the compiler has
 them under way two steps ahead.
@@ -9,15 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graphmoe_kernels.experts.triton.reduce import sum_splits, write_wide
 from graphmoe_kernels.experts.triton.stream_tile import (
+    expert_low_rows,
     expert_vectors,
+    first_column,
     load_base,
     placed_expert,
     placed_rows,
     placed_weights,
     scaled,
-    slot_low_rows,
     stream_columns,
 )
 from graphmoe_kernels.experts.triton.tile import (
@@ -26,7 +26,6 @@ from graphmoe_kernels.experts.triton.tile import (
     expert_rows,
     keep_mask,
     padded_rank,
-    row_experts,
     shift,
 )
 from graphmoe_kernels.triton_activations import activate
@@ -57,26 +56,28 @@ def add_low_rank(z, own, operands, token, e, f0, width, RANK: tl.constexpr, BLOC
 
 @triton.jit(do_not_specialize=["num_positions", "piece"])
 def experts_stream(
-    operands, strides, placed, added, stride_added, piece, hidden, partial, num_positions, width, num_experts, scale,
-    SLOTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, PARTS: tl.constexpr,
+    operands, strides, placed, added, stride_added, piece, hidden, stride_hidden, partial, num_positions, width,
+    num_experts, scale,
+    SLOTS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
+    APPROXIMATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Program (placed tile, split of the piece's blocks of columns). Shapes as in `expert_swiglu`.
 
-    partial [splits, positions, columns] fp32: z of a split, slot j's from column j * padded rank on.
+    hidden [rows, the piece's columns or more]: of every row. partial [splits, positions, columns] fp32: what a split
+    adds to low_down, the i-th expert's from column i * padded rank on.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     if tile >= tl.load(placed.used):
         return
-    token, live = placed_rows(placed, tile, BLOCK_M)
-    e0 = tl.minimum(placed_expert(placed, tile, 0, SLOTS), num_experts - 1)
-    w0 = placed_weights(placed, tile, 0, SLOTS, BLOCK_M)
-    low0 = slot_low_rows(operands, strides, token, live, e0, num_experts, RANK)
+    row, token, live = placed_rows(placed, tile, SLOTS, EXPERTS, BLOCK_M)
+    e0 = tl.minimum(placed_expert(placed, tile, 0, EXPERTS), num_experts - 1)
+    w0 = placed_weights(placed, tile, 0, EXPERTS, BLOCK_M)
+    low0 = expert_low_rows(operands, strides, token, live, e0, num_experts, RANK)
     e1, w1, low1 = e0, w0, low0
-    if SLOTS == 2:
-        e1 = tl.minimum(placed_expert(placed, tile, 1, SLOTS), num_experts - 1)
-        w1 = placed_weights(placed, tile, 1, SLOTS, BLOCK_M)
-        low1 = slot_low_rows(operands, strides, token, live, e1, num_experts, RANK)
+    if EXPERTS == 2:
+        e1 = tl.minimum(placed_expert(placed, tile, 1, EXPERTS), num_experts - 1)
+        w1 = placed_weights(placed, tile, 1, EXPERTS, BLOCK_M)
+        low1 = expert_low_rows(operands, strides, token, live, e1, num_experts, RANK)
 
     z0 = tl.zeros([BLOCK_M, padded_rank(RANK)], tl.float32)
     z1 = tl.zeros([BLOCK_M, padded_rank(RANK)], tl.float32)
@@ -90,29 +91,17 @@ def experts_stream(
             own = expert_hidden(g, u, low0, operands, e0, f, width, scale, RANK, ACTIVATION, APPROXIMATE)
             mixed = own * w0[:, None]
             z0 = add_low_rank(z0, own, operands, token, e0, f0, width, RANK, PART)
-            if SLOTS == 2:
+            if EXPERTS == 2:
                 own = expert_hidden(g, u, low1, operands, e1, f, width, scale, RANK, ACTIVATION, APPROXIMATE)
                 mixed += own * w1[:, None]
                 z1 = add_low_rank(z1, own, operands, token, e1, f0, width, RANK, PART)
-            at = token[:, None] * width + f[None, :]
+            at = row[:, None] * stride_hidden + (f - first_column(piece))[None, :]
             tl.store(hidden + at, mixed.to(hidden.dtype.element_ty), mask=live[:, None] & (f < width)[None, :])
 
-    COLUMNS: tl.constexpr = compact_columns(SLOTS, RANK)
+    COLUMNS: tl.constexpr = compact_columns(EXPERTS, RANK)
     position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = (tl.cast(piece.first_split + split, tl.int64) * num_positions + position)[:, None] * COLUMNS
+    at = (tl.cast(piece.first_split + split, tl.int64) * num_positions + position)[:, None] * COLUMNS
     i = tl.arange(0, padded_rank(RANK))[None, :]
-    tl.store(partial + row + i, z0 * w0[:, None])
-    if SLOTS == 2:
-        tl.store(partial + row + padded_rank(RANK) + i, z1 * w1[:, None])
-
-
-@triton.jit(do_not_specialize=["num_positions", "splits"])
-def experts_stream_sum(
-    partial, expert_ids, placed, low_down, num_positions, splits, num_experts,
-    SLOTS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr,
-):
-    """low_down [N, n*r]: the sum over the splits, first split first, at a token's experts' columns; zero elsewhere."""
-    token, live = placed_rows(placed, tl.program_id(0), BLOCK_M)
-    ids = row_experts(expert_ids, token, live, num_experts, SLOTS)
-    rows = sum_splits(partial, tl.program_id(0), splits, num_positions, compact_columns(SLOTS, RANK), BLOCK_M)
-    write_wide(rows, low_down, num_experts * RANK, ids, token, live, num_experts, SLOTS, RANK, BLOCK_M)
+    tl.store(partial + at + i, z0 * w0[:, None])
+    if EXPERTS == 2:
+        tl.store(partial + at + padded_rank(RANK) + i, z1 * w1[:, None])

@@ -9,20 +9,20 @@ import triton
 import triton.language as tl
 
 from graphmoe_kernels.experts.triton.stream_tile import (
-    STREAM_BLOCK,
+    expert_backward,
     expert_matrices,
     expert_vectors,
+    first_column,
     load_base,
     placed_rows,
     placed_weights,
     scaled,
-    slot_backward,
 )
 from graphmoe_kernels.experts.triton.tile import columns_inside, padded_rank
 
 
 @triton.jit
-def begin_slot(
+def begin_expert(
     operands, e, f, width, num_experts, RANK: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr
 ):
     """Sums of zero for an expert, and what is read of it: its matrices and vectors.
@@ -55,9 +55,9 @@ def add_vector_to(out, x, e, f, width, num_experts):
 
 
 @triton.jit
-def flush(sums, own, slot, e, f, width, num_experts, scale, RANK: tl.constexpr):
-    """Add one slot's sums to those of its expert e in memory, from element ``own`` on."""
-    gate_B, up_B, down_A, of_gate, of_up = slot
+def flush(sums, own, added, e, f, width, num_experts, scale, RANK: tl.constexpr):
+    """Add a run's sums to those of its expert e in memory, from element ``own`` on."""
+    gate_B, up_B, down_A, of_gate, of_up = added
     add_to(sums.gate_B + own * RANK, gate_B * scale, e, f, width, num_experts, RANK)
     add_to(sums.up_B + own * RANK, up_B * scale, e, f, width, num_experts, RANK)
     add_to(sums.down_A + own * RANK, down_A, e, f, width, num_experts, RANK)
@@ -67,21 +67,21 @@ def flush(sums, own, slot, e, f, width, num_experts, scale, RANK: tl.constexpr):
 
 
 @triton.jit
-def load_rows(rows, tile, slot, SLOTS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr):
-    """A slot's rows of a tile, as the tokens' kernel has left them: [BLOCK_M, padded rank] each."""
+def load_rows(rows, tile, i, EXPERTS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The rows of a tile's i-th expert, as the tokens' kernel has left them: [BLOCK_M, padded rank] each."""
     position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    at = rows + (position * SLOTS + slot)[:, None] * (3 * padded_rank(RANK)) + tl.arange(0, padded_rank(RANK))[None, :]
+    at = rows + (position * EXPERTS + i)[:, None] * (3 * padded_rank(RANK)) + tl.arange(0, padded_rank(RANK))[None, :]
     return tl.load(at), tl.load(at + padded_rank(RANK)), tl.load(at + 2 * padded_rank(RANK))
 
 
 @triton.jit
 def add_tile(
-    slot, g, u, d, rows, w, matrices, vectors, operands, e, token, f0, width, scale,
+    added, g, u, d, rows, w, matrices, vectors, operands, e, token, f0, width, scale,
     ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
 ):
-    """One slot's sums plus those of a tile: d_g and d_u times A x, and what A_D read times d_low_down."""
-    gate_B, up_B, down_A, of_gate, of_up = slot
-    d_g, d_u, g_pre, u_pre, read, _ = slot_backward(
+    """An expert's sums plus those of a tile: d_g and d_u times A x, and what A_D read times d_low_down."""
+    gate_B, up_B, down_A, of_gate, of_up = added
+    d_g, d_u, g_pre, u_pre, read, _ = expert_backward(
         g, u, d, rows, w, matrices, vectors, operands, e, token, f0, width, scale, ACTIVATION, BLOCK_F, True, WHOLE
     )
     if operands.scales is not None:
@@ -98,9 +98,8 @@ def add_tile(
 @triton.jit(do_not_specialize=["piece"])
 def experts_stream_backward_weights(
     operands, strides, placed, added, stride_added, piece, d_hidden, rows, sums, width, num_experts, scale,
-    SLOTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    SLOTS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
 ):
     """Program (one of the piece's blocks of columns, split of the placed tiles, of TILE tokens).
 
@@ -109,7 +108,7 @@ def experts_stream_backward_weights(
     kernel has left them in its `StreamSums`.
     """
     split, splits = tl.program_id(1), tl.num_programs(1)
-    f0 = piece.first_block * STREAM_BLOCK + tl.program_id(0) * BLOCK_F
+    f0 = first_column(piece) + tl.program_id(0) * BLOCK_F
     f = f0 + tl.arange(0, BLOCK_F)
     own = split.to(tl.int64) * num_experts * width
     PARTS: tl.constexpr = TILE // BLOCK_M
@@ -118,29 +117,29 @@ def experts_stream_backward_weights(
     begin, end = split * split_tiles, min((split + 1) * split_tiles, used)
     while begin < end:
         run_end = min(tl.load(placed.ends + begin), end)
-        e0, e1 = tl.load(placed.experts + begin * SLOTS), tl.load(placed.experts + begin * SLOTS + SLOTS - 1)
-        slot0, matrices0, vectors0 = begin_slot(operands, e0, f, width, num_experts, RANK, BLOCK_F, WHOLE)
-        slot1, matrices1, vectors1 = begin_slot(operands, e1, f, width, num_experts, RANK, BLOCK_F, WHOLE)
+        e0, e1 = tl.load(placed.experts + begin * EXPERTS), tl.load(placed.experts + (begin + 1) * EXPERTS - 1)
+        sums0, matrices0, vectors0 = begin_expert(operands, e0, f, width, num_experts, RANK, BLOCK_F, WHOLE)
+        sums1, matrices1, vectors1 = begin_expert(operands, e1, f, width, num_experts, RANK, BLOCK_F, WHOLE)
         for tile in range(begin * PARTS, run_end * PARTS):
-            token, live = placed_rows(placed, tile, BLOCK_M)
+            _, token, live = placed_rows(placed, tile, SLOTS, EXPERTS, BLOCK_M)
             g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width, WHOLE)
             at = token[:, None] * width + f[None, :]
             inside = live[:, None] & columns_inside(f, width, WHOLE)[None, :]
             d = tl.load(d_hidden + at, mask=inside, other=0.0)
             g, u, d = tl.trans(g), tl.trans(u), tl.trans(d)
-            slot0 = add_tile(
-                slot0, g, u, d, load_rows(rows, tile, 0, SLOTS, RANK, BLOCK_M),
-                placed_weights(placed, tile, 0, SLOTS, BLOCK_M), matrices0, vectors0, operands, e0, token, f0, width,
+            sums0 = add_tile(
+                sums0, g, u, d, load_rows(rows, tile, 0, EXPERTS, RANK, BLOCK_M),
+                placed_weights(placed, tile, 0, EXPERTS, BLOCK_M), matrices0, vectors0, operands, e0, token, f0, width,
                 scale, ACTIVATION, BLOCK_F, WHOLE,
             )
-            if SLOTS == 2:
-                slot1 = add_tile(
-                    slot1, g, u, d, load_rows(rows, tile, 1, SLOTS, RANK, BLOCK_M),
-                    placed_weights(placed, tile, 1, SLOTS, BLOCK_M), matrices1, vectors1, operands, e1, token, f0,
+            if EXPERTS == 2:
+                sums1 = add_tile(
+                    sums1, g, u, d, load_rows(rows, tile, 1, EXPERTS, RANK, BLOCK_M),
+                    placed_weights(placed, tile, 1, EXPERTS, BLOCK_M), matrices1, vectors1, operands, e1, token, f0,
                     width, scale, ACTIVATION, BLOCK_F, WHOLE,
                 )
-        flush(sums, own, slot0, e0, f, width, num_experts, scale, RANK)
-        if SLOTS == 2:
-            flush(sums, own, slot1, e1, f, width, num_experts, scale, RANK)
+        flush(sums, own, sums0, e0, f, width, num_experts, scale, RANK)
+        if EXPERTS == 2:
+            flush(sums, own, sums1, e1, f, width, num_experts, scale, RANK)
         tl.debug_barrier()  # the next run may add to the same expert's sums
         begin = run_end

@@ -1,7 +1,7 @@
-"""What the kernels of a stream share: a tile of tokens that have all their experts in common, by columns of F.
+"""What the kernels of a stream share: a tile of rows that have their experts in common, by columns of F.
 
-``placed`` is a `placing.Placed`: experts are scalars of a tile, slots go by rising expert. ``operands`` and
-``strides`` are as in `tile`. ``added`` is a pair [N, the piece's columns], H M^T, or None; ``piece`` a
+A row is a token with all its experts, or one slot of a token with one expert (`sizes.Tiling`). ``placed`` is a
+`placing.Placed`: experts are scalars of a tile, the first is the smaller. ``operands`` and ``strides`` are as in `tile`. ``added`` is a pair [N, the piece's columns], H M^T, or None; ``piece`` a
 `launch_stream.Piece`. ``WHOLE`` says that blocks of columns fill F.
 """
 
@@ -33,28 +33,35 @@ def stream_columns(piece, split):
 
 
 @triton.jit
-def placed_rows(placed, tile, BLOCK_M: tl.constexpr):
-    """The tokens of a tile (int64, 0 where there is none) and which of its rows are there."""
-    token = tl.load(placed.tokens + tile * BLOCK_M + tl.arange(0, BLOCK_M))
-    live = token >= 0
-    return tl.where(live, token, 0).to(tl.int64), live
+def placed_rows(placed, tile, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The rows of a tile and their tokens (int64, 0 where there is none), and which of them are there."""
+    row = tl.load(placed.rows + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+    live = row >= 0
+    row = tl.where(live, row, 0)
+    return row.to(tl.int64), (row // (SLOTS // EXPERTS)).to(tl.int64), live
 
 
 @triton.jit
-def placed_expert(placed, tile, slot, SLOTS: tl.constexpr):
-    """One slot's expert in a tile; num_experts for ids that are none."""
-    return tl.load(placed.experts + tile * SLOTS + slot)
+def placed_expert(placed, tile, i, EXPERTS: tl.constexpr):
+    """The i-th expert of a tile; num_experts for ids that are none."""
+    return tl.load(placed.experts + tile * EXPERTS + i)
 
 
 @triton.jit
-def placed_weights(placed, tile, slot, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The routing weights of a tile's rows for one slot's expert, 0 where there is no token: [BLOCK_M] fp32."""
+def placed_weights(placed, tile, i, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The routing weights of a tile's rows for its i-th expert, 0 where there is no row: [BLOCK_M] fp32."""
     position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    return tl.load(placed.weights + position * SLOTS + slot)
+    return tl.load(placed.weights + position * EXPERTS + i)
 
 
 @triton.jit
-def slot_low_rows(operands, strides, token, live, e, num_experts, RANK: tl.constexpr):
+def first_column(piece):
+    """The first column of a piece: where its buffers, and the views that a launch gets of wider ones, begin."""
+    return piece.first_block * STREAM_BLOCK
+
+
+@triton.jit
+def expert_low_rows(operands, strides, token, live, e, num_experts, RANK: tl.constexpr):
     """A x of expert e for gate and up, [BLOCK_M, padded rank] each."""
     gate = low_rows(operands, strides, token, live, e * RANK, RANK)
     return gate, low_rows(operands, strides, token, live, (num_experts + e) * RANK, RANK)
@@ -64,12 +71,11 @@ def slot_low_rows(operands, strides, token, live, e, num_experts, RANK: tl.const
 def load_base(
     operands, strides, added, stride_added, piece, token, live, f, width, WHOLE: tl.constexpr = False
 ):
-    """P_1 + H M^T, the pre-activations that all slots share, [BLOCK_M, columns] fp32 each."""
+    """P_1 + H M^T, the pre-activations that all experts share, [BLOCK_M, columns] fp32 each."""
     g, u = load_pair(operands.pre_activations, (strides.gate, strides.up), token, live, f, width, WHOLE)
     if added is not None:
-        left = piece.first_block * STREAM_BLOCK  # the first column that is there
         inside = live[:, None] & columns_inside(f, width, WHOLE)[None, :]
-        at = token[:, None] * stride_added + (f - left)[None, :]
+        at = token[:, None] * stride_added + (f - first_column(piece))[None, :]
         g += tl.load(added.gate + at, mask=inside, other=0.0).to(tl.float32)
         u += tl.load(added.up + at, mask=inside, other=0.0).to(tl.float32)
     return g, u
@@ -104,7 +110,7 @@ def expert_vectors(scales, e, f, width, WHOLE: tl.constexpr = False):
 
 @triton.jit
 def scaled(g, u, vectors, scales, BY_COLUMN: tl.constexpr = False):
-    """g and u, tiles as in `slot_backward`, times an expert's vectors where there are any."""
+    """g and u, tiles as in `expert_backward`, times an expert's vectors where there are any."""
     if scales is not None:
         g *= along_columns(vectors[0], BY_COLUMN)
         u *= along_columns(vectors[1], BY_COLUMN)
@@ -128,16 +134,16 @@ def low_rank_product(rows, matrix, BY_COLUMN: tl.constexpr):
 
 
 @triton.jit
-def slot_backward(
+def expert_backward(
     g, u, d_hidden, rows, w, matrices, vectors, operands, e, token, f0, width, scale,
     ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr, BY_COLUMN: tl.constexpr, WHOLE: tl.constexpr,
 ):
-    """Recompute a slot in the columns from f0 on and differentiate it; nothing wide was saved.
+    """Recompute an expert in the columns from f0 on and differentiate it; nothing wide was saved.
 
     g, u, d_hidden: tiles of tokens by columns, or of columns by tokens with ``BY_COLUMN``, and so are the results:
     a product that sums over the columns takes what it reads from the registers of the first, one over the tokens from
-    those of the second. rows: as `slot_rows`; w [BLOCK_M], the slot's routing weights; its expert's matrices and
-    vectors. Returns the gradients of the pre-activations after their scale vectors, the pre-activations before those,
+    those of the second. rows: as `gradient_rows`; w [BLOCK_M], the routing weights; matrices and vectors are the
+    expert's. Returns the gradients of the pre-activations after their scale vectors, the pre-activations before those,
     what A_D read (after dropout, without the routing weight), and its product with what it gets a gradient of.
     """
     f = f0 + tl.arange(0, BLOCK_F)
@@ -165,7 +171,7 @@ def slot_backward(
 
 
 @triton.jit
-def slot_rows(operands, strides, d_low_down, token, live, e, num_experts, RANK: tl.constexpr):
+def gradient_rows(operands, strides, d_low_down, token, live, e, num_experts, RANK: tl.constexpr):
     """A x of expert e for gate and up, and the gradient of what it gave to low_down: [BLOCK_M, padded rank] each."""
-    gate, up = slot_low_rows(operands, strides, token, live, e, num_experts, RANK)
+    gate, up = expert_low_rows(operands, strides, token, live, e, num_experts, RANK)
     return gate, up, low_rank_rows(d_low_down, None, token, live, e * RANK, num_experts * RANK, 0, RANK)

@@ -17,7 +17,7 @@ def swiglu_forward(
 ):
     """hidden [N, F]: program (tile of tokens, split of F). Shapes as in `graphmoe_kernels.swiglu`."""
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    token, live = tile_rows(None, tile, num_tokens, BLOCK_M)
+    token, live = tile_rows(tile, num_tokens, BLOCK_M)
     PART: tl.constexpr = BLOCK_F // PARTS
     split_width = tl.cdiv(tl.cdiv(width, BLOCK_F), splits) * BLOCK_F
     for f0 in range(split * split_width, min((split + 1) * split_width, width), BLOCK_F):
@@ -39,7 +39,7 @@ def swiglu_backward(
 ):
     """gradients: gate and up [N, F], of what the activation reads; d_hidden [N, F] is contiguous."""
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    token, live = tile_rows(None, tile, num_tokens, BLOCK_M)
+    token, live = tile_rows(tile, num_tokens, BLOCK_M)
     dtype = gradients.gate.dtype.element_ty
     PART: tl.constexpr = BLOCK_F // PARTS
     split_width = tl.cdiv(tl.cdiv(width, BLOCK_F), splits) * BLOCK_F

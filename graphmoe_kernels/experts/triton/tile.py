@@ -22,17 +22,11 @@ compact_columns = triton.constexpr_function(sizes.compact_columns)
 
 
 @triton.jit
-def tile_rows(order, tile, num_tokens, BLOCK_M: tl.constexpr):
+def tile_rows(tile, num_tokens, BLOCK_M: tl.constexpr):
     """The tokens of a tile (int64, 0 where there is none) and which of its rows are there."""
-    position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = position < num_tokens
-    if order is not None:
-        token = tl.load(order + position, mask=live, other=0)
-        live &= (token >= 0) & (token < num_tokens)  # what is no token's place reads and writes nothing
-        token = tl.where(live, token, 0)
-    else:
-        token = tl.where(live, position, 0)
-    return token.to(tl.int64), live
+    token = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = token < num_tokens
+    return tl.where(live, token, 0).to(tl.int64), live
 
 
 @triton.jit
@@ -184,15 +178,6 @@ def slot_rows(A, e, slot, f, width, SLOTS: tl.constexpr, RANK: tl.constexpr):
     i = column % padded_rank(RANK)
     inside = (f < width)[:, None] & ((column // padded_rank(RANK) == slot) & (i < RANK))[None, :]
     return tl.load(A + e.to(tl.int64) * RANK * width + i[None, :] * width + f[:, None], mask=inside, other=0.0)
-
-
-@triton.jit
-def slot_columns(B, e, slot, f, width, SLOTS: tl.constexpr, RANK: tl.constexpr):
-    """`slot_rows` for B [n, F, r]: B_e for columns f in the columns of one slot, [BLOCK_F, columns]."""
-    column = tl.arange(0, compact_columns(SLOTS, RANK))
-    i = column % padded_rank(RANK)
-    inside = (f < width)[:, None] & ((column // padded_rank(RANK) == slot) & (i < RANK))[None, :]
-    return tl.load(B + e.to(tl.int64) * width * RANK + f[:, None] * RANK + i[None, :], mask=inside, other=0.0)
 
 
 @triton.jit

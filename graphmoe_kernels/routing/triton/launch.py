@@ -7,14 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.backend import interpreting, per_device
+from graphmoe_kernels.backend import per_device
 from graphmoe_kernels.launching import SKINNY_TOKENS, Config, kernel_config, launch, power_of_two, with_row_stride
 
 MAX_EXPERTS = 256  # a row's experts are handled in registers, all at once
-# Tokens are ordered within windows of this size: the work per token grows with the window, and a window's tokens are
-# enough to fill tiles of any combination of experts. Window, and two experts below 256, make keys of 30 bits.
-ORDER_WINDOW = 16384
-
 # A kernel, and everything that is the same in all its launches of a kind: constants, blocks, warps and stages.
 Kind = tuple[Any, dict[str, Any]]
 
@@ -128,29 +124,3 @@ def backward(
         **constants,
     )
     return total
-
-
-def token_order(expert_ids: Tensor) -> Tensor:
-    """Return the order of `graphmoe_kernels.expert_order`, int32 [N], in one launch."""
-    from graphmoe_kernels.routing.triton.order import routing_order
-
-    if interpreting() and bool(((expert_ids < 0) | (expert_ids >= MAX_EXPERTS)).any()):
-        found = f"{int(expert_ids.min())} to {int(expert_ids.max())}"
-        raise ValueError(f"experts must be in 0..{MAX_EXPERTS - 1}, got {found}")
-    expert_ids = expert_ids.contiguous()
-    num_tokens, top_k = expert_ids.shape
-    order = torch.empty(num_tokens, dtype=torch.int32, device=expert_ids.device)
-    config = kernel_config("routing_order", num_tokens, torch.float32, expert_ids.device)
-    launch(
-        routing_order,
-        (-(-num_tokens // config["BLOCK_M"]),),
-        expert_ids,
-        order,
-        num_tokens,
-        device=expert_ids.device,
-        TOP_K=top_k,
-        WINDOW=ORDER_WINDOW,
-        MAX_EXPERTS=MAX_EXPERTS,
-        **config,
-    )
-    return order

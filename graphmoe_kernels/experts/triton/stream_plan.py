@@ -1,0 +1,131 @@
+"""How the kernels of a stream are launched: F in pieces, each split among programs; worked out once for all sizes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from graphmoe_kernels.backend import interpreting, per_device
+from graphmoe_kernels.experts.operands import ExpertOperands
+from graphmoe_kernels.experts.triton.placing import positions
+from graphmoe_kernels.experts.triton.plan import constants, target
+from graphmoe_kernels.experts.triton.sizes import (
+    MAX_PAIR_COLUMNS,
+    STREAM_BLOCK,
+    Sizes,
+    Tiling,
+    compact_columns,
+    cut,
+    program_slots,
+    tiling,
+)
+from graphmoe_kernels.launching import Config, config_table, dtype_class
+
+# H M^T, and what rows of one slot give, are made in one piece up to this size; beyond, in as many as keep each of them
+# no larger than hidden.
+BUFFER_BYTES = 2**26
+
+
+class Piece(NamedTuple):
+    """Blocks of `STREAM_BLOCK` columns that one launch streams over, and how they are split among its programs."""
+
+    first_block: int
+    end_block: int
+    split_blocks: int
+    first_split: int
+
+    @property
+    def splits(self) -> int:
+        """How many programs share the blocks of a tile."""
+        return math.ceil((self.end_block - self.first_block) / self.split_blocks)
+
+    def columns(self, width: int) -> slice:
+        """Its columns of F."""
+        return slice(self.first_block * STREAM_BLOCK, min(self.end_block * STREAM_BLOCK, width))
+
+
+class StreamPlan(NamedTuple):
+    """How a kernel is launched that streams over F; see `graphmoe_kernels.experts.triton.plan`.
+
+    Attributes:
+        pieces: one for each launch.
+        splits: of all pieces; of the backward to experts, of the tiles instead.
+        tiling: what the kernel's tiles are.
+        constants: the kernel's.
+    """
+
+    pieces: tuple[Piece, ...]
+    splits: int
+    tiling: Tiling
+    constants: dict[str, Any]
+
+
+class Extras(NamedTuple):
+    """What a call has that takes registers beside the round itself."""
+
+    dropout: bool
+    scales: bool
+
+
+def stream_plan(kernel: str, operands: ExpertOperands, size: Sizes, activation: str) -> StreamPlan:
+    """A kernel's plan for these operands."""
+    gate = operands.pre_activations.gate
+    extras = Extras(operands.dropout is not None, operands.scales is not None)
+    rows, pieces = tiling(size).rows, 1
+    if gate.numel() * gate.element_size() * max(rows, 2) > BUFFER_BYTES:
+        pieces = 1 if operands.update is None and rows == 1 else 2 if rows == 1 else 2 * rows
+    return _plan(kernel, size, activation, gate.dtype, gate.device, extras, pieces)
+
+
+@per_device
+def _plan(
+    kernel: str, size: Sizes, activation: str, dtype: torch.dtype, device: torch.device, extras: Extras, pieces: int
+) -> StreamPlan:
+    device_class, multiprocessors = target(device)
+    own = tiling(size)
+    chosen = fitting(stream_config(kernel, size, own, dtype, device_class), extras)
+    fixed = constants(size, activation, chosen) | {"EXPERTS": own.experts}
+    if kernel == "stream":
+        fixed["APPROXIMATE"] = not interpreting()
+    else:
+        fixed["WHOLE"] = size.width % chosen["BLOCK_F"] == 0
+    tiles = positions(size, own, chosen["BLOCK_M"]) // chosen["BLOCK_M"]
+    blocks = math.ceil(size.width / STREAM_BLOCK)
+    each, slots = math.ceil(blocks / pieces), program_slots(chosen, multiprocessors)
+    starts = range(0, blocks, each)
+    if kernel == "stream_backward_weights":
+        cuts = [Piece(first, min(first + each, blocks), each, 0) for first in starts]
+        stripes = math.ceil(each * STREAM_BLOCK / chosen["BLOCK_F"])
+        return StreamPlan(tuple(cuts), cut(tiles, stripes, slots)[0], own, fixed)
+    _, split_blocks = cut(each, tiles, slots)
+    found: list[Piece] = []
+    for first in starts:
+        before = sum(piece.splits for piece in found)
+        found.append(Piece(first, min(first + each, blocks), split_blocks, before))
+    return StreamPlan(tuple(found), sum(piece.splits for piece in found), own, fixed)
+
+
+def stream_config(kernel: str, size: Sizes, own: Tiling, dtype: torch.dtype, device_class: str) -> Config:
+    """The configuration of a stream's kernel; of high ranks, and of rows that are not aligned, blocks are smaller."""
+    name = f"experts_{kernel}"
+    if compact_columns(own.experts, size.rank) > MAX_PAIR_COLUMNS:
+        name += "_wide_rank"
+    elif size.width % 16:
+        name += "_unaligned"
+    return config_table(device_class, "experts")[name]["wide"][dtype_class(dtype)]
+
+
+def fitting(config: Config, extras: Extras) -> Config:
+    """A configuration without what spills beside dropout or scale vectors.
+
+    A forward step with dropout is one part, as the random numbers of two spill; and a bound on registers that a plain
+    round fits in is none where a program also holds either.
+    """
+    found = dict(config)
+    if extras.dropout and "PARTS" in found:
+        found |= {"BLOCK_F": found["BLOCK_F"] // found["PARTS"], "PARTS": 1}
+    if extras.dropout or extras.scales:
+        found.pop("maxnreg", None)
+    return found
