@@ -9,7 +9,7 @@ from benchmarks.devices import Call, Device, repeated
 from benchmarks.operators import Operator, check_operator, copies_of, launches_of
 from benchmarks.work import kernel_work
 from graphmoe_kernels.cost import Sizes
-from graphmoe_kernels.launching import SKINNY_TOKENS, Launch
+from graphmoe_kernels.launching import Launch
 
 # Of a CUDA graph, one behind the other in a turn.
 REPLAYS = 10
@@ -43,7 +43,6 @@ def time_kernels(
             "experts": sizes.experts,
             "dtype": sizes.dtype,
             "kernel": name,
-            "ordered": operator.name == "experts" and sizes.tokens > SKINNY_TOKENS,
             "seconds": samples.of_one(REPLAYS * len(sets)).summary() | {"calls a turn": REPLAYS * len(sets)},
             "cold": cold,
         }

@@ -17,13 +17,12 @@ from graphmoe_kernels import (
     ExpertOperands,
     GateUp,
     LowRankUpdate,
-    expert_order,
     expert_swiglu,
     gru_step,
     route_tokens,
 )
 from graphmoe_kernels.cost import Sizes
-from graphmoe_kernels.launching import SKINNY_TOKENS, Launch, recorded
+from graphmoe_kernels.launching import Launch, recorded
 from graphmoe_kernels.rethinking.weights import padded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -71,12 +70,10 @@ class Operator(NamedTuple):
         return Built(self.subject(operands, top_k, backend), None, "reference", plain, exact)
 
     def judge(self, operands: Tensors, dtype: torch.dtype) -> Judge:
-        """Checks gradients too; an order is of all tokens, so all are looked at."""
+        """Checks gradients too."""
         own = self._split(operands)[0]
         tokens, device = len(next(iter(own.values()))), next(iter(own.values())).device
-        whole = self.name == "routing_order"
-        rows = torch.arange(tokens, device=device) if whole else sample_rows(tokens, device)
-        return Judge(own, rows, not whole, dtype)
+        return Judge(own, sample_rows(tokens, device), True, dtype)
 
     def _split(self, operands: Tensors) -> tuple[Tensors, Tensors]:
         """The tokens' operands and the others."""
@@ -109,26 +106,8 @@ def run_routing(operands: Tensors, top_k: int, backend: str) -> Tensors:
     return {"routing_weights": found.routing_weights, "logits": found.logits, "expert_ids": found.expert_ids}
 
 
-def order_operands(draw: Draw, sizes: Sizes, later: bool) -> Tensors:
-    """Experts of every token [N, k]."""
-    return {"expert_ids": _chosen(draw, sizes)}
-
-
-def run_order(operands: Tensors, top_k: int, backend: str) -> Tensors:
-    """The stable order by the two smallest experts of every token; elsewhere than on Triton by PyTorch's sort."""
-    order = expert_order if backend == "triton" else sorted_order
-    return {"token_order": order(operands["expert_ids"])}
-
-
-def sorted_order(expert_ids: Tensor) -> Tensor:
-    """The order by PyTorch's sort, [N]."""
-    pairs = expert_ids.sort(dim=1).values[:, :2].long()
-    return (pairs[:, 0] * 256 + pairs[:, -1]).argsort(stable=True).int()
-
-
 def expert_operands(draw: Draw, sizes: Sizes, later: bool) -> Tensors:
-    """The operands of `expert_swiglu`, without dropout and scale vectors; of many tokens with the order of them that a
-    layer makes."""
+    """The operands of `expert_swiglu`, without dropout and scale vectors."""
     N, F, n, r, G = sizes.tokens, sizes.intermediate, sizes.experts, sizes.rank, padded(sizes.gru_width)
     found = {
         "gate": draw(N, F),
@@ -140,8 +119,6 @@ def expert_operands(draw: Draw, sizes: Sizes, later: bool) -> Tensors:
         "routing_weights": draw(N, sizes.top_k, dtype=torch.float32).softmax(dim=1),
         "expert_ids": _chosen(draw, sizes),
     }
-    if N > SKINNY_TOKENS:
-        found["token_order"] = sorted_order(found["expert_ids"])
     if later:
         fold = {"fold_gate": draw(F, G, std=G**-0.5), "fold_up": draw(F, G, std=G**-0.5)}
         found |= {"state": draw(N, G), "low_update": draw(N, 2 * n * r), **fold}
@@ -149,7 +126,7 @@ def expert_operands(draw: Draw, sizes: Sizes, later: bool) -> Tensors:
 
 
 def run_experts(operands: Tensors, top_k: int, backend: str) -> Tensors:
-    """`expert_swiglu`; Triton works in the order of the tokens, which belongs to all of them together."""
+    """`expert_swiglu`."""
     o = operands
     packed = ExpertOperands(
         GateUp(o["gate"], o["up"]),
@@ -160,7 +137,6 @@ def run_experts(operands: Tensors, top_k: int, backend: str) -> Tensors:
         o["expert_ids"],
         low_update=o.get("low_update"),
         update=LowRankUpdate(o["state"], o["fold_gate"], o["fold_up"]) if "state" in o else None,
-        token_order=o.get("token_order") if backend == "triton" else None,
     )
     hidden, low_down = expert_swiglu(packed, scale=2.0, backend=backend)
     return {"hidden": hidden, "low_down": low_down}
@@ -186,7 +162,6 @@ OPERATORS = tuple(
         ("experts", (True, False), expert_operands, run_experts, EXPERTS_PER_TOKEN, ()),
         ("routing", (True, False), routing_operands, run_routing, ("x", "offset"), ("offset",)),
         ("gru", (True, False), gru_operands, run_gru, ("inputs", "recurrent", "state", "total"), ()),
-        ("routing_order", (False,), order_operands, run_order, ("expert_ids",), ()),
     )
     for later in rounds
 )

@@ -212,8 +212,7 @@ def kernel_table(kernels: Sequence[dict[str, Any]]) -> Table:
         if "config" in row:
             chosen = "chosen" if row.get("chosen") else f"refused: {row['refused']}" if "refused" in row else "slower"
             name += f" {chosen}: " + " ".join(f"{field}={value}" for field, value in row["config"].items())
-        order = {True: ", in order", False: ", not in order", None: ""}[row.get("ordered")]
-        what = f"{row['operator']}: {name}, {row['round']} round, n={row['experts']}, {row['tokens']} tokens{order}"
+        what = f"{row['operator']}: {name}, {row['round']} round, n={row['experts']}, {row['tokens']} tokens"
         cells = [what, seconds(time["median"]), " to ".join(map(seconds, time.get("quartiles", ()))) or "-"]
         cells += [str(time.get("turns", "-")), mega(needed.get("bytes")), _giga(needed.get("operations"))]
         share = _share(limits, max(limits.values()) / time["median"] if limits else None)

@@ -31,7 +31,7 @@ SECONDS = 0.3
 # Names of configurations beside a kernel's own: for ranks beyond 16, and for an F that no 16 divides.
 WIDE_RANK, UNALIGNED = "_wide_rank", "_unaligned"
 # What a field of a configuration may be: a matrix instruction takes 16 rows and columns, a warp group 4 or 8 warps.
-RANGES = {"BLOCK": (16, 256), "PARTS": (1, 2), "num_warps": (1, 8), "num_stages": (1, 4)}
+RANGES = {"BLOCK": (16, 256), "PARTS": (1, 2), "num_warps": (1, 8), "num_stages": (1, 4), "maxnreg": (128, 255)}
 
 
 class Cell(NamedTuple):
@@ -65,7 +65,11 @@ def candidates(shipped: Config) -> list[Config]:
     choices = []
     for name, value in shipped.items():
         low, high = RANGES["BLOCK" if name.startswith("BLOCK") else name]
-        steps = (value, value - 1, value + 1) if name == "num_stages" else (value, value // 2, value * 2)
+        steps = (value, value // 2, value * 2)
+        if name == "num_stages":
+            steps = (value, value - 1, value + 1)
+        elif name == "maxnreg":
+            steps = (value, low, high)
         choices.append([step for step in steps if step == value or low <= step <= high])
     found = [dict(zip(shipped, values, strict=True)) for values in itertools.product(*choices)]
     return sorted(found, key=lambda config: sum(config[name] != shipped[name] for name in shipped))[1:]
@@ -102,9 +106,8 @@ def cells() -> list[Cell]:
 
 def operator_of(cell: Cell) -> Operator:
     """The operator's call that a cell is timed in: a later round's, but for routing, whose first reads most."""
-    name = "routing_order" if cell.kernel.endswith("order") else cell.operator
-    found = [operator for operator in OPERATORS if operator.name == name]
-    return next((o for o in found if o.later == (not name.startswith("routing"))), found[0])
+    found = [operator for operator in OPERATORS if operator.name == cell.operator]
+    return next(o for o in found if o.later == (cell.operator != "routing"))
 
 
 class Tuner:
@@ -118,8 +121,6 @@ class Tuner:
             sizes = replace(sizes, rank=64)
         elif cell.kernel.endswith(UNALIGNED):
             sizes = replace(sizes, intermediate=sizes.intermediate - 8)
-        if self.kernel == "experts_forward" and sizes.rank <= 16 and (cell.size, cell.dtype) == ("wide", "half"):
-            sizes = replace(sizes, experts=64)  # what does not run as a stream
         self.sizes = sizes
 
     @property

@@ -36,8 +36,6 @@ KERNELS: dict[str, tuple[int, tuple[str, ...]]] = {
     "experts_stream": (1, LOW_RANK),
     "experts_stream_backward_tokens": (1, (*LOW_RANK, LOW_RANK[0])),
     "experts_stream_backward_weights": (2, LOW_RANK),
-    "experts_backward_tokens": (1, OPERATORS["expert_swiglu"]),
-    "experts_backward_weights": (1, OPERATORS["expert_swiglu"]),
     "gru_forward": (1, OPERATORS["gru_step"]),
     "gru_backward": (2, OPERATORS["gru_step"]),
 }

@@ -46,7 +46,7 @@ def test_right_operators_pass_their_check(operator):
     """The check itself must not refuse what is right."""
     found = check_operator(operator, TINY, CPU)
     assert found.fault is None
-    assert operator.name == "routing_order" or found.errors
+    assert found.errors
 
 
 def test_a_wrong_operator_is_refused_and_not_timed():
@@ -59,27 +59,6 @@ def test_a_wrong_operator_is_refused_and_not_timed():
     found, rows = time_kernels(GRU._replace(run=wrong), FEW, CpuDevice(), {"limits": LIMITS}, 0.0)
     assert rows == []
     assert found.fault.startswith("out: error 1.0e-03, the plain computation's own is ")
-
-
-def test_a_wrong_order_is_refused():
-    """An order that is no permutation by experts would be timed for nothing."""
-    order = find_operator("routing_order", False)
-
-    def wrong(operands, top_k, backend):
-        return {"token_order": torch.arange(40)} if backend == "triton" else order.run(operands, top_k, backend)
-
-    assert check_operator(order._replace(run=wrong), replace(TINY, tokens=40), CPU).fault == "token_order differs"
-
-
-@pytest.mark.parametrize("tokens", [SKINNY_TOKENS, SKINNY_TOKENS + 1])
-def test_experts_are_checked_in_the_layers_order(tokens):
-    """What is checked without an order is another path of the kernels than a layer runs."""
-    experts, sizes = find_operator("experts", True), replace(TINY, tokens=tokens)
-    with stubbed():
-        launches = launches_of(experts, sizes, experts.operands(sizes, CPU))
-    ordered = [each.arguments["operands"].token_order is not None for each in launches]
-    assert ordered == [tokens > SKINNY_TOKENS] * 3
-    assert check_operator(experts, sizes, CPU, "torch").fault is None
 
 
 def test_kernels_are_launched_alone_as_the_operator_launched_them(monkeypatch):
@@ -181,7 +160,7 @@ def test_every_configuration_that_is_shipped_can_be_tuned(device):
         assert current not in tried
         assert {frozenset(config) for config in tried} == {frozenset(current)}
         assert sum(tried[0][name] != current[name] for name in current) == 1
-        assert operator_of(Cell(*names)).name in (names[0], "routing_order")
+        assert operator_of(Cell(*names)).name == names[0]
 
 
 def test_a_candidate_is_launched_while_it_is_tried_and_not_after():

@@ -246,7 +246,7 @@ def test_the_whole_gpu_report_on_the_cpu(tmp_path):
     arguments = ["--device", "cpu", "--sizes", "tiny", "--out", str(tmp_path), "--commit", "abc", "--tokens", "1,4"]
     only = (
         "check-gru",
-        "kernels-routing-order-tiny-training-first-round-1-tokens-T3-n4",
+        "kernels-gru-tiny-training-first-round-1-tokens-T3-n4",
         "layer-tiny-inference-1-tokens-T1",
     )
     found = run("benchmarks.gpu_report", *arguments, "--seconds", "0", "-k", " or ".join(only))

@@ -73,23 +73,23 @@ for call, counts in ((run, (1, 16, 17)), (run_experts, (1, 16, 17)), (run_expert
     print(*sorted({key[0] for key in keys[0]}), all(each == keys[0] for each in keys))
 """)
     shared = {"swiglu_forward", "swiglu_backward", "True"}
-    tiles = {"experts_forward", "experts_backward_tokens", "experts_backward_weights"}
-    stream = {"experts_count_tuples", "experts_place_rows", "experts_stream", "experts_stream_sum"}
-    stream |= {f"experts_stream_{name}" for name in ("backward_tokens", "backward_weights", "sum_tokens")}
+    backward = {"experts_count_tuples", "experts_place_rows"}
+    backward |= {f"experts_stream_{name}" for name in ("backward_tokens", "backward_weights", "sum_tokens")}
     of_layer = {"routing_forward", "routing_topk", "routing_backward", "gru_forward", "gru_backward"}
     found = [set(line.split()) for line in printed.splitlines()]
-    assert found == [of_layer | {"True"}, shared | tiles, shared | stream]
+    assert found == [of_layer | {"True"}, shared | backward | {"experts_forward"}, shared | backward | {"experts_stream", "experts_stream_sum"}]
 
 
 @pytest.mark.parametrize("device", launching.DEVICE_CLASSES)
-@pytest.mark.parametrize("operator", ["routing", "experts", "gru"])
+@pytest.mark.parametrize("operator", ["routing", "experts", "swiglu", "gru"])
 def test_every_class_has_a_configuration(device, operator):
     """Each kernel has one for every size class and dtype class that it runs in, with blocks that are powers of two."""
     for kernel, sizes in launching.config_table(device, operator).items():
         assert kernel.startswith(f"{operator}_")
-        alone = kernel.startswith("experts_stream")  # of many tokens in half precision
-        assert sizes.keys() == ({"wide"} if alone else set(launching.SIZE_CLASSES)), kernel
-        dtypes = {"half"} if alone else {"float"} if kernel in OF_FP32 else set(launching.DTYPE_CLASSES)
+        alone = {"experts_stream": {"wide"}, "experts_forward": {"skinny"}}
+        expected = next((own for name, own in alone.items() if kernel.startswith(name)), set(launching.SIZE_CLASSES))
+        assert sizes.keys() == expected, kernel
+        dtypes = {"float"} if kernel in OF_FP32 else set(launching.DTYPE_CLASSES)
         for by_dtype in sizes.values():
             assert by_dtype.keys() == dtypes, kernel
             for config in by_dtype.values():

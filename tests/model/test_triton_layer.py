@@ -54,7 +54,7 @@ FREE = {
     "permute",
 }
 PRODUCTS = {"mm", "addmm_"}
-OURS = {"route", "expert_swiglu", "gru_step", "expert_order"}
+OURS = {"route", "expert_swiglu", "gru_step"}
 
 
 class Launches(TorchDispatchMode):
