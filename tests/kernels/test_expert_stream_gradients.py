@@ -54,6 +54,11 @@ GRADIENT_CASES = {
     "scale vectors and biases": {"tokens": 65, "experts": 2, "scales": True, "biases": True},
     "scale vectors and biases, k = 1": {"tokens": 65, "experts": 2, "top_k": 1, "scales": True, "biases": True},
     "biases": {"tokens": 65, "experts": 2, "biases": True, "inner": 6},
+    "slots, k = 2": {"tokens": 66, "experts": 8, "rank": 2, "width": 40, "inner": 6},
+    "slots, k = 4, experts of several tiles": {"tokens": 90, "experts": 4, "top_k": 4, "rank": 2, "width": 20},
+    "slots, k = 3, scale vectors": {"tokens": 65, "experts": 5, "top_k": 3, "scales": True, "biases": True},
+    "slots, n = 64": {"tokens": 65, "experts": 64, "rank": 1, "width": 20, "inner": 6},
+    "slots, rank 20": {"tokens": 65, "experts": 3, "rank": 20, "width": 40},
 }
 
 
@@ -68,10 +73,10 @@ def test_gradients_in_fp16():
     assert_within_budget(operands(tokens=100, experts=3, inner=6), torch.float16)
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_gradients_with_dropout(top_k):
     """Both kernels draw the forward's mask again, the one of columns by tokens too."""
-    given = operands(tokens=70, experts=2, top_k=top_k, width=70, inner=6)
+    given = operands(tokens=70, experts=max(2, top_k), top_k=top_k, width=70, inner=6)
     assert_within_budget(given, torch.bfloat16, dropout=0.4, seed=torch.tensor([2**40 + 7]))
 
 
@@ -100,6 +105,13 @@ def test_only_what_is_needed_is_launched():
         sum(x.float().sum() for x in expert_swiglu(here, backend="triton")).backward()
     assert low.grad is not None
     assert [each.name for each in launches] == [name for name in STEPS if name != BACKWARD[1]]
+
+
+def test_gradients_of_slots_in_pieces(monkeypatch):
+    """What rows of slots give is summed piece by piece; the last is narrower than the buffer."""
+    monkeypatch.setattr(stream_plan, "BUFFER_BYTES", 0)
+    steps = [*STEPS[:2], *["experts_stream"] * 4, *STEPS[3:6], *BACKWARD * 4, STEPS[-1]]
+    assert_within_budget(operands(tokens=66, experts=5, width=200, inner=6), torch.bfloat16, steps)
 
 
 def test_gradients_in_two_pieces_of_h_m(monkeypatch):
