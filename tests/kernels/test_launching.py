@@ -77,7 +77,11 @@ for call, counts in ((run, (1, 16, 17)), (run_experts, (1, 16, 17)), (run_expert
     backward |= {f"experts_stream_{name}" for name in ("backward_tokens", "backward_weights", "sum_tokens")}
     of_layer = {"routing_forward", "routing_topk", "routing_backward", "gru_forward", "gru_backward"}
     found = [set(line.split()) for line in printed.splitlines()]
-    assert found == [of_layer | {"True"}, shared | backward | {"experts_forward"}, shared | backward | {"experts_stream", "experts_stream_sum"}]
+    assert found == [
+        of_layer | {"True"},
+        shared | backward | {"experts_forward"},
+        shared | backward | {"experts_stream", "experts_stream_sum"},
+    ]
 
 
 @pytest.mark.parametrize("device", launching.DEVICE_CLASSES)

@@ -22,7 +22,7 @@ pytestmark = MARKS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIDDEN, INTERMEDIATE = 32, 48
-DECODE, PREFILL, STREAM = 3, 66, 97  # with four experts the experts' forward is a stream from 97 tokens on
+DECODE, SLOTS, PAIRS = 3, 66, 97  # a stream from 65 tokens on; of four experts' pairs from 97 on
 
 
 def make_ffn(rounds: int, backend: str = "triton", **options: object) -> FusedGraphMoEFFN:
@@ -72,12 +72,11 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=["bf16 adapters", "fp32 adapters"])
-@pytest.mark.parametrize("count", [DECODE, PREFILL, STREAM], ids=["decode", "prefill", "stream"])
+@pytest.mark.parametrize("count", [DECODE, SLOTS, PAIRS], ids=["decode", "slots", "pairs"])
 @pytest.mark.parametrize("rounds", [1, 2, 3, 5])
 def test_launches_of_a_forward(rounds, count, adapters, monkeypatch):
-    """At most 3T + 2 products, 3T - 1 kernels, T more that order tokens, or 3T more where the experts are a stream and
-    need no order; nothing else: no copy, cast, fill or concatenation. A stream multiplies H with M apart, in each later
-    round, once for gate and once for up.
+    """At most 3T + 2 products and 3T - 1 kernels, 3T more where the experts are a stream; nothing else: no copy, cast,
+    fill or concatenation. A stream multiplies H with M apart, in each later round, once for gate and once for up.
     """
     ffn = make_ffn(rounds).eval().to(torch.bfloat16)
     ffn.lora_graphmoe.to(adapters)
@@ -92,14 +91,14 @@ def test_launches_of_a_forward(rounds, count, adapters, monkeypatch):
             ffn(x)
     kernels = [launch.name for launch in launches]
     assert set(seen.operators) <= PRODUCTS | OURS, f"launches besides products and kernels: {seen.operators}"
-    each = {DECODE: 3, PREFILL: 4, STREAM: 6}[count]
+    each = 3 if count == DECODE else 6
     assert len(kernels) == each * rounds - 1, Counter(kernels)
-    assert len(apart) == (2 * (rounds - 1) if count == STREAM else 0)
+    assert len(apart) == (0 if count == DECODE else 2 * (rounds - 1))
     assert sum(seen.operators[name] for name in PRODUCTS) <= 3 * rounds + 2, seen.operators
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("count", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("count", [DECODE, SLOTS], ids=["decode", "slots"])
 @pytest.mark.parametrize("fold", ["always", "never"])
 def test_output_and_gradients_beside_the_torch_backend(fold, count, dtype):
     """Against the layer in fp64: no further off than twice the same layer on PyTorch, and some rounding."""
@@ -164,7 +163,7 @@ def test_autocast_runs_the_kernels_in_its_dtype():
     ffn = make_ffn(2).train()
     plain = copy.deepcopy(ffn)
     plain.lora_graphmoe["default"].config.backend = "torch"
-    x = tokens(PREFILL)
+    x = tokens(SLOTS)
     outcomes = []
     for layer in (ffn, plain):
         with torch.autocast(DEVICE, torch.bfloat16):
