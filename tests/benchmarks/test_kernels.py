@@ -21,7 +21,7 @@ from benchmarks.page import kernel_table
 from benchmarks.sizes import MODELS
 from benchmarks.table import PLANS, TINY_CHECKED, table
 from benchmarks.tuning import GAIN, Cell, candidates, cells, operator_of, rewrite, trying
-from graphmoe_kernels.launching import CONFIGS, DEVICE_CLASSES, SKINNY_TOKENS, config_table, recorded, stubbed
+from graphmoe_kernels.launching import CONFIGS, DEVICE_CLASSES, config_table, recorded, stubbed
 from tests.benchmarks.made_up import LIMITS, document
 
 TINY = replace(TINY_CHECKED, dtype="fp32")

@@ -1,8 +1,9 @@
 """What the kernels of a stream share: a tile of rows that have their experts in common, by columns of F.
 
 A row is a token with all its experts, or one slot of a token with one expert (`sizes.Tiling`). ``placed`` is a
-`placing.Placed`: experts are scalars of a tile, the first is the smaller. ``operands`` and ``strides`` are as in `tile`. ``added`` is a pair [N, the piece's columns], H M^T, or None; ``piece`` a
-`launch_stream.Piece`. ``WHOLE`` says that blocks of columns fill F.
+`placing.Placed`: experts are scalars of a tile, the first is the smaller. ``operands`` and ``strides`` are as in
+`tile`. ``added`` is a pair [N, the piece's columns], H M^T, or None; ``piece`` a `stream_plan.Piece`. ``WHOLE`` says
+that blocks of columns fill F.
 """
 
 from __future__ import annotations
