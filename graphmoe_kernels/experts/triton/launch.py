@@ -19,7 +19,7 @@ from graphmoe_kernels.experts.triton.counters import counters, forget
 from graphmoe_kernels.experts.triton.gradients import (
     update_gradients,
 )
-from graphmoe_kernels.experts.triton.layout import readable, readable_shared
+from graphmoe_kernels.experts.triton.layout import RowStrides, readable, readable_shared
 from graphmoe_kernels.experts.triton.plan import Plan, forward_plan, swiglu_plan
 from graphmoe_kernels.experts.triton.sizes import inner, sizes
 from graphmoe_kernels.launching import SKINNY_TOKENS, launch
@@ -87,7 +87,7 @@ def backward(
 
 def swiglu(pre_activations: GateUp, update: LowRankUpdate | None, activation: str) -> Tensor:
     """hidden [N, F] without experts; see `graphmoe_kernels.swiglu`."""
-    pre_activations, update, strides = readable_shared(*_added(pre_activations, update))
+    pre_activations, update, strides = _shared(pre_activations, update)
     gate = pre_activations.gate
     tokens, width = gate.shape
     plan = swiglu_plan("swiglu_forward", tokens, width, activation, gate.dtype, gate.device)
@@ -99,12 +99,13 @@ def swiglu(pre_activations: GateUp, update: LowRankUpdate | None, activation: st
     return hidden
 
 
-def _added(pre_activations: GateUp, update: LowRankUpdate | None) -> tuple[GateUp, LowRankUpdate | None]:
-    """Pre-activations with the update of many tokens in them, by cuBLAS; the kernel adds that of few itself."""
+def _shared(pre_activations: GateUp, update: LowRankUpdate | None) -> tuple[GateUp, LowRankUpdate | None, RowStrides]:
+    """`readable_shared`; the update of many tokens is added by cuBLAS, that of few by the kernel itself."""
+    pre_activations, update, strides = readable_shared(pre_activations, update)
     if update is None or len(update.state) <= SKINNY_TOKENS:
-        return pre_activations, update
+        return pre_activations, update, strides
     gate = torch.addmm(pre_activations.gate, update.state, update.gate.T)
-    return GateUp(gate, torch.addmm(pre_activations.up, update.state, update.up.T)), None
+    return readable_shared(GateUp(gate, torch.addmm(pre_activations.up, update.state, update.up.T)), None)
 
 
 def swiglu_backward(
@@ -115,7 +116,7 @@ def swiglu_backward(
     needed: frozenset[str],
 ) -> dict[str, Tensor]:
     """The gradients of `swiglu`, as `backward` gives them."""
-    pre_activations, own, strides = readable_shared(*_added(pre_activations, update))
+    pre_activations, own, strides = _shared(pre_activations, update)
     gate = pre_activations.gate
     tokens, width = gate.shape
     plan = swiglu_plan("swiglu_backward", tokens, width, activation, gate.dtype, gate.device)
