@@ -24,19 +24,26 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def blocks(gate: Tensor, slots: int) -> Iterator[slice]:
-    """Slices of the tokens of ``gate`` [N, F], as even as can be, whose wide intermediate takes about `BLOCK_BYTES`."""
+def on_host(x: Tensor) -> bool:
+    """Tell whether x is on the CPU, where blocks stay in cache and the host reads a number without waiting."""
+    return x.device.type == "cpu"
+
+
+def block_size(gate: Tensor, slots: int) -> int:
+    """Tokens of ``gate`` [N, F] per block, so that blocks are even and their wide intermediate takes `BLOCK_BYTES`."""
     tokens, width = gate.shape
+    if not on_host(gate):
+        return max(1, tokens)
     token_bytes = slots * 2 * width * compute_dtype(gate.dtype).itemsize
     largest = max(MIN_BLOCK_TOKENS, BLOCK_BYTES // token_bytes)
-    size = max(1, math.ceil(tokens / max(1, math.ceil(tokens / largest))))
+    return max(1, math.ceil(tokens / max(1, math.ceil(tokens / largest))))
+
+
+def blocks(gate: Tensor) -> Iterator[slice]:
+    """Slices of the tokens of ``gate`` [N, F] that are computed together."""
+    tokens, size = gate.shape[0], block_size(gate, 1)
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in ``dtype``; asked first, as a ``to`` that does nothing takes ten times as long."""
-    return x if x.dtype is dtype else x.to(dtype)
 
 
 def updated(pre_activations: GateUp, update: LowRankUpdate | None, tokens: slice | None = None) -> GateUp:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts.dropout import dropout_mask
-from graphmoe_kernels.experts.ids import expert_bounds
+from graphmoe_kernels.experts.ids import check_ids
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpdate
 
 
@@ -21,14 +21,14 @@ def expert_swiglu(operands: ExpertOperands, scale: float, activation: str) -> tu
     tokens, slots = ids.shape
     ids = ids.long()  # bytes would index as a mask
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would be a sync
-        expert_bounds(ids.flatten().sort().values, ids, n)
+        check_ids(ids, n)
     act = get_activation(activation).function
     gate, up = _updated(operands.pre_activations, operands.update)  # [N, F] each
     low = operands.low if operands.low_update is None else operands.low + operands.low_update
     low_gate, low_up = low.view(tokens, 2, n, r).unbind(1)  # [N, n, r] each
     mask = None
     if operands.dropout is not None:
-        mask = dropout_mask(operands.dropout.seed.to(gate.device), operands.dropout.rate, 0, ids, width)
+        mask = dropout_mask(operands.dropout.seed.to(gate.device), operands.dropout.rate, ids, width)
 
     hidden = torch.zeros_like(gate)
     low_down = low.new_zeros(tokens, n, r)

@@ -1,0 +1,250 @@
+"""The (token, slot) pairs of a round of experts on PyTorch, and the products of each pair with its own expert.
+
+There are two ways to hold them, with the same methods. A pair's low-rank activations have q columns.
+
+- `SortedPairs`, on a CPU: sorted by expert, so that every expert's product takes consecutive rows; q = r. The host
+  reads once per call where they begin.
+- `StackedSlots`, on other devices: slot after slot. One product takes the matrices of all experts, and a pair's
+  activations are zero outside of its own expert's columns; q = n*r. Nothing waits for the device, and no size changes
+  the number of calls. (On a CPU these products take three to five times as long as those of sorted pairs.)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphmoe_kernels.experts.dropout import DrawnMask, dropout_mask
+from graphmoe_kernels.experts.ids import check_ids, valid_tokens
+from graphmoe_kernels.experts.operands import ExpertOperands
+from graphmoe_kernels.experts.pytorch_blocks import block_size, compute_dtype, on_host
+from graphmoe_kernels.structures import cast_tensor
+
+
+class Pairs(Protocol):
+    """The p = b * k pairs of b tokens. ``matrices`` and their gradients are [n, r, F].
+
+    Attributes:
+        tokens: which of the batch.
+        weights: [p, 1], the routing weights. They and all results are in the dtype of the computation.
+        mask: [p, F], the dropout mask, or None.
+    """
+
+    tokens: slice
+    weights: Tensor
+    mask: Tensor | None
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Give every pair its token's row of x [b, C], copied: [p, C]."""
+        ...
+
+    def combine(self, x: Tensor, weighted: bool = False) -> Tensor:
+        """Sum x [p, C] over each token's slots, times the routing weights if asked for: [b, C]."""
+        ...
+
+    def by_slot(self, x: Tensor) -> Tensor:
+        """Put x [p, 1] in the order of tokens and slots: [b, k]."""
+        ...
+
+    def take(self, low: Tensor, part: int = 0) -> Tensor:
+        """Give every pair its own expert's columns of part 0 or 1 of ``low`` [b, parts * n*r]: [p, q]."""
+        ...
+
+    def put(self, x: Tensor, out: Tensor, part: int = 0) -> None:
+        """Write x [p, q] where `take` reads, to ``out`` [b, parts * n*r], which holds zeros."""
+        ...
+
+    def add_product(self, y: Tensor, low: Tensor, matrices: Tensor, scale: float = 1.0) -> Tensor:
+        """Add scale * ``low`` [p, q] times each pair's matrix to y [p, F], in place."""
+        ...
+
+    def reduce(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """Multiply x [p, F] with the transpose of each pair's matrix: [p, q]."""
+        ...
+
+    def add_gradient(self, grad: Tensor, low: Tensor, d: Tensor, scale: float = 1.0) -> None:
+        """Add the gradient of the matrices in `add_product`, from that of its result, d [p, F]."""
+        ...
+
+    def scaled(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """Multiply x [p, F] with each pair's own of ``vectors`` [n, F]."""
+        ...
+
+    def add_vector_gradient(self, grad: Tensor, d: Tensor) -> None:
+        """Add to ``grad`` [n, F] the sum of d [p, F] over each expert's pairs."""
+        ...
+
+
+def pairs_of(operands: ExpertOperands) -> Iterable[Pairs]:
+    """Give the pairs of all tokens, on a CPU block by block.
+
+    Raises:
+        ValueError: on a CPU, an id outside of 0..n-1, or one that stands twice in a row.
+    """
+    return sorted_pairs(operands) if on_host(operands.low) else (StackedSlots(operands),)
+
+
+def sorted_pairs(operands: ExpertOperands) -> Iterator[SortedPairs]:
+    """Sort the pairs of every block by expert: one sort, and one reading of where experts begin, for all blocks."""
+    n = operands.down_A.shape[0]
+    check_ids(operands.expert_ids, n)
+    ids = operands.expert_ids.long()
+    tokens, slots = ids.shape
+    size = block_size(operands.pre_activations.gate, slots)
+    count = -(-tokens // size)
+    block_of = torch.arange(tokens).div_(size, rounding_mode="floor")
+    ordered, order = torch.add(ids, block_of[:, None], alpha=n).flatten().sort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view(tokens, slots)
+    bounds = torch.searchsorted(ordered, torch.arange(count * n + 1)).tolist()
+    drawn = None if operands.dropout is None else DrawnMask(*operands.dropout, operands.down_A.shape[2])
+    for block in range(count):
+        span = slice(block * size, min((block + 1) * size, tokens))
+        first, *rest = bounds[block * n : (block + 1) * n + 1]
+        ends = [0, *(end - first for end in rest)]
+        own = order[first : first + ends[-1]] - first
+        yield SortedPairs(operands, span, own, place[span] - first, ends, drawn)
+
+
+class SortedPairs:
+    """The pairs of a block of tokens on a CPU, sorted by expert; see `Pairs`.
+
+    Args:
+        tokens: the block's slice of the batch.
+        order: [p], the sorted pairs as indices into [b * k].
+        place: [b, k], the inverse of ``order``.
+        ends: n + 1 numbers, 0 and where each expert's pairs end among the sorted ones.
+        drawn: draws the mask of a block after that of the block before.
+    """
+
+    def __init__(
+        self,
+        operands: ExpertOperands,
+        tokens: slice,
+        order: Tensor,
+        place: Tensor,
+        ends: list[int],
+        drawn: DrawnMask | None,
+    ) -> None:
+        self.n, self.rank, _ = operands.down_A.shape
+        self.tokens, self.dtype, self.place = tokens, compute_dtype(operands.low.dtype), place
+        spans = enumerate(itertools.pairwise(ends))
+        self.rows = [(e, slice(start, stop)) for e, (start, stop) in spans if stop > start]
+        self.token = order.div(place.shape[1], rounding_mode="floor")  # [p], counted from the block's start
+        self.expert = operands.expert_ids[tokens].reshape(-1).index_select(0, order).long()
+        self.weights = cast_tensor(operands.routing_weights[tokens].reshape(-1, 1).index_select(0, order), self.dtype)
+        self.mask = None if drawn is None else drawn.draw(order, self.dtype)
+
+    def spread(self, x: Tensor) -> Tensor:
+        return cast_tensor(x.index_select(0, self.token), self.dtype)
+
+    def combine(self, x: Tensor, weighted: bool = False) -> Tensor:
+        weights = self.by_slot(self.weights) if weighted else None
+        return F.embedding_bag(self.place, x, mode="sum", per_sample_weights=weights)
+
+    def by_slot(self, x: Tensor) -> Tensor:
+        return x.view(-1)[self.place]
+
+    def take(self, low: Tensor, part: int = 0) -> Tensor:
+        rows, entry = self._rows_of_experts(low, part)
+        return cast_tensor(rows.index_select(0, entry), self.dtype)
+
+    def put(self, x: Tensor, out: Tensor, part: int = 0) -> None:
+        rows, entry = self._rows_of_experts(out, part)
+        rows.index_copy_(0, entry, cast_tensor(x, out.dtype))
+
+    def _rows_of_experts(self, low: Tensor, part: int) -> tuple[Tensor, Tensor]:
+        """Give ``low`` as one row of r for every token and expert, and which of them are the pairs' own, [p]."""
+        tokens, parts = low.shape[0], 1 if self.rank == 0 else low.shape[1] // (self.n * self.rank)
+        entry = self.token * (parts * self.n) + self.expert
+        return low.reshape(tokens * parts * self.n, self.rank), entry.add_(part * self.n) if parts > 1 else entry
+
+    def add_product(self, y: Tensor, low: Tensor, matrices: Tensor, scale: float = 1.0) -> Tensor:
+        for e, rows in self.rows:
+            y[rows].addmm_(low[rows], matrices[e], alpha=scale)
+        return y
+
+    def reduce(self, x: Tensor, matrices: Tensor) -> Tensor:
+        found = x.new_empty(x.shape[0], self.rank)
+        for e, rows in self.rows:
+            torch.mm(x[rows], matrices[e].t(), out=found[rows])
+        return found
+
+    def add_gradient(self, grad: Tensor, low: Tensor, d: Tensor, scale: float = 1.0) -> None:
+        for e, rows in self.rows:
+            grad[e].addmm_(low[rows].t(), d[rows], alpha=scale)
+
+    def scaled(self, x: Tensor, vectors: Tensor) -> Tensor:
+        found = torch.empty_like(x)
+        for e, rows in self.rows:
+            torch.mul(x[rows], vectors[e], out=found[rows])
+        return found
+
+    def add_vector_gradient(self, grad: Tensor, d: Tensor) -> None:
+        for e, rows in self.rows:
+            grad[e].add_(d[rows].sum(0))
+
+
+class StackedSlots:
+    """All pairs of a batch, slot after slot; see `Pairs`.
+
+    Nobody reads the ids: those of a token that are none, or that stand twice, make it NaN.
+    """
+
+    def __init__(self, operands: ExpertOperands) -> None:
+        self.n, self.rank, width = operands.down_A.shape
+        self.tokens, self.dtype = slice(None), compute_dtype(operands.low.dtype)
+        valid, ids = valid_tokens(operands.expert_ids, self.n)
+        self.slots = ids.shape[1]
+        self.expert = ids.t().reshape(-1)  # [p]
+        self.chosen = self.expert[:, None] == torch.arange(self.n, device=ids.device)  # [p, n]
+        weights = operands.routing_weights.masked_fill(~valid[:, None], torch.nan)
+        self.weights = cast_tensor(weights.t().reshape(-1, 1), self.dtype)
+        self.mask: Tensor | None = None
+        if operands.dropout is not None:
+            rate, seed = operands.dropout
+            mask = dropout_mask(seed.to(ids.device), rate, ids, width)  # [N, k, F]
+            self.mask = cast_tensor(mask.transpose(0, 1).flatten(0, 1), self.dtype)
+
+    def spread(self, x: Tensor) -> Tensor:
+        return cast_tensor(x, self.dtype).repeat(self.slots, 1)
+
+    def combine(self, x: Tensor, weighted: bool = False) -> Tensor:
+        if weighted:
+            x = x * self.weights
+        return x.unflatten(0, (self.slots, -1)).sum(0)
+
+    def by_slot(self, x: Tensor) -> Tensor:
+        return x.view(self.slots, -1).t()
+
+    def take(self, low: Tensor, part: int = 0) -> Tensor:
+        own = low.unflatten(1, (-1, self.n * self.rank))[:, part] if low.shape[1] > self.n * self.rank else low
+        return self._own(self.spread(own))
+
+    def put(self, x: Tensor, out: Tensor, part: int = 0) -> None:
+        start = part * self.n * self.rank
+        out[:, start : start + self.n * self.rank] = self.combine(x)
+
+    def _own(self, x: Tensor) -> Tensor:
+        """x [p, n*r] with zeros outside of each pair's own expert's columns, whatever stands there."""
+        mine = self.chosen[:, :, None]
+        return x.view(-1, self.n, self.rank).masked_fill_(~mine, 0).flatten(1)
+
+    def add_product(self, y: Tensor, low: Tensor, matrices: Tensor, scale: float = 1.0) -> Tensor:
+        return y.addmm_(low, matrices.flatten(0, 1), alpha=scale)
+
+    def reduce(self, x: Tensor, matrices: Tensor) -> Tensor:
+        return self._own(x @ matrices.flatten(0, 1).t())
+
+    def add_gradient(self, grad: Tensor, low: Tensor, d: Tensor, scale: float = 1.0) -> None:
+        grad.flatten(0, 1).addmm_(low.t(), d, alpha=scale)
+
+    def scaled(self, x: Tensor, vectors: Tensor) -> Tensor:
+        return x * vectors.index_select(0, self.expert)
+
+    def add_vector_gradient(self, grad: Tensor, d: Tensor) -> None:
+        grad.addmm_(cast_tensor(self.chosen, d.dtype).t(), d)
