@@ -26,7 +26,7 @@ def kept_scale(probability: float) -> float:
 
 
 def dropout_mask(seed: Tensor, probability: float, experts: Tensor, width: int) -> Tensor:
-    """The counted mask of a batch, [tokens, k, width], entries 0 or `kept_scale`, fp32.
+    """The counted mask of a batch, [tokens, k, width], entries 0 or 1, fp32.
 
     Args:
         seed: one int64, on the device where the mask is made.
@@ -38,8 +38,7 @@ def dropout_mask(seed: Tensor, probability: float, experts: Tensor, width: int) 
     rows = torch.arange(tokens, device=seed.device)[:, None, None].expand(shape)
     words = torch.stack(_philox(seed.reshape(()), octets, rows, experts.long()[:, :, None].expand(shape)), dim=-1)
     numbers = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(2)  # [tokens, k, width or a few more]
-    keep = numbers[:, :, :width] >= threshold(probability)
-    return keep.to(torch.float32).mul_(kept_scale(probability))
+    return (numbers[:, :, :width] >= threshold(probability)).to(torch.float32)
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, ...]:
@@ -62,20 +61,16 @@ class DrawnMask:
     Args:
         probability: of dropping an entry.
         seed: one int64.
-        width: F.
     """
 
-    def __init__(self, probability: float, seed: Tensor, width: int) -> None:
-        self.generator = torch.Generator().manual_seed(int(seed))
-        self.probability, self.width = probability, width
+    def __init__(self, probability: float, seed: Tensor) -> None:
+        self.generator, self.probability = torch.Generator().manual_seed(int(seed)), probability
 
-    def draw(self, order: Tensor, dtype: torch.dtype) -> Tensor:
-        """Draw for the next p pairs of token and slot, and give them in an ``order`` [p]: [p, F], entries 0 or
-        `kept_scale`."""
-        words = torch.empty(len(order), -(-self.width // 4), dtype=torch.int64)
-        numbers = words.random_(-(2**63), None, generator=self.generator).view(torch.int16)
-        own = numbers.index_select(0, order)[:, : self.width]  # of -2^15..2^15 - 1, [p, F]
-        mask = torch.empty(own.shape, dtype=dtype)
-        # A comparison into its own dtype, then a cast, would take twice as long.
-        torch.ge(own, threshold(self.probability) - LEVELS // 2, out=mask)
-        return mask.mul_(kept_scale(self.probability))
+    def draw(self, tokens: int, rows: Tensor, out: Tensor) -> Tensor:
+        """Draw for so many next ``tokens``, and give some ``rows`` [p] of them: ``out`` [p, F], entries 0 or 1."""
+        words = torch.empty(tokens, -(-out.shape[1] // 4), dtype=torch.int64)
+        numbers = words.random_(-(2**63), None, generator=self.generator).view(torch.int16)  # [tokens, F or some more]
+        kept = torch.empty(tokens, out.shape[1], dtype=out.dtype)
+        # To its own dtype, and a cast, would take eight times as long.
+        torch.ge(numbers[:, : out.shape[1]], threshold(self.probability) - LEVELS // 2, out=kept)
+        return torch.index_select(kept, 0, rows, out=out)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts import pytorch_few
+from graphmoe_kernels.experts.dropout import kept_scale
 from graphmoe_kernels.experts.operands import FLOATING, ExpertOperands
 from graphmoe_kernels.experts.pytorch_blocks import add_update_gradients, compute_dtype, updated
 from graphmoe_kernels.experts.pytorch_pairs import Pairs, pairs_of
@@ -50,13 +51,12 @@ def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Te
     low_down = operands.low.new_zeros(operands.low.shape[0], operands.low.shape[1] // 2)
     for pairs in pairs_of(operands):
         g, u = _finished(operands, pairs, _pre_activation(operands, pairs, matrices, scale))
-        own = act(g).mul_(u)  # [p, F]
-        del g, u
+        own = torch.mul(act(g), u, out=u)  # [p, F]
         hidden[pairs.tokens] = pairs.combine(own, weighted=True)
         if pairs.mask is not None:
             own.mul_(pairs.mask)
         narrow = pairs.reduce(own, matrices.down_A).mul_(pairs.weights)  # [p, q]
-        pairs.put(narrow, low_down[pairs.tokens])
+        pairs.put(narrow.mul_(_kept(operands)), low_down[pairs.tokens])
     return hidden, low_down
 
 
@@ -101,8 +101,8 @@ def _pre_activation(operands: ExpertOperands, pairs: Pairs, matrices: Matrices, 
         low = low + operands.low_update[pairs.tokens]
     low_gate, low_up = pairs.take(low), pairs.take(low, 1)
     gate, up = updated(operands.pre_activations, operands.update, pairs.tokens)  # [b, F] each
-    g = pairs.add_product(pairs.spread(gate), low_gate, matrices.gate_B, scale)
-    u = pairs.add_product(pairs.spread(up), low_up, matrices.up_B, scale)
+    g = pairs.add_product(pairs.spread(gate, pairs.wide("g")), low_gate, matrices.gate_B, scale)
+    u = pairs.add_product(pairs.spread(up, pairs.wide("u")), low_up, matrices.up_B, scale)
     return PreActivation(g, u, low_gate, low_up)
 
 
@@ -114,6 +114,11 @@ def _finished(operands: ExpertOperands, pairs: Pairs, pre: PreActivation) -> tup
     if operands.biases is not None:
         g, u = g + cast_tensor(operands.biases.gate, g.dtype), u + cast_tensor(operands.biases.up, u.dtype)
     return g, u
+
+
+def _kept(operands: ExpertOperands) -> float:
+    """What entries that dropout keeps are multiplied with."""
+    return 1.0 if operands.dropout is None else kept_scale(operands.dropout.rate)
 
 
 def _new_gradients(operands: ExpertOperands) -> dict[str, Tensor]:
@@ -152,25 +157,25 @@ def _block_backward(
     pre = _pre_activation(operands, pairs, matrices, scale)
     g, u = _finished(operands, pairs, pre)
     active = act.function(g)
-    own = active * u  # [p, F]
-    dz = pairs.take(grad_low_down)  # [p, q]
-    d_own = pairs.spread(grad_hidden)  # [p, F]
+    own = torch.mul(active, u, out=pairs.wide("own"))  # [p, F]
+    dz = pairs.take(grad_low_down).mul_(_kept(operands))  # [p, q]
+    d_own = pairs.spread(grad_hidden, pairs.wide("d_own"))  # [p, F]
     if pairs.mask is None:
         pairs.add_product(d_own, dz, matrices.down_A)
-        grads["routing_weights"][span] = pairs.by_slot(torch.linalg.vecdot(own, d_own))
     else:
-        d_own.addcmul_(pairs.add_product(torch.zeros_like(d_own), dz, matrices.down_A), pairs.mask)
-        grads["routing_weights"][span] = pairs.by_slot(torch.linalg.vecdot(own, d_own))
+        of_dropped = pairs.add_product(pairs.wide("of_dropped"), dz, matrices.down_A, keep=0)
+        d_own.addcmul_(of_dropped, pairs.mask)
+    grads["routing_weights"][span] = pairs.by_slot(torch.linalg.vecdot(own, d_own))
+    if pairs.mask is not None:
         own.mul_(pairs.mask)
     pairs.add_gradient(of_matrices.down_A, dz * pairs.weights, own)
     d_own.mul_(pairs.weights)
-    d_up = torch.mul(d_own, active, out=active)
+    d_up = active.mul_(d_own)
     d_gate = act.derivative(g).mul_(d_own.mul_(u))
     if operands.scales is not None:
-        for d, x, vectors, name in zip(
-            (d_gate, d_up), pre[:2], operands.scales, ("gate_scale", "up_scale"), strict=True
-        ):
-            pairs.add_vector_gradient(grads[name], d * x)
+        of_scales = grads["gate_scale"], grads["up_scale"]
+        for d, x, vectors, of_vectors in zip((d_gate, d_up), pre[:2], operands.scales, of_scales, strict=True):
+            pairs.add_vector_gradient(of_vectors, d * x)
             d.copy_(pairs.scaled(d, cast_tensor(vectors, d.dtype)))
     for part, (d, B, d_B, low) in enumerate((
         (d_gate, matrices.gate_B, of_matrices.gate_B, pre.low_gate),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
-from graphmoe_kernels.experts.dropout import DrawnMask
+from graphmoe_kernels.experts.dropout import DrawnMask, kept_scale
 from graphmoe_kernels.experts.ids import read_ids
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp
 from graphmoe_kernels.experts.pytorch_blocks import compute_dtype, on_host, updated
@@ -40,8 +40,9 @@ def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Te
     gate, up = updated(operands.pre_activations, operands.update)
     mask = None
     if operands.dropout is not None:
-        order = torch.arange(operands.expert_ids.numel())
-        mask = DrawnMask(*operands.dropout, gate.shape[1]).draw(order, dtype).view(*operands.expert_ids.shape, -1)
+        tokens, width = gate.shape
+        mask = DrawnMask(*operands.dropout).draw(tokens, torch.arange(tokens), torch.empty(tokens, width, dtype=dtype))
+        mask = mask.mul_(kept_scale(operands.dropout.rate))[:, None]  # [N, 1, F]
     low, base = cast_tensor(low, dtype), GateUp(cast_tensor(gate, dtype), cast_tensor(up, dtype))
     if len(ids) == 1:
         hidden, low_down = _one_token(operands, ids[0], base, low, mask, scale, activation)
@@ -75,7 +76,7 @@ def _one_token(
             g.add_(operands.biases.gate)
             u.add_(operands.biases.up)
         own = act(g).mul_(u)
-        low_down[e].addmm_(own if mask is None else own * mask[:, slot], cast_tensor(down_A[e], dtype), alpha=weight)
+        low_down[e].addmm_(own if mask is None else own * mask[:, 0], cast_tensor(down_A[e], dtype), alpha=weight)
         hidden.add_(own, alpha=weight)
     return hidden, low_down.view(1, n * rank)
 

@@ -32,15 +32,19 @@ class Pairs(Protocol):
     Attributes:
         tokens: which of the batch.
         weights: [p, 1], the routing weights. They and all results are in the dtype of the computation.
-        mask: [p, F], the dropout mask, or None.
+        mask: [p, F], the dropout mask, entries 0 or 1, or None.
     """
 
     tokens: slice
     weights: Tensor
     mask: Tensor | None
 
-    def spread(self, x: Tensor) -> Tensor:
-        """Give every pair its token's row of x [b, C], copied: [p, C]."""
+    def wide(self, name: str) -> Tensor:
+        """Give memory for [p, F], where the tensor of that name of an earlier block lay."""
+        ...
+
+    def spread(self, x: Tensor, out: Tensor) -> Tensor:
+        """Give every pair its token's row of x [b, F], in ``out`` [p, F]."""
         ...
 
     def combine(self, x: Tensor, weighted: bool = False) -> Tensor:
@@ -59,8 +63,8 @@ class Pairs(Protocol):
         """Write x [p, q] where `take` reads, to ``out`` [b, parts * n*r], which holds zeros."""
         ...
 
-    def add_product(self, y: Tensor, low: Tensor, matrices: Tensor, scale: float = 1.0) -> Tensor:
-        """Add scale * ``low`` [p, q] times each pair's matrix to y [p, F], in place."""
+    def add_product(self, y: Tensor, low: Tensor, matrices: Tensor, scale: float = 1.0, keep: int = 1) -> Tensor:
+        """Add scale * ``low`` [p, q] times each pair's matrix to y [p, F], or with ``keep`` 0 replace what y holds."""
         ...
 
     def reduce(self, x: Tensor, matrices: Tensor) -> Tensor:
@@ -101,13 +105,14 @@ def sorted_pairs(operands: ExpertOperands) -> Iterator[SortedPairs]:
     ordered, order = torch.add(ids, block_of[:, None], alpha=n).flatten().sort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view(tokens, slots)
     bounds = torch.searchsorted(ordered, torch.arange(count * n + 1)).tolist()
-    drawn = None if operands.dropout is None else DrawnMask(*operands.dropout, operands.down_A.shape[2])
+    drawn = None if operands.dropout is None else DrawnMask(*operands.dropout)
+    memory: dict[str, Tensor] = {}
     for block in range(count):
         span = slice(block * size, min((block + 1) * size, tokens))
-        first, *rest = bounds[block * n : (block + 1) * n + 1]
-        ends = [0, *(end - first for end in rest)]
-        own = order[first : first + ends[-1]] - first
-        yield SortedPairs(operands, span, own, place[span] - first, ends, drawn)
+        starts = bounds[block * n : (block + 1) * n + 1]
+        counts = [stop - start for start, stop in itertools.pairwise(starts)]
+        own = order[starts[0] : starts[-1]] - starts[0]
+        yield SortedPairs(operands, span, own, place[span] - starts[0], counts, drawn, memory)
 
 
 class SortedPairs:
@@ -117,8 +122,9 @@ class SortedPairs:
         tokens: the block's slice of the batch.
         order: [p], the sorted pairs as indices into [b * k].
         place: [b, k], the inverse of ``order``.
-        ends: n + 1 numbers, 0 and where each expert's pairs end among the sorted ones.
+        counts: each expert's number of pairs.
         drawn: draws the mask of a block after that of the block before.
+        memory: wide tensors of the call's blocks, by name. Fresh ones would cost more than the arithmetic on them.
     """
 
     def __init__(
@@ -127,20 +133,29 @@ class SortedPairs:
         tokens: slice,
         order: Tensor,
         place: Tensor,
-        ends: list[int],
+        counts: list[int],
         drawn: DrawnMask | None,
+        memory: dict[str, Tensor],
     ) -> None:
-        self.n, self.rank, _ = operands.down_A.shape
-        self.tokens, self.dtype, self.place = tokens, compute_dtype(operands.low.dtype), place
-        spans = enumerate(itertools.pairwise(ends))
-        self.rows = [(e, slice(start, stop)) for e, (start, stop) in spans if stop > start]
+        self.n, self.rank, self.width = operands.down_A.shape
+        self.tokens, self.dtype, self.place, self.memory = tokens, compute_dtype(operands.low.dtype), place, memory
+        self.counts = counts
         self.token = order.div(place.shape[1], rounding_mode="floor")  # [p], counted from the block's start
         self.expert = operands.expert_ids[tokens].reshape(-1).index_select(0, order).long()
         self.weights = cast_tensor(operands.routing_weights[tokens].reshape(-1, 1).index_select(0, order), self.dtype)
-        self.mask = None if drawn is None else drawn.draw(order, self.dtype)
+        self.mask = None if drawn is None else drawn.draw(tokens.stop - tokens.start, self.token, self.wide("mask"))
 
-    def spread(self, x: Tensor) -> Tensor:
-        return cast_tensor(x.index_select(0, self.token), self.dtype)
+    def wide(self, name: str) -> Tensor:
+        pairs, width = self.weights.shape[0], self.width
+        held = self.memory.get(name)
+        if held is None or held.shape[0] < pairs:
+            held = self.memory[name] = torch.empty(pairs, width, dtype=self.dtype)
+        return held[:pairs]
+
+    def spread(self, x: Tensor, out: Tensor) -> Tensor:
+        if x.dtype is self.dtype:
+            return torch.index_select(x, 0, self.token, out=out)
+        return out.copy_(x.index_select(0, self.token))
 
     def combine(self, x: Tensor, weighted: bool = False) -> Tensor:
         weights = self.by_slot(self.weights) if weighted else None
@@ -163,30 +178,31 @@ class SortedPairs:
         entry = self.token * (parts * self.n) + self.expert
         return low.reshape(tokens * parts * self.n, self.rank), entry.add_(part * self.n) if parts > 1 else entry
 
-    def add_product(self, y: Tensor, low: Tensor, matrices: Tensor, scale: float = 1.0) -> Tensor:
-        for e, rows in self.rows:
-            y[rows].addmm_(low[rows], matrices[e], alpha=scale)
+    def add_product(self, y: Tensor, low: Tensor, matrices: Tensor, scale: float = 1.0, keep: int = 1) -> Tensor:
+        for own, own_low, matrix in zip(self._split(y), self._split(low), matrices, strict=True):
+            own.addmm_(own_low, matrix, alpha=scale, beta=keep)
         return y
 
     def reduce(self, x: Tensor, matrices: Tensor) -> Tensor:
         found = x.new_empty(x.shape[0], self.rank)
-        for e, rows in self.rows:
-            torch.mm(x[rows], matrices[e].t(), out=found[rows])
+        for own, own_x, matrix in zip(self._split(found), self._split(x), matrices.mT, strict=True):
+            torch.mm(own_x, matrix, out=own)
         return found
 
     def add_gradient(self, grad: Tensor, low: Tensor, d: Tensor, scale: float = 1.0) -> None:
-        for e, rows in self.rows:
-            grad[e].addmm_(low[rows].t(), d[rows], alpha=scale)
+        for own, own_low, own_d in zip(grad, self._split(low), self._split(d), strict=True):
+            own.addmm_(own_low.t(), own_d, alpha=scale)
 
     def scaled(self, x: Tensor, vectors: Tensor) -> Tensor:
-        found = torch.empty_like(x)
-        for e, rows in self.rows:
-            torch.mul(x[rows], vectors[e], out=found[rows])
-        return found
+        return x * vectors.index_select(0, self.expert)
 
     def add_vector_gradient(self, grad: Tensor, d: Tensor) -> None:
-        for e, rows in self.rows:
-            grad[e].add_(d[rows].sum(0))
+        for own, own_d in zip(grad, self._split(d), strict=True):
+            own.add_(own_d.sum(0))
+
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [p, C] expert by expert; none of its rows belong to an expert that nobody chose."""
+        return x.split_with_sizes(self.counts)
 
 
 class StackedSlots:
@@ -196,7 +212,7 @@ class StackedSlots:
     """
 
     def __init__(self, operands: ExpertOperands) -> None:
-        self.n, self.rank, width = operands.down_A.shape
+        self.n, self.rank, self.width = operands.down_A.shape
         self.tokens, self.dtype = slice(None), compute_dtype(operands.low.dtype)
         valid, ids = valid_tokens(operands.expert_ids, self.n)
         self.slots = ids.shape[1]
@@ -207,11 +223,14 @@ class StackedSlots:
         self.mask: Tensor | None = None
         if operands.dropout is not None:
             rate, seed = operands.dropout
-            mask = dropout_mask(seed.to(ids.device), rate, ids, width)  # [N, k, F]
+            mask = dropout_mask(seed.to(ids.device), rate, ids, self.width)  # [N, k, F]
             self.mask = cast_tensor(mask.transpose(0, 1).flatten(0, 1), self.dtype)
 
-    def spread(self, x: Tensor) -> Tensor:
-        return cast_tensor(x, self.dtype).repeat(self.slots, 1)
+    def wide(self, name: str) -> Tensor:
+        return self.weights.new_empty(self.weights.shape[0], self.width)
+
+    def spread(self, x: Tensor, out: Tensor) -> Tensor:
+        return out.unflatten(0, (self.slots, -1)).copy_(x).flatten(0, 1)
 
     def combine(self, x: Tensor, weighted: bool = False) -> Tensor:
         if weighted:
@@ -223,7 +242,7 @@ class StackedSlots:
 
     def take(self, low: Tensor, part: int = 0) -> Tensor:
         own = low.unflatten(1, (-1, self.n * self.rank))[:, part] if low.shape[1] > self.n * self.rank else low
-        return self._own(self.spread(own))
+        return self._own(cast_tensor(own, self.dtype).repeat(self.slots, 1))
 
     def put(self, x: Tensor, out: Tensor, part: int = 0) -> None:
         start = part * self.n * self.rank
@@ -234,8 +253,8 @@ class StackedSlots:
         mine = self.chosen[:, :, None]
         return x.view(-1, self.n, self.rank).masked_fill_(~mine, 0).flatten(1)
 
-    def add_product(self, y: Tensor, low: Tensor, matrices: Tensor, scale: float = 1.0) -> Tensor:
-        return y.addmm_(low, matrices.flatten(0, 1), alpha=scale)
+    def add_product(self, y: Tensor, low: Tensor, matrices: Tensor, scale: float = 1.0, keep: int = 1) -> Tensor:
+        return y.addmm_(low, matrices.flatten(0, 1), alpha=scale, beta=keep)
 
     def reduce(self, x: Tensor, matrices: Tensor) -> Tensor:
         return self._own(x @ matrices.flatten(0, 1).t())

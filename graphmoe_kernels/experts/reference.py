@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
-from graphmoe_kernels.experts.dropout import dropout_mask
+from graphmoe_kernels.experts.dropout import dropout_mask, kept_scale
 from graphmoe_kernels.experts.ids import check_ids
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpdate
 
@@ -28,7 +28,8 @@ def expert_swiglu(operands: ExpertOperands, scale: float, activation: str) -> tu
     low_gate, low_up = low.view(tokens, 2, n, r).unbind(1)  # [N, n, r] each
     mask = None
     if operands.dropout is not None:
-        mask = dropout_mask(operands.dropout.seed.to(gate.device), operands.dropout.rate, ids, width)
+        rate, seed = operands.dropout
+        mask = dropout_mask(seed.to(gate.device), rate, ids, width) * kept_scale(rate)  # [N, k, F]
 
     hidden = torch.zeros_like(gate)
     low_down = low.new_zeros(tokens, n, r)
