@@ -60,17 +60,16 @@ class DrawnMask:
 
     Args:
         probability: of dropping an entry.
-        seed: one int64.
+        seed: one int64, of which the generator takes the lower 32 bits.
     """
 
     def __init__(self, probability: float, seed: Tensor) -> None:
-        self.generator, self.probability = torch.Generator().manual_seed(int(seed)), probability
+        self.generator, self.probability = torch.Generator("cpu").manual_seed(int(seed)), probability
 
     def draw(self, tokens: int, rows: Tensor, out: Tensor) -> Tensor:
         """Draw for so many next ``tokens``, and give some ``rows`` [p] of them: ``out`` [p, F], entries 0 or 1."""
-        words = torch.empty(tokens, -(-out.shape[1] // 4), dtype=torch.int64)
+        width, words = out.shape[1], rows.new_empty(tokens, -(-out.shape[1] // 4), dtype=torch.int64)
         numbers = words.random_(-(2**63), None, generator=self.generator).view(torch.int16)  # [tokens, F or some more]
-        kept = torch.empty(tokens, out.shape[1], dtype=out.dtype)
         # To its own dtype, and a cast, would take eight times as long.
-        torch.ge(numbers[:, : out.shape[1]], threshold(self.probability) - LEVELS // 2, out=kept)
+        kept = torch.ge(numbers[:, :width], threshold(self.probability) - LEVELS // 2, out=out.new_empty(tokens, width))
         return torch.index_select(kept, 0, rows, out=out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 TWICE = "expert_ids must be distinct within a row: a token chooses an expert once, got some id twice"

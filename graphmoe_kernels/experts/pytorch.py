@@ -20,7 +20,7 @@ from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts import pytorch_few
 from graphmoe_kernels.experts.dropout import kept_scale
 from graphmoe_kernels.experts.operands import FLOATING, ExpertOperands
-from graphmoe_kernels.experts.pytorch_blocks import add_update_gradients, compute_dtype, updated
+from graphmoe_kernels.experts.pytorch_blocks import add_update_gradients, compute_dtype
 from graphmoe_kernels.experts.pytorch_pairs import Pairs, pairs_of
 from graphmoe_kernels.structures import cast_tensor
 
@@ -100,10 +100,22 @@ def _pre_activation(operands: ExpertOperands, pairs: Pairs, matrices: Matrices, 
     if operands.low_update is not None:
         low = low + operands.low_update[pairs.tokens]
     low_gate, low_up = pairs.take(low), pairs.take(low, 1)
-    gate, up = updated(operands.pre_activations, operands.update, pairs.tokens)  # [b, F] each
-    g = pairs.add_product(pairs.spread(gate, pairs.wide("g")), low_gate, matrices.gate_B, scale)
-    u = pairs.add_product(pairs.spread(up, pairs.wide("u")), low_up, matrices.up_B, scale)
+    found = []
+    for part, (own_low, B) in enumerate(((low_gate, matrices.gate_B), (low_up, matrices.up_B))):
+        x = pairs.spread(_base(operands, pairs, part), pairs.wide("gu"[part]))  # [p, F]
+        found.append(pairs.add_product(x, own_low, B, scale))
+    g, u = found
     return PreActivation(g, u, low_gate, low_up)
+
+
+def _base(operands: ExpertOperands, pairs: Pairs, part: int) -> Tensor:
+    """The pre-activation [b, F] of a block's tokens for gate or up, the update in it."""
+    x = operands.pre_activations[part][pairs.tokens]
+    if operands.update is None:
+        return x
+    state, *folds = operands.update
+    out = pairs.wide("base")[: x.shape[0]] if x.dtype is pairs.weights.dtype else None
+    return torch.addmm(x, state[pairs.tokens], folds[part].t(), out=out)
 
 
 def _finished(operands: ExpertOperands, pairs: Pairs, pre: PreActivation) -> tuple[Tensor, Tensor]:
@@ -177,10 +189,12 @@ def _block_backward(
         for d, x, vectors, of_vectors in zip((d_gate, d_up), pre[:2], operands.scales, of_scales, strict=True):
             pairs.add_vector_gradient(of_vectors, d * x)
             d.copy_(pairs.scaled(d, cast_tensor(vectors, d.dtype)))
-    for part, (d, B, d_B, low) in enumerate((
-        (d_gate, matrices.gate_B, of_matrices.gate_B, pre.low_gate),
-        (d_up, matrices.up_B, of_matrices.up_B, pre.low_up),
-    )):
+    for part, (d, B, d_B, low) in enumerate(
+        (
+            (d_gate, matrices.gate_B, of_matrices.gate_B, pre.low_gate),
+            (d_up, matrices.up_B, of_matrices.up_B, pre.low_up),
+        )
+    ):
         pairs.add_gradient(d_B, low, d, scale)
         pairs.put(pairs.reduce(d, B).mul_(scale), grads["low"][span], part)
     return pairs.combine(d_gate), pairs.combine(d_up)

@@ -6,7 +6,9 @@ Half-precision inputs are computed in fp32 and rounded once on the way out.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +46,24 @@ def blocks(gate: Tensor) -> Iterator[slice]:
     tokens, size = gate.shape[0], block_size(gate, 1)
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
+
+
+def scratch(name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Give memory on the CPU for [rows, width], where this thread's last tensor of that name lay.
+
+    It stays with the thread, about half of `BLOCK_BYTES` for each name: handing it back to the system and getting it
+    again, page by page, takes longer than what is computed in it.
+    """
+    held: dict[Any, Tensor] = vars(_held)
+    flat = held.get((name, dtype))  # type: ignore[call-overload]
+    if flat is None or flat.numel() < rows * width:
+        with torch.inference_mode(False):  # what is made in it could not be written to outside of it
+            flat = torch.empty(rows * width, dtype=dtype, device="cpu")
+        held[name, dtype] = flat
+    return flat[: rows * width].view(rows, width)
+
+
+_held = threading.local()
 
 
 def updated(pre_activations: GateUp, update: LowRankUpdate | None, tokens: slice | None = None) -> GateUp:

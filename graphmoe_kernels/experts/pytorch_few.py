@@ -41,7 +41,9 @@ def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Te
     mask = None
     if operands.dropout is not None:
         tokens, width = gate.shape
-        mask = DrawnMask(*operands.dropout).draw(tokens, torch.arange(tokens), torch.empty(tokens, width, dtype=dtype))
+        mask = DrawnMask(*operands.dropout).draw(
+            tokens, torch.arange(tokens, device="cpu"), low.new_empty(tokens, width, dtype=dtype)
+        )
         mask = mask.mul_(kept_scale(operands.dropout.rate))[:, None]  # [N, 1, F]
     low, base = cast_tensor(low, dtype), GateUp(cast_tensor(gate, dtype), cast_tensor(up, dtype))
     if len(ids) == 1:
@@ -66,7 +68,7 @@ def _one_token(
     low = low.reshape(2 * n, 1, rank)
     gate_B, up_B, down_A = operands.B.gate.mT, operands.B.up.mT, operands.down_A.mT
     hidden, low_down = low.new_zeros(1, width), low.new_zeros(n, 1, rank)
-    for slot, (e, weight) in enumerate(zip(ids, operands.routing_weights.tolist()[0], strict=True)):
+    for e, weight in zip(ids, operands.routing_weights.tolist()[0], strict=True):
         g = torch.addmm(base.gate, low[e], cast_tensor(gate_B[e], dtype), alpha=scale)  # [1, F]
         u = torch.addmm(base.up, low[n + e], cast_tensor(up_B[e], dtype), alpha=scale)
         if operands.scales is not None:
@@ -76,7 +78,7 @@ def _one_token(
             g.add_(operands.biases.gate)
             u.add_(operands.biases.up)
         own = act(g).mul_(u)
-        low_down[e].addmm_(own if mask is None else own * mask[:, 0], cast_tensor(down_A[e], dtype), alpha=weight)
+        low_down[e].addmm_(own if mask is None else own * mask[0], cast_tensor(down_A[e], dtype), alpha=weight)
         hidden.add_(own, alpha=weight)
     return hidden, low_down.view(1, n * rank)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from graphmoe_kernels.experts.dropout import DrawnMask, dropout_mask
 from graphmoe_kernels.experts.ids import check_ids, valid_tokens
 from graphmoe_kernels.experts.operands import ExpertOperands
-from graphmoe_kernels.experts.pytorch_blocks import block_size, compute_dtype, on_host
+from graphmoe_kernels.experts.pytorch_blocks import block_size, compute_dtype, on_host, scratch
 from graphmoe_kernels.structures import cast_tensor
 
 
@@ -40,7 +41,7 @@ class Pairs(Protocol):
     mask: Tensor | None
 
     def wide(self, name: str) -> Tensor:
-        """Give memory for [p, F], where the tensor of that name of an earlier block lay."""
+        """Give memory for [p, F], on a CPU where the tensor of that name of the block before lay."""
         ...
 
     def spread(self, x: Tensor, out: Tensor) -> Tensor:
@@ -101,18 +102,18 @@ def sorted_pairs(operands: ExpertOperands) -> Iterator[SortedPairs]:
     tokens, slots = ids.shape
     size = block_size(operands.pre_activations.gate, slots)
     count = -(-tokens // size)
-    block_of = torch.arange(tokens).div_(size, rounding_mode="floor")
+    counter = partial(torch.arange, device=ids.device)  # whatever the default device is
+    block_of = counter(tokens).div_(size, rounding_mode="floor")
     ordered, order = torch.add(ids, block_of[:, None], alpha=n).flatten().sort(stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view(tokens, slots)
-    bounds = torch.searchsorted(ordered, torch.arange(count * n + 1)).tolist()
+    place = torch.empty_like(order).scatter_(0, order, counter(len(order))).view(tokens, slots)
+    bounds = torch.searchsorted(ordered, counter(count * n + 1)).tolist()
     drawn = None if operands.dropout is None else DrawnMask(*operands.dropout)
-    memory: dict[str, Tensor] = {}
     for block in range(count):
         span = slice(block * size, min((block + 1) * size, tokens))
         starts = bounds[block * n : (block + 1) * n + 1]
         counts = [stop - start for start, stop in itertools.pairwise(starts)]
         own = order[starts[0] : starts[-1]] - starts[0]
-        yield SortedPairs(operands, span, own, place[span] - starts[0], counts, drawn, memory)
+        yield SortedPairs(operands, span, own, place[span] - starts[0], counts, drawn)
 
 
 class SortedPairs:
@@ -124,7 +125,6 @@ class SortedPairs:
         place: [b, k], the inverse of ``order``.
         counts: each expert's number of pairs.
         drawn: draws the mask of a block after that of the block before.
-        memory: wide tensors of the call's blocks, by name. Fresh ones would cost more than the arithmetic on them.
     """
 
     def __init__(
@@ -135,10 +135,9 @@ class SortedPairs:
         place: Tensor,
         counts: list[int],
         drawn: DrawnMask | None,
-        memory: dict[str, Tensor],
     ) -> None:
         self.n, self.rank, self.width = operands.down_A.shape
-        self.tokens, self.dtype, self.place, self.memory = tokens, compute_dtype(operands.low.dtype), place, memory
+        self.tokens, self.dtype, self.place = tokens, compute_dtype(operands.low.dtype), place
         self.counts = counts
         self.token = order.div(place.shape[1], rounding_mode="floor")  # [p], counted from the block's start
         self.expert = operands.expert_ids[tokens].reshape(-1).index_select(0, order).long()
@@ -146,11 +145,7 @@ class SortedPairs:
         self.mask = None if drawn is None else drawn.draw(tokens.stop - tokens.start, self.token, self.wide("mask"))
 
     def wide(self, name: str) -> Tensor:
-        pairs, width = self.weights.shape[0], self.width
-        held = self.memory.get(name)
-        if held is None or held.shape[0] < pairs:
-            held = self.memory[name] = torch.empty(pairs, width, dtype=self.dtype)
-        return held[:pairs]
+        return scratch(name, self.weights.shape[0], self.width, self.dtype)
 
     def spread(self, x: Tensor, out: Tensor) -> Tensor:
         if x.dtype is self.dtype:
@@ -241,17 +236,19 @@ class StackedSlots:
         return x.view(self.slots, -1).t()
 
     def take(self, low: Tensor, part: int = 0) -> Tensor:
-        own = low.unflatten(1, (-1, self.n * self.rank))[:, part] if low.shape[1] > self.n * self.rank else low
-        return self._own(cast_tensor(own, self.dtype).repeat(self.slots, 1))
+        return self._own(cast_tensor(self._part(low, part), self.dtype).repeat(self.slots, 1))
 
     def put(self, x: Tensor, out: Tensor, part: int = 0) -> None:
-        start = part * self.n * self.rank
-        out[:, start : start + self.n * self.rank] = self.combine(x)
+        self._part(out, part).copy_(self.combine(x))
+
+    def _part(self, low: Tensor, part: int) -> Tensor:
+        columns = self.n * self.rank
+        return low[:, part * columns : (part + 1) * columns]
 
     def _own(self, x: Tensor) -> Tensor:
         """x [p, n*r] with zeros outside of each pair's own expert's columns, whatever stands there."""
         mine = self.chosen[:, :, None]
-        return x.view(-1, self.n, self.rank).masked_fill_(~mine, 0).flatten(1)
+        return x.view(x.shape[0], self.n, self.rank).masked_fill_(~mine, 0).flatten(1)
 
     def add_product(self, y: Tensor, low: Tensor, matrices: Tensor, scale: float = 1.0, keep: int = 1) -> Tensor:
         return y.addmm_(low, matrices.flatten(0, 1), alpha=scale, beta=keep)

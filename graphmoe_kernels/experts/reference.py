@@ -29,7 +29,7 @@ def expert_swiglu(operands: ExpertOperands, scale: float, activation: str) -> tu
     mask = None
     if operands.dropout is not None:
         rate, seed = operands.dropout
-        mask = dropout_mask(seed.to(gate.device), rate, ids, width) * kept_scale(rate)  # [N, k, F]
+        mask = dropout_mask(seed.to(gate.device), rate, ids, width).to(gate.dtype) * kept_scale(rate)  # [N, k, F]
 
     hidden = torch.zeros_like(gate)
     low_down = low.new_zeros(tokens, n, r)
@@ -45,7 +45,7 @@ def expert_swiglu(operands: ExpertOperands, scale: float, activation: str) -> tu
             g, u = g + operands.biases.gate, u + operands.biases.up
         own = act(g) * u  # [N, F]
         hidden = hidden + w * own
-        dropped = own if mask is None else own * mask[:, slot].to(own.dtype)
+        dropped = own if mask is None else own * mask[:, slot]
         low_down = low_down.index_put((rows, e), w * torch.einsum("nrf,nf->nr", operands.down_A[e], dropped))
     return hidden, low_down.view(tokens, n * r)
 
