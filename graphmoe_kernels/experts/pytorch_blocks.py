@@ -54,8 +54,8 @@ def scratch(name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     It stays with the thread, about half of `BLOCK_BYTES` for each name: handing it back to the system and getting it
     again, page by page, takes longer than what is computed in it.
     """
-    held: dict[Any, Tensor] = vars(_held)
-    flat = held.get((name, dtype))  # type: ignore[call-overload]
+    held: Any = vars(_held)
+    flat = held.get((name, dtype))
     if flat is None or flat.numel() < rows * width:
         with torch.inference_mode(False):  # what is made in it could not be written to outside of it
             flat = torch.empty(rows * width, dtype=dtype, device="cpu")

@@ -1,5 +1,7 @@
 """`expert_swiglu` as an operator among others: dtypes, autocast, broken tokens, registration, ids."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -142,6 +144,28 @@ def test_an_expert_twice_in_a_row_is_refused(backend, form_on_host):
     given["expert_ids"][8] = 3
     with pytest.raises(ValueError, match="expert_ids must be distinct within a row"):
         run(**given, backend=backend)
+
+
+def test_memory_that_stays_with_a_thread_is_nobody_else_s(form):
+    """Made in inference mode it is written to in training too; no result lies in it; another thread has its own; and
+    the default device is not asked where it is to lie."""
+
+    def calls():
+        with torch.inference_mode():
+            run(**given)
+        with torch.device("meta"):
+            first = run(**given, dropout=0.3, seed=seed)
+        kept = [t.clone() for t in first]
+        results(given, dropout=0.3, seed=seed)
+        assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+        return kept
+
+    given, seed = cast(operands(inner=6), torch.float32), torch.tensor([3])
+    with ThreadPoolExecutor(4) as pool:  # threads that have no memory yet
+        found = [each.result() for each in [pool.submit(calls) for _ in range(8)]]
+    for c, z in found:
+        assert torch.equal(c, found[0][0])
+        assert torch.equal(z, found[0][1])
 
 
 @pytest.mark.parametrize("wrong", [[5, 0], [-1, 0], [2**40, 0], [3, 3]])
