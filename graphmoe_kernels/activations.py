@@ -39,7 +39,12 @@ class Activation(NamedTuple):
 
 def _backward(operator: Callable[..., Tensor], *settings: Any, **options: Any) -> Callable[[Tensor], Tensor]:
     """Make a derivative of PyTorch's own backward operator, by an upstream gradient of one."""
-    return lambda x: operator(torch.ones_like(x), x, *settings, **options)
+    return lambda x: operator(_ones(x), x, *settings, **options)
+
+
+def _ones(x: Tensor) -> Tensor:
+    """Ones in the shape of x that take no memory, as filling it takes as long as arithmetic on it."""
+    return x.new_ones(()).expand_as(x)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -66,8 +71,8 @@ _BUILT_IN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor
     "leaky_relu": (F.leaky_relu, _backward(aten.leaky_relu_backward, 0.01, False)),
     "hardswish": (F.hardswish, _backward(aten.hardswish_backward)),
     "mish": (F.mish, _backward(aten.mish_backward)),
-    "sigmoid": (torch.sigmoid, lambda x: aten.sigmoid_backward(torch.ones_like(x), torch.sigmoid(x))),
-    "tanh": (torch.tanh, lambda x: aten.tanh_backward(torch.ones_like(x), torch.tanh(x))),
+    "sigmoid": (torch.sigmoid, lambda x: aten.sigmoid_backward(_ones(x), torch.sigmoid(x))),
+    "tanh": (torch.tanh, lambda x: aten.tanh_backward(_ones(x), torch.tanh(x))),
     "linear": (lambda x: x, torch.ones_like),
 }
 ACTIVATIONS = {name: Activation(*pair, name, f"{name}_derivative") for name, pair in _BUILT_IN.items()}

@@ -31,7 +31,9 @@ def map_tensors(function: Callable[[Tensor], Tensor], part: Part) -> Part:
 def cast(part: Part, dtype: torch.dtype, copy: bool = False) -> Part:
     """Cast every tensor of a part; with ``copy`` nothing is shared with it."""
 
-    def one(tensor: Tensor) -> Tensor:
-        return tensor if tensor.dtype is dtype and not copy else tensor.to(dtype, copy=copy)
+    return map_tensors(lambda tensor: tensor.to(dtype, copy=True) if copy else cast_tensor(tensor, dtype), part)
 
-    return map_tensors(one, part)
+
+def cast_tensor(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast one tensor; asked first, as a ``to`` that does nothing takes ten times as long."""
+    return x if x.dtype is dtype else x.to(dtype)

@@ -24,9 +24,9 @@ def expert_swiglu(
     combined before the (linear, shared) down projection. The caller gets y = W_D hidden + s B_D low_down.
 
     Args:
-        operands: see `ExpertOperands`. As to expert ids: ``"torch"``, which counts them on the host, refuses those that
-            are none and those that stand twice in a row, and so does ``"reference"`` on the CPU. Triton does not read
-            them back from the GPU: there such an id makes its token NaN.
+        operands: see `ExpertOperands`. As to expert ids: on a CPU ``"torch"`` and ``"reference"`` refuse those that are
+            none and those that stand twice in a row. ``"torch"`` on a GPU, and Triton, do not read them: there such an
+            id makes its token NaN.
         scale: s = alpha / r.
         activation: a name of `graphmoe_kernels.ACTIVATIONS`.
         backend: see `graphmoe_kernels.backend`. Triton takes F * G and F * r below 2^31, and k times r (rounded up to a

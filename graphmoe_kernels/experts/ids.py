@@ -1,45 +1,43 @@
-"""The experts' ids as the host reads them: counted and checked in one go."""
+"""The experts' ids: what is refused where the host reads them, and marked where it does not."""
 
 from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 TWICE = "expert_ids must be distinct within a row: a token chooses an expert once, got some id twice"
 
 
-def expert_bounds(ordered: Tensor, chosen: Tensor, num_experts: int) -> list[int]:
-    """Where each expert's pairs begin among the sorted ones, and where the last one's end: n + 1 numbers.
-
-    The one read of the ids by the host is also what checks them.
-
-    Args:
-        ordered: [p] the ids in ascending order.
-        chosen: [b, k] the ids by token.
-        num_experts: n.
-
-    Raises:
-        ValueError: an id outside of 0..n-1, or one that stands twice in a row.
-    """
-    marks = torch.arange(num_experts + 1, device=ordered.device)
-    found, slots, distinct = torch.searchsorted(ordered.long(), marks), chosen.shape[1], 1
-    if slots > 1:
-        rows = chosen.long() if slots == 2 else chosen.long().sort(dim=1).values
-        no_step_is_0 = rows.diff(dim=1).all()
-        *bounds, distinct = torch.cat([found, no_step_is_0.long()[None]]).tolist()  # one transfer from a GPU
-    else:
-        bounds = found.tolist()
-    if bounds[0] > 0 or bounds[-1] < len(ordered):
-        raise _outside(int(ordered[0]), int(ordered[-1]), num_experts)
-    if not distinct:
+def check_ids(chosen: Tensor, num_experts: int) -> None:
+    """`ValueError` for ids [N, k], on the CPU, outside of 0..n-1, or for one that stands twice in a row."""
+    if chosen.numel() == 0:
+        return
+    least, most = (int(x) for x in chosen.aminmax())
+    if least < 0 or most >= num_experts:
+        raise _outside(least, most, num_experts)
+    if not _distinct(chosen).all():
         raise ValueError(TWICE)
-    return bounds
+
+
+def valid_tokens(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Tell, without reading them, for which tokens `check_ids` finds nothing, [N], and give ids [N, k] that are all
+    within 0..n-1."""
+    chosen = chosen.long()
+    within = chosen.clamp(0, num_experts - 1)
+    return (within == chosen).all(1) & _distinct(chosen), within
+
+
+def _distinct(chosen: Tensor) -> Tensor:
+    """Whether no id stands twice in a row of ids [N, k]: [N]."""
+    slots = chosen.shape[1]
+    if slots == 2:
+        return chosen[:, 0] != chosen[:, 1]
+    return (chosen.long().sort(1).values.diff(dim=1) > 0).all(1)
 
 
 def read_ids(chosen: Tensor, num_experts: int) -> list[list[int]]:
-    """Return the ids [b, k] of a few tokens as the host reads them; raise the errors of `expert_bounds`."""
+    """Return the ids [b, k] of a few tokens as the host reads them; raise the errors of `check_ids`."""
     rows: list[list[int]] = chosen.tolist()
     for row in rows:
         ids = set(row)

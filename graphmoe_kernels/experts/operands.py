@@ -34,7 +34,7 @@ class Dropout(NamedTuple):
     Attributes:
         rate: the probability, in [0, 1).
         seed: one int64, where the other operands are. It names the mask (`graphmoe_kernels.experts.dropout`), so that
-            backward and a recomputation draw the same one.
+            backward and a recomputation draw the same one. PyTorch on a CPU draws another than Triton.
     """
 
     rate: float

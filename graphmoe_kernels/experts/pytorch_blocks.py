@@ -6,7 +6,9 @@ Half-precision inputs are computed in fp32 and rounded once on the way out.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +26,44 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def blocks(gate: Tensor, slots: int) -> Iterator[slice]:
-    """Slices of the tokens of ``gate`` [N, F], as even as can be, whose wide intermediate takes about `BLOCK_BYTES`."""
+def on_host(x: Tensor) -> bool:
+    """Tell whether x is on the CPU, where blocks stay in cache and the host reads a number without waiting."""
+    return x.device.type == "cpu"
+
+
+def block_size(gate: Tensor, slots: int) -> int:
+    """Tokens of ``gate`` [N, F] per block, so that blocks are even and their wide intermediate takes `BLOCK_BYTES`."""
     tokens, width = gate.shape
+    if not on_host(gate):
+        return max(1, tokens)
     token_bytes = slots * 2 * width * compute_dtype(gate.dtype).itemsize
     largest = max(MIN_BLOCK_TOKENS, BLOCK_BYTES // token_bytes)
-    size = max(1, math.ceil(tokens / max(1, math.ceil(tokens / largest))))
+    return max(1, math.ceil(tokens / max(1, math.ceil(tokens / largest))))
+
+
+def blocks(gate: Tensor) -> Iterator[slice]:
+    """Slices of the tokens of ``gate`` [N, F] that are computed together."""
+    tokens, size = gate.shape[0], block_size(gate, 1)
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
 
 
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in ``dtype``; asked first, as a ``to`` that does nothing takes ten times as long."""
-    return x if x.dtype is dtype else x.to(dtype)
+def scratch(name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Give memory on the CPU for [rows, width], where this thread's last tensor of that name lay.
+
+    It stays with the thread, about half of `BLOCK_BYTES` for each name: handing it back to the system and getting it
+    again, page by page, takes longer than what is computed in it.
+    """
+    held: Any = vars(_held)
+    flat = held.get((name, dtype))
+    if flat is None or flat.numel() < rows * width:
+        with torch.inference_mode(False):  # what is made in it could not be written to outside of it
+            flat = torch.empty(rows * width, dtype=dtype, device="cpu")
+        held[name, dtype] = flat
+    return flat[: rows * width].view(rows, width)
+
+
+_held = threading.local()
 
 
 def updated(pre_activations: GateUp, update: LowRankUpdate | None, tokens: slice | None = None) -> GateUp:

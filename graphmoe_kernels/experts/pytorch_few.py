@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
-from graphmoe_kernels.experts.dropout import dropout_mask
+from graphmoe_kernels.experts.dropout import DrawnMask, kept_scale
 from graphmoe_kernels.experts.ids import read_ids
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp
-from graphmoe_kernels.experts.pytorch_blocks import cast, compute_dtype, updated
+from graphmoe_kernels.experts.pytorch_blocks import compute_dtype, on_host, updated
+from graphmoe_kernels.structures import cast_tensor
 
 # Up to so many pairs, and bytes of all pairs' matrices of one projection, gathering is the quicker way. Measured on one
 # core, r = 16: twice as quick or more up to a third of these bytes, level at all of them; with F = 128 more than that
@@ -25,7 +26,7 @@ GATHERED_BYTES = 2**22
 def suits(operands: ExpertOperands) -> bool:
     """Tell whether a call is quicker as here than with the pairs of an expert at a time."""
     (tokens, slots), (_, rank, width) = operands.expert_ids.shape, operands.down_A.shape
-    if not 0 < tokens * slots <= MOST_PAIRS:
+    if not 0 < tokens * slots <= MOST_PAIRS or not on_host(operands.low):
         return False
     element = compute_dtype(operands.low.dtype).itemsize
     return tokens == 1 or tokens * slots * rank * width * element <= GATHERED_BYTES
@@ -39,14 +40,17 @@ def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Te
     gate, up = updated(operands.pre_activations, operands.update)
     mask = None
     if operands.dropout is not None:
-        rate, seed = operands.dropout
-        mask = dropout_mask(seed.to(gate.device), rate, 0, operands.expert_ids, gate.shape[1]).to(dtype)  # [N, k, F]
-    low, base = cast(low, dtype), GateUp(cast(gate, dtype), cast(up, dtype))
+        tokens, width = gate.shape
+        mask = DrawnMask(*operands.dropout).draw(
+            tokens, torch.arange(tokens, device="cpu"), low.new_empty(tokens, width, dtype=dtype)
+        )
+        mask = mask.mul_(kept_scale(operands.dropout.rate))[:, None]  # [N, 1, F]
+    low, base = cast_tensor(low, dtype), GateUp(cast_tensor(gate, dtype), cast_tensor(up, dtype))
     if len(ids) == 1:
         hidden, low_down = _one_token(operands, ids[0], base, low, mask, scale, activation)
     else:
         hidden, low_down = _gathered(operands, base, low, mask, scale, activation)
-    return cast(hidden, out), cast(low_down, out)
+    return cast_tensor(hidden, out), cast_tensor(low_down, out)
 
 
 def _one_token(
@@ -64,9 +68,9 @@ def _one_token(
     low = low.reshape(2 * n, 1, rank)
     gate_B, up_B, down_A = operands.B.gate.mT, operands.B.up.mT, operands.down_A.mT
     hidden, low_down = low.new_zeros(1, width), low.new_zeros(n, 1, rank)
-    for slot, (e, weight) in enumerate(zip(ids, operands.routing_weights.tolist()[0], strict=True)):
-        g = torch.addmm(base.gate, low[e], cast(gate_B[e], dtype), alpha=scale)  # [1, F]
-        u = torch.addmm(base.up, low[n + e], cast(up_B[e], dtype), alpha=scale)
+    for e, weight in zip(ids, operands.routing_weights.tolist()[0], strict=True):
+        g = torch.addmm(base.gate, low[e], cast_tensor(gate_B[e], dtype), alpha=scale)  # [1, F]
+        u = torch.addmm(base.up, low[n + e], cast_tensor(up_B[e], dtype), alpha=scale)
         if operands.scales is not None:
             g.mul_(operands.scales.gate[e])
             u.mul_(operands.scales.up[e])
@@ -74,7 +78,7 @@ def _one_token(
             g.add_(operands.biases.gate)
             u.add_(operands.biases.up)
         own = act(g).mul_(u)
-        low_down[e].addmm_(own if mask is None else own * mask[:, slot], cast(down_A[e], dtype), alpha=weight)
+        low_down[e].addmm_(own if mask is None else own * mask[0], cast_tensor(down_A[e], dtype), alpha=weight)
         hidden.add_(own, alpha=weight)
     return hidden, low_down.view(1, n * rank)
 
@@ -83,7 +87,7 @@ def _gathered(
     operands: ExpertOperands, base: GateUp, low: Tensor, mask: Tensor | None, scale: float, activation: str
 ) -> tuple[Tensor, Tensor]:
     """Take all pairs at once, a projection at a time; arguments as in `_one_token`."""
-    ids = cast(operands.expert_ids, torch.int64)
+    ids = cast_tensor(operands.expert_ids, torch.int64)
     (tokens, slots), (n, rank, _) = ids.shape, operands.down_A.shape
     entries = ids[:, :, None].expand(2, tokens, slots, rank)
     low = low.reshape(tokens, 2, n, rank).transpose(0, 1).gather(2, entries)  # [2, N, k, r]
@@ -108,5 +112,5 @@ def _product(x: Tensor, matrices: Tensor, ids: Tensor) -> Tensor:
 
     The copied matrices are let go before the next ones are made, which then lie in the same memory.
     """
-    own = cast(matrices.mT.index_select(0, ids.reshape(-1)), x.dtype).mT  # [p, K, M]
+    own = cast_tensor(matrices.mT.index_select(0, ids.reshape(-1)), x.dtype).mT  # [p, K, M]
     return torch.bmm(x.reshape(own.shape[0], 1, own.shape[1]), own).view(*ids.shape, own.shape[2])

@@ -10,20 +10,21 @@ from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
 from graphmoe_kernels.experts.operands import GateUp, LowRankUpdate
-from graphmoe_kernels.experts.pytorch_blocks import add_update_gradients, blocks, cast, compute_dtype, updated
+from graphmoe_kernels.experts.pytorch_blocks import add_update_gradients, blocks, compute_dtype, updated
+from graphmoe_kernels.structures import cast_tensor
 
 
 def swiglu(pre_activations: GateUp, update: LowRankUpdate | None, activation: str) -> Tensor:
     """hidden [N, F]; see `graphmoe_kernels.swiglu`."""
     act, gate = get_activation(activation).function, pre_activations.gate
-    dtype, spans = compute_dtype(gate.dtype), list(blocks(gate, 1))
+    dtype, spans = compute_dtype(gate.dtype), list(blocks(gate))
     if len(spans) == 1:
         g, u = updated(pre_activations, update)
-        return cast(act(cast(g, dtype)) * cast(u, dtype), gate.dtype)
+        return cast_tensor(act(cast_tensor(g, dtype)) * cast_tensor(u, dtype), gate.dtype)
     hidden = torch.empty_like(gate, memory_format=torch.contiguous_format)
     for span in spans:
         g, u = updated(pre_activations, update, span)
-        hidden[span] = act(cast(g, dtype)) * cast(u, dtype)
+        hidden[span] = act(cast_tensor(g, dtype)) * cast_tensor(u, dtype)
     return hidden
 
 
@@ -41,9 +42,9 @@ def swiglu_backward(
     if update is not None:
         grads["state"] = torch.empty_like(update.state)
         grads |= {"fold_gate": _zeros(update.gate, dtype), "fold_up": _zeros(update.up, dtype)}
-    for span in blocks(gate, 1):
-        g, u = (cast(x, dtype) for x in updated(pre_activations, update, span))
-        d = cast(grad_hidden[span], dtype)
+    for span in blocks(gate):
+        g, u = (cast_tensor(x, dtype) for x in updated(pre_activations, update, span))
+        d = cast_tensor(grad_hidden[span], dtype)
         d_gate, d_up = act.derivative(g) * d * u, d * act.function(g)
         grads["gate"][span], grads["up"][span] = d_gate, d_up
         if update is not None:

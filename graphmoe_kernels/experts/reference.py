@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.activations import get_activation
-from graphmoe_kernels.experts.dropout import dropout_mask
-from graphmoe_kernels.experts.ids import expert_bounds
+from graphmoe_kernels.experts.dropout import dropout_mask, kept_scale
+from graphmoe_kernels.experts.ids import check_ids
 from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpdate
 
 
@@ -21,14 +21,15 @@ def expert_swiglu(operands: ExpertOperands, scale: float, activation: str) -> tu
     tokens, slots = ids.shape
     ids = ids.long()  # bytes would index as a mask
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would be a sync
-        expert_bounds(ids.flatten().sort().values, ids, n)
+        check_ids(ids, n)
     act = get_activation(activation).function
     gate, up = _updated(operands.pre_activations, operands.update)  # [N, F] each
     low = operands.low if operands.low_update is None else operands.low + operands.low_update
     low_gate, low_up = low.view(tokens, 2, n, r).unbind(1)  # [N, n, r] each
     mask = None
     if operands.dropout is not None:
-        mask = dropout_mask(operands.dropout.seed.to(gate.device), operands.dropout.rate, 0, ids, width)
+        rate, seed = operands.dropout
+        mask = dropout_mask(seed.to(gate.device), rate, ids, width).to(gate.dtype) * kept_scale(rate)  # [N, k, F]
 
     hidden = torch.zeros_like(gate)
     low_down = low.new_zeros(tokens, n, r)
@@ -44,7 +45,7 @@ def expert_swiglu(operands: ExpertOperands, scale: float, activation: str) -> tu
             g, u = g + operands.biases.gate, u + operands.biases.up
         own = act(g) * u  # [N, F]
         hidden = hidden + w * own
-        dropped = own if mask is None else own * mask[:, slot].to(own.dtype)
+        dropped = own if mask is None else own * mask[:, slot]
         low_down = low_down.index_put((rows, e), w * torch.einsum("nrf,nf->nr", operands.down_A[e], dropped))
     return hidden, low_down.view(tokens, n * r)
 

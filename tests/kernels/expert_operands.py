@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from graphmoe_kernels import Dropout, ExpertOperands, GateUp, LowRankUpdate, expert_swiglu
+from graphmoe_kernels.experts import pytorch_blocks, pytorch_few, pytorch_pairs, reference
+from graphmoe_kernels.experts.dropout import DrawnMask
 
 FLOATING = ["gate", "up", "low", "gate_B", "up_B", "down_A", "routing_weights"]
 LATER_ROUND = ["state", "fold_gate", "fold_up", "low_update"]
@@ -104,3 +106,26 @@ def results(given: dict[str, torch.Tensor], backend: str = "auto", **settings) -
     torch.autograd.backward(found, upstream)
     outputs = dict(zip(("hidden", "low_down"), (t.detach() for t in found), strict=True))
     return outputs | {name: t.grad for name, t in leaves.items()}
+
+
+# Of the PyTorch path: pairs sorted by expert, few pairs with matrices of their own, and slots stacked, as on a GPU.
+PYTORCH_FORMS = ("sorted", "gathered", "stacked")
+
+
+def take_form(form: str, monkeypatch: Any) -> None:
+    """Let the PyTorch path take one of `PYTORCH_FORMS`, whatever the sizes and the device."""
+    monkeypatch.setattr(pytorch_few, "MOST_PAIRS", 10**6 if form == "gathered" else 0)
+    for module in (pytorch_blocks, pytorch_few, pytorch_pairs):
+        monkeypatch.setattr(module, "on_host", lambda x: form != "stacked")
+
+
+def same_mask_in_reference(form: str, monkeypatch: Any) -> None:
+    """Let the reference take the dropout mask that the PyTorch path draws on a CPU; stacked slots take its own."""
+
+    def drawn(seed: torch.Tensor, rate: float, experts: torch.Tensor, width: int) -> torch.Tensor:
+        (tokens, slots), rows = experts.shape, torch.arange(experts.shape[0])
+        mask = DrawnMask(rate, seed).draw(tokens, rows, torch.empty(tokens, width))
+        return mask[:, None].expand(tokens, slots, width)
+
+    if form != "stacked":
+        monkeypatch.setattr(reference, "dropout_mask", drawn)

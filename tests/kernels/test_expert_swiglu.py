@@ -4,15 +4,29 @@ import pytest
 import torch
 
 from graphmoe_kernels import get_activation
-from graphmoe_kernels.experts import pytorch, pytorch_blocks, pytorch_few
+from graphmoe_kernels.experts import pytorch_blocks, pytorch_pairs
+from graphmoe_kernels.experts.dropout import DrawnMask
 from graphmoe_kernels.testing import relative_error, within_budget
-from tests.kernels.expert_operands import FLOATING, LATER_ROUND, SCALES, SETTINGS, cast, operands, results, run
+from tests.kernels.expert_operands import (
+    FLOATING,
+    LATER_ROUND,
+    PYTORCH_FORMS,
+    SCALES,
+    SETTINGS,
+    cast,
+    operands,
+    results,
+    run,
+    same_mask_in_reference,
+    take_form,
+)
 
 
-@pytest.fixture(params=["by expert", "gathered"], autouse=True)
+@pytest.fixture(params=PYTORCH_FORMS, autouse=True)
 def form(request, monkeypatch):
-    """Both forms of the PyTorch forward, whatever the sizes."""
-    monkeypatch.setattr(pytorch_few, "MOST_PAIRS", 10**6 if request.param == "gathered" else 0)
+    """Every form of the PyTorch path, whatever the sizes and on a CPU."""
+    take_form(request.param, monkeypatch)
+    return request.param
 
 
 def by_definition(given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,12 +141,13 @@ def test_blocks_do_not_matter(tokens, dropout, monkeypatch):
     """Cutting a batch into blocks changes neither results nor gradients, nor which mask a token gets."""
     given = operands(tokens, inner=6)
     settings = {"dropout": dropout, "seed": torch.tensor([7]) if dropout else None}
-    monkeypatch.setattr(pytorch_few, "MOST_PAIRS", 0)
+    take_form("sorted", monkeypatch)
     whole = results(given, "torch", **settings)
     monkeypatch.setattr(pytorch_blocks, "BLOCK_BYTES", 1)
     monkeypatch.setattr(pytorch_blocks, "MIN_BLOCK_TOKENS", 16)
     made = []
-    monkeypatch.setattr(pytorch, "Block", lambda *rest, new=pytorch.Block: made.append(rest) or new(*rest))
+    new = pytorch_pairs.SortedPairs
+    monkeypatch.setattr(pytorch_pairs, "SortedPairs", lambda *rest: made.append(rest) or new(*rest))
     cut = results(given, "torch", **settings)
     assert len(made) == 2 * -(-tokens // 16), "as many blocks as that, forward and backward"
     for name, exact in whole.items():
@@ -142,8 +157,9 @@ def test_blocks_do_not_matter(tokens, dropout, monkeypatch):
 @pytest.mark.oracle
 @pytest.mark.parametrize("inner", [None, 6], ids=["first round", "later round"])
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_dropout_masks_what_down_A_reads_and_nothing_else(tokens, inner):
-    """c is untouched, z reads the masked product, and both paths draw the same mask from the seed."""
+def test_dropout_masks_what_down_A_reads_and_nothing_else(tokens, inner, form, monkeypatch):
+    """c is untouched, and z reads the masked product: the reference's, given the same mask."""
+    same_mask_in_reference(form, monkeypatch)
     given, seed = operands(tokens, inner=inner), torch.tensor([11])
     oracle = results(given, "reference", dropout=0.3, seed=seed)
     found = results(given, dropout=0.3, seed=seed)
@@ -156,13 +172,28 @@ def test_dropout_masks_what_down_A_reads_and_nothing_else(tokens, inner):
 
 def test_dropout_keeps_the_mean():
     """Entries are dropped with the given probability, the rest scaled up: z is right on average."""
-    given = cast(operands(16, width=32), torch.float32)
+    given = cast(operands(64, width=96), torch.float32)
     exact = run(**given, **SETTINGS)[1]
     seeds = 64
     mean = sum(run(**given, **SETTINGS, dropout=0.25, seed=torch.tensor([seed]))[1] for seed in range(seeds))
     one = run(**given, **SETTINGS, dropout=0.25, seed=torch.tensor([0]))[1]
     noise = relative_error(one, exact)
     assert relative_error(mean / seeds, exact) < 1.5 * noise / seeds**0.5
+
+
+def test_the_drawn_mask_drops_as_many_as_asked():
+    """Entries are 0 or 1, apart from each other, and every call that is given the seed draws the same."""
+    rate, tokens, width = 0.05, 400, 1001
+    rows = torch.arange(tokens)
+    first, again = (DrawnMask(rate, torch.tensor([2**40 + 3])) for _ in range(2))
+    mask = first.draw(tokens, rows, torch.empty(tokens, width))
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    assert abs(1 - mask.mean().item() - rate) < 4 * (rate * (1 - rate) / mask.numel()) ** 0.5
+    for shifted in (mask.roll(1, 0), mask.roll(1, 1), mask.roll(4, 1)):
+        both = ((1 - mask) * (1 - shifted)).mean().item()
+        assert abs(both - rate**2) < 5 * rate / mask.numel() ** 0.5
+    parts = [again.draw(n, torch.arange(n), torch.empty(n, width)) for n in (150, 250)]
+    assert torch.equal(torch.cat(parts), mask)
 
 
 def test_seed_names_the_mask():

@@ -1,18 +1,38 @@
 """`expert_swiglu` as an operator among others: dtypes, autocast, broken tokens, registration, ids."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphmoe_kernels.experts import pytorch_few
+from graphmoe_kernels.experts import pytorch, pytorch_blocks
 from graphmoe_kernels.experts.op import flatten
 from graphmoe_kernels.testing import SLACK, relative_error
-from tests.kernels.expert_operands import FLOATING, LATER_ROUND, SCALES, cast, operands, packed, results, run
+from tests.kernels.expert_operands import (
+    FLOATING,
+    LATER_ROUND,
+    PYTORCH_FORMS,
+    SCALES,
+    cast,
+    operands,
+    packed,
+    results,
+    run,
+    take_form,
+)
 
 
-@pytest.fixture(params=["by expert", "gathered"])
+@pytest.fixture(params=PYTORCH_FORMS)
 def form(request, monkeypatch):
-    """Both forms of the PyTorch forward, whatever the sizes."""
-    monkeypatch.setattr(pytorch_few, "MOST_PAIRS", 10**6 if request.param == "gathered" else 0)
+    """Every form of the PyTorch path, whatever the sizes and on a CPU."""
+    take_form(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["sorted", "gathered"])
+def form_on_host(request, monkeypatch):
+    """The forms that read ids."""
+    take_form(request.param, monkeypatch)
 
 
 def test_fp32_parameters_with_bf16_activations(form):
@@ -109,7 +129,7 @@ IDS = pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, t
 @BACKENDS
 @pytest.mark.parametrize("wrong", [5, -1, 2**40])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_an_id_out_of_range_is_refused(top_k, wrong, backend, form):
+def test_an_id_out_of_range_is_refused(top_k, wrong, backend, form_on_host):
     """It would read another expert's weights, or make a count of its size: 8 TB for 2^40."""
     given = operands(top_k=top_k)
     given["expert_ids"][3, -1] = wrong
@@ -118,12 +138,98 @@ def test_an_id_out_of_range_is_refused(top_k, wrong, backend, form):
 
 
 @BACKENDS
-def test_an_expert_twice_in_a_row_is_refused(backend, form):
+def test_an_expert_twice_in_a_row_is_refused(backend, form_on_host):
     """One of the two would be lost in z and counted in c."""
     given = operands()
     given["expert_ids"][8] = 3
     with pytest.raises(ValueError, match="expert_ids must be distinct within a row"):
         run(**given, backend=backend)
+
+
+def test_memory_that_stays_with_a_thread_is_nobody_else_s(form):
+    """Made in inference mode it is written to in training too; no result lies in it; another thread has its own; and
+    the default device is not asked where it is to lie."""
+
+    def calls():
+        with torch.inference_mode():
+            run(**given)
+        with torch.device("meta"):
+            first = run(**given, dropout=0.3, seed=seed)
+        kept = [t.clone() for t in first]
+        results(given, dropout=0.3, seed=seed)
+        assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+        return kept
+
+    given, seed = cast(operands(inner=6), torch.float32), torch.tensor([3])
+    with ThreadPoolExecutor(4) as pool:  # threads that have no memory yet
+        found = [each.result() for each in [pool.submit(calls) for _ in range(8)]]
+        there = pool.submit(pytorch_blocks.scratch, "g", 1, 1, torch.float32).result()
+    assert there.data_ptr() != pytorch_blocks.scratch("g", 1, 1, torch.float32).data_ptr()
+    for c, z in found:
+        assert torch.equal(c, found[0][0])
+        assert torch.equal(z, found[0][1])
+
+
+@pytest.mark.parametrize("wrong", [[5, 0], [-1, 0], [2**40, 0], [3, 3]])
+def test_a_token_with_wrong_ids_is_nan_where_nobody_reads_them(wrong, monkeypatch):
+    """On a GPU reading them would be a sync: the token is NaN, as with Triton, and others are as they were."""
+    take_form("stacked", monkeypatch)
+    given = operands(inner=6, scales=True)
+    exact = run(**given)
+    given["expert_ids"][4] = torch.tensor(wrong)
+    others = [i for i in range(9) if i != 4]
+    for found, before in zip(run(**given), exact, strict=True):
+        assert not found[4].isfinite().any()
+        assert torch.equal(found[others], before[others])
+
+
+class Launches(TorchDispatchMode):
+    """Counts the calls of operators that compute, and refuses those that wait for a device."""
+
+    WAITING = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_unique2", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in self.WAITING:
+            raise AssertionError(f"aten::{name} waits for the device")
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        assert not any(i is not None and i.dtype is torch.bool for i in indices), "an index of bools waits"
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scales", [False, True], ids=["plain", "scale vectors"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_gpu_is_never_waited_for_and_gets_as_many_calls_for_every_size(dropout, scales, monkeypatch):
+    """What a GPU is given, forward and backward: no read of a tensor by the host, and no loop over tokens, experts or
+    slots. Blocks that suit a CPU's cache took 24,000 calls and 152 waits for 8,192 tokens."""
+    take_form("stacked", monkeypatch)
+    settings = {"dropout": dropout, "seed": torch.tensor([3])} if dropout else {}
+
+    def calls(tokens, experts, top_k):
+        given = operands(tokens, experts=experts, top_k=top_k, inner=6, scales=scales)
+        arguments = packed(cast(given, torch.float32) | settings), 1.5, "silu"
+        grads = torch.randn(tokens, 21), torch.randn(tokens, experts * 3)
+        with Launches() as launches:
+            pytorch.forward(*arguments)
+            forward = launches.count
+            pytorch.backward(*grads, *arguments, frozenset(FLOATING))
+        return forward, launches.count - forward
+
+    monkeypatch.setattr(pytorch_blocks, "BLOCK_BYTES", 1)  # a CPU would take many blocks
+    few = calls(tokens=2, experts=3, top_k=2)
+    assert calls(tokens=300, experts=3, top_k=2) == calls(tokens=300, experts=16, top_k=2) == few
+    assert calls(tokens=40, experts=8, top_k=8) == calls(tokens=41, experts=16, top_k=4)
+    forward, backward = (found - 175 * bool(dropout) for found in few)  # the counted mask's own
+    assert forward <= 55
+    assert backward <= 110
+    take_form("sorted", monkeypatch)
+    with pytest.raises(AssertionError, match="waits for the device"):
+        calls(tokens=2, experts=3, top_k=2)
 
 
 @BACKENDS

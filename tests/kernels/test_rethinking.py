@@ -16,6 +16,7 @@ from graphmoe_kernels import (
 )
 from graphmoe_kernels.testing import make_layer, trainable
 from tests.kernels.cases import ODD, Sizes, assert_equal_to, gradients, layer
+from tests.kernels.expert_operands import same_mask_in_reference
 
 BASE = RethinkingSpec(rounds=3, top_k=2, scale=1.5)
 IMPLEMENTATIONS = {"folded": rethink_folded, "literal": rethink_literal}
@@ -158,8 +159,12 @@ def test_non_contiguous_input(run):
 @pytest.mark.oracle
 @pytest.mark.parametrize("rounds", [1, 4])
 @pytest.mark.parametrize("candidate_input", ["expert_output", "hidden_state"])
-def test_dropout_is_the_same_on_every_path(rounds, candidate_input):
-    """Folded and literal draw in the same order, so one seed gives one result: folding is no other training."""
+def test_dropout_is_the_same_on_every_path(rounds, candidate_input, monkeypatch):
+    """Folded and literal draw in the same order, so one seed gives one result: folding is no other training.
+
+    Of the experts' reference too, given the mask that the PyTorch path draws on a CPU.
+    """
+    same_mask_in_reference("sorted", monkeypatch)
     spec = BASE._replace(rounds=rounds, candidate_input=candidate_input, dropout=0.3)
     weights, x = layer(spec), tokens(7)
     upstream = torch.randn_like(x)
