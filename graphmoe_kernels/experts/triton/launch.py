@@ -87,7 +87,7 @@ def backward(
 
 def swiglu(pre_activations: GateUp, update: LowRankUpdate | None, activation: str) -> Tensor:
     """hidden [N, F] without experts; see `graphmoe_kernels.swiglu`."""
-    pre_activations, update, strides = _shared(pre_activations, update)
+    pre_activations, update, strides = _added(*readable_shared(pre_activations, update))
     gate = pre_activations.gate
     tokens, width = gate.shape
     plan = swiglu_plan("swiglu_forward", tokens, width, activation, gate.dtype, gate.device)
@@ -99,9 +99,10 @@ def swiglu(pre_activations: GateUp, update: LowRankUpdate | None, activation: st
     return hidden
 
 
-def _shared(pre_activations: GateUp, update: LowRankUpdate | None) -> tuple[GateUp, LowRankUpdate | None, RowStrides]:
-    """`readable_shared`; the update of many tokens is added by cuBLAS, that of few by the kernel itself."""
-    pre_activations, update, strides = readable_shared(pre_activations, update)
+def _added(
+    pre_activations: GateUp, update: LowRankUpdate | None, strides: RowStrides
+) -> tuple[GateUp, LowRankUpdate | None, RowStrides]:
+    """What a kernel is given: the update of many tokens is added by cuBLAS, that of few by the kernel itself."""
     if update is None or len(update.state) <= SKINNY_TOKENS:
         return pre_activations, update, strides
     gate = torch.addmm(pre_activations.gate, update.state, update.gate.T)
@@ -116,7 +117,8 @@ def swiglu_backward(
     needed: frozenset[str],
 ) -> dict[str, Tensor]:
     """The gradients of `swiglu`, as `backward` gives them."""
-    pre_activations, own, strides = _shared(pre_activations, update)
+    pre_activations, update, strides = readable_shared(pre_activations, update)
+    pre_activations, own, strides = _added(pre_activations, update, strides)
     gate = pre_activations.gate
     tokens, width = gate.shape
     plan = swiglu_plan("swiglu_backward", tokens, width, activation, gate.dtype, gate.device)
