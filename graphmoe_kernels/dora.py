@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphmoe_kernels.backend import without_autocast
+
 # Elements of W that are computed with at once where W has to be cast: 64 MiB in fp32.
 BLOCK_ELEMENTS = 2**24
 
@@ -32,7 +34,7 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         same whatever A and s are.
     """
     exact = torch.float64 if torch.float64 in (weight.dtype, A.dtype, B.dtype) else torch.float32
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(weight):
         A, B = A.to(exact), B.to(exact)
         rows = max(1, BLOCK_ELEMENTS // weight.shape[1]) if weight.dtype != exact else weight.shape[0]
         own, cross = [], []

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphmoe_kernels.backend import without_autocast
 from graphmoe_kernels.tracing import asked_while_tracing
 
 # How many numbers of 8 bits hold one of the dtype.
@@ -72,7 +73,7 @@ class _ExactLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         (upstream,) = gradients
         d_x = d_weight = None
-        with torch.autocast(upstream.device.type, enabled=False):  # whoever calls backward() inside autocast
+        with without_autocast(upstream):  # whoever calls backward() inside autocast
             if ctx.needs_input_grad[0]:
                 d_x = exact_linear(upstream, weight.T).to(x.dtype)  # [N, K]
             if ctx.needs_input_grad[1]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphmoe_kernels.backend import without_autocast
 from graphmoe_kernels.dora import dora_scale, scaled_by, scaled_rows
 from graphmoe_kernels.mixing import mixed_change, mixing_weights, side_by_side, weighted
 from graphmoe_kernels.ranges import named_range
@@ -63,7 +64,7 @@ def prepare_linear(experts: LinearExperts, settings: FoldSettings, copy: bool = 
     if (experts.magnitude is None) != (experts.weight is None):
         raise ValueError("DoRA's magnitude and the linear's weight belong together: pass both or none")
     dtype, scale, vectors, change = settings.dtype, settings.scale, None, None
-    with torch.autocast(experts.A.device.type, enabled=False):
+    with without_autocast(experts.A):
         if experts.magnitude is not None and experts.weight is not None:
             vectors = dora_scale(experts.magnitude, experts.weight, experts.A, experts.B, scale)
             change = vectors - 1

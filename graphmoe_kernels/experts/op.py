@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphmoe_kernels.backend import without_autocast
 from graphmoe_kernels.experts import pytorch, pytorch_swiglu
 from graphmoe_kernels.experts.operands import FLOATING, Dropout, ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.triton import launch
@@ -100,7 +101,7 @@ def _in_order(
     """The ``needed`` gradients in the order of their inputs, the first ones, in these's dtypes."""
     floating = zip(names, inputs[: len(names)], needed, strict=True)
     asked = {name: x for name, x, wanted in floating if wanted and x is not None}
-    with torch.autocast(inputs[0].device.type, enabled=False):  # whoever calls backward() inside autocast
+    with without_autocast(inputs[0]):  # whoever calls backward() inside autocast
         grads = backward(frozenset(asked))
         return [grads[name].to(x.dtype).contiguous() for name, x in asked.items()]
 

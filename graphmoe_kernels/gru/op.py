@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphmoe_kernels.backend import without_autocast
 from graphmoe_kernels.gru.triton import launch
 
 
@@ -118,7 +119,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     )
     d_weight = None
     if needs_weight:
-        with torch.autocast(d_inputs.device.type, enabled=False):
+        with without_autocast(d_inputs):
             d_weight = d_inputs[:, 2 * width :].T @ reset_state  # [G, G]
     return (
         d_inputs,

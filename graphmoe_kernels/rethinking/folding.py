@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphmoe_kernels.backend import without_autocast
 from graphmoe_kernels.experts.operands import GateUp
 from graphmoe_kernels.rethinking.checks import check_weights
 from graphmoe_kernels.rethinking.down import Down, RoundOutput, add_product
@@ -136,7 +137,7 @@ def build_fold(weights: LayerWeights, settings: FoldSettings, copy: bool = False
         TypeError, ValueError: weights that are no layer's, as `graphmoe_kernels.rethink` raises them.
     """
     check_weights(weights)
-    with torch.autocast(weights.experts.lora.gate_A.device.type, enabled=False):
+    with without_autocast(weights.experts.lora.gate_A):
         experts = cast_experts(weights, settings.dtype, settings.scale, copy)
         if weights.gru is None:
             return Fold(experts, None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphmoe_kernels.backend import without_autocast
 from graphmoe_kernels.exact_linear import exact_linear
 from graphmoe_kernels.routing.triton import launch
 
@@ -66,7 +67,7 @@ def _route_backward(ctx: Any, d_logits: Any, d_routing_weights: Any, _: Any) -> 
     if d_routing_weights is not None:
         total = routing_backward_op(d_routing_weights, d_logits, logits, expert_ids, ctx.normalize)
     d_x = d_router = d_offset = None
-    with torch.autocast(total.device.type, enabled=False):  # whoever calls backward() inside autocast
+    with without_autocast(total):  # whoever calls backward() inside autocast
         if ctx.needs_input_grad[0]:
             d_x = exact_linear(total, router.T).to(ctx.x_dtype)  # [N, D]
         if ctx.needs_input_grad[1]:
