@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.progress import track
 
 from graphmoe_kernels.aot import report
 from graphmoe_kernels.aot.catalogue import MODULES, Job, compile_all, jobs
-from graphmoe_kernels.aot.reading import Reading
+from graphmoe_kernels.aot.reading import Reading, write_readings
 from graphmoe_kernels.backend import interpreting
 from graphmoe_kernels.launching import DEVICE_CLASSES
 
@@ -24,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m graphmoe_kernels.aot",
         description="Compile the Triton kernels with the configurations that the package ships, without a GPU, and "
         "print what each takes. Fails where a kernel does not compile or takes more shared memory than the device has, "
-        "and on sm_90 where one spills or a matrix kernel has no HGMMA instructions.",
+        "where one spills on sm_80 or sm_90, and where a matrix kernel has no HGMMA instructions on sm_90. "
+        "Columns: warps/SM are those that a multiprocessor holds at once; waits those for global loads that stand between "
+        "the first and the last load of a pass of the main loop.",
     )
     p.add_argument("--target", action="append", choices=DEVICE_CLASSES, help="may be repeated (default: all)")
     p.add_argument("--kernel", action="append", metavar="TEXT", help="cases with TEXT in their name; may be repeated")
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = report.console()
     out.print(report.table(readings))
     if a.json is not None:
-        a.json.write_text(json.dumps([reading._asdict() for reading in readings], indent=1) + "\n")
+        write_readings(a.json, readings)
     for reading in readings:
         for fault in reading.faults:
             out.print(f"{reading.name} for {reading.target}: {fault}", style="red", markup=False, highlight=False)

@@ -17,16 +17,14 @@ import triton
 
 from graphmoe_kernels.aot.absent import TRITON_TARGETS, absent_gpu
 from graphmoe_kernels.aot.case import CompileCase, configuration
-from graphmoe_kernels.aot.limits import faults, sm_90_blocks
+from graphmoe_kernels.aot import listing
+from graphmoe_kernels.aot.limits import faults, resident_blocks
 from graphmoe_kernels.aot.reading import Reading
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Of a compiler's message the end says what was wrong.
 ERROR_CHARACTERS = 600
-
-# An instruction of nvdisasm's listing: its address in a comment, perhaps a predicate, then its name.
-SASS_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)")
 
 
 def inspect_case(case: CompileCase, target: str) -> Reading:
@@ -43,14 +41,14 @@ def inspect_case(case: CompileCase, target: str) -> Reading:
         seconds=time.perf_counter() - start,
         shared_bytes=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        warps=compiled.metadata.num_warps,
     )
     if TRITON_TARGETS[target][0] == "cuda":
         reading = reading._replace(**_read_cubin(compiled.asm["cubin"]))
+        blocks = resident_blocks(target, reading.registers, reading.shared_bytes, reading.warps)
+        reading = reading._replace(blocks=blocks)
     else:
         reading = reading._replace(**_read_amdgcn(compiled.asm["amdgcn"]))
-    if target == "sm_90":
-        blocks = sm_90_blocks(reading.registers, reading.shared_bytes, compiled.metadata.num_warps)
-        reading = reading._replace(blocks_per_sm=blocks)
     return reading._replace(faults=tuple(faults(case, reading)))
 
 
@@ -62,16 +60,17 @@ def _compile(case: CompileCase, target: str) -> Any:
 
 
 def _read_cubin(cubin: bytes) -> dict[str, Any]:
-    """Registers and stack from the binary's tables, instructions from its listing."""
+    """Registers and stack from the binary's tables, instructions and loops from its listing."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
-        listing = _run("nvdisasm", "-c", file.name)
-    instructions = SASS_INSTRUCTION.findall(listing)
+        code, jumps = listing.parse(_run("nvdisasm", "-c", "-hex", file.name))
+    if not code:
+        raise RuntimeError("no instruction in what nvdisasm prints; this Triton's tools differ")
 
     def count(pattern: str) -> int:
-        return sum(re.match(pattern, instruction) is not None for instruction in instructions)
+        return sum(re.match(pattern, instruction.name) is not None for instruction in code)
 
     return {
         "registers": _number(r"\bREG:(\d+)", usage),
@@ -81,6 +80,7 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
         "hgmma": count(r"HGMMA\b"),
         "hmma": count(r"HMMA\b"),
         "tcgen05": count(r"UTC[A-Z0-9]*MMA\b"),
+        "loops": tuple(listing.loops(code, jumps)),
     }
 
 

@@ -12,25 +12,28 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 # Columns of tensor memory that one block may ask for on sm_100.
 TENSOR_MEMORY_LIMIT = 512
 
-# What a multiprocessor of compute capability 9.0 has: registers, handed to a warp in units of 256; shared memory, of
-# which each block takes 1 KiB more than it asks for; places for warps and for blocks.
-SM_90_REGISTERS = 64 * 1024
-SM_90_REGISTER_UNIT = 256
-SM_90_SHARED = 228 * 1024
-SM_90_SHARED_RESERVED = 1024
-SM_90_WARPS = 64
-SM_90_BLOCKS = 32
+# Device classes where a spill is a fault: those of GPUs that many people have.
+NO_SPILLS = ("sm_80", "sm_90")
+
+# What a multiprocessor of compute capability 8.0, 9.0 and 10.0 has: registers, handed to a warp in units of 256; shared
+# memory, of which each block takes 1 KiB more than it asks for; places for warps and for blocks.
+REGISTERS = 64 * 1024
+REGISTER_UNIT = 256
+SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
+SHARED_RESERVED = 1024
+WARPS = 64
+BLOCKS = 32
 WARP = 32
 
 
-def sm_90_blocks(registers: int, shared_bytes: int, num_warps: int) -> int:
-    """How many blocks of a kernel a multiprocessor of sm_90 holds at once: registers a thread, bytes a block."""
-    warp_registers = -(-registers * WARP // SM_90_REGISTER_UNIT) * SM_90_REGISTER_UNIT
+def resident_blocks(target: str, registers: int, shared_bytes: int, num_warps: int) -> int:
+    """Count the blocks of a kernel that a multiprocessor holds at once: registers of a thread, bytes of a block."""
+    warp_registers = -(-registers * WARP // REGISTER_UNIT) * REGISTER_UNIT
     return min(
-        SM_90_REGISTERS // (max(warp_registers, 1) * num_warps),
-        SM_90_SHARED // (shared_bytes + SM_90_SHARED_RESERVED),
-        SM_90_WARPS // num_warps,
-        SM_90_BLOCKS,
+        REGISTERS // (max(warp_registers, 1) * num_warps),
+        SHARED[target] // (shared_bytes + SHARED_RESERVED),
+        WARPS // num_warps,
+        BLOCKS,
     )
 
 
@@ -43,10 +46,9 @@ def faults(case: CompileCase, reading: Reading) -> list[str]:
         found.append(f"{reading.shared_bytes} bytes of shared memory; the limit is {SHARED_LIMIT[reading.target]}")
     if reading.tensor_memory > TENSOR_MEMORY_LIMIT:
         found.append(f"{reading.tensor_memory} columns of tensor memory; the limit is {TENSOR_MEMORY_LIMIT}")
-    if reading.target == "sm_90":
-        if reading.spill_bytes or reading.local_loads or reading.local_stores:
-            instructions = f"{reading.local_loads} LDL and {reading.local_stores} STL instructions"
-            found.append(f"spills {reading.spill_bytes} bytes ({instructions})")
-        if case.matrix and not reading.hgmma:
-            found.append("a matrix kernel without HGMMA instructions")
+    if reading.target in NO_SPILLS and (reading.spill_bytes or reading.local_loads or reading.local_stores):
+        instructions = f"{reading.local_loads} LDL and {reading.local_stores} STL instructions"
+        found.append(f"spills {reading.spill_bytes} bytes ({instructions})")
+    if reading.target == "sm_90" and case.matrix and not reading.hgmma:
+        found.append("a matrix kernel without HGMMA instructions")
     return found

@@ -1,14 +1,17 @@
-"""What a listing of SASS says about loops: which loads of a pass are under way together, and where a program waits.
+"""What a listing of SASS says about a kernel's loops: how long a pass takes, what it loads, and where it waits for that.
 
-An instruction's control bits say which of six scoreboards it counts up when it is issued and which have to be at zero
-first; copies to shared memory (LDGSTS, cp.async) are put into groups, and DEPBAR waits until so many are left.
+An instruction's control bits say how many cycles pass before the next one of its warp, which of six scoreboards tells
+when its result is there, and which have to be ready before it. Copies to shared memory (LDGSTS, cp.async) are put into
+groups, and DEPBAR waits until so many groups are left.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from graphmoe_kernels.aot.flow import natural_loops
 
 # Of `nvdisasm -c -hex`: a label, or an instruction's address, its name and operands, and the upper half of its encoding
 # on the line after it.
@@ -17,11 +20,17 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P[0-9T]+\s+)?([A-Z][A-
 UPPER = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/")
 JUMP = re.compile(r"`\((\.L_[\w.]+)\)")
 GROUPS_LEFT = re.compile(r"SB0, 0x([0-9a-f]+)")
-# Where the control bits begin, and in them the scoreboard that is counted up for a result and those that are waited for.
-CONTROL, WRITTEN, WAITED = 64 - 23, 5, 11
-NONE = 7
-# After these the next instruction does not follow, unless a predicate decides.
-ENDS = ("BRA", "EXIT", "RET")
+# Where the control bits begin in the upper half, and in them the scoreboards of the result, of the operands, and those
+# that are waited for; the lowest four are the cycles.
+CONTROL, RESULT, READ, WAITED = 41, 5, 8, 11
+NO_BOARD = 7
+# Cycles until a result is there, of what does not say so by its own count of cycles, for one warp without others;
+# roughly the same from sm_80 to sm_100. Loads of global memory are left open. Operands are read, a barrier is passed by
+# warps that come about together, and a warp group's product is done, in so many.
+RESULT_CYCLES = {"LDS": 30, "LDSM": 33, "MUFU": 22, "SHFL": 24, "HMMA": 33, "ATOMS": 60, "ATOMG": 700}
+OTHER_CYCLES, READ_CYCLES, BARRIER_CYCLES, GROUP_PRODUCT_CYCLES = 25, 15, 30, 100
+# A multiprocessor's quarter issues an instruction of a warp in a cycle; of these it takes so many.
+ISSUE_CYCLES = {"MUFU": 8, "HMMA": 8, "HGMMA": 32}
 # Triton issues loads at most num_stages - 1 passes ahead.
 PASSES = 8
 
@@ -32,14 +41,17 @@ class Instruction(NamedTuple):
     Attributes:
         name: such as ``"LDG.E.128"``; operands: as they are printed.
         conditional: whether a predicate decides that it runs.
-        board: the scoreboard that tells when its result is there, or None.
+        cycles: until the next instruction of its warp.
+        result, read: the scoreboards of its result and of its operands, or None.
         waits: the scoreboards that it waits for.
     """
 
     name: str
     operands: str
     conditional: bool
-    board: int | None
+    cycles: int
+    result: int | None
+    read: int | None
     waits: tuple[int, ...]
 
     @property
@@ -49,118 +61,65 @@ class Instruction(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """A loop, in a pass as it runs after the first ones, inner loops taken as if they ran once.
+    """A loop, in a pass as it runs after the first ones; a loop in it counts as one pass of its own.
 
     Attributes:
-        depth: 1 of one in no other.
+        depth: 1 of a loop in no other; 0 of what is in no loop at all.
         inner: how many loops are in it.
-        instructions: all of a pass; ``products`` of them are matrix instructions.
+        instructions: of a pass.
+        issue: cycles of its busiest pipe for one warp.
         loads: reads of global memory, copies to shared memory among them.
-        round_trips: how often the program waits for loads of the same pass.
-        ahead: how many passes before it is waited for a pass's loads are issued, 0 where all are waited for in it.
-        between: waits for loads, of whichever pass, that stand between the first and the last load.
+        between: waits for loads, of whichever pass, between the first and the last load: "waits between the loads of a
+            step".
+        cycles: of a pass of one warp if loads took no time.
+        waits: of every wait for loads, its cycle and that in which the last of those loads was issued, by the same
+            count: one of an earlier pass is negative.
     """
 
     depth: int
     inner: int
     instructions: int
-    products: int
+    issue: int
     loads: int
-    round_trips: int
-    ahead: int
     between: int
+    cycles: int
+    waits: tuple[tuple[int, int], ...]
 
 
-def loops(listing: str) -> list[Loop]:
-    """The loops of a kernel by where they begin, an outer one before those in it."""
-    code, jumps = _parse(listing)
-    bodies = _natural_loops(code, jumps)
-    return [
-        _read([code[at] for at in sorted(body)], sum(body <= b for b in bodies), sum(b < body for b in bodies))
-        for body in bodies
-    ]
-
-
-def main_loop(found: Sequence[Loop]) -> Loop | None:
-    """The one that a kernel spends its time in: of the innermost loops the one with the most loads."""
-    innermost = [loop for loop in found if not loop.inner and loop.loads]
-    return max(innermost, key=lambda loop: (loop.loads, loop.instructions), default=None)
-
-
-def instructions(listing: str) -> list[str]:
-    """The names of all instructions."""
-    return [each.name for each in _parse(listing)[0]]
-
-
-def _parse(listing: str) -> tuple[list[Instruction], dict[int, int]]:
-    """The instructions, and by the place of a jump the one that it jumps to."""
+def parse(listing: str) -> tuple[list[Instruction], dict[int, int]]:
+    """Read the instructions, and by the place of a jump the one that it jumps to."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     lines = listing.splitlines()
     for line, after in zip(lines, [*lines[1:], ""], strict=True):
-        label, found = LABEL.match(line), INSTRUCTION.match(line)
+        label, found, upper = LABEL.match(line), INSTRUCTION.match(line), UPPER.match(after)
         if label:
             labels[label[1]] = len(code)
-        elif found:
-            upper = UPPER.match(after)
-            control = int(upper[1], 16) >> CONTROL if upper else 0
-            board = control >> WRITTEN & 7
-            waits = tuple(b for b in range(6) if control >> WAITED + b & 1)
-            code.append(Instruction(found[2], found[3], found[1] is not None, None if board == NONE else board, waits))
+        elif found and upper:
+            bits = int(upper[1], 16) >> CONTROL
+            result, read = (None if board == NO_BOARD else board for board in (bits >> RESULT & 7, bits >> READ & 7))
+            waits = tuple(board for board in range(6) if bits >> WAITED + board & 1)
+            code.append(Instruction(found[2], found[3], found[1] is not None, max(bits & 15, 1), result, read, waits))
     targets = {at: JUMP.search(each.operands) for at, each in enumerate(code) if each.kind == "BRA"}
-    return code, {at: labels[found[1]] for at, found in targets.items() if found and labels[found[1]] < len(code)}
+    jumps = {at: labels[found[1]] for at, found in targets.items() if found}
+    return code, {at: target for at, target in jumps.items() if target < len(code)}
 
 
-def _natural_loops(code: Sequence[Instruction], jumps: dict[int, int]) -> list[frozenset[int]]:
-    """Of every jump back to where all ways to it begin, the instructions from which it is reached without leaving."""
-    begins = sorted({0, *jumps.values(), *(at + 1 for at, each in enumerate(code) if each.kind in ENDS)} - {len(code)})
-    blocks = dict(zip(begins, [*begins[1:], len(code)], strict=True))  # first instruction and the one after the last
-    before: dict[int, set[int]] = {begin: set() for begin in begins}
-    for begin, end in blocks.items():
-        last = code[end - 1]
-        if end - 1 in jumps:
-            before[jumps[end - 1]].add(begin)
-        if end in blocks and (last.kind not in ENDS or last.conditional):
-            before[end].add(begin)
-    passed = {begin: set(begins) if begin else {0} for begin in begins}  # blocks on every way to a block
-    changed = True
-    while changed:
-        changed = False
-        for begin in begins[1:]:
-            ways = [passed[each] for each in before[begin]]
-            found = {begin} | (set.intersection(*ways) if ways else set())
-            changed, passed[begin] = changed or found != passed[begin], found
-    bodies: dict[int, set[int]] = {}
-    for begin, end in blocks.items():
-        head = jumps.get(end - 1)
-        if head is None or head not in passed[begin] or (head == begin and end - begin == 1):  # the last: a trap
-            continue
-        body, waiting = bodies.setdefault(head, {head}), [begin]
-        while waiting:
-            each = waiting.pop()
-            if each not in body:
-                body.add(each)
-                waiting += before[each]
-    found = {head: frozenset(at for b in body for at in range(b, blocks[b])) for head, body in bodies.items()}
-    return [found[head] for head in sorted(found, key=lambda head: (head, -len(found[head])))]
+def loops(code: Sequence[Instruction], jumps: dict[int, int]) -> list[Loop]:
+    """What is in no loop, then the loops by where they begin, an outer one before those in it."""
+    bodies = natural_loops(code, jumps)
+    alone = [each for at, each in enumerate(code) if not any(at in body for body in bodies)]
+    found = [_read(alone, 0, len(bodies), passes=1)]
+    for body in bodies:
+        depth, inner = sum(body <= other for other in bodies), sum(other < body for other in bodies)
+        found.append(_read([code[at] for at in sorted(body)], depth, inner, PASSES))
+    return found
 
 
-def _read(body: Sequence[Instruction], depth: int, inner: int) -> Loop:
-    length = len(body)
-    loads = [at for at, each in enumerate(body) if is_load(each)]
-    # Of the last of so many passes that loads are issued in earlier ones as they are in all.
-    waits = [(at % length, issued) for at, issued in _waits([*body] * PASSES) if at // length == PASSES - 1]
-    ages = [PASSES - 1 - max(issued) // length for _, issued in waits]
-    return Loop(
-        depth=depth,
-        inner=inner,
-        instructions=length,
-        products=sum("MMA" in each.kind for each in body),
-        loads=len(loads),
-        round_trips=ages.count(0),
-        ahead=max(ages, default=0),
-        between=sum(loads[0] < at < loads[-1] for at, _ in waits) if loads else 0,
-    )
+def main_loop(found: Sequence[Loop]) -> Loop | None:
+    """The loop that a kernel spends its time in: of the innermost ones the one with the most loads."""
+    innermost = [loop for loop in found if loop.depth and not loop.inner and loop.loads]
+    return max(innermost, key=lambda loop: (loop.loads, loop.instructions), default=None)
 
 
 def is_load(instruction: Instruction) -> bool:
@@ -168,25 +127,74 @@ def is_load(instruction: Instruction) -> bool:
     return instruction.kind in ("LDG", "LDGSTS")
 
 
-def _waits(code: Sequence[Instruction]) -> Iterator[tuple[int, list[int]]]:
-    """Where the program waits for loads, and where those were issued."""
-    boards: list[list[int]] = [[] for _ in range(6)]
-    copies: list[int] = []  # in no group yet
-    groups: list[list[int]] = []
-    for at, each in enumerate(code):
-        ready = [issued for board in each.waits for issued in boards[board]]
+def _read(body: Sequence[Instruction], depth: int, inner: int, passes: int) -> Loop:
+    clock = _Clock()
+    for _ in range(passes):
+        begin, places = clock.now, clock.run(body)
+    loads = [at for at, each in enumerate(body) if is_load(each)]
+    busy = {kind: count * sum(each.kind == kind for each in body) for kind, count in ISSUE_CYCLES.items()}
+    return Loop(
+        depth=depth,
+        inner=inner,
+        instructions=len(body),
+        issue=max(len(body), *busy.values()),
+        loads=len(loads),
+        between=sum(loads[0] < at < loads[-1] for at, _, _ in places) if loads else 0,
+        cycles=clock.now - begin,
+        waits=tuple((now - begin, issued - begin) for _, now, issued in places),
+    )
+
+
+class _Clock:
+    """One warp's cycles, with global memory that answers at once."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self._ready = [0] * 6  # the cycle of each scoreboard
+        self._issued: list[int | None] = [None] * 6  # that of the last load on it
+        self._copy: int | None = None  # the last copy in no group yet
+        self._groups: list[int | None] = []
+        self._product = 0
+
+    def run(self, body: Sequence[Instruction]) -> list[tuple[int, int, int]]:
+        """Run a pass; every wait for loads: its place, its cycle, and that in which the last of them was issued."""
+        found = []
+        for at, each in enumerate(body):
+            issued = [cycle for cycle in self._waited(each) if cycle is not None]
+            if issued:
+                found.append((at, self.now, max(issued)))
+            self._issue(each)
+        return found
+
+    def _waited(self, each: Instruction) -> list[int | None]:
+        found: list[int | None] = []
         for board in each.waits:
-            boards[board] = []
+            self.now = max(self.now, self._ready[board])
+            found.append(self._issued[board])
+            self._issued[board] = None
         if each.kind == "DEPBAR" and (left := GROUPS_LEFT.search(each.operands)):
-            done = len(groups) - int(left[1], 16)
-            ready += [issued for group in groups[: max(done, 0)] for issued in group]
-            groups = groups[max(done, 0) :]
-        if ready:
-            yield at, ready
-        if each.kind == "LDGSTS":
-            copies.append(at)
+            done = max(len(self._groups) - int(left[1], 16), 0)
+            found += self._groups[:done]
+            self._groups = self._groups[done:]
+        if each.name.startswith("WARPGROUP.DEPBAR"):
+            self.now = max(self.now, self._product)
+        return found
+
+    def _issue(self, each: Instruction) -> None:
+        if each.kind == "BAR":
+            self.now += BARRIER_CYCLES
+        elif each.kind == "HGMMA":
+            self._product = max(self._product, self.now) + GROUP_PRODUCT_CYCLES
+        elif each.kind == "LDGSTS":
+            self._copy = self.now
         elif each.kind == "LDGDEPBAR":
-            groups.append(copies)
-            copies = []
-        elif each.kind == "LDG" and each.board is not None:
-            boards[each.board].append(at)
+            self._groups.append(self._copy)
+            self._copy = None
+        if each.result is not None:
+            taken = 0 if is_load(each) else RESULT_CYCLES.get(each.kind, OTHER_CYCLES)
+            self._ready[each.result] = max(self._ready[each.result], self.now + taken)
+            if each.kind == "LDG":
+                self._issued[each.result] = self.now
+        if each.read is not None:
+            self._ready[each.read] = max(self._ready[each.read], self.now + READ_CYCLES)
+        self.now += each.cycles

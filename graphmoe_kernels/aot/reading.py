@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from graphmoe_kernels.aot.listing import Loop, main_loop
 
 
 class Reading(NamedTuple):
@@ -25,7 +30,9 @@ class Reading(NamedTuple):
         hmma: warp matrix instructions of sm_80.
         tcgen05: matrix instructions of sm_100.
         mfma: matrix instructions of AMD.
-        blocks_per_sm: blocks that a multiprocessor holds at once; only worked out for sm_90.
+        warps: warps of a block.
+        blocks: blocks that a multiprocessor holds at once; None on AMD.
+        loops: what is in no loop, then the loops (`graphmoe_kernels.aot.listing.loops`); none on AMD.
         faults: what is wrong with it, from `graphmoe_kernels.aot.limits.faults`.
     """
 
@@ -45,5 +52,34 @@ class Reading(NamedTuple):
     hmma: int = 0
     tcgen05: int = 0
     mfma: int = 0
-    blocks_per_sm: int | None = None
+    warps: int = 0
+    blocks: int | None = None
+    loops: tuple[Loop, ...] = ()
     faults: tuple[str, ...] = ()
+
+    @property
+    def resident_warps(self) -> int | None:
+        """Warps that a multiprocessor holds at once; None on AMD."""
+        return None if self.blocks is None else self.blocks * self.warps
+
+    @property
+    def waits_between_loads(self) -> int | None:
+        """Waits for loads between the first and the last load of the main loop's pass; None without such a loop."""
+        loop = main_loop(self.loops)
+        return None if loop is None else loop.between
+
+
+def write_readings(path: Path, readings: Sequence[Reading]) -> None:
+    """Write readings as JSON, one on a line."""
+    path.write_text("[\n" + ",\n".join(json.dumps(reading._asdict()) for reading in readings) + "\n]\n")
+
+
+def read_readings(path: Path) -> list[Reading]:
+    """Return what `write_readings` has written."""
+    return [_reading(each) for each in json.loads(path.read_text())]
+
+
+def _reading(fields: dict[str, Any]) -> Reading:
+    loops: Iterable[Any] = fields["loops"]
+    fields["loops"] = tuple(Loop(*loop[:-1], tuple(map(tuple, loop[-1]))) for loop in loops)
+    return Reading(**fields | {"faults": tuple(fields["faults"])})

@@ -24,12 +24,15 @@ def console(stderr: bool = False) -> Console:
 
 
 def table(readings: Sequence[Reading]) -> Table:
-    """A row for each reading; a reading with faults is red."""
+    """A row for each reading; a reading with faults is red.
+
+    warps/SM: warps that a multiprocessor holds at once. waits: `Reading.waits_between_loads`.
+    """
     made = Table(title=f"Kernels as Triton {readings[0].triton} compiles them" if readings else None)
     for header in ("kernel", "configuration"):
         made.add_column(header, overflow="fold")
     made.add_column("target")
-    for header in ("shared KiB", "registers", "spill B", "HGMMA", "other MMA", "blocks/SM", "s"):
+    for header in ("shared KiB", "registers", "spill B", "HGMMA", "other MMA", "warps/SM", "waits", "s"):
         made.add_column(header, justify="right")
     for reading in readings:
         made.add_row(*_cells(reading), style="red" if reading.faults else None)
@@ -40,7 +43,7 @@ def _cells(reading: Reading) -> list[str]:
     tuned = " ".join(word for word in reading.configuration.split() if word.startswith(TUNED))
     head = [escape(reading.name), escape(tuned), reading.target]
     if reading.error is not None:
-        return [*head, *["–"] * 6, f"{reading.seconds:.1f}"]
+        return [*head, *["–"] * 7, f"{reading.seconds:.1f}"]
     return [
         *head,
         f"{reading.shared_bytes / 1024:.1f}",
@@ -48,6 +51,6 @@ def _cells(reading: Reading) -> list[str]:
         str(reading.spill_bytes),
         str(reading.hgmma),
         str(reading.hmma + reading.tcgen05 + reading.mfma),
-        "–" if reading.blocks_per_sm is None else str(reading.blocks_per_sm),
+        *("–" if count is None else str(count) for count in (reading.resident_warps, reading.waits_between_loads)),
         f"{reading.seconds:.1f}",
     ]
