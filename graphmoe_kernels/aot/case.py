@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,3 +82,12 @@ def specialization(launch: Launch) -> tuple[Any, ...]:
 
     found = {name: kind(name, value) for name, value in launch.arguments.items()}
     return launch.name, *found.items(), *launch.options.items()
+
+
+def fingerprint(launch: Launch) -> str:
+    """Return `specialization` in a few letters, the same in every process."""
+    return hashlib.sha256(_written(specialization(launch)).encode()).hexdigest()[:16]
+
+
+def _written(value: Any) -> str:
+    return f"({', '.join(map(_written, value))})" if isinstance(value, tuple) else _shown(value)

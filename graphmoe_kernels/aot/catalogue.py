@@ -5,21 +5,22 @@ from __future__ import annotations
 import functools
 import importlib
 import multiprocessing
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-
-from graphmoe_kernels.aot.case import CompileCase, configuration, specialization
+from graphmoe_kernels.aot.case import CompileCase, configuration, fingerprint, specialization
 from graphmoe_kernels.aot.reading import Reading
-from graphmoe_kernels.backend import standing_for
-from graphmoe_kernels.launching import recorded, stubbed
+from graphmoe_kernels.aot.trace import traced
+from graphmoe_kernels.launching import Launch
 
-# Each has a function `variants`, of the calls whose launches are compiled.
+# Each has a function `variants`, of the calls whose launches are compiled: whole layers, then the operators at their
+# limits.
 MODULES = (
+    "graphmoe_kernels.rethinking.compile_cases",
     "graphmoe_kernels.routing.compile_cases",
     "graphmoe_kernels.gru.compile_cases",
     "graphmoe_kernels.experts.compile_cases",
@@ -29,39 +30,43 @@ MODULES = (
 class Job(NamedTuple):
     """One case for one target, by where it is found: kernels do not travel between processes."""
 
-    module: str
+    modules: tuple[str, ...]
     target: str
     number: int
     name: str
 
 
 @functools.cache
-def cases(module: str, target: str) -> list[CompileCase]:
-    """The launches of a module's variants on a device class, each compiled kernel once.
+def cases(modules: tuple[str, ...], target: str) -> list[CompileCase]:
+    """Return the launches of the modules' variants on a device class, each compiled kernel once.
 
-    They come from the operators' own host code, which runs here on tensors without memory: so a case has the
-    configuration, the constants and the specialisation of a real launch.
+    They come from the host code of layers and operators, which runs here on tensors without memory: so a case has the
+    configuration, the constants and the specialisation of a real launch. Of several of one name the second is "... #2".
     """
-    found: list[CompileCase] = []
-    seen = set()
-    for variant in importlib.import_module(module).variants():
-        with torch.no_grad(), standing_for(target), stubbed(), recorded() as launches:
-            variant.call()
-        for launch in launches:
-            key = specialization(launch)
-            if key not in seen:
-                seen.add(key)
-                found.append(CompileCase(f"{launch.name} {variant.name}", launch, launch.name in variant.matrix))
-    return found
+    found: dict[Any, CompileCase] = {}
+    named: Counter[str] = Counter()
+    for module in modules:
+        for variant in importlib.import_module(module).variants():
+            with traced(target) as steps:
+                variant.call()
+            for launch in (step for step in steps if isinstance(step, Launch)):
+                matrix, key = launch.name in variant.matrix, specialization(launch)
+                if key in found:
+                    found[key] = found[key]._replace(matrix=found[key].matrix or matrix)
+                    continue
+                name = f"{launch.name} {variant.name}"
+                named[name] += 1
+                number = f" #{named[name]}" if named[name] > 1 else ""
+                found[key] = CompileCase(name + number, launch, matrix)
+    return list(found.values())
 
 
 def jobs(modules: Sequence[str], targets: Sequence[str], names: Sequence[str] = ("",)) -> list[Job]:
     """The cases of all modules whose name contains one of ``names``, for all targets."""
     return [
-        Job(module, target, number, case.name)
-        for module in modules
+        Job(tuple(modules), target, number, case.name)
         for target in targets
-        for number, case in enumerate(cases(module, target))
+        for number, case in enumerate(cases(tuple(modules), target))
         if any(name in case.name for name in names)
     ]
 
@@ -93,13 +98,14 @@ def _compile_until_a_crash(waiting: list[Job], processes: int, lost: list[Job]) 
 
 
 def _compile_alone(job: Job) -> Reading:
-    case = cases(job.module, job.target)[job.number]
+    case = cases(job.modules, job.target)[job.number]
     with _pool(1) as pool:
         try:
             return pool.submit(_inspect, job).result()
         except BrokenProcessPool:
             error = "the compiler crashed"
-    return Reading(job.name, job.target, configuration(case), version("triton"), error=error, faults=(error,))
+    known = configuration(case), fingerprint(case.launch), version("triton")
+    return Reading(job.name, job.target, *known, error=error, faults=(error,))
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:
@@ -109,4 +115,4 @@ def _pool(processes: int) -> ProcessPoolExecutor:
 def _inspect(job: Job) -> Reading:
     from graphmoe_kernels.aot.inspector import inspect_case  # imports Triton's compiler: in the workers alone
 
-    return inspect_case(cases(job.module, job.target)[job.number], job.target)
+    return inspect_case(cases(job.modules, job.target)[job.number], job.target)

@@ -44,7 +44,9 @@ def natural_loops(code: Sequence[Flowing], jumps: dict[int, int]) -> list[frozen
             if each not in body:
                 body.add(each)
                 waiting += before[each]
-    found = {head: frozenset(at for begin in body for at in range(begin, blocks[begin])) for head, body in bodies.items()}
+    found = {
+        head: frozenset(at for begin in body for at in range(begin, blocks[begin])) for head, body in bodies.items()
+    }
     return [found[head] for head in sorted(found, key=lambda head: (head, -len(found[head])))]
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import triton
 
-from graphmoe_kernels.aot.absent import TRITON_TARGETS, absent_gpu
-from graphmoe_kernels.aot.case import CompileCase, configuration
 from graphmoe_kernels.aot import listing
+from graphmoe_kernels.aot.absent import TRITON_TARGETS, absent_gpu
+from graphmoe_kernels.aot.case import CompileCase, configuration, fingerprint
 from graphmoe_kernels.aot.limits import faults, resident_blocks
 from graphmoe_kernels.aot.reading import Reading
 
@@ -29,7 +29,7 @@ ERROR_CHARACTERS = 600
 
 def inspect_case(case: CompileCase, target: str) -> Reading:
     """The reading of ``case`` for ``target`` (a device class); a compilation that fails is a reading too."""
-    reading = Reading(case.name, target, configuration(case), triton.__version__)
+    reading = Reading(case.name, target, configuration(case), fingerprint(case.launch), triton.__version__)
     start = time.perf_counter()
     try:
         compiled = _compile(case, target)

@@ -17,6 +17,7 @@ class Reading(NamedTuple):
         name: the case's name.
         target: the device class.
         configuration: constexprs, warps and stages as text.
+        fingerprint: of what tells its compiled kernel from others.
         triton: the version that compiled it.
         error: why it did not compile; None when it did.
         seconds: wall time of the compilation; short when Triton's cache had it.
@@ -39,6 +40,7 @@ class Reading(NamedTuple):
     name: str
     target: str
     configuration: str
+    fingerprint: str
     triton: str
     error: str | None = None
     seconds: float = 0.0

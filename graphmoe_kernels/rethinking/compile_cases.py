@@ -1,0 +1,73 @@
+"""The layers whose launches are compiled ahead of time: forward and backward, folded and literal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from graphmoe_kernels.aot.case import SIZES, Variant
+from graphmoe_kernels.aot.layer import DTYPES, built_fold, inference, layer_weights, training_step
+from graphmoe_kernels.cost import Sizes
+
+# Llama 3 8B with the paper's adapter; G is no multiple of 16.
+LLAMA = Sizes(4096, 14336, 409, experts=8, top_k=2, rank=16, rounds=3)
+# Kernels of many tokens whose tiles are for a warp group; those of a stream are of a warp each.
+MATRIX = ("experts_forward", "experts_backward_tokens", "experts_backward_weights", "gru_backward")
+
+
+class Kind(NamedTuple):
+    """What a layer is besides its tokens and dtype.
+
+    Attributes:
+        name: what is particular about it.
+        sizes: its sizes and the kind of its experts.
+        dropout: of the LoRA branches, in training.
+        bias: whether the MLP has biases.
+        fp16, fp32: whether it is compiled in these too.
+    """
+
+    name: str
+    sizes: Sizes = LLAMA
+    dropout: float = 0.0
+    bias: bool = False
+    fp16: bool = False
+    fp32: bool = True
+
+
+KINDS = (
+    Kind("MixLoRA", fp16=True),
+    Kind("MixLoRA, dropout", dropout=0.05),
+    Kind("MixLoRA, F not divisible by 16", replace(LLAMA, hidden=256, intermediate=712, gru_width=25)),
+    Kind("MixLoRA, n=64", replace(LLAMA, experts=64)),
+    Kind("MixLoRA, k=8", replace(LLAMA, top_k=8)),
+    Kind("MixDoRA, biases", replace(LLAMA, dora=True, rounds=2), bias=True),
+    Kind("LoRA, r=80", replace(LLAMA, experts=1, top_k=1, rank=80, routers="none")),
+    Kind("MoLA", replace(LLAMA, routers="linear"), fp32=False),
+)
+
+
+def variants() -> Iterator[Variant]:
+    """Every kind of layer for few and for many tokens."""
+    for size, tokens in SIZES.items():
+        for dtype in DTYPES:
+            for kind in KINDS:
+                if (dtype == "fp16" and not kind.fp16) or (dtype == "fp32" and not kind.fp32):
+                    continue
+                sizes = replace(kind.sizes, tokens=tokens, dtype=dtype)
+                matrix = MATRIX if size == "wide" and dtype != "fp32" else ()
+                call = partial(_layer, kind, sizes, torch.float32)
+                yield Variant(f"{size} {dtype}, {kind.name}", partial(call, folded=True), matrix)
+                yield Variant(f"{size} {dtype}, {kind.name}, literal", partial(call, folded=False), matrix)
+    one = replace(LLAMA, tokens=1, dtype="bf16")
+    yield Variant("one token bf16, MixLoRA", partial(_layer, KINDS[0], one, torch.bfloat16, folded=True))
+
+
+def _layer(kind: Kind, sizes: Sizes, adapters: torch.dtype, folded: bool) -> None:
+    """A training step and a forward in evaluation."""
+    weights = layer_weights(sizes, adapters, kind.bias)
+    training_step(sizes, weights, "always" if folded else "never", kind.dropout)
+    inference(sizes, weights, built_fold(sizes, weights) if folded else None)
