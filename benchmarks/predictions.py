@@ -1,32 +1,38 @@
-"""The predictions of PREDICTIONS.md, made before any of the kernels had run, beside what was measured."""
+"""Predictions of kernels and layers, and a GPU's result beside them.
+
+`python -m benchmarks.predictions --write` makes their page anew from the kernels, their configurations and the readings
+of their code; without it, the page is printed. PREDICTIONS.md is an older one.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.units import seconds
 
-PAGE = Path(__file__).with_name("PREDICTIONS.md")
-# "| experts forward, later round | 8192 | ... | 849.7 | L2 |", and "| decode in a graph, 1 token, T=3 | 139.9 | ...".
-KERNEL = re.compile(r"^\| ([\w ]+), (first|later) round \| (\d+) \|.*\| ([\d,.]+) \| (\w+) \|$", re.MULTILINE)
-LAYER = re.compile(r"^\| (?:prefill|decode in a graph), (\d+) tokens?, T=(\d) \| ([\d,.]+) \|", re.MULTILINE)
+PAGE = Path(__file__).with_name("PREDICTIONS-2026-11-26.md")
+# "| gru_forward, later round | 8192 | 8 | ... | 46.5 | L2 |", and "| inference, 8192 tokens, T=3, n=8 | 6,574.7 | ...".
+KERNEL = re.compile(r"^\| (\w+), (first|later) round \| (\d+) \| (\d+) \|.*\| ([\d,.]+) \| (\w+) \|$", re.MULTILINE)
+LAYER = re.compile(r"^\| H100, (\w+), (\d+) tokens?, T=(\d), n=(\d+) \| ([\d,.]+) \|", re.MULTILINE)
 # The sizes that are predicted.
-MODEL, EXPERTS, DTYPE = "llama-3-8b", 8, "bf16"
+MODEL, DTYPE = "llama-3-8b", "bf16"
 
 
 def predicted() -> dict[tuple[Any, ...], tuple[float, str]]:
-    """Seconds and the limit that sets them, by (kernel, round, tokens), and of the whole layer by (tokens, rounds)."""
+    """Seconds and the limit that sets them, by (kernel, round, tokens, experts), and of the whole layer by (mode,
+    tokens, rounds, experts)."""
     text = PAGE.read_text(encoding="utf-8")
     kernels = {
-        (kernel.replace(" ", "_"), name, int(tokens)): (1e-6 * float(time.replace(",", "")), limit)
-        for kernel, name, tokens, time, limit in KERNEL.findall(text)
+        (kernel, name, int(tokens), int(experts)): (1e-6 * float(time.replace(",", "")), limit)
+        for kernel, name, tokens, experts, time, limit in KERNEL.findall(text)
     }
     layers = {
-        (int(tokens), int(rounds)): (1e-6 * float(time.replace(",", "")), "sum of its launches")
-        for tokens, rounds, time in LAYER.findall(text)
+        (mode, int(tokens), int(rounds), int(experts)): (1e-6 * float(time.replace(",", "")), "sum of its launches")
+        for mode, tokens, rounds, experts, time in LAYER.findall(text)
     }
     return kernels | layers
 
@@ -37,18 +43,18 @@ def beside(content: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
     known = predicted() if content["conditions"]["device"]["kind"] == "cuda" else {}
     found: list[tuple[tuple[Any, ...], str, Any]] = [
         (
-            (row["kernel"], row["round"], row["tokens"]),
-            f"{row['kernel']}, {row['round']} round, {row['tokens']:,} tokens",
+            (row["kernel"], row["round"], row["tokens"], row["experts"]),
+            f"{row['kernel']}, {row['round']} round, {row['tokens']:,} tokens, n={row['experts']}",
             row,
         )
         for row in content["kernels"]
-        if (row["experts"], row.get("dtype")) == (EXPERTS, DTYPE) and "config" not in row
+        if row.get("dtype") == DTYPE and "config" not in row
     ]
     found += [
-        ((row["sizes"]["tokens"], row["sizes"]["rounds"]), row["case"], row)
+        ((row["mode"], *(row["sizes"][name] for name in ("tokens", "rounds", "experts"))), row["case"], row)
         for row in content["rows"]
-        if tuple(row[key] for key in ("group", "mode", "model", "provider")) == ("layer", "inference", MODEL, "triton")
-        and (row["sizes"]["experts"], row["sizes"]["dtype"]) == (EXPERTS, DTYPE)
+        if tuple(row[key] for key in ("group", "model", "provider")) == ("layer", MODEL, "triton")
+        and row["sizes"]["dtype"] == DTYPE
     ]
     for key, what, row in found:
         if key in known:
@@ -56,3 +62,19 @@ def beside(content: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
             measured = row["seconds"]["median"]
             lines.append([what, seconds(time), limit, seconds(measured), f"{measured / time:.2f}"])
     return ("", "predicted", "limit", "measured", "measured / predicted"), lines
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the page, or write it to its file."""
+    from benchmarks.forecast_page import page  # takes a minute's imports and readings, which `beside` does without
+
+    if list(arguments) == ["--write"]:
+        PAGE.write_text(page(), encoding="utf-8")
+    elif not arguments:
+        sys.stdout.write(page())
+    else:
+        sys.exit("usage: python -m benchmarks.predictions [--write]")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

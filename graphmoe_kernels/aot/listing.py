@@ -1,4 +1,4 @@
-"""What a listing of SASS says about a kernel's loops: how long a pass takes, what it loads, and where it waits for that.
+"""What a listing of SASS says of a kernel's loops: how long a pass takes, what it loads, and where it waits for that.
 
 An instruction's control bits say how many cycles pass before the next one of its warp, which of six scoreboards tells
 when its result is there, and which have to be ready before it. Copies to shared memory (LDGSTS, cp.async) are put into

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +82,5 @@ def read_readings(path: Path) -> list[Reading]:
 
 
 def _reading(fields: dict[str, Any]) -> Reading:
-    loops: Iterable[Any] = fields["loops"]
-    fields["loops"] = tuple(Loop(*loop[:-1], tuple(map(tuple, loop[-1]))) for loop in loops)
-    return Reading(**fields | {"faults": tuple(fields["faults"])})
+    loops = tuple(Loop(*loop)._replace(waits=tuple(map(tuple, loop[-1]))) for loop in fields["loops"])
+    return Reading(**fields | {"loops": loops, "faults": tuple(fields["faults"])})

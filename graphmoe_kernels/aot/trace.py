@@ -43,12 +43,14 @@ class Operation(NamedTuple):
         name: the operation's, such as ``"mm"``.
         read, written: its tensors' bytes.
         product: rows, inner dimension and columns of a matrix product, with how many there are; None of others.
+        sizes: every size of its tensors.
     """
 
     name: str
     read: int
     written: int
     product: tuple[int, int, int, int] | None
+    sizes: frozenset[int]
 
     @property
     def operations(self) -> int:
@@ -81,7 +83,8 @@ class _Watch(TorchDispatchMode):
             given = [] if name in FILLS else [value for key, value in kwargs.items() if key != "out"]
             read = [] if name in FILLS else [each for each in tree_leaves((args, given)) if isinstance(each, Tensor)]
             written = [each for each in tree_leaves(found) if isinstance(each, Tensor)]
-            self.catch_up().append(Operation(name, _bytes(read), _bytes(written), _product(name, args)))
+            sizes = frozenset(size for tensor in (*read, *written) for size in tensor.shape)
+            self.catch_up().append(Operation(name, _bytes(read), _bytes(written), _product(name, args), sizes))
         return found
 
     def catch_up(self) -> list[Step]:

@@ -27,6 +27,7 @@ class Kind(NamedTuple):
         sizes: its sizes and the kind of its experts.
         dropout: of the LoRA branches, in training.
         bias: whether the MLP has biases.
+        adapters: the dtype of the adapter's weights; PEFT keeps those of training in fp32.
         fp16, fp32: whether it is compiled in these too.
     """
 
@@ -34,12 +35,15 @@ class Kind(NamedTuple):
     sizes: Sizes = LLAMA
     dropout: float = 0.0
     bias: bool = False
+    adapters: torch.dtype = torch.float32
     fp16: bool = False
     fp32: bool = True
 
 
 KINDS = (
     Kind("MixLoRA", fp16=True),
+    Kind("MixLoRA, adapters in bf16", adapters=torch.bfloat16, fp32=False),
+    Kind("MixLoRA, n=64, adapters in bf16", replace(LLAMA, experts=64), adapters=torch.bfloat16, fp32=False),
     Kind("MixLoRA, dropout", dropout=0.05),
     Kind("MixLoRA, F not divisible by 16", replace(LLAMA, hidden=256, intermediate=712, gru_width=25)),
     Kind("MixLoRA, n=64", replace(LLAMA, experts=64)),
@@ -59,15 +63,16 @@ def variants() -> Iterator[Variant]:
                     continue
                 sizes = replace(kind.sizes, tokens=tokens, dtype=dtype)
                 matrix = MATRIX if size == "wide" and dtype != "fp32" else ()
-                call = partial(_layer, kind, sizes, torch.float32)
+                call = partial(_layer, kind, sizes)
                 yield Variant(f"{size} {dtype}, {kind.name}", partial(call, folded=True), matrix)
                 yield Variant(f"{size} {dtype}, {kind.name}, literal", partial(call, folded=False), matrix)
-    one = replace(LLAMA, tokens=1, dtype="bf16")
-    yield Variant("one token bf16, MixLoRA", partial(_layer, KINDS[0], one, torch.bfloat16, folded=True))
+    for kind in KINDS[:4]:
+        one = replace(kind.sizes, tokens=1, dtype="bf16")
+        yield Variant(f"one token bf16, {kind.name}", partial(_layer, kind, one, folded=True))
 
 
-def _layer(kind: Kind, sizes: Sizes, adapters: torch.dtype, folded: bool) -> None:
+def _layer(kind: Kind, sizes: Sizes, folded: bool) -> None:
     """A training step and a forward in evaluation."""
-    weights = layer_weights(sizes, adapters, kind.bias)
+    weights = layer_weights(sizes, kind.adapters, kind.bias)
     training_step(sizes, weights, "always" if folded else "never", kind.dropout)
     inference(sizes, weights, built_fold(sizes, weights) if folded else None)

@@ -15,8 +15,10 @@ import torch
 
 from graphmoe_kernels.aot import __main__ as command_line
 from graphmoe_kernels.aot.case import specialization
+from graphmoe_kernels.aot import listing
 from graphmoe_kernels.aot.catalogue import MODULES, cases
-from graphmoe_kernels.aot.limits import sm_90_blocks
+from graphmoe_kernels.aot.cycles import pass_cycles
+from graphmoe_kernels.aot.limits import resident_blocks
 from graphmoe_kernels.launching import DEVICE_CLASSES, config_table
 
 pytestmark = [
@@ -83,10 +85,11 @@ def test_readings_of_other_targets(tmp_path):
 
 def test_blocks_of_a_multiprocessor():
     """What runs out first: registers, shared memory, warps, or places for blocks."""
-    assert sm_90_blocks(registers=255, shared_bytes=0, num_warps=4) == 2
-    assert sm_90_blocks(registers=64, shared_bytes=100 * 1024, num_warps=4) == 2
-    assert sm_90_blocks(registers=16, shared_bytes=0, num_warps=8) == 8
-    assert sm_90_blocks(registers=16, shared_bytes=0, num_warps=1) == 32
+    assert resident_blocks("sm_90", registers=255, shared_bytes=0, num_warps=4) == 2
+    assert resident_blocks("sm_90", registers=64, shared_bytes=100 * 1024, num_warps=4) == 2
+    assert resident_blocks("sm_80", registers=64, shared_bytes=100 * 1024, num_warps=4) == 1
+    assert resident_blocks("sm_90", registers=16, shared_bytes=0, num_warps=8) == 8
+    assert resident_blocks("sm_90", registers=16, shared_bytes=0, num_warps=1) == 32
 
 
 @pytest.mark.parametrize(
@@ -107,7 +110,7 @@ def test_a_run_that_would_compile_nothing_is_refused(interpreted, arguments, mes
 
 def test_one_kernel_of_each_operator():
     """The operators' cases are found, with the shipped configurations, and compile."""
-    names = [cases(module, "sm_90")[0].name for module in MODULES]
+    names = [cases((module,), "sm_90")[0].name for module in MODULES]
     result = run_inspector("--target", "sm_90", *(word for name in names for word in ("--kernel", name)))
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -115,7 +118,7 @@ def test_one_kernel_of_each_operator():
 def test_cases_are_what_a_layer_launches():
     """The catalogue comes from the operators' own host code: no kernel of theirs, and no configuration, is left out."""
     for target in DEVICE_CLASSES:
-        found = [case for module in MODULES for case in cases(module, target)]
+        found = cases(MODULES, target)
         for operator in ("routing", "gru", "experts"):
             for name, sizes in config_table(target, operator).items():
                 kernel = name.removesuffix("_wide_rank").removesuffix("_unaligned")
@@ -136,7 +139,7 @@ def test_a_case_is_specialised_as_its_launch_is():
     """What a layer passes decides: None is compiled without, what is divisible by 16 with that knowledge, a batch's
     size is left free.
     """
-    found = {case.name: dict(specialization(case.launch)[1:]) for case in cases(MODULES[1], "sm_90")}
+    found = {case.name: dict(specialization(case.launch)[1:]) for case in cases(MODULES[2:3], "sm_90")}
     folded = found["gru_forward wide bf16 folded, later round, training"]
     literal = found["gru_forward wide bf16 literal, later round, training"]
     assert folded["width"] == folded["stride_weight"] == (False, True)
@@ -149,23 +152,92 @@ def test_a_case_is_specialised_as_its_launch_is():
 PRESENT = """
 import json
 from graphmoe_kernels.aot.case import configuration
+from graphmoe_kernels.aot import listing
 from graphmoe_kernels.aot.catalogue import MODULES, cases
+from graphmoe_kernels.aot.cycles import pass_cycles
 
 print(json.dumps(sorted([case.name, configuration(case)] for module in MODULES for case in cases(module, "sm_90"))))
 """
 
 
 def test_committed_readings_are_of_the_present_kernels():
-    """PREDICTIONS.md reads occupancies from them: readings of other cases or configurations would be of other kernels.
-
-    `python -m graphmoe_kernels.aot --target sm_90 --json benchmarks/aot_sm_90.json` makes them again.
-    """
+    """Predictions are made from them: readings of other cases or configurations would be of other kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     printed = subprocess.run(
         [sys.executable, "-c", PRESENT], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
-    readings = json.loads((ROOT / "benchmarks" / "aot_sm_90.json").read_text())
-    assert sorted([reading["name"], reading["configuration"]] for reading in readings) == json.loads(printed.stdout)
+    for target, present in json.loads(printed.stdout).items():
+        path = f"benchmarks/aot_{target}.json"
+        readings = json.loads((ROOT / path).read_text())
+        read = sorted([each["name"], each["configuration"], each["fingerprint"]] for each in readings)
+        assert read == present, (
+            f"{path} is of other kernels; make it again: python -m graphmoe_kernels.aot --target {target} --json {path}"
+        )
+
+
+LAYER = """
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+from graphmoe_kernels.aot.case import fingerprint
+from graphmoe_kernels.aot.catalogue import MODULES, cases
+from graphmoe_kernels.aot.trace import traced
+from graphmoe_kernels.launching import Launch
+from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
+
+known = {fingerprint(case.launch) for case in cases(MODULES[:1], "sm_90")}
+with traced("sm_90") as steps, torch.device("meta"):
+    mlp = LlamaMLP(LlamaConfig(hidden_size=4096, intermediate_size=14336, num_attention_heads=1)).bfloat16()
+    layer = FusedGraphMoEFFN(mlp, GraphMoEConfig(r=16, rounds=3, lora_dropout=0.0, backend="triton", fold="always"))
+    for tokens in (64, 8192):
+        layer.train()(torch.empty(1, tokens, 4096, dtype=torch.bfloat16)).sum().backward()
+launches = [step for step in steps if isinstance(step, Launch)]
+assert len(launches) > 40, len(launches)
+print([launch.name for launch in launches if fingerprint(launch) not in known])
+"""
+
+
+def test_the_catalogue_has_what_the_layer_of_a_model_launches():
+    """`FusedGraphMoEFFN` itself, forward and backward: strides, alignment, absent operands and all."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    printed = subprocess.run([sys.executable, "-c", LAYER], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
+    assert printed.stdout.strip() == "[]"
+
+
+# A loop of two loads that are waited for one after the other, and one whose copy is waited for a pass later. In the
+# upper half of an encoding: a cycle each, scoreboard 0 of the loads' results, and who waits for it.
+ISSUED, PLAIN, WAITING = (f"{bits << 41:016x}" for bits in (1 | 7 << 8, 1 | 7 << 5 | 7 << 8, 1 | 7 << 5 | 7 << 8 | 1 << 11))
+
+
+def sass(*lines):
+    """A listing of (label or instruction, upper half)."""
+    found = []
+    for number, (text, upper) in enumerate(lines):
+        if upper is None:
+            found.append(f".L_x_{text}:")
+        else:
+            found += [f"        /*{16 * number:04x}*/  {text} ; /* 0x0000000000000000 */", f"   /* 0x{upper} */"]
+    return "\n".join(found)
+
+
+def test_waits_are_read_from_a_listing():
+    chain = sass(
+        ("0", None), ("LDG.E R2, R4", ISSUED), ("IADD3 R4, R2", WAITING), ("LDG.E R6, R4", ISSUED),
+        ("FADD R8, R6", WAITING), ("@P0 BRA `(.L_x_0)", PLAIN), ("EXIT", PLAIN),
+    )  # fmt: skip
+    loop = listing.main_loop(listing.loops(*listing.parse(chain)))
+    assert (loop.loads, loop.between, loop.instructions) == (2, 1, 5)
+    assert pass_cycles(loop, 500) == loop.cycles + 2 * 499  # an instruction's cycle passes meanwhile
+    ahead = sass(
+        ("0", None), ("DEPBAR.LE SB0, 0x0", PLAIN), ("FADD R8, R6", PLAIN), ("LDGSTS [R2], [R4]", PLAIN),
+        ("LDGSTS [R2], [R6]", PLAIN), ("LDGDEPBAR", PLAIN), *[("FADD R8, R6", PLAIN)] * 90,
+        ("@P0 BRA `(.L_x_0)", PLAIN), ("EXIT", PLAIN),
+    )  # fmt: skip
+    loop = listing.main_loop(listing.loops(*listing.parse(ahead)))
+    assert (loop.loads, loop.between, loop.cycles) == (2, 0, 96)
+    assert pass_cycles(loop, 50) == 96  # the copies of a pass arrive during the rest of it
+    assert pass_cycles(loop, 500) == 500 + 3  # from the last copy to the wait, and from there to the last copy
 
 
 @pytest.mark.slow
