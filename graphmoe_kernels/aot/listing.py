@@ -99,7 +99,12 @@ def parse(listing: str) -> tuple[list[Instruction], dict[int, int]]:
             bits = int(upper[1], 16) >> CONTROL
             result, read = (None if board == NO_BOARD else board for board in (bits >> RESULT & 7, bits >> READ & 7))
             waits = tuple(board for board in range(6) if bits >> WAITED + board & 1)
-            code.append(Instruction(found[2], found[3], found[1] is not None, max(bits & 15, 1), result, read, waits))
+            name, operands = found[2], found[3]
+            if name == "CALL.REL.NOINC" and JUMP.search(operands):  # from which nothing returns
+                name = "BRA"
+            # BRA.DIV and BRA.U have their condition among the operands.
+            conditional = found[1] is not None or (name.startswith("BRA") and "," in operands)
+            code.append(Instruction(name, operands, conditional, max(bits & 15, 1), result, read, waits))
     targets = {at: JUMP.search(each.operands) for at, each in enumerate(code) if each.kind == "BRA"}
     jumps = {at: labels[found[1]] for at, found in targets.items() if found}
     return code, {at: target for at, target in jumps.items() if target < len(code)}
