@@ -87,22 +87,20 @@ class Time(NamedTuple):
     limit: str
 
 
-def passes_of(launch: Launch, loops: Sequence[Loop], used: float) -> list[float]:
-    """How often each of a kernel's loops runs in one pass of the loop around it; ``used`` experts per tile."""
+def passes_of(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[float]:
+    """How often each of a kernel's loops runs in one pass of the loop around it."""
     a, c = launch.arguments, launch.constants
     main, inner, listed = 1.0, 1.0, 1.0
-    if "piece" in a and "TILE" in c:  # runs of tiles of the same experts, tiles of a run
-        tiles = len(a["placed"].tokens) / c["TILE"] / launch.grid[1]
-        main = 1 + math.comb(a["num_experts"], c["SLOTS"]) / launch.grid[1]
-        inner = max(1.0, tiles / main) * c["TILE"] / c["BLOCK_M"]
+    if "TILE" in c and "piece" in a:  # runs of tiles of the same experts, and tiles of a run
+        tiles, tuples = used_tiles(c["TILE"], c["EXPERTS"], sizes), math.comb(sizes.experts, c["EXPERTS"])
+        main = 1 + tuples / launch.grid[1]
+        inner = max(1.0, tiles / launch.grid[1] / main) * c["TILE"] / c["BLOCK_M"]
     elif "piece" in a:
         main = a["piece"].split_blocks * STREAM_BLOCK / c["BLOCK_F"]
-    elif "present" in a and "BLOCK_F" in c and launch.name.endswith("weights"):
-        main = math.ceil(a["num_tokens"] / c["BLOCK_M"]) / launch.grid[1]
-        inner, listed = math.ceil(max(a["inner"], 1) / c["BLOCK_K"]), used
     elif "BLOCK_F" in c:
         main = math.ceil(a["width"] / c["BLOCK_F"]) / launch.grid[1]
-        inner, listed = math.ceil(max(a["inner"], 1) / c["BLOCK_K"]), used
+        inner = math.ceil(max(a["inner"], 1) / c["BLOCK_K"])
+        listed = sizes.experts * (1 - (1 - 1 / sizes.experts) ** min(sizes.tokens, c["BLOCK_M"]))  # drawn by a tile
     elif "BLOCK_G" in c:
         main = math.ceil(a["width"] / c["BLOCK_K"])
     elif "BLOCK_D" in c:
@@ -111,17 +109,23 @@ def passes_of(launch: Launch, loops: Sequence[Loop], used: float) -> list[float]
         main = a["splits"]
     elif "BLOCK_B" in c:
         main = math.ceil(launch.grid[0] / c["BLOCK_B"])
-    elif "BLOCK_J" in c:
-        main = math.ceil(a["num_tokens"] / c["BLOCK_J"])
     # The loop that has loops in it, or loads the most, is the main one: others are prologues of few passes.
-    chief = max(
-        loops[1:], key=lambda loop: (loop.depth == 1, loop.inner > 0, loop.loads, loop.instructions), default=None
-    )
+    outer = [loop for loop in loops if loop.depth == 1]
+    chief = max(outer, key=lambda loop: (loop.inner > 0, loop.loads, loop.instructions), default=None)
     found: list[float] = [1.0]
     for loop in loops[1:]:
-        slots = c.get("SLOTS", 1) if loop.inner else inner
-        found.append((main if loop is chief else 1.0, slots, listed)[min(loop.depth, 3) - 1])
+        second = c.get("SLOTS", 1) if loop.inner else inner
+        found.append((main if loop is chief else 1.0, second, listed)[min(loop.depth, 3) - 1])
     return found
+
+
+def used_tiles(block: int, experts: int, sizes: Sizes) -> float:
+    """Tiles of so many rows that tokens of uniformly drawn experts need: half a tile of padding for every tuple.
+
+    Where a tile has one expert of tokens that have several, rows are pairs of a token and a slot.
+    """
+    rows, tuples = sizes.tokens * sizes.top_k / experts, math.comb(sizes.experts, experts)
+    return (rows + min(tuples, rows) * (block - 1) / 2) / block
 
 
 class Readings:
@@ -159,12 +163,12 @@ def kernel_bytes(launch: Launch, share: float) -> float:
 def expert_bytes(launch: Launch) -> float:
     """Bytes of the experts' matrices that all tiles of tokens read, most of them from the L2 cache."""
     a, c = launch.arguments, launch.constants
-    if "RANK" not in c or "BLOCK_F" not in c or "TILE" in c or launch.name.endswith("weights"):
+    if "RANK" not in c or "BLOCK_F" not in c or "TILE" in c:
         return 0.0
     columns = (
         a["piece"].end_block * STREAM_BLOCK - a["piece"].first_block * STREAM_BLOCK if "piece" in a else a["width"]
     )
-    return 2.0 * launch.grid[0] * c["SLOTS"] * 3 * columns * c["RANK"]
+    return 2.0 * launch.grid[0] * c.get("EXPERTS", c["SLOTS"]) * 3 * columns * c["RANK"]
 
 
 def _once(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -192,12 +196,11 @@ def chain_seconds(device: Device, programs: float, blocks: int, cycles: float) -
 def launch_time(launch: Launch, reading: Reading, device: Device, sizes: Sizes) -> Time:
     """How long a launch of a layer of these sizes takes."""
     assert reading.blocks is not None
-    a, programs, n = launch.arguments, float(math.prod(launch.grid)), sizes.experts
-    used = n * (1 - (1 - 1 / n) ** min(sizes.tokens, launch.constants.get("BLOCK_M", 1)))
-    passes = passes_of(launch, reading.loops, used)
-    if "piece" in a and "TILE" not in launch.constants:  # of the tiles that there can be, those that there are
-        programs *= _used_tiles(launch, sizes)
-    moved = kernel_bytes(launch, sizes.used_experts / n)
+    a, c, programs = launch.arguments, launch.constants, float(math.prod(launch.grid))
+    passes = passes_of(launch, reading.loops, sizes)
+    if "piece" in a and "TILE" not in c:  # of the tiles that there can be, those that there are
+        programs *= min(1.0, used_tiles(c["BLOCK_M"], c["EXPERTS"], sizes) / launch.grid[0])
+    moved = kernel_bytes(launch, sizes.used_experts / sizes.experts)
     issue = issue_cycles(reading.loops, passes) * programs * reading.warps / (4 * device.multiprocessors)
     times = {
         "loads": chain_seconds(device, programs, reading.blocks, program_cycles(reading.loops, passes, device.latency)),
@@ -207,16 +210,6 @@ def launch_time(launch: Launch, reading: Reading, device: Device, sizes: Sizes) 
     }
     limit = max(times, key=lambda name: times[name])
     return Time(times[limit] + LAUNCH, limit)
-
-
-def _used_tiles(launch: Launch, sizes: Sizes) -> float:
-    """The share of a stream's tiles that tokens of uniformly drawn experts need: half a tile of padding per tuple.
-
-    Where a tile has one expert of tokens that have several, rows are pairs of a token and a slot.
-    """
-    block, slots = launch.constants["BLOCK_M"], launch.constants["SLOTS"]
-    rows, tuples = sizes.tokens * sizes.top_k / slots, math.comb(sizes.experts, slots)
-    return min(1.0, (rows + tuples * (block - 1) / 2) / (launch.grid[0] * block))
 
 
 def step_time(step: Step, device: Device, readings: Readings, sizes: Sizes) -> Time:

@@ -194,7 +194,9 @@ def other_sections(content: dict[str, Any]) -> Iterator[Section]:
     """What a result has beside its rows; a table without a line is left out."""
     found = [Section("Kernels", KERNELS_NOTE, kernel_table(content["kernels"]))]
     if content["conditions"]:
-        found.append(Section("Beside the predictions", "Of an H200, by arithmetic: PREDICTIONS.md.", beside(content)))
+        found.append(
+            Section("Beside the predictions", "PREDICTIONS-2026-11-26.md; kernels are an H100's.", beside(content))
+        )
     found += profile_sections(content["profiles"])
     found.append(Section("Checks", "", _checks(content["checks"])))
     steps = [(name, step) for name, step in content["steps"].items() if step["state"] != "done"]

@@ -15,32 +15,30 @@ from typing import Any
 from benchmarks.units import seconds
 
 PAGE = Path(__file__).with_name("PREDICTIONS-2026-11-26.md")
-# "| gru_forward, later round | 8192 | 8 | ... | 46.5 | L2 |", and "| inference, 8192 tokens, T=3, n=8 | 6,574.7 | ...".
+# "| gru_forward, later round | 8192 | 8 | ... | 46.5 | L2 |", "| H100, inference, 8192 tokens, T=3, n=8 | 6,574.7 |".
 KERNEL = re.compile(r"^\| (\w+), (first|later) round \| (\d+) \| (\d+) \|.*\| ([\d,.]+) \| (\w+) \|$", re.MULTILINE)
-LAYER = re.compile(r"^\| H100, (\w+), (\d+) tokens?, T=(\d), n=(\d+) \| ([\d,.]+) \|", re.MULTILINE)
+LAYER = re.compile(r"^\| (\w+), (\w+), (\d+) tokens?, T=(\d), n=(\d+) \| ([\d,.]+) \|", re.MULTILINE)
 # The sizes that are predicted.
-MODEL, DTYPE = "llama-3-8b", "bf16"
+MODEL, DTYPE, DEVICES = "llama-3-8b", "bf16", ("H100", "H200", "A100")
 
 
 def predicted() -> dict[tuple[Any, ...], tuple[float, str]]:
-    """Seconds and the limit that sets them, by (kernel, round, tokens, experts), and of the whole layer by (mode,
-    tokens, rounds, experts)."""
+    """Seconds and the limit that sets them: of an H100's kernels by (kernel, round, tokens, experts), of layers
+    by (device, mode, tokens, rounds, experts)."""
     text = PAGE.read_text(encoding="utf-8")
-    kernels = {
-        (kernel, name, int(tokens), int(experts)): (1e-6 * float(time.replace(",", "")), limit)
-        for kernel, name, tokens, experts, time, limit in KERNEL.findall(text)
-    }
-    layers = {
-        (mode, int(tokens), int(rounds), int(experts)): (1e-6 * float(time.replace(",", "")), "sum of its launches")
-        for mode, tokens, rounds, experts, time in LAYER.findall(text)
-    }
-    return kernels | layers
+    found: dict[tuple[Any, ...], tuple[float, str]] = {}
+    for kernel, name, tokens, experts, time, limit in KERNEL.findall(text):
+        found[kernel, name, int(tokens), int(experts)] = 1e-6 * float(time.replace(",", "")), limit
+    for device, mode, *numbers, time in LAYER.findall(text):
+        found[device, mode, *map(int, numbers)] = 1e-6 * float(time.replace(",", "")), "sum of what it starts"
+    return found
 
 
 def beside(content: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
     """A GPU result's kernels and layers beside their predictions; no lines where none of them is predicted."""
-    lines = []
-    known = predicted() if content["conditions"]["device"]["kind"] == "cuda" else {}
+    lines, device = [], content["conditions"]["device"]
+    known = predicted() if device["kind"] == "cuda" else {}
+    name = next((name for name in DEVICES if name in device.get("name", "")), None)
     found: list[tuple[tuple[Any, ...], str, Any]] = [
         (
             (row["kernel"], row["round"], row["tokens"], row["experts"]),
@@ -51,7 +49,7 @@ def beside(content: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
         if row.get("dtype") == DTYPE and "config" not in row
     ]
     found += [
-        ((row["mode"], *(row["sizes"][name] for name in ("tokens", "rounds", "experts"))), row["case"], row)
+        ((name, row["mode"], *(row["sizes"][key] for key in ("tokens", "rounds", "experts"))), row["case"], row)
         for row in content["rows"]
         if tuple(row[key] for key in ("group", "model", "provider")) == ("layer", MODEL, "triton")
         and row["sizes"]["dtype"] == DTYPE

@@ -16,7 +16,7 @@ from graphmoe_kernels.cost import Sizes
 # Llama 3 8B with the paper's adapter; G is no multiple of 16.
 LLAMA = Sizes(4096, 14336, 409, experts=8, top_k=2, rank=16, rounds=3)
 # Kernels of many tokens whose tiles are for a warp group; those of a stream are of a warp each.
-MATRIX = ("experts_forward", "experts_backward_tokens", "experts_backward_weights", "gru_backward")
+MATRIX = ("gru_backward",)
 
 
 class Kind(NamedTuple):

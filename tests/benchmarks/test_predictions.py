@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks.latency import DEVICES, calibration, chain_seconds
 from benchmarks.operators import find_operator
-from benchmarks.predictions import beside, predicted
+from benchmarks.predictions import PAGE, beside, predicted
 from benchmarks.tuning import cells
 from benchmarks.work import KERNELS, Work, kernel_work, layer_work, operator_work
+from graphmoe_kernels.aot.cycles import issue_cycles, program_cycles
+from graphmoe_kernels.aot.listing import Loop
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.rethinking.policy import fold_break_even
 from tests.benchmarks.made_up import CPU, LIMITS, document, gru_kernel, row
@@ -22,21 +28,62 @@ LLAMA_8B = Sizes(4096, 14336, 409, rounds=3, tokens=8192, dtype="bf16")
 def test_a_result_stands_beside_its_prediction():
     """Kernels and layers of the sizes that are predicted; those of a CPU, of other experts or names are none."""
     kernel = gru_kernel("later", 1e-4)
-    others = [gru_kernel("later", 1.0, experts=64), gru_kernel("later", 1.0, kernel="nonesuch")]
+    others = [gru_kernel("later", 1.0, experts=5), gru_kernel("later", 1.0, kernel="nonesuch")]
     rows = [row("triton", 6e-3), row("dense", 4e-3, rounds=1), row("triton", 1.0, model="qwen3-4b")]
     _, lines = beside(document(rows, kernels=[kernel, *others]))
-    assert [line[0] for line in lines] == ["gru_forward, later round, 8,192 tokens", rows[0]["case"]]
-    assert lines[0][1:] == ["46.5 us", "L2", "100 us", f"{100 / 46.5:.2f}"]  # as the page has them
-    assert lines[1][-1] == f"{6000 / 6574.7:.2f}"
+    assert [line[0] for line in lines] == ["gru_forward, later round, 8,192 tokens, n=8", rows[0]["case"]]
+    time, limit = predicted()["gru_forward", "later", 8192, 8]
+    assert lines[0][2:] == [limit, "100 us", f"{1e-4 / time:.2f}"]
+    time, _ = predicted()["H200", "inference", 8192, 3, 8]  # the made-up device is one
+    assert lines[1][-1] == f"{6e-3 / time:.2f}"
     assert beside(document(rows, CPU, kernels=[kernel]))[1] == []
 
 
 def test_every_line_that_the_page_has_is_read():
     """One that is written otherwise would be left out in silence."""
-    names = {"routing_backward", *(name for name in KERNELS if not name.startswith("experts_stream"))}
-    names |= {"routing_order", "experts_backward_tokens", "experts_backward_weights"}  # that there are no more
-    assert {key[0] for key in predicted() if isinstance(key[0], str)} == names
-    assert {(8192, 3), (8192, 1), (16, 3), (1, 3)} <= predicted().keys()
+    found = predicted()
+    assert {key[0] for key in found if len(key) == 4} >= {"routing_backward", *KERNELS}
+    for device in ("H100", "H200", "A100"):
+        for n in (8, 64):
+            assert {(device, "inference", tokens, 3, n) for tokens in (1, 16, 64, 512, 2048, 8192)} <= found.keys()
+            assert {(device, "training", tokens, t, n) for tokens in (2048, 8192) for t in (1, 2, 3)} <= found.keys()
+
+
+def test_the_page_is_what_its_generator_gives():
+    """`python -m benchmarks.predictions --write` makes it again; kernels, configurations or readings have changed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.predictions"]
+    made = subprocess.run(command, cwd=PAGE.parents[1], env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    again = "the page is of other kernels; make it again: python -m benchmarks.predictions --write"
+    assert made.stdout == PAGE.read_text(encoding="utf-8"), again
+
+
+def test_the_latency_model_keeps_to_what_was_measured():
+    """The kernels that it was fitted to within 15%, the stream's prototype within 30%."""
+    for each in calibration():
+        assert each.predicted() == pytest.approx(each.measured, rel=0.3 if "prototype" in each.what else 0.15)
+
+
+def test_a_program_waits_for_each_of_its_loads():
+    """A loop in a loop, by hand: loads that nothing hides cost their latency, resident blocks share it, waves add."""
+    chain = Loop(1, 1, 10, 10, 1, 0, 20, ((15, 5),))
+    inner = Loop(2, 0, 5, 8, 1, 0, 10, ((9, 9 - 10),))  # issued at the end of the pass before, waited for at this one's
+    alone = Loop(0, 2, 7, 7, 0, 0, 30, ())
+    loops, passes = [alone, chain, inner], [1.0, 3.0, 4.0]
+    assert program_cycles(loops, passes, 100) == 30 + 3 * ((20 + 100 - 10) + 3 * 100)
+    assert issue_cycles(loops, passes) == 7 + 3 * (10 + 3 * 8)
+    h100 = DEVICES[0]
+    assert chain_seconds(h100, 132 * 2, 2, 1755) == pytest.approx(1e-6)
+    assert chain_seconds(h100, 132 * 2 + 1, 2, 1755) == pytest.approx(2e-6)
+
+
+def test_a_product_takes_what_its_limit_measured():
+    """The size that the product rate is measured on takes its operations over that rate; one row takes its bytes."""
+    h100, bytes_ = DEVICES[0], 2 * (8192 * 4096 + 4096 * 14336 + 8192 * 14336)
+    operations = 2 * 8192 * 4096 * 14336
+    assert h100.product_seconds(operations, bytes_) == pytest.approx(operations / h100.product)
+    assert h100.product_seconds(2 * 4096 * 14336, 2 * 4096 * 14336) == 2 * 4096 * 14336 / h100.copy
 
 
 def test_limits_are_floors():

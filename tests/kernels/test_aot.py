@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from graphmoe_kernels.aot import __main__ as command_line
-from graphmoe_kernels.aot.case import specialization
 from graphmoe_kernels.aot import listing
+from graphmoe_kernels.aot.case import specialization
 from graphmoe_kernels.aot.catalogue import MODULES, cases
 from graphmoe_kernels.aot.cycles import pass_cycles
 from graphmoe_kernels.aot.limits import resident_blocks
@@ -207,7 +207,9 @@ def test_the_catalogue_has_what_the_layer_of_a_model_launches():
 
 # A loop of two loads that are waited for one after the other, and one whose copy is waited for a pass later. In the
 # upper half of an encoding: a cycle each, scoreboard 0 of the loads' results, and who waits for it.
-ISSUED, PLAIN, WAITING = (f"{bits << 41:016x}" for bits in (1 | 7 << 8, 1 | 7 << 5 | 7 << 8, 1 | 7 << 5 | 7 << 8 | 1 << 11))
+ISSUED, PLAIN, WAITING = (
+    f"{bits << 41:016x}" for bits in (1 | 7 << 8, 1 | 7 << 5 | 7 << 8, 1 | 7 << 5 | 7 << 8 | 1 << 11)
+)
 
 
 def sass(*lines):
