@@ -118,7 +118,7 @@ def test_one_kernel_of_each_operator():
 def test_cases_are_what_a_layer_launches():
     """The catalogue comes from the operators' own host code: no kernel of theirs, and no configuration, is left out."""
     for target in DEVICE_CLASSES:
-        found = cases(MODULES, target)
+        found = cases(MODULES[1:], target)  # which take a moment, where those of layers take many
         for operator in ("routing", "gru", "experts"):
             for name, sizes in config_table(target, operator).items():
                 kernel = name.removesuffix("_wide_rank").removesuffix("_unaligned")
