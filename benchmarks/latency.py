@@ -153,9 +153,17 @@ def kernel_bytes(launch: Launch, share: float) -> float:
         piece = (a["piece"].end_block - a["piece"].first_block) / math.ceil(a["width"] / STREAM_BLOCK)
     found = 0.0
     for tensor in _once(a.values()):
-        wide = tensor.dim() >= 2 and tensor.shape[-1] == a.get("width") and "BLOCK_F" in launch.constants
-        experts = tensor.dim() == 3 and tensor.shape[0] == a.get("num_experts")
-        part = (piece if wide else 1.0) * (share * piece if experts else 1.0)
+        part = 1.0
+        if "BLOCK_F" not in launch.constants or tensor.dim() < 2:
+            pass
+        elif tensor.dim() >= 3 and tensor.shape[-3] == a.get("num_experts"):
+            part = share * piece
+            if tensor.dim() == 4:  # sums of each split, read and written for the experts of its tiles
+                experts, splits = launch.constants["EXPERTS"], tensor.shape[0]
+                tuples = math.comb(a["num_experts"], experts) / splits + 1
+                part = 2 * piece * min(1.0, experts * tuples / a["num_experts"])
+        elif tensor.shape[-1] == a.get("width"):
+            part = piece
         found += tensor.numel() * tensor.element_size() * part
     return found
 
