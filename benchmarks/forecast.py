@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.latency import LAUNCH, RAMP, Device, Readings, Time, step_time
 from benchmarks.work import FROZEN
-from graphmoe_kernels.aot.layer import built_fold, inference, layer_weights, training_step
 from graphmoe_kernels.aot.reading import read_readings
 from graphmoe_kernels.aot.trace import Step, traced
 from graphmoe_kernels.cost import Sizes, Term, round_terms
 from graphmoe_kernels.launching import Launch
+from graphmoe_kernels.meta_layer import built_fold, inference, layer_weights, training_step
 
 FOLDER = Path(__file__).parent
 LLAMA = Sizes(4096, 14336, 409, experts=8, top_k=2, rank=16, dtype="bf16")

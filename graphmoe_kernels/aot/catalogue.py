@@ -20,7 +20,7 @@ from graphmoe_kernels.launching import Launch
 # Each has a function `variants`, of the calls whose launches are compiled: whole layers, then the operators at their
 # limits.
 MODULES = (
-    "graphmoe_kernels.rethinking.compile_cases",
+    "graphmoe_kernels.layer_cases",
     "graphmoe_kernels.routing.compile_cases",
     "graphmoe_kernels.gru.compile_cases",
     "graphmoe_kernels.experts.compile_cases",

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from graphmoe_kernels.aot.case import SIZES, Variant
-from graphmoe_kernels.aot.layer import DTYPES, built_fold, inference, layer_weights, training_step
 from graphmoe_kernels.cost import Sizes
+from graphmoe_kernels.meta_layer import DTYPES, built_fold, inference, layer_weights, training_step
 
 # Llama 3 8B with the paper's adapter; G is no multiple of 16. A third round differs from the second in the GRU alone.
 LLAMA = Sizes(4096, 14336, 409, experts=8, top_k=2, rank=16, rounds=2)

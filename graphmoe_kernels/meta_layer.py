@@ -1,4 +1,4 @@
-"""A layer's weights without memory, and the calls that a layer makes of them: what `traced` watches."""
+"""A layer's weights without memory, and the calls that it makes of them, for `graphmoe_kernels.aot.trace` to watch."""
 
 from __future__ import annotations
 
