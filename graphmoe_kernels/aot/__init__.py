@@ -3,8 +3,8 @@
 `python -m graphmoe_kernels.aot` compiles every kernel with every configuration that the package ships, for each device
 class, and fails where one does not compile, does not fit or spills.
 
-`case` is what an operator offers; `trace` runs host code, that of whole layers too, on tensors without memory and writes
-down what it starts; `catalogue` collects the launches; `absent` lets Triton compile for a GPU that is not there;
+`case` is what an operator offers; `trace` runs host code, that of whole layers too, on tensors without memory and
+writes down what it starts; `catalogue` collects the launches; `absent` lets Triton compile for a GPU that is not there;
 `inspector` compiles one case and reads the result, `listing` its machine code, whose loops `flow` finds and `cycles`
 counts; `limits` says what a device grants and which readings are faults; `report` prints.
 """
