@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from graphmoe_kernels import expert_swiglu
+from graphmoe_kernels.backend import standing_for
+from graphmoe_kernels.experts.operands import ExpertOperands, GateUp
 from graphmoe_kernels.experts.triton import stream_plan
+from graphmoe_kernels.experts.triton.sizes import Sizes
 from graphmoe_kernels.launching import recorded
 from graphmoe_kernels.testing import relative_error, within_budget
 from tests import interpreter
@@ -86,6 +91,26 @@ def test_gradients_of_activations(activation):
     assert_within_budget(operands(tokens=65, experts=1, top_k=1), torch.bfloat16, activation=activation)
 
 
+def on_meta(size: Sizes) -> ExpertOperands:
+    """Operands of a call without their memory."""
+    empty = partial(torch.empty, device="meta", dtype=torch.bfloat16)
+    n, r, width, wide = size.num_experts, size.rank, size.width, empty(size.tokens, size.width)
+    B, low = empty(n, width, r), empty(size.tokens, 2 * n * r)
+    return ExpertOperands(
+        GateUp(wide, wide), low, GateUp(B, B), empty(n, r, width), *[empty(size.tokens, size.slots)] * 2
+    )
+
+
+def test_sums_of_experts_take_bounded_memory():
+    """Splits times experts are few, or all splits share one sum; 64 experts of Llama-3-8B would take 5.8 GB else."""
+    for experts, tokens, slots in ((8, 8192, 2), (22, 8192, 2), (64, 8192, 2), (256, 8192, 8), (1, 300, 1), (4, 65, 4)):
+        size = Sizes(tokens, 14336, experts, 16, slots)
+        with standing_for("sm_90"):
+            plan = stream_plan.stream_plan("stream_backward_weights", on_meta(size), size, "silu")
+        assert plan.constants["SHARED"] or plan.splits * experts <= 32, size
+        assert plan.splits >= min(experts, 4), size
+
+
 @pytest.mark.parametrize("chosen", [[0, 1], [3, 1]])
 def test_experts_that_nobody_chose_get_zero_gradients(chosen):
     """All tokens to one tuple of six: its experts' gradients are right, the others' exactly zero."""
@@ -121,11 +146,11 @@ def test_gradients_in_two_pieces_of_h_m(monkeypatch):
     assert_within_budget(operands(tokens=150, experts=3, width=200, inner=6), torch.bfloat16, steps)
 
 
-@pytest.fixture(scope="module")
-def plain() -> tuple[Given, Given]:
-    """Operands, and their results and gradients: three tuples, two of two tiles."""
+@pytest.fixture(scope="module", params=[3, 8], ids=["pairs", "slots"])
+def plain(request) -> tuple[Given, Given]:
+    """Operands, and their results and gradients: three tuples, two of two tiles; eight experts, each of several."""
     torch.manual_seed(3)
-    given = cast(operands(tokens=165, experts=3, inner=6, width=130), torch.bfloat16)
+    given = cast(operands(tokens=165, experts=request.param, inner=6, width=130), torch.bfloat16)
     return given, gradients(given)
 
 

@@ -126,7 +126,8 @@ def backward(
     experts = stream_plan("stream_backward_weights", operands, size, activation)
     fixed = experts.constants | {"TILE": block}
     wanted = bool(needed & OF_EXPERTS)
-    sums = no_weight_sums(gate, size, experts.splits, operands.scales is not None) if wanted else None
+    splits = 1 if fixed["SHARED"] else experts.splits
+    sums = no_weight_sums(gate, size, splits, operands.scales is not None) if wanted else None
     of_rows = _row_buffers(gate, size, plan, 2)
     for piece in plan.pieces:
         _fold_product(added, operands.update, piece, size)

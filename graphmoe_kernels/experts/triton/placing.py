@@ -15,9 +15,9 @@ from graphmoe_kernels.launching import launch, power_of_two
 
 # Rows of a program that are placed at a time, and how many programs may share them: each one reads all their counts.
 PLACING = {"BLOCK_M": 64, "num_warps": 8}
-MAX_BLOCKS = 256
+MAX_BLOCKS = 128
 # Counts that a program reads at a time.
-COUNTS = 4096
+COUNTS = 8192
 
 
 class Placed(NamedTuple):

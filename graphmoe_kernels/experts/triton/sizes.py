@@ -123,15 +123,16 @@ def check_offsets(width: int, inner: int, rank: int = 0) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def cut(work: int, others: int, slots: int) -> tuple[int, int]:
-    """Into how many splits to cut ``work`` pieces beside ``others`` programs, and the pieces of one.
+def cut(work: int, others: int, slots: int, most: int | None = None) -> tuple[int, int]:
+    """Into how many splits to cut ``work`` pieces beside ``others`` programs, ``most`` at most, and the pieces of one.
 
     ``slots`` programs run at once. The time is that of the waves times a program's pieces and half a piece for its
     beginning and end. The pieces of a split are the least for so many splits, ``ceil(work / splits)``, so that a kernel
     knows them by the number of its programs.
     """
     work = max(work, 1)
-    pieces = min(range(1, work + 1), key=lambda p: math.ceil(others * math.ceil(work / p) / slots) * (p + 0.5))
+    fewest = 1 if most is None else math.ceil(work / most)
+    pieces = min(range(fewest, work + 1), key=lambda p: math.ceil(others * math.ceil(work / p) / slots) * (p + 0.5))
     return math.ceil(work / pieces), pieces
 
 

@@ -100,21 +100,26 @@ def experts_stream_backward_weights(
     operands, strides, placed, added, stride_added, piece, d_hidden, rows, sums, width, num_experts, scale,
     SLOTS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """Program (one of the piece's blocks of columns, split of the placed tiles, of TILE tokens).
 
     Tiles of the same experts follow one another, a run: its sums stay in registers, and go to memory at its end. Each
-    split has its own ``sums``, a `WeightSums`, zero before, so that the order of a sum is fixed. rows: as the tokens'
-    kernel has left them in its `StreamSums`.
+    split has its own ``sums``, a `WeightSums`, zero before, so that the order of a sum is fixed. With ``SHARED`` there
+    is one for all splits: a run is its expert's only one, and belongs to the split that it begins in. rows: as the
+    tokens' kernel has left them in its `StreamSums`.
     """
     split, splits = tl.program_id(1), tl.num_programs(1)
     f0 = first_column(piece) + tl.program_id(0) * BLOCK_F
     f = f0 + tl.arange(0, BLOCK_F)
-    own = split.to(tl.int64) * num_experts * width
+    own = 0 if SHARED else split.to(tl.int64) * num_experts * width
     PARTS: tl.constexpr = TILE // BLOCK_M
     used = tl.load(placed.used)
     split_tiles = tl.cdiv(used, splits)
-    begin, end = split * split_tiles, min((split + 1) * split_tiles, used)
+    begin, end = min(split * split_tiles, used), min((split + 1) * split_tiles, used)
+    if SHARED:
+        begin = tl.load(placed.ends + begin - 1, mask=begin > 0, other=0)
+        end = tl.load(placed.ends + end - 1, mask=end > 0, other=0)
     while begin < end:
         run_end = min(tl.load(placed.ends + begin), end)
         e0, e1 = tl.load(placed.experts + begin * EXPERTS), tl.load(placed.experts + (begin + 1) * EXPERTS - 1)

@@ -26,6 +26,11 @@ from graphmoe_kernels.launching import Config, config_table, dtype_class
 # H M^T, and what rows of one slot give, are made in one piece up to this size; beyond, in as many as keep each of them
 # no larger than hidden.
 BUFFER_BYTES = 2**26
+# The backward to experts adds up the sums of all experts for every split of the tiles: at Llama-3-8B's sizes each
+# expert takes 2.75 MB, which are cleared, written, read and summed. So splits times experts are no more than this; and
+# of so many experts, where a tile has one of them, a split takes all of an expert's tiles, so that they share one sum.
+MAX_EXPERT_SUMS = 32
+MANY_EXPERTS = 8
 
 
 class Piece(NamedTuple):
@@ -98,7 +103,9 @@ def _plan(
     if kernel == "stream_backward_weights":
         cuts = [Piece(first, min(first + each, blocks), each, 0) for first in starts]
         stripes = math.ceil(each * STREAM_BLOCK / chosen["BLOCK_F"])
-        return StreamPlan(tuple(cuts), cut(tiles, stripes, slots)[0], own, fixed)
+        fixed["SHARED"] = own.experts == 1 and size.num_experts >= MANY_EXPERTS
+        most = size.num_experts if fixed["SHARED"] else max(1, MAX_EXPERT_SUMS // size.num_experts)
+        return StreamPlan(tuple(cuts), cut(tiles, stripes, slots, most)[0], own, fixed)
     _, split_blocks = cut(each, tiles, slots)
     found: list[Piece] = []
     for first in starts:
