@@ -108,7 +108,7 @@ def test_sums_of_experts_take_bounded_memory():
         with standing_for("sm_90"):
             plan = stream_plan.stream_plan("stream_backward_weights", on_meta(size), size, "silu")
         assert plan.constants["SHARED"] or plan.splits * experts <= 32, size
-        assert plan.splits >= min(experts, 4), size
+        assert plan.splits * (14336 // plan.constants["BLOCK_F"]) >= 132, size  # each multiprocessor of an H100 has one
 
 
 @pytest.mark.parametrize("chosen", [[0, 1], [3, 1]])

@@ -95,6 +95,13 @@ def add_tile(
     return gate_B, up_B, down_A, of_gate, of_up
 
 
+@triton.jit
+def run_end_before(placed, tile):
+    """The end of the run that the tile before ``tile`` is of: 0 of the first."""
+    end = tl.load(placed.ends + tl.maximum(tile - 1, 0))
+    return tl.where(tile > 0, end, 0)
+
+
 @triton.jit(do_not_specialize=["piece"])
 def experts_stream_backward_weights(
     operands, strides, placed, added, stride_added, piece, d_hidden, rows, sums, width, num_experts, scale,
@@ -118,8 +125,8 @@ def experts_stream_backward_weights(
     split_tiles = tl.cdiv(used, splits)
     begin, end = min(split * split_tiles, used), min((split + 1) * split_tiles, used)
     if SHARED:
-        begin = tl.load(placed.ends + begin - 1, mask=begin > 0, other=0)
-        end = tl.load(placed.ends + end - 1, mask=end > 0, other=0)
+        begin = run_end_before(placed, begin)
+        end = run_end_before(placed, end)
     while begin < end:
         run_end = min(tl.load(placed.ends + begin), end)
         e0, e1 = tl.load(placed.experts + begin * EXPERTS), tl.load(placed.experts + (begin + 1) * EXPERTS - 1)
