@@ -118,6 +118,16 @@ def test_the_gru_reads_few_tokens_experts_by_one_product(count, products):
         assert relative_error(y, ffn(x)) < 2e-2  # by the registered operator
 
 
+@pytest.mark.parametrize("fold", ["always", "never"])
+@torch.no_grad()
+def test_both_loops_pad_their_gru(fold):
+    """Width 12 is padded to 16: of another, rows are not aligned, kernels spill and cuBLAS takes slow products."""
+    ffn = make_ffn(3, fold=fold).eval()
+    with recorded() as launches:
+        ffn(tokens(DECODE))
+    assert [each.arguments["width"] for each in launches if each.name == "gru_forward"] == [16, 16]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [DECODE, SLOTS], ids=["decode", "slots"])
 @pytest.mark.parametrize("fold", ["always", "never"])
