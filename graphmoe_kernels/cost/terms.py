@@ -63,13 +63,13 @@ class _Layer:
     def __init__(self, form: str, sizes: Sizes, count: str) -> None:
         n, k, r = sizes.experts, sizes.top_k, sizes.rank
         self.executed = count == "executed"  # the products as the code has them, zeros included
-        as_one = self.executed and form in ("literal", "folded")  # all experts run as one product
+        ours = self.executed and form in ("literal", "folded")  # all experts run as one product, the GRU is padded
         self.sizes, self.D, self.F, self.k, self.e = sizes, sizes.hidden, sizes.intermediate, k, sizes.element
-        self.G = padded(sizes.gru_width) if self.executed and form == "folded" else sizes.gru_width
-        self.low = r * (n if as_one else k)  # the width of a token's low-rank activations
-        self.low_rows = r * (n if as_one else sizes.used_experts)  # rows of A (columns of B) read for it
+        self.G = padded(sizes.gru_width) if ours else sizes.gru_width
+        self.low = r * (n if ours else k)  # the width of a token's low-rank activations
+        self.low_rows = r * (n if ours else sizes.used_experts)  # rows of A (columns of B) read for it
         self.used = r * sizes.used_experts  # the same of the experts that tokens chose
-        zeros = as_one and sizes.mixed
+        zeros = ours and sizes.mixed
         self.hidden_low = r * (n if zeros else k)  # what B of gate and up and A of down multiply
         # Twice n*r where gate and up share one product, with zeros for the other's part.
         self.both_low = 2 * n * r if zeros else k * r

@@ -105,6 +105,20 @@ class ExpertOperands(NamedTuple):
         return self.expert_ids, *(self.biases or (None, None)), seed
 
 
+class ExpertsOutput(NamedTuple):
+    """What a round of experts gives.
+
+    Attributes:
+        hidden: [N, F].
+        low_down: [N, n*r].
+        both: [N, F + n*r], the two side by side, which are then its columns; None where they are tensors of their own.
+    """
+
+    hidden: Tensor
+    low_down: Tensor
+    both: Tensor | None = None
+
+
 # The names of gradients, and of the registered operator's tensors.
 FLOATING = (
     *("gate", "up", "low", "gate_B", "up_B", "down_A", "routing_weights", "low_update"),

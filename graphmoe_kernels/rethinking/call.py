@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.backend import resolve_backend, without_autocast
-from graphmoe_kernels.experts.operands import Dropout, ExpertOperands, GateUp, LowRankUpdate
-from graphmoe_kernels.experts.run import run_experts, run_swiglu
+from graphmoe_kernels.experts.operands import Dropout, ExpertOperands, ExpertsOutput, GateUp, LowRankUpdate
+from graphmoe_kernels.experts.run import run_round, run_swiglu
 from graphmoe_kernels.gru.run import run_gru_step
 from graphmoe_kernels.registration import unseen
 from graphmoe_kernels.rethinking.weights import RethinkingSpec
@@ -45,12 +45,12 @@ class Call(NamedTuple):
                 x, router, top_k, offset=offset, normalize=normalize, backend=backend, unseen=self.unseen
             )
 
-    def experts(self, operands: ExpertOperands) -> tuple[Tensor, Tensor]:
-        """Give hidden [N, F] and low_down [N, n*r]; see `graphmoe_kernels.expert_swiglu`."""
+    def experts(self, operands: ExpertOperands) -> ExpertsOutput:
+        """Give what a round of experts gives; see `graphmoe_kernels.expert_swiglu`."""
         if self.autocast:
             operands = operands.cast()
         with self._uncast(operands.low):
-            return run_experts(operands, self.spec.scale, self.spec.activation, self.backend, unseen=self.unseen)
+            return run_round(operands, self.spec.scale, self.spec.activation, self.backend, unseen=self.unseen)
 
     def swiglu(self, pre_activations: GateUp, update: LowRankUpdate | None = None) -> Tensor:
         """Give act(g) * u, [N, F]; see `graphmoe_kernels.swiglu`."""

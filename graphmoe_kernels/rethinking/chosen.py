@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphmoe_kernels.experts.operands import ExpertOperands, GateUp
+from graphmoe_kernels.experts.operands import ExpertOperands, ExpertsOutput, GateUp
 from graphmoe_kernels.experts.triton.sizes import Sizes, check_sizes
 from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking.call import Call
@@ -134,8 +134,8 @@ class CastChosen(NamedTuple):
         return pre_activations
 
     def round(self, inputs: RoundInputs, routing: ChosenRouting, call: Call) -> RoundOutput:
-        hidden, low_down = _run(self, inputs, routing, call)
-        return RoundOutput((hidden,), low_down, (), routing.weight_sum(call), routing.logits)
+        hidden, low_down, both = _run(self, inputs, routing, call)
+        return RoundOutput((hidden,), low_down, (), routing.weight_sum(call), routing.logits, both)
 
     def fold_update(self, products: GateUp) -> GateUp:
         return products
@@ -166,7 +166,7 @@ class CastChosenDora(NamedTuple):
         parts, changes, sums = [], [], []
         for slot in range(routing.expert_ids.shape[1]):
             alone = routing.slot(slot)
-            hidden, low_down = _run(self, inputs, alone, call, self.scales, self.biases)
+            hidden, low_down, _ = _run(self, inputs, alone, call, self.scales, self.biases)
             parts.append(hidden)
             changes.append(F.embedding(alone.expert_ids[:, 0].long(), self.down.change).to(hidden.dtype))  # [N, D]
             sums.append(low_down)
@@ -208,8 +208,8 @@ def _run(
     call: Call,
     scales: GateUp | None = None,
     biases: GateUp | None = None,
-) -> tuple[Tensor, Tensor]:
-    """hidden [N, F] and low_down [N, n*r] of all the slots in ``routing``."""
+) -> ExpertsOutput:
+    """What the experts of all the slots in ``routing`` give."""
     with named_range("experts"):
         return call.experts(
             ExpertOperands(

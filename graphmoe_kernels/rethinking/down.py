@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from graphmoe_kernels.dora import scaled_by
 from graphmoe_kernels.experts.operands import GateUp
 from graphmoe_kernels.ranges import named_range
-from graphmoe_kernels.rethinking.weights import BaseMLP
+from graphmoe_kernels.rethinking.weights import ALIGNMENT, BaseMLP
 
 
 class RoundOutput(NamedTuple):
@@ -29,6 +29,7 @@ class RoundOutput(NamedTuple):
         changes: with DoRA one for each ``hidden``: by how much more than once its projection counts, [N, D].
         weight_sum: [N, 1], sum_j w_j, or None where it is 1 by construction.
         logits: of all routers, in the order of `ExpertKind.routers`.
+        both: [N, F + n*r], the one ``hidden`` beside ``low_down``, where they are its columns, or None.
     """
 
     hidden: tuple[Tensor, ...]
@@ -36,6 +37,7 @@ class RoundOutput(NamedTuple):
     changes: tuple[Tensor, ...]
     weight_sum: Tensor | None
     logits: tuple[Tensor, ...]
+    both: Tensor | None = None
 
 
 class Down(Protocol):
@@ -45,9 +47,9 @@ class Down(Protocol):
         """Give y [N, D] of a round."""
         ...
 
-    def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, Any]:
+    def fold(self, base: BaseMLP, output: Tensor, columns: Tensor, keep: bool) -> tuple[GateUp, Any]:
         """Multiply the base's weights W_G and W_U with W_g [D, G'], and make of W^y [3G' or 2G', D] what `read` takes:
-        its product with W_D where there is one.
+        its product with W_D where there is one. ``keep``: it is for many calls, and for no backward.
         """
         ...
 
@@ -77,13 +79,17 @@ class PlainDown(NamedTuple):
         # project_out added the bias once; unnormalised weights do not sum to one
         return y + (out.weight_sum.to(y.dtype) - 1) * self.bias.to(y.dtype)
 
-    def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, HiddenReader]:
+    def fold(
+        self, base: BaseMLP, output: Tensor, columns: Tensor, keep: bool
+    ) -> tuple[GateUp, HiddenReader | JoinedReader]:
         *products, inputs = _with_base(base, output, columns)
-        bias = None if self.bias is None else columns @ self.bias
-        return GateUp(*products), HiddenReader(inputs, columns @ self.B, bias)
+        inputs_low, bias = columns @ self.B, None if self.bias is None else columns @ self.bias
+        if keep and inputs_low.shape[1] % ALIGNMENT == 0:  # else rows would not be aligned
+            return GateUp(*products), JoinedReader(torch.cat([inputs, inputs_low], dim=1), bias)
+        return GateUp(*products), HiddenReader(inputs, inputs_low, bias)
 
-    def read(self, reader: HiddenReader, out: RoundOutput, base: BaseMLP) -> Tensor:
-        inputs = add_product(F.linear(out.hidden[0], reader.inputs), out.low_down, reader.inputs_low)
+    def read(self, reader: HiddenReader | JoinedReader, out: RoundOutput, base: BaseMLP) -> Tensor:
+        inputs = reader.product(out)
         if reader.inputs_bias is None:
             return inputs
         if out.weight_sum is None:
@@ -122,7 +128,7 @@ class ScaledDown(NamedTuple):
         bias = self.bias.to(y.dtype)
         return y + (bias if out.weight_sum is None else out.weight_sum.to(y.dtype) * bias)
 
-    def fold(self, base: BaseMLP, output: Tensor, columns: Tensor) -> tuple[GateUp, Tensor]:
+    def fold(self, base: BaseMLP, output: Tensor, columns: Tensor, keep: bool) -> tuple[GateUp, Tensor]:
         # DoRA's vectors stand between W^y and W_D, so that there is no product of the two: W^y reads y itself.
         return GateUp(*_with_base(base, output)), columns
 
@@ -142,6 +148,30 @@ class HiddenReader(NamedTuple):
     inputs: Tensor
     inputs_low: Tensor
     inputs_bias: Tensor | None
+
+    def product(self, out: RoundOutput) -> Tensor:
+        """Give W^y of a round's output without its bias."""
+        return add_product(F.linear(out.hidden[0], self.inputs), out.low_down, self.inputs_low)
+
+
+class JoinedReader(NamedTuple):
+    """A `HiddenReader` that is kept: its matrices side by side, so that what is side by side is read by one product.
+
+    Attributes:
+        inputs: Q beside W^y s B_D, [3G' or 2G', F + n*r].
+        inputs_bias: as there.
+    """
+
+    inputs: Tensor
+    inputs_bias: Tensor | None
+
+    def product(self, out: RoundOutput) -> Tensor:
+        """Give W^y of a round's output without its bias."""
+        if out.both is not None:
+            return F.linear(out.both, self.inputs)
+        hidden, low_down = out.hidden[0], out.low_down
+        inputs, inputs_low = self.inputs.split_with_sizes((hidden.shape[1], low_down.shape[1]), dim=1)
+        return add_product(F.linear(hidden, inputs), low_down, inputs_low)
 
 
 def add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 x_t = x_1 + W_g H_t with H_t = h_1 + ... + h_{t-1}, so W x_t = W x_1 + (W W_g) H_t for every W that reads x. And all but
 the last y_t are only read by the GRU, so its input is (W^y W_D) c_t + (W^y s B_D) z_t. Both are identities.
 
-The GRU is widened to a multiple of 16 with units whose weights are zero: nothing reads them, and the inner dimension
-of every product suits the hardware.
+The GRU is the padded one (`GRUWeights.padded`), so that the inner dimension of every product suits the hardware.
 """
 
 from __future__ import annotations
@@ -94,26 +93,6 @@ class Fold(NamedTuple):
         return tensors_in(self)
 
 
-def widen(gru: GRUWeights) -> GRUWeights:
-    """The same GRU with its width padded to a multiple of 16 by units of zero weight that nothing reads."""
-    width = gru.width
-    extra = padded(width) - width
-    if extra == 0:
-        return gru
-
-    def gate(w: Tensor) -> Tensor:
-        recurrent, reads = w[:, :width], w[:, width:]
-        return F.pad(torch.cat([F.pad(recurrent, (0, extra)), reads], dim=1), (0, 0, 0, extra))
-
-    return GRUWeights(
-        gate(gru.update),
-        gate(gru.reset),
-        gate(gru.candidate),
-        F.pad(gru.candidate_bias, (0, extra)),
-        F.pad(gru.output, (0, extra)),
-    )
-
-
 class FoldSettings(NamedTuple):
     """What a fold depends on besides the weights; ``dtype`` is the compute dtype, that of the activations."""
 
@@ -147,25 +126,23 @@ def build_fold(weights: LayerWeights, settings: FoldSettings, copy: bool = False
 def _fold_rounds(
     weights: LayerWeights, gru: GRUWeights, experts: CastExperts, settings: FoldSettings, copy: bool
 ) -> RoundsFold:
-    dtype = settings.dtype
-    gru = widen(gru)
-    output = gru.output.to(dtype, copy=copy)  # [D, G']
-    width = output.shape[1]
-    columns, hidden_state = gru.input_columns(), None  # [3G', D], W^y
+    dtype, own, width = settings.dtype, gru.padded(), padded(gru.width)
+    output = own.output.to(dtype, copy=copy)  # [D, G']
+    columns, hidden_state = own.input_columns, None  # [3G', D], W^y
     if settings.candidate_input == "hidden_state":
         columns, reads_x = columns.split([2 * width, width])
         reads_x = reads_x.to(dtype, copy=copy)
         hidden_state = HiddenStateReader(reads_x, reads_x @ output)
-    products, reader = experts.down.fold(weights.base, output, columns.to(dtype))
+    products, reader = experts.down.fold(weights.base, output, columns.to(dtype), copy)
     reads_total = F.pad(experts.low_A @ output, (width, 0))  # [2nr, 2G']
-    reads_last = F.pad(gru.recurrent_gates().to(dtype), (0, width))  # [2G', 2G']
+    reads_last = F.pad(own.recurrent_gates.to(dtype), (0, width))  # [2G', 2G']
     return RoundsFold(
         update=experts.fold_update(products),
-        routers=weights.experts.fold_routers(gru.output, dtype),
+        routers=weights.experts.fold_routers(own.output, dtype),
         reader=reader,
         hidden_state=hidden_state,
         reread=torch.cat([reads_total, reads_last]),
-        candidate_weight=gru.recurrent_candidate().to(dtype, copy=True),
-        candidate_bias=gru.candidate_bias.clone() if copy else gru.candidate_bias,
+        candidate_weight=own.recurrent_candidate.to(dtype, copy=True),
+        candidate_bias=own.candidate_bias.clone() if copy else own.candidate_bias,
         output=output,
     )

@@ -16,7 +16,7 @@ from graphmoe_kernels.rethinking.call import Call, GRUState
 from graphmoe_kernels.rethinking.checks import checked_call
 from graphmoe_kernels.rethinking.folding import cast_experts
 from graphmoe_kernels.rethinking.kinds import CastExperts, LayerWeights, RoundInputs
-from graphmoe_kernels.rethinking.weights import GRUWeights, RethinkingOutput, RethinkingSpec, collect
+from graphmoe_kernels.rethinking.weights import PaddedGRU, RethinkingOutput, RethinkingSpec, collect
 
 
 def rethink_literal(x: Tensor, weights: LayerWeights, spec: RethinkingSpec, backend: str = "auto") -> RethinkingOutput:
@@ -28,6 +28,7 @@ def literal_rounds(x: Tensor, weights: LayerWeights, call: Call) -> RethinkingOu
     """`rethink_literal` of arguments that were checked."""
     base, spec = weights.base, call.spec
     experts: CastExperts | None = None
+    gru: PaddedGRU | None = None
     state, logits = None, []
     for t in range(spec.rounds):
         routing = weights.experts.route(x, call)
@@ -43,17 +44,18 @@ def literal_rounds(x: Tensor, weights: LayerWeights, call: Call) -> RethinkingOu
         y = experts.down.output(base, out)
         if t == spec.rounds - 1:
             break
-        gru = weights.gru
-        assert gru is not None
         with named_range("gru"):
+            if gru is None:
+                assert weights.gru is not None
+                gru = weights.gru.padded().cast(dtype)
             state = gru_round(x, y, state, gru, call)
-            x = x + F.linear(state[:, : gru.width], gru.output.to(state.dtype))
+            x = x + F.linear(state[:, : gru.width], gru.output)
     return collect(y, logits)
 
 
-def gru_round(x: Tensor, y: Tensor, state_and_total: Tensor | None, gru: GRUWeights, call: Call) -> Tensor:
-    """h and the sum of all states side by side, [N, 2G], from those of the round before."""
-    columns, width = gru.input_columns().to(y.dtype), gru.width  # [3G, D]
+def gru_round(x: Tensor, y: Tensor, state_and_total: Tensor | None, gru: PaddedGRU, call: Call) -> Tensor:
+    """h and the sum of all states side by side, [N, 2G'], from those of the round before."""
+    columns, width = gru.input_columns, gru.width
     if call.spec.candidate_input == "expert_output":
         gru_inputs = F.linear(y, columns)
     else:
@@ -62,6 +64,5 @@ def gru_round(x: Tensor, y: Tensor, state_and_total: Tensor | None, gru: GRUWeig
     before = None
     if state_and_total is not None:
         last, total = state_and_total[:, :width], state_and_total[:, width:]
-        before = GRUState(F.linear(last, gru.recurrent_gates().to(last.dtype)), last, total)  # W_z h, W_r h: [N, 2G]
-    weight = gru.recurrent_candidate().to(gru_inputs.dtype)
-    return call.gru_step(gru_inputs, before, weight, gru.candidate_bias)
+        before = GRUState(F.linear(last, gru.recurrent_gates), last, total)  # W_z h, W_r h: [N, 2G']
+    return call.gru_step(gru_inputs, before, gru.recurrent_candidate, gru.candidate_bias)

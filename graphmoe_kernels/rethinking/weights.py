@@ -116,7 +116,7 @@ ALIGNMENT = 16  # the inner dimension that suits the hardware
 
 
 def padded(width: int) -> int:
-    """``width`` of a GRU rounded up to a multiple of `ALIGNMENT`, as a fold has it."""
+    """``width`` of a GRU rounded up to a multiple of `ALIGNMENT`, as both loops compute with it."""
     return -(-width // ALIGNMENT) * ALIGNMENT
 
 
@@ -138,19 +138,55 @@ class GRUWeights(NamedTuple):
         """G."""
         return self.candidate_bias.shape[0]
 
-    def input_columns(self) -> Tensor:
-        """The columns that read y (or x): [3G, D] in the order update, reset, candidate."""
+    def padded(self) -> PaddedGRU:
+        """Widen it to a multiple of 16 with units of zero weight that nothing reads, differentiably."""
         width = self.width
-        return torch.cat([w[:, width:] for w in (self.update, self.reset, self.candidate)])
+        extra = padded(width) - width
+        gates = self.update, self.reset, self.candidate
+        columns = [w[:, width:] for w in gates]
+        recurrent = [w[:, :width] for w in gates]
+        if extra == 0:
+            return PaddedGRU(
+                torch.cat(columns), torch.cat(recurrent[:2]), recurrent[2], self.candidate_bias, self.output
+            )
+        zeros = columns[0].new_zeros(extra, columns[0].shape[1])
+        update, reset, candidate = (F.pad(w, (0, extra, 0, extra)) for w in recurrent)
+        return PaddedGRU(
+            torch.cat([part for own in columns for part in (own, zeros)]),
+            torch.cat([update, reset]),
+            candidate,
+            F.pad(self.candidate_bias, (0, extra)),
+            F.pad(self.output, (0, extra)),
+        )
 
-    def recurrent_gates(self) -> Tensor:
-        """The state's columns of W_z over those of W_r: [2G, G]."""
-        width = self.width
-        return torch.cat([self.update[:, :width], self.reset[:, :width]])
 
-    def recurrent_candidate(self) -> Tensor:
-        """The state's columns of W_o: [G, G]."""
-        return self.candidate[:, : self.width]
+class PaddedGRU(NamedTuple):
+    """A GRU as both loops compute with it, of width G', a multiple of `ALIGNMENT`: every product's inner dimension
+    suits the hardware.
+
+    Attributes:
+        input_columns: those that read y (or x), [3G', D] in the order update, reset, candidate.
+        recurrent_gates: the state's columns of W_z over those of W_r, [2G', G'].
+        recurrent_candidate: the state's columns of W_o, [G', G'].
+        candidate_bias: [G'].
+        output: W_g, [D, G'].
+    """
+
+    input_columns: Tensor
+    recurrent_gates: Tensor
+    recurrent_candidate: Tensor
+    candidate_bias: Tensor
+    output: Tensor
+
+    @property
+    def width(self) -> int:
+        """G'."""
+        return self.candidate_bias.shape[0]
+
+    def cast(self, dtype: torch.dtype) -> PaddedGRU:
+        """The same with all in ``dtype`` but the bias, which the step reads as it is."""
+        columns, gates, candidate, bias, output = self
+        return PaddedGRU(columns.to(dtype), gates.to(dtype), candidate.to(dtype), bias, output.to(dtype))
 
 
 class RouterSettings(NamedTuple):

@@ -57,7 +57,7 @@ def test_every_method_keeps_the_budget(method, dora):
 
 @pytest.mark.parametrize(
     ("tokens", "kernel"),
-    [(1, "experts_forward"), (64, "experts_forward"), (300, "experts_stream"), (700, "experts_stream")],
+    [(1, "experts_forward_token"), (64, "experts_forward"), (300, "experts_stream"), (700, "experts_stream")],
 )
 def test_auto_is_triton(tokens, kernel):
     """On a CUDA device nothing has to be chosen: the kernels run, and give bit for bit what "triton" gives."""

@@ -68,7 +68,7 @@ def test_a_launch_that_fails_leaves_none_behind(monkeypatch):
     plain = launch.launch
 
     def failing(kernel, grid, *args, **options):
-        args[5].fill_(1)
+        args[7].fill_(1)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(launch, "launch", failing)

@@ -9,6 +9,7 @@ import torch
 
 from graphmoe_kernels import GateUp, LowRankUpdate, expert_swiglu, swiglu
 from tests.kernels.expert_operands import cast, operands, packed, run
+from tests.kernels.triton_marks import DEVICE
 
 REFUSALS = [
     ({"gate": torch.zeros(9)}, ValueError, r"expected pre_activations.gate \[tokens, F\].*got \[9\]"),
@@ -236,3 +237,20 @@ def test_an_intermediate_size_of_0_is_refused():
         ValueError, match=r"pre_activations.gate must be \[tokens, F\] with F of at least 1, got \[9, 0\]"
     ):
         run(**given)
+
+
+def on_device(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: t.to(DEVICE) for name, t in given.items()}
+
+
+@pytest.mark.kernels
+def test_unsupported_sizes_and_dtypes_are_refused():
+    """Too many slots for a program's registers, and fp64, are errors that name what would work."""
+    with pytest.raises(
+        ValueError, match=r"k=20 experts per token of rank 3 .*need 512 columns.*up to 256.*lower top_k"
+    ):
+        run(**on_device(cast(operands(experts=20, top_k=20), torch.float32)), backend="triton")
+    with pytest.raises(
+        ValueError, match=r"pre_activations.gate is torch.float64: the Triton kernels take float32.*backend='torch'"
+    ):
+        run(**on_device(operands()), backend="triton")

@@ -64,7 +64,8 @@ def run_experts(tokens):
     experts.backward(hidden, low_down, operands, 2.0, "silu", frozenset(FLOATING))
     experts.swiglu_backward(experts.swiglu(pair, update, "silu"), pair, update, "silu", frozenset(FLOATING))
 
-for call, counts in ((run, (1, 16, 17)), (run_experts, (1, 16, 17)), (run_experts, (1000, 1008, 3001))):
+many = 1000, 1008, 3001
+for call, counts in ((run, (1, 16, 17)), (run_experts, (1, 2)), (run_experts, (3, 16, 17)), (run_experts, many)):
     keys = []
     for tokens in counts:
         with standing_for("sm_90"), stubbed(), recorded() as launches:
@@ -79,6 +80,7 @@ for call, counts in ((run, (1, 16, 17)), (run_experts, (1, 16, 17)), (run_expert
     found = [set(line.split()) for line in printed.splitlines()]
     assert found == [
         of_layer | {"True"},
+        shared | backward | {"experts_forward_token"},
         shared | backward | {"experts_forward"},
         shared | backward | {"experts_stream", "experts_stream_sum"},
     ]

@@ -75,8 +75,9 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("count", [DECODE, SLOTS, PAIRS], ids=["decode", "slots", "pairs"])
 @pytest.mark.parametrize("rounds", [1, 2, 3, 5])
 def test_launches_of_a_forward(rounds, count, adapters, monkeypatch):
-    """At most 3T + 2 products and 3T - 1 kernels, 3T more where the experts are a stream; nothing else: no copy, cast,
-    fill or concatenation. A stream multiplies H with M apart, in each later round, once for gate and once for up.
+    """3T + 2 products (of few tokens T - 1 less where nobody looks on: the next test) and 3T - 1 kernels, 3T more where
+    the experts are a stream; nothing else: no copy, cast, fill or concatenation. A stream multiplies H with M apart, in
+    each later round, once for gate and once for up.
     """
     ffn = make_ffn(rounds).eval().to(torch.bfloat16)
     ffn.lora_graphmoe.to(adapters)
@@ -94,7 +95,37 @@ def test_launches_of_a_forward(rounds, count, adapters, monkeypatch):
     each = 3 if count == DECODE else 6
     assert len(kernels) == each * rounds - 1, Counter(kernels)
     assert len(apart) == (0 if count == DECODE else 2 * (rounds - 1))
-    assert sum(seen.operators[name] for name in PRODUCTS) <= 3 * rounds + 2, seen.operators
+    assert sum(seen.operators[name] for name in PRODUCTS) == 3 * rounds + 2, seen.operators
+
+
+@pytest.mark.parametrize("count, products", [(1, 2 * 3 + 3), (DECODE, 2 * 3 + 3), (PAIRS, 3 * 3 + 2 + 2 * 2)])
+@torch.no_grad()
+def test_the_gru_reads_few_tokens_experts_by_one_product(count, products):
+    """hidden and low_down lie side by side, as do Q and its part of low rank: 2T + 3 products in place of 3T + 2.
+    A stream keeps them apart, and multiplies H with M by two products per later round.
+
+    Counted by the profiler: what a dispatch mode sees goes through the registered operator, whose outputs cannot share
+    memory.
+    """
+    ffn, x = make_ffn(3).eval().to(torch.bfloat16), tokens(count, torch.bfloat16)
+    ffn(x)  # the kept fold is built
+    with torch.profiler.profile() as profile, recorded() as launches:
+        y = ffn(x)
+    assert len(launches) == 3 * 3 - 1 + 3 * 3 * (count == PAIRS)
+    found = Counter(event.key for event in profile.key_averages() for _ in range(event.count))
+    assert found["aten::mm"] + found["aten::addmm_"] == products, found
+    with Launches():
+        assert relative_error(y, ffn(x)) < 2e-2  # by the registered operator
+
+
+@pytest.mark.parametrize("fold", ["always", "never"])
+@torch.no_grad()
+def test_both_loops_pad_their_gru(fold):
+    """Width 12 is padded to 16: of another, rows are not aligned, kernels spill and cuBLAS takes slow products."""
+    ffn = make_ffn(3, fold=fold).eval()
+    with recorded() as launches:
+        ffn(tokens(DECODE))
+    assert [each.arguments["width"] for each in launches if each.name == "gru_forward"] == [16, 16]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -20,9 +20,9 @@ import threading
 import torch
 from torch import Tensor
 
-# Counters kept from the start: 16 tokens or more each, so that few calls need more.
+# Counters kept from the start: few calls need more.
 KEPT = 1024
-# Counters for captured launches, 1 MiB per device: one of up to 16 tokens takes one.
+# Counters for captured launches, 1 MiB per device: one of up to 16 tokens of a Llama-3-8B takes 29.
 RESERVED = 2**18
 
 

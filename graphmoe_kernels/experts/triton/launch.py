@@ -1,7 +1,7 @@
 """The expert operators on Triton: which kernels a call runs, forward and backward.
 
-Few tokens run a program for every tile of tokens and split of F, as many as keep every multiprocessor busy; many
-tokens, and every backward, run as a stream (`launch_stream`).
+Few tokens run a program for every tile of tokens, or token, and block of F; many tokens, and every backward, run as a
+stream (`launch_stream`).
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.experts.operands import ExpertOperands, GateUp, LowRankUpdate
+from graphmoe_kernels.experts.operands import ExpertOperands, ExpertsOutput, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.triton import launch_stream
 from graphmoe_kernels.experts.triton.counters import counters, forget
 from graphmoe_kernels.experts.triton.gradients import (
     update_gradients,
 )
 from graphmoe_kernels.experts.triton.layout import RowStrides, readable, readable_shared
-from graphmoe_kernels.experts.triton.plan import Plan, forward_plan, swiglu_plan
-from graphmoe_kernels.experts.triton.sizes import inner, sizes
-from graphmoe_kernels.launching import SKINNY_TOKENS, launch
+from graphmoe_kernels.experts.triton.plan import Plan, forward_plan, swiglu_plan, token_plan
+from graphmoe_kernels.experts.triton.sizes import Sizes, inner, sizes
+from graphmoe_kernels.launching import SKINNY_TOKENS, SMALLEST_TILE, launch
+
+# Up to so many tokens each has programs of its own: they read M from the L2 cache once more per token, which at two
+# takes as long as reading it from memory once (H100: 24 MB at 3.0 TB/s, 48 MB at 5.5 TB/s), and share no product.
+ALONE = 2
 
 
 @functools.cache
@@ -30,9 +34,11 @@ def _kernels() -> SimpleNamespace:
     """The kernels, imported by the first call, as Triton may be missing where nothing runs on it."""
     from graphmoe_kernels.experts.triton.forward import experts_forward
     from graphmoe_kernels.experts.triton.swiglu import swiglu_backward, swiglu_forward
+    from graphmoe_kernels.experts.triton.token import experts_forward_token
 
     return SimpleNamespace(
         forward=experts_forward,
+        forward_token=experts_forward_token,
         swiglu_forward=swiglu_forward,
         swiglu_backward=swiglu_backward,
     )
@@ -44,15 +50,45 @@ def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Te
     size, gate = sizes(operands), operands.pre_activations.gate
     if size.tokens > SKINNY_TOKENS:
         return launch_stream.forward(operands, strides, size, scale, activation)
-    plan = forward_plan(size, activation, gate.dtype, gate.device)
     hidden = gate.new_empty((size.tokens, size.width))
     low_down = gate.new_empty((size.tokens, size.num_experts * size.rank))
+    _forward(operands, strides, size, scale, activation, (hidden, low_down))
+    return hidden, low_down
+
+
+def forward_beside(operands: ExpertOperands, scale: float, activation: str) -> ExpertsOutput:
+    """`forward` of few tokens with both outputs side by side in one tensor, where its rows stay aligned."""
+    size = sizes(operands)
+    columns = size.num_experts * size.rank
+    if size.tokens > SKINNY_TOKENS or size.width % SMALLEST_TILE or columns % SMALLEST_TILE:
+        return ExpertsOutput(*forward(operands, scale, activation))
+    operands, strides = readable(operands)
+    both = operands.pre_activations.gate.new_empty((size.tokens, size.width + columns))
+    hidden, low_down = both.split_with_sizes((size.width, columns), dim=1)
+    _forward(operands, strides, size, scale, activation, (hidden, low_down))
+    return ExpertsOutput(hidden, low_down, both)
+
+
+def _forward(
+    operands: ExpertOperands,
+    strides: RowStrides,
+    size: Sizes,
+    scale: float,
+    activation: str,
+    outputs: tuple[Tensor, Tensor],
+) -> None:
+    """Write hidden and low_down, whose rows may lie apart."""
+    gate, (hidden, low_down) = operands.pre_activations.gate, outputs
+    if size.tokens <= ALONE:
+        kernel, plan = _kernels().forward_token, token_plan(size, activation, gate.dtype, gate.device)
+    else:
+        kernel, plan = _kernels().forward, forward_plan(size, activation, gate.dtype, gate.device)
     scratch = gate.new_empty((plan.scratch,), dtype=torch.float32)
+    written = hidden, hidden.stride(0), low_down, low_down.stride(0)
     _launch_counting(
-        _kernels().forward, plan, gate.device, (operands, strides, hidden, low_down, scratch),
+        kernel, plan, gate.device, (operands, strides, *written, scratch),
         (size.tokens, size.width, inner(operands.update), size.num_experts, scale),
     )  # fmt: skip
-    return hidden, low_down
 
 
 def _launch_counting(
@@ -60,7 +96,7 @@ def _launch_counting(
 ) -> None:
     """Launch a kernel whose tiles count their splits; its counters stand between tensors and numbers."""
     try:
-        zeros = counters(device, plan.grid[0])
+        zeros = counters(device, plan.counters)
         launch(kernel, plan.grid, *tensors, zeros, *numbers, device=device, **plan.constants)
     except BaseException:
         forget(device)

@@ -14,8 +14,8 @@ import torch
 from graphmoe_kernels import launching
 from graphmoe_kernels.activations import triton_form
 from graphmoe_kernels.backend import check_device, per_device
-from graphmoe_kernels.experts.triton.sizes import WIDE_RANK_COLUMNS, Sizes, cut, program_slots
-from graphmoe_kernels.launching import Config, class_config
+from graphmoe_kernels.experts.triton.sizes import SUMMED_AT_ONCE, WIDE_RANK_COLUMNS, Sizes, cut, program_slots
+from graphmoe_kernels.launching import Config, class_config, power_of_two
 
 
 class Target(NamedTuple):
@@ -31,12 +31,18 @@ class Plan(NamedTuple):
     Attributes:
         grid: tiles and splits, or the other way round as the kernel has them.
         constants: the kernel's constexprs by name, num_warps and num_stages.
-        scratch: elements of fp32 or int32 that its programs share.
+        scratch: elements of fp32 that its programs share.
     """
 
     grid: tuple[int, int]
     constants: dict[str, Any]
     scratch: int
+
+    @property
+    def counters(self) -> int:
+        """As many as its tiles count splits with, at most: see `reduce.reduce_splits`."""
+        tiles, splits = self.grid
+        return tiles * (1 + math.ceil(splits / SUMMED_AT_ONCE))
 
 
 @per_device
@@ -69,13 +75,19 @@ def tiles_and_splits(tokens: int, width: int, config: Config, multiprocessors: i
 
 @per_device
 def forward_plan(size: Sizes, activation: str, dtype: torch.dtype, device: torch.device) -> Plan:
-    """The forward of few tokens: tiles of them by splits of F. Scratch: sums of splits, and lists of experts."""
-    device_class, multiprocessors = target(device)
-    chosen = config("forward", size, dtype, device_class)
-    tiles, splits = tiles_and_splits(size.tokens, size.width, chosen, multiprocessors)
-    sums = splits * size.tokens * size.columns if splits > 1 else 0
-    lists = tiles * splits * size.slots * (size.num_experts + 1)
-    return Plan((tiles, splits), constants(size, activation, chosen), sums + lists)
+    """The forward of few tokens: a program for each tile of them and block of F. Scratch: what blocks add to z."""
+    chosen = config("forward", size, dtype, target(device).device_class)
+    tiles, blocks = math.ceil(size.tokens / chosen["BLOCK_M"]), math.ceil(size.width / chosen["BLOCK_F"])
+    fixed = constants(size, activation, chosen) | {"BLOCK_E": power_of_two(size.num_experts)}
+    return Plan((tiles, blocks), fixed, blocks * size.tokens * size.columns)
+
+
+@per_device
+def token_plan(size: Sizes, activation: str, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The kernel of single tokens: a program for each and every block of F. Scratch: what blocks add to z."""
+    chosen = config("forward_token", size, dtype, target(device).device_class)
+    blocks = math.ceil(size.width / chosen["BLOCK_F"])
+    return Plan((size.tokens, blocks), constants(size, activation, chosen), blocks * size.tokens * size.columns)
 
 
 @per_device

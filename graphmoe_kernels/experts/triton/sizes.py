@@ -25,6 +25,8 @@ PAIR_TOKENS = 16
 MAX_PAIRS = 255
 # Columns of a tile's low-rank rows, with which what it reads of two experts fits in registers and shared memory.
 MAX_PAIR_COLUMNS = 32
+# Splits of F whose sums a program of few tokens adds up; the sums of so many are added by another.
+SUMMED_AT_ONCE = 16
 # Warps of these kernels that a multiprocessor holds: they use all registers that a thread can have.
 WARPS_PER_MULTIPROCESSOR = 8
 

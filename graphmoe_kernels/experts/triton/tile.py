@@ -1,9 +1,4 @@
-"""What the expert kernels share: one tile of tokens by columns of F, computed the same way in forward and backward.
-
-A program holds BLOCK_M tokens (consecutive in an order that puts tokens of like experts together) and walks over
-columns of F. The low-rank terms of a slot are products with one expert's matrices at a time, rows of other experts
-masked to zero, and only the experts that are present in the tile are visited: the cost follows the experts in the
-tile, not the number of experts.
+"""What the expert kernels share: rows of tokens by columns of F, loaded the same way in forward and backward.
 
 ``operands`` is an `ExpertOperands` whose ``dropout`` is a `Mask`, ``strides`` a `RowStrides` (both in `layout`). What
 is None in them is compiled without: no flag says so a second time.
@@ -55,26 +50,6 @@ def expert_weights(routing_weights, ids, chosen, token, live, num_experts, SLOTS
     w = tl.load(routing_weights + token[:, None] * SLOTS + slot[None, :], mask=inside, other=0.0).to(tl.float32)
     w = tl.sum(tl.where(ids == chosen[:, None], w, 0.0), axis=1)
     return tl.where(live & (chosen == num_experts), float("nan"), w)
-
-
-@triton.jit
-def list_present(ids, present, num_experts, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Write to ``present`` [SLOTS, 1 + num_experts] how many experts each slot has in this tile, then which.
-
-    The list is the program's own scratch; walking it is a plain loop whose loads the compiler can see ahead.
-    """
-    chosen = tl.full([BLOCK_M], -1, tl.int32)
-    for slot in range(SLOTS):
-        chosen = next_expert(ids, chosen, num_experts)
-        row = present + slot * (num_experts + 1)
-        count = 0
-        e = tl.min(chosen)
-        while e < num_experts:
-            tl.store(row + 1 + count, e)
-            count += 1
-            e = tl.min(tl.where(chosen > e, chosen, num_experts))
-        tl.store(row, count)
-    tl.debug_barrier()  # the list is written by one thread and read by all
 
 
 @triton.jit
@@ -166,60 +141,6 @@ def expert_rows(A, e, f, width, RANK: tl.constexpr, WHOLE: tl.constexpr = False)
     i = tl.arange(0, padded_rank(RANK))
     inside = (i < RANK)[:, None] & columns_inside(f, width, WHOLE)[None, :]
     return tl.load(A + e.to(tl.int64) * RANK * width + i[:, None] * width + f[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def slot_rows(A, e, slot, f, width, SLOTS: tl.constexpr, RANK: tl.constexpr):
-    """A_e^T for columns f of A [n, r, F] in the columns of one slot, zero in the others': [BLOCK_F, columns].
-
-    A product with it adds to one slot's part of compact rows, whatever the number of slots.
-    """
-    column = tl.arange(0, compact_columns(SLOTS, RANK))
-    i = column % padded_rank(RANK)
-    inside = (f < width)[:, None] & ((column // padded_rank(RANK) == slot) & (i < RANK))[None, :]
-    return tl.load(A + e.to(tl.int64) * RANK * width + i[None, :] * width + f[:, None], mask=inside, other=0.0)
-
-
-@triton.jit
-def slot_pre_activation(
-    g, u, operands, strides, listed, chosen, token, f, width, num_experts, scale, RANK: tl.constexpr
-):
-    """One slot's pre-activations: the shared g and u plus s B_e a_e of every row's expert."""
-    low_g = tl.zeros_like(g)
-    low_u = tl.zeros_like(u)
-    for i in range(tl.load(listed)):
-        e = tl.load(listed + 1 + i)
-        hit = chosen == e
-        a = low_rows(operands, strides, token, hit, e * RANK, RANK)
-        low_g = tl.dot(a, expert_columns(operands.B.gate, e, f, width, RANK), low_g, input_precision="ieee")
-        a = low_rows(operands, strides, token, hit, (num_experts + e) * RANK, RANK)
-        low_u = tl.dot(a, expert_columns(operands.B.up, e, f, width, RANK), low_u, input_precision="ieee")
-    return g + scale * low_g, u + scale * low_u
-
-
-@triton.jit
-def scale_rows(g, u, scales, listed, chosen, f, width):
-    """g and u [BLOCK_M, BLOCK_F], every row times its expert's scale vectors [n, F].
-
-    Expert by expert as they are listed: a vector of columns in registers at a time, not a gathered tile.
-    """
-    for i in range(tl.load(listed)):
-        e = tl.load(listed + 1 + i)
-        hit = (chosen == e)[:, None]
-        at = e.to(tl.int64) * width + f
-        s = tl.load(scales.gate + at, mask=f < width, other=0.0).to(tl.float32)
-        g = tl.where(hit, g * s[None, :], g)
-        s = tl.load(scales.up + at, mask=f < width, other=0.0).to(tl.float32)
-        u = tl.where(hit, u * s[None, :], u)
-    return g, u
-
-
-@triton.jit
-def scale_and_shift(g, u, operands, listed, chosen, f, width):
-    """g and u times their expert's scale vectors, and the biases [F]."""
-    if operands.scales is not None:
-        g, u = scale_rows(g, u, operands.scales, listed, chosen, f, width)
-    return shift(g, u, operands.biases, f, width)
 
 
 @triton.jit
