@@ -104,27 +104,10 @@ def row_vectors(vectors, chosen, f, width, num_experts):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def experts_forward(
-    operands,
-    strides,
-    hidden,
-    stride_hidden,
-    low_down,
-    stride_low_down,
-    partial,
-    counters,
-    num_tokens,
-    width,
-    inner,
-    num_experts,
-    scale,
-    SLOTS: tl.constexpr,
-    RANK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    operands, strides, hidden, stride_hidden, low_down, stride_low_down, partial, counters, num_tokens, width, inner,
+    num_experts, scale,
+    SLOTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, AT_ONCE: tl.constexpr,
 ):
     """Program (tile of tokens, block of F). Shapes as in `graphmoe_kernels.expert_swiglu`.
 

@@ -107,24 +107,9 @@ def write_slots(rows, row, e, there, num_experts, RANK: tl.constexpr, PADDED: tl
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def experts_forward_token(
-    operands,
-    strides,
-    hidden,
-    stride_hidden,
-    low_down,
-    stride_low_down,
-    partial,
-    counters,
-    num_tokens,
-    width,
-    inner,
-    num_experts,
-    scale,
-    SLOTS: tl.constexpr,
-    RANK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    operands, strides, hidden, stride_hidden, low_down, stride_low_down, partial, counters, num_tokens, width, inner,
+    num_experts, scale,
+    SLOTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Program (token, block of F). Shapes as in `graphmoe_kernels.expert_swiglu`.
