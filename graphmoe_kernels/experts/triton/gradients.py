@@ -33,10 +33,15 @@ class WeightSums(NamedTuple):
 
     def total(self) -> dict[str, Tensor]:
         """The gradients by name, summed over the splits."""
-        found = {"gate_B": self.gate_B.sum(0), "up_B": self.up_B.sum(0), "down_A": self.down_A.sum(0).mT}
+        found = {"gate_B": _sum(self.gate_B), "up_B": _sum(self.up_B), "down_A": _sum(self.down_A).mT}
         if self.scales is not None:
-            found |= {"gate_scale": self.scales.gate.sum(0), "up_scale": self.scales.up.sum(0)}
+            found |= {"gate_scale": _sum(self.scales.gate), "up_scale": _sum(self.scales.up)}
         return found
+
+
+def _sum(x: Tensor) -> Tensor:
+    """The sum over the splits; of one split no copy."""
+    return x[0] if len(x) == 1 else x.sum(0)
 
 
 def empty_token_gradients(gate: Tensor, size: Sizes) -> TokenGradients:
