@@ -25,13 +25,21 @@ from graphmoe_kernels.launching import CONFIGS, Config, config_table, device_cla
 # The configuration that is there stays unless another is faster by more than what two runs of it differ.
 GAIN = 1.02
 # Tokens at which a size class is timed, and others at which the winner has to be right too.
-TOKENS = {"skinny": (16, 1), "wide": (4096, 321)}
+TOKENS = {"token": (1, 2), "skinny": (16, 3), "wide": (4096, 321)}
 DTYPES = {"half": ("bf16", "fp16"), "float": ("fp32",)}
 SECONDS = 0.3
 # Names of configurations beside a kernel's own: for ranks beyond 16, and for an F that no 16 divides.
 WIDE_RANK, UNALIGNED = "_wide_rank", "_unaligned"
 # What a field of a configuration may be: a matrix instruction takes 16 rows and columns, a warp group 4 or 8 warps.
-RANGES = {"BLOCK": (16, 256), "PARTS": (1, 2), "num_warps": (1, 8), "num_stages": (1, 4), "maxnreg": (128, 255)}
+RANGES = {
+    "BLOCK": (16, 256),
+    "PARTS": (1, 2),
+    "num_warps": (1, 8),
+    "num_stages": (1, 4),
+    "maxnreg": (128, 255),
+    "STAGES": (1, 4),
+    "AT_ONCE": (1, 4),
+}
 
 
 class Cell(NamedTuple):
@@ -46,6 +54,11 @@ class Cell(NamedTuple):
     def name(self) -> str:
         """As the command line and the results write it."""
         return " ".join(self)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Of `TOKENS`: one kernel is for one or two tokens alone."""
+        return TOKENS["token" if self.kernel.startswith("experts_forward_token") else self.size]
 
 
 class Choice(NamedTuple):
@@ -66,7 +79,7 @@ def candidates(shipped: Config) -> list[Config]:
     for name, value in shipped.items():
         low, high = RANGES["BLOCK" if name.startswith("BLOCK") else name]
         steps = (value, value // 2, value * 2)
-        if name == "num_stages":
+        if name in ("num_stages", "STAGES"):
             steps = (value, value - 1, value + 1)
         elif name == "maxnreg":
             steps = (value, low, high)
@@ -130,12 +143,12 @@ class Tuner:
 
     def fault(self, config: Config) -> str | None:
         """What is wrong with a candidate in the case that is timed, or None."""
-        return self._faults(config, [self.operator], TOKENS[self.cell.size][:1], DTYPES[self.cell.dtype][:1])
+        return self._faults(config, [self.operator], self.cell.tokens[:1], DTYPES[self.cell.dtype][:1])
 
     def confirmed(self, config: Config) -> str | None:
         """What is wrong with it at all of the cell's token counts, dtypes and rounds, or None."""
         rounds = [operator for operator in OPERATORS if operator.name == self.operator.name]
-        return self._faults(config, rounds, TOKENS[self.cell.size], DTYPES[self.cell.dtype])
+        return self._faults(config, rounds, self.cell.tokens, DTYPES[self.cell.dtype])
 
     def _faults(
         self, config: Config, rounds: Sequence[Operator], counts: Sequence[int], dtypes: Sequence[str]
@@ -154,7 +167,7 @@ class Tuner:
 
     def timed(self, configs: Sequence[Config]) -> list[float]:
         """Seconds of a launch with each configuration, in turns, on operands that exceed the L2 cache."""
-        sizes = replace(self.sizes, tokens=TOKENS[self.cell.size][0], dtype=DTYPES[self.cell.dtype][0])
+        sizes = replace(self.sizes, tokens=self.cell.tokens[0], dtype=DTYPES[self.cell.dtype][0])
         sets, _ = copies_of(self.operator.operands(sizes, self.device.torch), self.device.l2_bytes, most=64)
         calls = {}
         for number, config in enumerate(configs):
@@ -213,7 +226,7 @@ def tune(cell: Cell, sizes: Sizes, device: Device, seconds: float) -> list[dict[
         rewrite(CONFIGS, tuner.device_class, cell, choice.config)
     base: dict[str, Any] = {"operator": cell.operator, "kernel": cell.name}
     base |= {"round": "later" if tuner.operator.later else "first"}
-    base |= {"tokens": TOKENS[cell.size][0], "experts": tuner.sizes.experts, "dtype": DTYPES[cell.dtype][0]}
+    base |= {"tokens": cell.tokens[0], "experts": tuner.sizes.experts, "dtype": DTYPES[cell.dtype][0]}
     rows: list[dict[str, Any]] = [
         {**base, "config": config, "chosen": config == choice.config, "seconds": {"median": of_config}}
         for config, of_config in choice.seconds

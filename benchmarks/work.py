@@ -33,6 +33,7 @@ OPERATORS = {
 KERNELS: dict[str, tuple[int, tuple[str, ...]]] = {
     "routing_forward": (1, OPERATORS["routing"]),
     "experts_forward": (1, OPERATORS["expert_swiglu"]),
+    "experts_forward_token": (1, OPERATORS["expert_swiglu"]),
     "experts_stream": (1, LOW_RANK),
     "experts_stream_backward_tokens": (1, (*LOW_RANK, LOW_RANK[0])),
     "experts_stream_backward_weights": (2, LOW_RANK),

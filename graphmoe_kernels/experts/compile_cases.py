@@ -62,6 +62,9 @@ def variants() -> Iterator[Variant]:
             for later in (False, True):
                 name = f"{size} {dtype}, mixed experts, {'an update' if later else 'no update'}"
                 yield Variant(name, partial(_shared, tokens, DTYPES[dtype], later))
+            if size == "skinny":
+                for layer in (*LAYERS[size], *WIDE_RANK):
+                    yield Variant(f"one token {dtype}, {layer.name}", partial(_forward, DTYPES[dtype], layer))
     # Few tokens for their pairs, and many experts: a slot of a token is a row.
     rows = (*LAYERS["wide"], *(Layer(f"n = {n}, k = {k}", experts=n, slots=k) for n, k in ((16, 4), (256, 8), (23, 2))))
     for dtype in ("bf16", "fp16"):
@@ -76,8 +79,20 @@ def _update(tokens: int, width: int, dtype: torch.dtype) -> LowRankUpdate:
     return LowRankUpdate(state, fold, fold)
 
 
+def _forward(dtype: torch.dtype, layer: Layer) -> None:
+    """A round of a layer with one token, forward."""
+    launch.forward(_operands(1, dtype, layer), 2.0, "silu")
+
+
 def _experts(tokens: int, dtype: torch.dtype, layer: Layer) -> None:
     """A round of a layer, forward and backward."""
+    operands = _operands(tokens, dtype, layer)
+    launch.forward(operands, 2.0, "silu")
+    d_low_down = empty(tokens, layer.experts * layer.rank, dtype=dtype)
+    launch.backward(operands.pre_activations.gate, d_low_down, operands, 2.0, "silu", frozenset(FLOATING))
+
+
+def _operands(tokens: int, dtype: torch.dtype, layer: Layer) -> ExpertOperands:
     n, r, k, width = layer.experts, layer.rank, layer.slots, layer.width
     own = partial(empty, dtype=dtype)
     wide, low, B, scale, bias = (
@@ -87,7 +102,7 @@ def _experts(tokens: int, dtype: torch.dtype, layer: Layer) -> None:
         empty(n, width),
         own(width),
     )
-    operands = ExpertOperands(
+    return ExpertOperands(
         GateUp(wide, wide),
         low,
         GateUp(B, B),
@@ -100,8 +115,6 @@ def _experts(tokens: int, dtype: torch.dtype, layer: Layer) -> None:
         biases=GateUp(bias, bias) if layer.biases else None,
         dropout=Dropout(0.1, empty(1, dtype=torch.int64)) if layer.dropout else None,
     )
-    launch.forward(operands, 2.0, "silu")
-    launch.backward(wide, own(tokens, n * r), operands, 2.0, "silu", frozenset(FLOATING))
 
 
 def _shared(tokens: int, dtype: torch.dtype, later: bool) -> None:

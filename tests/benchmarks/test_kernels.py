@@ -135,7 +135,7 @@ def test_a_cell_is_tuned_in_a_call_that_launches_its_kernel_with_what_is_tried(k
     for cell in cells():
         if cell.kernel == kernel:
             tuner = tuning.Tuner(cell, TINY, CpuDevice())
-            sizes = replace(tuner.sizes, tokens=tuning.TOKENS[cell.size][0], dtype=tuning.DTYPES[cell.dtype][0])
+            sizes = replace(tuner.sizes, tokens=cell.tokens[0], dtype=tuning.DTYPES[cell.dtype][0])
             operands = tuner.operator.operands(sizes, CPU)
             with trying(cell, tuner.current | {"num_warps": 32}, tuner.device_class), stubbed():
                 launches = launches_of(tuner.operator, sizes, operands)

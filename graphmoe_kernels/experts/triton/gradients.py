@@ -55,14 +55,11 @@ def empty_token_gradients(gate: Tensor, size: Sizes) -> TokenGradients:
 
 
 def no_weight_sums(gate: Tensor, size: Sizes, splits: int, scales: bool) -> WeightSums:
-    """Sums of zero, in one allocation on the device of ``gate``."""
-    n, r, width = size.num_experts, size.rank, size.width
-    product, vector = splits * n * width * r, splits * n * width * scales
-    zeros = gate.new_zeros((3 * product + 2 * vector,), dtype=torch.float32)
-    *products, of_gate, of_up = zeros.split([product] * 3 + [vector] * 2)
-    gate_B, up_B, down_A = (x.view(splits, n, width, r) for x in products)
-    vectors = GateUp(of_gate.view(splits, n, width), of_up.view(splits, n, width)) if scales else None
-    return WeightSums(gate_B, up_B, down_A, vectors)
+    """Sums of zero, on the device of ``gate``: each in memory of its own, as an operator's outputs must not share any."""
+    vectors = splits, size.num_experts, size.width
+    gate_B, up_B, down_A = (gate.new_zeros((*vectors, size.rank), dtype=torch.float32) for _ in range(3))
+    of_scales = GateUp(*(gate.new_zeros(vectors, dtype=torch.float32) for _ in range(2))) if scales else None
+    return WeightSums(gate_B, up_B, down_A, of_scales)
 
 
 def update_gradients(d: GateUp, update: LowRankUpdate | None, needed: frozenset[str]) -> dict[str, Tensor]:
