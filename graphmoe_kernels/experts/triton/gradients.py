@@ -55,7 +55,7 @@ def empty_token_gradients(gate: Tensor, size: Sizes) -> TokenGradients:
 
 
 def no_weight_sums(gate: Tensor, size: Sizes, splits: int, scales: bool) -> WeightSums:
-    """Sums of zero, on the device of ``gate``: each in memory of its own, as an operator's outputs must not share any."""
+    """Sums of zero, on the device of ``gate``: each in memory of its own, as outputs must be."""
     vectors = splits, size.num_experts, size.width
     gate_B, up_B, down_A = (gate.new_zeros((*vectors, size.rank), dtype=torch.float32) for _ in range(3))
     of_scales = GateUp(*(gate.new_zeros(vectors, dtype=torch.float32) for _ in range(2))) if scales else None
