@@ -15,8 +15,6 @@ from graphmoe_kernels.meta_layer import DTYPES, built_fold, inference, layer_wei
 
 # Llama 3 8B with the paper's adapter; G is no multiple of 16. A third round differs from the second in the GRU alone.
 LLAMA = Sizes(4096, 14336, 409, experts=8, top_k=2, rank=16, rounds=2)
-# Kernels of many tokens whose tiles are for a warp group; those of a stream are of a warp each.
-MATRIX = ("gru_backward",)
 
 
 class Kind(NamedTuple):
@@ -68,11 +66,10 @@ def variants() -> Iterator[Variant]:
                 if (dtype == "fp16" and not kind.fp16) or (dtype == "fp32" and not kind.fp32):
                     continue
                 sizes = replace(kind.sizes, tokens=tokens, dtype=dtype)
-                matrix = MATRIX if size == "wide" and dtype != "fp32" else ()
                 call = partial(_layer, kind, sizes)
-                yield Variant(f"{size} {dtype}, {kind.name}", partial(call, folded=True), matrix)
+                yield Variant(f"{size} {dtype}, {kind.name}", partial(call, folded=True))
                 if kind.literal:
-                    yield Variant(f"{size} {dtype}, {kind.name}, literal", partial(call, folded=False), matrix)
+                    yield Variant(f"{size} {dtype}, {kind.name}, literal", partial(call, folded=False))
     for kind in ALONE:
         one = replace(kind.sizes, tokens=1, dtype="bf16")
         yield Variant(f"one token bf16, {kind.name}", partial(_layer, kind, one, folded=True))

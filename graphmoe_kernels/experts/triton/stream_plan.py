@@ -33,6 +33,10 @@ MAX_EXPERT_SUMS = 32
 MANY_EXPERTS = 8
 
 
+# Registers that a thread can have.
+MAX_REGISTERS = 255
+
+
 class Piece(NamedTuple):
     """Blocks of `STREAM_BLOCK` columns that one launch streams over, and how they are split among its programs."""
 
@@ -128,11 +132,12 @@ def fitting(config: Config, extras: Extras) -> Config:
     """A configuration without what spills beside dropout or scale vectors.
 
     A forward step with dropout is one part, as the random numbers of two spill; and a bound on registers that a plain
-    round fits in is none where a program also holds either.
+    round fits in is the largest where a program also holds either. (Where nothing is said, the assembler itself bounds
+    them for the sake of occupancy, and spills a few bytes for it.)
     """
     found = dict(config)
     if extras.dropout and "PARTS" in found:
         found |= {"BLOCK_F": found["BLOCK_F"] // found["PARTS"], "PARTS": 1}
-    if extras.dropout or extras.scales:
-        found.pop("maxnreg", None)
+    if "maxnreg" in found and (extras.dropout or extras.scales):
+        found["maxnreg"] = MAX_REGISTERS
     return found
