@@ -83,7 +83,7 @@ def candidates(shipped: Config) -> list[Config]:
             steps = (value, value - 1, value + 1)
         elif name == "maxnreg":
             steps = (value, low, high)
-        choices.append([step for step in steps if step == value or low <= step <= high])
+        choices.append([step for step in dict.fromkeys(steps) if step == value or low <= step <= high])
     found = [dict(zip(shipped, values, strict=True)) for values in itertools.product(*choices)]
     return sorted(found, key=lambda config: sum(config[name] != shipped[name] for name in shipped))[1:]
 
