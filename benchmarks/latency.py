@@ -90,6 +90,8 @@ class Time(NamedTuple):
 def passes_of(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[float]:
     """How often each of a kernel's loops runs in one pass of the loop around it."""
     a, c = launch.arguments, launch.constants
+    if launch.name.startswith("experts_forward") and "PARTS" not in c:
+        return _passes_of_few(launch, loops, sizes)
     main, inner, listed = 1.0, 1.0, 1.0
     if "TILE" in c and "piece" in a:  # runs of tiles of the same experts, and tiles of a run
         tiles, tuples = used_tiles(c["TILE"], c["EXPERTS"], sizes), math.comb(sizes.experts, c["EXPERTS"])
@@ -116,6 +118,23 @@ def passes_of(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[float
     for loop in loops[1:]:
         second = c.get("SLOTS", 1) if loop.inner else inner
         found.append((main if loop is chief else 1.0, second, listed)[min(loop.depth, 3) - 1])
+    return found
+
+
+def _passes_of_few(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[float]:
+    """Those of a program with one block of F: its loop over M's columns, that over slots and, in it, further visits."""
+    c = launch.constants
+    columns = math.ceil(max(launch.arguments["inner"], 1) / c["BLOCK_K"])
+    drawn = sizes.experts * (1 - (1 - 1 / sizes.experts) ** min(sizes.tokens * sizes.top_k, c.get("BLOCK_M", 1)))
+    visits = max(0.0, math.ceil(drawn / c.get("AT_ONCE", 1)) - 1)
+    flat = [loop for loop in loops if loop.depth == 1 and not loop.inner]
+    chief = max(flat, key=lambda loop: (loop.loads, loop.instructions), default=None)
+    found: list[float] = [1.0]
+    for loop in loops[1:]:
+        if loop.depth > 1:
+            found.append(visits)
+        else:
+            found.append(c["SLOTS"] if loop.inner else columns if loop is chief else 1.0)
     return found
 
 

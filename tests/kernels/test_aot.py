@@ -151,12 +151,13 @@ def test_a_case_is_specialised_as_its_launch_is():
 
 PRESENT = """
 import json
-from graphmoe_kernels.aot.case import configuration
-from graphmoe_kernels.aot import listing
+from graphmoe_kernels.aot.case import configuration, fingerprint
 from graphmoe_kernels.aot.catalogue import MODULES, cases
-from graphmoe_kernels.aot.cycles import pass_cycles
 
-print(json.dumps(sorted([case.name, configuration(case)] for module in MODULES for case in cases(module, "sm_90"))))
+print(json.dumps({
+    target: sorted([case.name, configuration(case), fingerprint(case.launch)] for case in cases(MODULES, target))
+    for target in ("sm_90", "sm_80")
+}))
 """
 
 
