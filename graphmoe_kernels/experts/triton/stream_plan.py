@@ -29,7 +29,7 @@ BUFFER_BYTES = 2**26
 # The backward to experts adds up the sums of all experts for every split of the tiles: at Llama-3-8B's sizes each
 # expert takes 2.75 MB, which are cleared, written, read and summed. So splits times experts are no more than this; and
 # of so many experts, where a tile has one of them, a split takes all of an expert's tiles, so that they share one sum.
-MAX_EXPERT_SUMS = 32
+MAX_EXPERT_SUMS = 64
 MANY_EXPERTS = 8
 
 
