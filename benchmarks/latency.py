@@ -23,6 +23,7 @@ from graphmoe_kernels.aot.trace import Operation, Step
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.experts.triton.sizes import STREAM_BLOCK
 from graphmoe_kernels.launching import Launch
+from graphmoe_kernels.structures import tensors_in
 
 
 class Device(NamedTuple):
@@ -200,19 +201,11 @@ def expert_bytes(launch: Launch) -> float:
 
 def _once(values: Iterable[Any]) -> Iterator[Tensor]:
     seen = set()
-    for tensor in _tensors(values):
+    for tensor in tensors_in(tuple(values)):
         key = tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape)
         if key not in seen:
             seen.add(key)
             yield tensor
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from _tensors(value)
 
 
 def chain_seconds(device: Device, programs: float, blocks: int, cycles: float) -> float:

@@ -5,12 +5,11 @@ A layer's and an operator's work follow the cost model. A kernel's bytes are tho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks.devices import Device
 from benchmarks.operators import DTYPES
@@ -18,6 +17,7 @@ from graphmoe_kernels.cost import Sizes, Term, fold_build, layer_terms, round_te
 from graphmoe_kernels.launching import Launch
 from graphmoe_kernels.rethinking.policy import fold_break_even
 from graphmoe_kernels.rethinking.weights import padded
+from graphmoe_kernels.structures import tensors_in
 
 # Products with frozen weights: their backward has the gradient of the input alone.
 FROZEN = ("base gate, up", "base down")
@@ -129,7 +129,7 @@ def _round(names: Iterable[str], sizes: Sizes, later: bool) -> list[Term]:
 def kernel_work(launches: list[Launch], sizes: Sizes, later: bool) -> Work:
     """A kernel's in one call of its operator, which may launch it several times: every tensor that it got once, of
     the experts' matrices those that are read; and its products."""
-    tensors = {(t.data_ptr(), t.shape): t for launch in launches for t in _tensors(launch.arguments.values())}
+    tensors = {(t.data_ptr(), t.shape): t for launch in launches for t in tensors_in(tuple(launch.arguments.values()))}
     read = sizes.used_experts / sizes.experts
     sums = [
         t.numel() * t.element_size() * (read if t.dim() == 3 and len(t) == sizes.experts else 1)
@@ -138,11 +138,3 @@ def kernel_work(launches: list[Launch], sizes: Sizes, later: bool) -> Work:
     times, names = KERNELS.get(launches[0].name, (0, ()))
     products = times * sum(term.multiply_adds * names.count(term.name) for term in _round(names, sizes, later))
     return Work(float(sum(sums)), 2.0 * sizes.tokens * products)
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from _tensors(value)

@@ -16,9 +16,7 @@ from torch import Tensor
 from graphmoe_kernels.experts.operands import ExpertOperands, ExpertsOutput, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.triton import launch_stream
 from graphmoe_kernels.experts.triton.counters import counters, forget
-from graphmoe_kernels.experts.triton.gradients import (
-    update_gradients,
-)
+from graphmoe_kernels.experts.triton.gradients import update_gradients
 from graphmoe_kernels.experts.triton.layout import RowStrides, readable, readable_shared
 from graphmoe_kernels.experts.triton.plan import Plan, forward_plan, swiglu_plan, token_plan
 from graphmoe_kernels.experts.triton.sizes import Sizes, inner, sizes

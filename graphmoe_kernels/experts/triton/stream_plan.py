@@ -84,7 +84,7 @@ def stream_plan(kernel: str, operands: ExpertOperands, size: Sizes, activation: 
     extras = Extras(operands.dropout is not None, operands.scales is not None)
     rows, pieces = tiling(size).rows, 1
     if gate.numel() * gate.element_size() * max(rows, 2) > BUFFER_BYTES:
-        pieces = 1 if operands.update is None and rows == 1 else 2 if rows == 1 else 2 * rows
+        pieces = 1 if operands.update is None and rows == 1 else 2 * rows
     return _plan(kernel, size, activation, gate.dtype, gate.device, extras, pieces)
 
 
