@@ -15,6 +15,7 @@ GROUPS = {
     "gru_step": "one step of the GRU",
     "kernels": "every Triton kernel alone, without its launch (on a GPU)",
     "layer": "a whole layer: inference, and a training step with its peak memory",
+    "step": "a training step as users train: with dropout and r = 8, at T = 1 and T = 3, folded and literal",
     "rounds": "the layer at T = 1..5: what each further round costs",
     "decoder": "a whole decoder layer: prefill, and decode with a cache",
     "model": "tokens a second of generate, on a small whole model",
@@ -25,7 +26,7 @@ GROUPS = {
     "tune": "configurations of the kernels; it rewrites the files of those that win",
 }
 # Long, and of interest to few: run when they are asked for.
-NOT_BY_DEFAULT = ("methods", "scaling", "tune")
+NOT_BY_DEFAULT = ("step", "methods", "scaling", "tune")
 OPERATOR_GROUPS = ("routing", "expert_swiglu", "gru_step")
 AXES = {"rounds": "T={}", "tokens": "{} tokens", "experts": "n={}", "rank": "r={}", "top_k": "k={}"}
 
@@ -56,6 +57,7 @@ class Case(NamedTuple):
     layers: int = 1  # of a whole model, and
     new_tokens: int = 1  # made by `generate`
     lengths: tuple[int, ...] = ()  # of profiled sequences
+    dropout: float = 0.0  # on the input of every A of the layer's adapter while it is timed
     note: str = ""  # what distinguishes it from a case that is otherwise alike
 
     @property

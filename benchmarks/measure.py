@@ -24,7 +24,7 @@ from benchmarks.whole import DecoderTiming, GenerationTiming, profiles
 
 TIMINGS: dict[str, Callable[[Case, Layers], Timing]] = {
     **dict.fromkeys(OPERATOR_GROUPS, OperatorTiming),
-    **dict.fromkeys(("layer", "rounds", "methods", "scaling", "host"), LayerTiming),
+    **dict.fromkeys(("layer", "step", "rounds", "methods", "scaling", "host"), LayerTiming),
     "decoder": DecoderTiming,
     "model": GenerationTiming,
 }

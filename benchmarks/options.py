@@ -128,5 +128,5 @@ def _plan(plan: Plan, tokens: str | None) -> Plan:
     many = tuple(count for count in counts if count > max(plan.decode))
     batch = plan.batch if many and many[-1] % plan.batch == 0 else 1
     return plan._replace(
-        decode=few or (counts[0],), prefill=many or (counts[-1],), routing=(), batch=batch, decoder=None
+        decode=few or (counts[0],), prefill=many or (counts[-1],), routing=(), batch=batch, decoder=None, step=None
     )

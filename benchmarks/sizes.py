@@ -65,6 +65,8 @@ METHODS: dict[str, dict[str, Any]] = {name: _changes(name) for name in KNOWN_MET
 
 # For tests and continuous integration: every code path in a moment, figures that mean nothing.
 TINY = Model("tiny", 64, 160, heads=4, kv_heads=2, head_dim=16, experts=4, rank=4)
-MODELS = {model.name: model for model in (TINY, *map(_published, ("llama-3.2-1b", "llama-3-8b", "qwen3-4b")))}
+# A small model that is trained on CPUs.
+SMALL = Model("smollm2-135m", 576, 1536, heads=9, kv_heads=3, head_dim=64)
+MODELS = {model.name: model for model in (TINY, SMALL, *map(_published, ("llama-3.2-1b", "llama-3-8b", "qwen3-4b")))}
 # Of the whole models that are made here.
 VOCABULARY = 8_192

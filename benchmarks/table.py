@@ -36,6 +36,7 @@ class Plan(NamedTuple):
     batch: int = 1  # of the decoder layer's prefill
     context: int = 2048  # of its decode
     decoder: int | None = None  # of training steps, the decoder's prefill and the rounds, where it is not the main one
+    step: int | None = None  # of training steps with dropout, where it is not the main one
     training_rounds: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the training steps whose memory is compared
     whole_layers: int = 4  # of the whole model that generates
     prompt: int = 128
@@ -59,7 +60,7 @@ class Plan(NamedTuple):
 
 PLANS = {
     "cuda": Plan(decode=(1, 16, 64), prefill=(512, 2048, 8192), routing=(16384,), batch=16),
-    "cpu": Plan((1,), (64, 128), context=512, decoder=64, training_rounds=(1, 3))._replace(
+    "cpu": Plan((1,), (64, 128), context=512, decoder=64, step=992, training_rounds=(1, 3))._replace(
         whole_layers=1, prompt=32, new_tokens=4, profiled=(32, 128)
     ),
 }
@@ -68,6 +69,8 @@ SCALING = {"experts": (8, 16, 32, 64), "rank": (4, 8, 16, 32, 64), "top_k": (1, 
 # The same compiled kernels on small tensors: what every kernel is checked on first.
 CHECKED = Sizes(256, 336, 32, tokens=96)
 TINY_CHECKED = Sizes(32, 32, 5, experts=3, rank=4, tokens=5)
+# That of the package's defaults.
+STEP_DROPOUT = 0.05
 COMPILED, EAGER = "against torch.compile", "eager"
 # Seconds of trying and timing one kernel's configurations.
 TUNING = 60.0
@@ -117,7 +120,7 @@ def rank(case: Case, plan: Plan, dtype: str) -> tuple[int, float]:
 def table(model: Model, kind: str, dtype: str, plan: Plan) -> Iterator[Case]:
     """Every case of a model's sizes on ``"cuda"`` or ``"cpu"``, group by group."""
     make, seen = _Maker(model, kind, dtype, plan), set()
-    groups = (make.checks, make.operators, make.layers, make.rounds, make.decoders, make.models, make.host)
+    groups = (make.checks, make.operators, make.layers, make.steps, make.rounds, make.decoders, make.models, make.host)
     for group in (*groups, make.methods, make.scaling, make.kernels, make.tuning):
         for case in group():
             if case.name not in seen:  # with one token count, the largest is the smallest too
@@ -197,6 +200,12 @@ class _Maker:
             yield self.case("layer", "training", (*everyone, *peers), self.sizes(self.plan.shorter, rounds))
         if self.kind == "cuda":  # on a CPU, compiling the backward takes longer than all the rest
             yield self.case("layer", "training", compiled, self.sizes(main), note=COMPILED)
+
+    def steps(self) -> Iterator[Case]:
+        sizes = self.model.sizes(self.plan.step or self.plan.main, 3, self.dtype, rank=min(8, self.model.rank))
+        found = self.along("rounds", (1,), ("dense",), sizes) + self.along("rounds", (1, 3), self.ours[:1], sizes)
+        found += self.along("rounds", (3,), ("literal",), sizes)
+        yield Case("step", self.model, "training", found, "rounds", dropout=STEP_DROPOUT)
 
     def rounds(self) -> Iterator[Case]:
         short, one = self.plan.shorter, self.plan.decode[0]

@@ -89,6 +89,26 @@ class Target(NamedTuple):
                     yield ratio, over
 
 
+def _cpu_steps(
+    model: str, *, over_one: str, literal: str, one_round: str | None = None, over_dense: str | None = None
+) -> Iterator[Target]:
+    """The bounds of a training step on a CPU with dropout, at 512 tokens and more."""
+    case, one, three = f"step, {model}, training, * tokens, n=8, by rounds, fp32", "torch, T=1", "torch, T=3"
+    for what, wanted, over, under in (
+        ("T=1, over the dense MLP's", one_round, one, "dense"),
+        ("T=3, over the dense MLP's", over_dense, three, "dense"),
+        ("T=3, over T=1", over_one, three, one),
+        ("T=3, times faster than the literal loop", literal, "literal, T=3", three),
+    ):
+        if wanted is not None:
+            yield Target(f"CPU, training step, {model}, {what}", wanted, case, over, under, times, "cpu", 512)
+
+
+def _cpu_layer(which: str, fewest: int = 1) -> tuple[str, str, str, Callable[..., Ratio | None], str, int]:
+    """What a target about a layer's inference on a CPU has after its bound."""
+    return f"layer, llama-3.2-1b, inference, {which}, n=8, fp32", "torch", "dense", times, "cpu", fewest
+
+
 PREFILL = "layer, llama-3-8b, inference, 8192 tokens, T=3, n=8, bf16"
 STEP = "layer, llama-3-8b, training, 8192 tokens, T=3, n=8, bf16, against torch.compile"
 ROUTING = "routing, llama-3-8b, inference, first round, {} tokens, bf16"
@@ -139,6 +159,17 @@ TARGETS = (
     Target(
         "same, T=1, over the literal loop (never slower, but for 5% of noise)",
         *("<= 1.05", "layer, *, inference, * tokens, T=1, n=8, fp32", "torch", "literal", times, "cpu", 64),
+    ),
+    *_cpu_steps("smollm2-135m", one_round="<= 1.8", over_dense="<= 4.2", over_one="<= 1.9", literal=">= 1.5"),
+    *_cpu_steps("llama-3.2-1b", over_one="<= 1.8", literal=">= 1.6"),
+    Target("CPU, inference, 64 tokens and more, T=3, over the dense MLP", "<= 1.5", *_cpu_layer("* tokens, T=3", 64)),
+    Target("CPU, inference, 1 token, T=3, over the dense MLP", "<= 1.6", *_cpu_layer("1 tokens, T=3")),
+    Target("CPU, inference, 64 tokens and more, T=1, over the dense MLP", "<= 1.05", *_cpu_layer("* tokens, T=1", 64)),
+    Target("CPU, inference, 1 token, T=1, over the dense MLP", "<= 1.1", *_cpu_layer("1 tokens, T=1")),
+    Target(
+        "CPU, inference, 128 tokens and more, T=3, n = 64 over n = 8",
+        *("<= 1.25", "scaling, llama-3.2-1b, inference, * tokens, T=3, by experts, fp32", "torch, n=64", "torch, n=8"),
+        *(times, "cpu", 128),
     ),
 )
 

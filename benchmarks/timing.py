@@ -54,8 +54,18 @@ def call_of(built: Built, operands: Tensors, training: bool) -> Callable[[], Ten
     return lambda: built.subject.results(operands, upstream)
 
 
+def set_dropout(built: Built, rate: float) -> None:
+    """Dropout on the input of every A of this package's adapters, which others have not."""
+    adapters: Any = getattr(built.module, "lora_graphmoe", {})
+    for adapter in adapters.values():
+        adapter.config.lora_dropout = rate
+
+
 class LayerTiming:
-    """The contenders of a case of the groups ``layer``, ``rounds``, ``methods``, ``scaling`` and ``host``."""
+    """The contenders of a case of the groups ``layer``, ``step``, ``rounds``, ``methods``, ``scaling`` and ``host``.
+
+    They are checked without dropout, whose masks no definition has, and timed with the case's.
+    """
 
     def __init__(self, case: Case, layers: Layers) -> None:
         self.case, self.layers = case, layers
@@ -69,10 +79,16 @@ class LayerTiming:
         inputs, judge = self._input(sizes)
         built.set_mode(self.training)
         calls = [call_of(built, each, self.training) for each in inputs]
+
+        def check() -> Verdict:
+            found = judge.check(built)
+            set_dropout(built, self.case.dropout)
+            return found
+
         turns, captured = itertools.cycle(calls), self.case.graph and provider.capturable
         return Prepared(
             contender,
-            (lambda: judge.check(built)) if provider.computes else None,
+            check if provider.computes else None,
             # A graph reads one input for ever; the weights alone exceed the caches.
             calls[0] if captured else lambda: next(turns)(),
             work=layer_work(provider.form, sizes, self.training),

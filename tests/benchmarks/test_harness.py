@@ -19,6 +19,7 @@ from benchmarks.providers import PROVIDERS, missing
 from benchmarks.sizes import MODELS
 from benchmarks.table import PLANS, Plan, table
 from benchmarks.test_benchmarks import Replay
+from benchmarks.timing import INPUTS, LayerTiming
 from benchmarks.whole import DecoderTiming
 from tests.benchmarks.made_up import LIMITS
 
@@ -159,6 +160,18 @@ def test_a_graph_that_replays_another_result_is_refused(monkeypatch):
     found = measuring.measure(case, Workplace(Layers(Replaying()), {"limits": {}}, 0.0))
     assert found.rows == []
     assert "in a CUDA graph, y: error 1.0e-02" in found.fault("dense")
+
+
+def test_steps_are_checked_without_dropout_and_timed_with_it():
+    """A definition has no masks, so a check with them would refuse everyone; a step without them is another step."""
+    (case,) = cases("step")
+    timing = LayerTiming(case, Layers(CPU))
+    for contender in case.contenders:
+        ready = timing.prepare(contender)
+        assert ready.check().fault is None
+        calls = [ready.call() for _ in range(2 * INPUTS)]  # each input twice
+        alike = [torch.equal(calls[i]["y"], calls[i + INPUTS]["y"]) for i in range(INPUTS)]
+        assert alike == [contender.provider == "dense"] * INPUTS
 
 
 def test_a_check_of_nothing_passes_nobody():

@@ -41,7 +41,7 @@ def run(*arguments, timeout=300, **environment):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
-def test_by_default_everything_but_methods_and_scaling_is_measured():
+def test_by_default_everything_but_the_long_groups_is_measured():
     found = chosen()
     assert {case.group for case in found.cases} - NEED_TRITON == set(GROUPS) - set(NOT_BY_DEFAULT) - NEED_TRITON
     assert {"liger", "triton"} >= found.left_out.keys()
