@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from graphmoe_cli.arguments import ListCommand
@@ -23,8 +26,18 @@ app.command(cls=ListCommand)(memory)
 app.command()(convert)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"graphmoe {version('graphmoe')}")
+        raise typer.Exit
+
+
 @app.callback()
-def graphmoe() -> None:
+def graphmoe(
+    version: Annotated[  # its callback shows it
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """GraphMoE: mixture-of-LoRA-experts layers with self-rethinking."""
 
 

@@ -14,5 +14,7 @@ def check_format(name: str, rounds: int | None) -> None:
     """Raise ``ValueError`` for an unknown format, and for rounds where the format has no GRU to add."""
     if name not in FORMATS:
         raise ValueError(f"unknown format {name!r}; there are {', '.join(FORMATS)}")
+    if rounds is not None and rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
     if rounds is not None and name != "graphmoe":
         raise ValueError(f"rounds={rounds} goes with the format 'graphmoe' alone: {name!r} has no GRU to add")

@@ -46,11 +46,16 @@ def run(
         return
     table = _table(found)
     table.title = Text(
-        f"GB on each GPU, to train {config.title} on {model}: {gpus} GPUs, {tokens:,} tokens on each, bf16, AdamW, "
-        f"{'with' if checkpointing else 'without'} gradient checkpointing"
+        f"GB on each GPU, to train {config.title} on {model}: {_count(names, gpus)}, {tokens:,} tokens on each, bf16, "
+        f"AdamW, {'with' if checkpointing else 'without'} gradient checkpointing"
     )
     console.width = max(console.width, Measurement.get(console, console.options.update_width(1000), table).maximum)
     console.print(table)
+
+
+def _count(strategies: Sequence[str], gpus: int) -> str:
+    """How many GPUs there are; the strategy single has one of them."""
+    return "1 GPU" if gpus == 1 or set(strategies) == {"single"} else f"{gpus} GPUs"
 
 
 def gigabytes(count: int) -> str:

@@ -53,11 +53,13 @@ def is_local_model(name: str) -> bool:
 
 
 def check_is_model(name: str) -> None:
-    """Refuse a path that is no folder, and an adapter's folder.
+    """Refuse a path that is no folder, a file's, and an adapter's folder.
 
     Raises:
         ValueError: says which of them it is.
     """
+    if name.endswith(".json"):
+        raise ValueError(f"{name} would be a file; name the model's folder, whose config.json is read")
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise ValueError(f"there is no folder {name} to load a model from")
     if (Path(name) / "adapter_config.json").exists():

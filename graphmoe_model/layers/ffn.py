@@ -184,8 +184,11 @@ class FusedGraphMoEFFN(RoutedLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _adapted(
-        self, x: Tensor, name: str, adapter: GraphMoEAdapter, manager: WeightManager
+        self, x: Tensor, name: str, adapter: GraphMoEAdapter, manager: WeightManager, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, tuple[tuple[Tensor, ...], ...]]:
+        if args or kwargs:
+            more = [type(each).__name__ for each in args] + [f"{name}=" for name in kwargs]
+            raise TypeError(f"{type(self).__name__} takes x alone, as the MLP does; it got {', '.join(more)} too")
         config = adapter.config
         output = rethink(
             x if x.dim() == 2 else x.reshape(-1, x.shape[-1]),  # [N, D]

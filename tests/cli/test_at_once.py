@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -40,6 +41,7 @@ WRONG = {
     "memory --model tiny --tokens 1": "tokens must be at least 2, got 1",
     "convert a": "Missing argument",
     "convert a b --to gguf": "'gguf' is not one of 'graphmoe'",
+    "convert a b --rounds 0": "rounds must be at least 1, got 0",
     "convert a b --to moe-peft --rounds 3": "goes with the format 'graphmoe' alone",
 }
 RUN = """
@@ -62,7 +64,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def answers() -> dict[str, tuple[int, str, list[str]]]:
     """Command line -> its status, what it printed, and what was loaded by then, all in one fresh process."""
-    lines = [*HELP, *WRONG]
+    lines = [*HELP, "--version", *WRONG]
     command = [sys.executable, "-c", RUN, json.dumps(lines), json.dumps(HEAVY)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -80,6 +82,10 @@ def test_help_loads_no_model_library(line, answers):
     assert status == (0 if line else 2)  # without any argument: the help, as of something that is missing
     assert "Usage: graphmoe" in text
     assert loaded == []
+
+
+def test_the_version_is_the_distributions(answers):
+    assert answers["--version"] == [0, f"graphmoe {version('graphmoe')}\n", []]
 
 
 @pytest.mark.parametrize("line", WRONG)

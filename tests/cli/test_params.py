@@ -145,6 +145,7 @@ WRONG_PARAMS = {
     "an adapter of no model": ("--adapter GRAPHMOE", "name the base model by --model"),
     "unknown preset": ("--preset mixlor --model tiny", "unknown preset 'mixlor'; there are lora, dora, mixlora"),
     "unknown model": ("--preset mixlora --model ./nowhere", "there is no folder ./nowhere"),
+    "a file": ("--preset mixlora --model models/config.json", "name the model's folder, whose config.json is read"),
     "not a model": ("--preset mixlora --model TMP", "cannot read the configuration of the model"),
     "an adapter as the model": ("--preset mixlora --model GRAPHMOE", "is an adapter: pass its base model"),
     "not an adapter": ("--adapter BASE --model tiny", "cannot load the adapter"),

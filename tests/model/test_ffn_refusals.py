@@ -47,6 +47,13 @@ def test_wrong_inputs_are_named(x, error, message):
         ffn(dtype=torch.float32)(x)
 
 
+def test_more_than_x_is_refused_by_name():
+    """A decoder layer of another library may hand its MLP more; dropping it would be silent."""
+    x = torch.zeros(2, D)
+    with pytest.raises(TypeError, match=r"FusedGraphMoEFFN takes x alone.* got NoneType, mask= too"):
+        ffn(dtype=torch.float32)(x, None, mask=x)
+
+
 class Ungated(nn.Module):
     """Two projections, as GPT-NeoX has them."""
 

@@ -217,6 +217,10 @@ def test_the_command_prints_a_table_of_all_strategies(asked):
         assert [name, "1.0", "2.0", "3.0", "4.0", "5.0", "6.0", "7.0", "28.0", "0.5"] in rows
 
 
+def test_the_strategy_single_has_one_gpu(asked):
+    assert "on tiny: 1 GPU, 4,096 tokens" in graphmoe("--model", "tiny", "--strategy", "single").stdout
+
+
 WRONG = {
     "unknown strategy": ("--model tiny --strategy fsdp1", "unknown strategy 'fsdp1'"),
     "unknown preset": ("--model tiny --preset mixlor", "unknown preset 'mixlor'"),
