@@ -72,10 +72,10 @@ class DrawnMask:
     def __init__(self, probability: float, seed: Tensor) -> None:
         self.generator, self.probability = torch.Generator("cpu").manual_seed(int(seed)), probability
 
-    def draw(self, tokens: int, rows: Tensor, out: Tensor) -> Tensor:
-        """Draw for so many next ``tokens``, and give some ``rows`` [p] of them: ``out`` [p, F], entries 0 or 1."""
-        width, words = out.shape[1], rows.new_empty(tokens, -(-out.shape[1] // 4), dtype=torch.int64)
-        numbers = words.random_(-(2**63), None, generator=self.generator).view(torch.int16)  # [tokens, F or some more]
+    def draw(self, out: Tensor) -> Tensor:
+        """Draw for so many next tokens as ``out`` [b, F] has rows, and write entries 0 or 1 to it."""
+        tokens, width = out.shape
+        words = out.new_empty(tokens, -(-width // 4), dtype=torch.int64)
+        numbers = words.random_(-(2**63), None, generator=self.generator).view(torch.int16)  # [b, F or some more]
         # To its own dtype, and a cast, would take eight times as long.
-        kept = torch.ge(numbers[:, :width], threshold(self.probability) - LEVELS // 2, out=out.new_empty(tokens, width))
-        return torch.index_select(kept, 0, rows, out=out)
+        return torch.ge(numbers[:, :width], threshold(self.probability) - LEVELS // 2, out=out)

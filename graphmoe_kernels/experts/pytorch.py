@@ -1,12 +1,11 @@
-"""The expert SwiGLU round as it runs on PyTorch: pairs of token and slot, block by block, nothing wide saved.
+"""The expert SwiGLU round as it runs on PyTorch: pairs of token and slot, a run of them at a time, nothing wide saved.
 
 A pair's products are those with its own expert (`graphmoe_kernels.experts.pytorch_pairs`), and the pointwise work is
-done for all pairs of a block at once: the cost hardly grows with the number of experts. On a CPU a block's wide tensors
-stay in cache and in memory that the allocator hands out again at once. (A fresh tensor of some megabytes costs a CPU
-more in page faults than pointwise arithmetic on it.) Other devices have one block. Backward recomputes the
-pre-activation.
+done for all pairs of a run at once: the cost hardly grows with the number of experts. On a CPU a run's wide tensors
+stay in cache. (One tensor of all pairs costs a CPU more in memory traffic and page faults than the arithmetic on it.)
+Other devices have one run. Backward recomputes the pre-activation.
 
-Half-precision inputs are computed in fp32 within a block and rounded once on the way out.
+Half-precision inputs are computed in fp32 within a block of tokens and rounded once on the way out.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.activations import get_activation
+from graphmoe_kernels.activations import Activation, get_activation
 from graphmoe_kernels.experts import pytorch_few
 from graphmoe_kernels.experts.dropout import kept_scale
-from graphmoe_kernels.experts.operands import FLOATING, ExpertOperands
-from graphmoe_kernels.experts.pytorch_blocks import add_update_gradients, compute_dtype
-from graphmoe_kernels.experts.pytorch_pairs import Pairs, pairs_of
+from graphmoe_kernels.experts.operands import FLOATING, ExpertOperands, GateUp
+from graphmoe_kernels.experts.pytorch_blocks import add_update_gradients, compute_dtype, scratch_on_host
+from graphmoe_kernels.experts.pytorch_pairs import Pairs, Run, pairs_of
 from graphmoe_kernels.structures import cast_tensor
 
 
@@ -33,30 +32,53 @@ class Matrices(NamedTuple):
     down_A: Tensor
 
 
-class PreActivation(NamedTuple):
-    """g and u [p, F] of a block's pairs before their scale vectors, and the low-rank activations [p, q] in them."""
+class Given(NamedTuple):
+    """What every run reads; ``low`` are the low-rank activations of all pairs, [P, q] each."""
 
-    g: Tensor
-    u: Tensor
-    low_gate: Tensor
-    low_up: Tensor
+    operands: ExpertOperands
+    pairs: Pairs
+    matrices: Matrices
+    low: GateUp
+    scale: float
+    act: Activation
+
+
+class Upstream(NamedTuple):
+    """The gradients of all pairs' z, [P, q], without and with the routing weights."""
+
+    dz: Tensor
+    weighted: Tensor
+
+
+class Gradients(NamedTuple):
+    """What runs write, or add to: gradients by name, of the matrices, and of all pairs' ``low`` and weights."""
+
+    named: dict[str, Tensor]
+    matrices: Matrices
+    low: GateUp
+    weights: Tensor
 
 
 def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Tensor, Tensor]:
     """hidden [N, F] and low_down [N, n*r]; see `graphmoe_kernels.expert_swiglu`."""
     if pytorch_few.suits(operands):
         return pytorch_few.forward(operands, scale, activation)
-    act, matrices = get_activation(activation).function, _matrices(operands)
+    given = _given(operands, _matrices(operands), scale, activation)
+    pairs, down_A = given.pairs, given.matrices.down_A
     hidden = torch.empty_like(operands.pre_activations.gate, memory_format=torch.contiguous_format)
     low_down = operands.low.new_zeros(operands.low.shape[0], operands.low.shape[1] // 2)
-    for pairs in pairs_of(operands):
-        g, u = _finished(operands, pairs, _pre_activation(operands, pairs, matrices, scale))
-        own = torch.mul(act(g), u, out=u)  # [p, F]
-        hidden[pairs.tokens] = pairs.combine(own, weighted=True)
-        if pairs.mask is not None:
-            own.mul_(pairs.mask)
-        narrow = pairs.reduce(own, matrices.down_A).mul_(pairs.weights)  # [p, q]
-        pairs.put(narrow.mul_(_kept(operands)), low_down[pairs.tokens])
+    narrow = pairs.weights.new_empty(pairs.weights.shape[0], pairs.rank)  # [P, q]
+    for span, runs in pairs.blocks():
+        base, total = _base(given, span), pairs.total("hidden", hidden[span])
+        for run in runs:
+            g, u = _finished(operands, run, _pre_activation(given, base, run))
+            own = torch.mul(given.act.function(g), u, out=u)  # [m, F]
+            run.add_to(total, own * pairs.weights[run.rows])
+            if run.mask is not None:
+                own.mul_(run.mask)
+            run.reduce(own, down_A, narrow[run.rows])
+        _store(total, hidden[span])
+    pairs.put(narrow.mul_(pairs.weights).mul_(_kept(operands)), low_down)
     return hidden, low_down
 
 
@@ -68,22 +90,37 @@ def backward(
     activation: str,
     needed: frozenset[str],
 ) -> dict[str, Tensor]:
-    """The gradient of every floating operand by its name in `FLOATING`; recomputes each block's pre-activation.
+    """The gradient of every floating operand by its name in `FLOATING`; recomputes each run's pre-activation.
 
     All are computed together, so that those not ``needed`` would save nothing.
     """
-    grads = _new_gradients(operands)
     # In memory of this form products with few columns take a fraction of the time.
     matrices = Matrices(*(x.contiguous() for x in _matrices(operands)))
-    of_matrices = Matrices(*(torch.zeros_like(x) for x in matrices))
-    for pairs in pairs_of(operands):
-        span = pairs.tokens
-        upstream = grad_hidden[span], grad_low_down[span]
-        d_gate, d_up = _block_backward(operands, pairs, matrices, scale, activation, *upstream, grads, of_matrices)
-        grads["gate"][span], grads["up"][span] = d_gate, d_up
+    given = _given(operands, matrices, scale, activation)
+    pairs, grads = given.pairs, _new_gradients(operands)
+    dz = pairs.take(grad_low_down).mul_(_kept(operands))
+    upstream = Upstream(dz, dz * pairs.weights)
+    found = Gradients(
+        grads,
+        Matrices(*(torch.zeros_like(x) for x in matrices)),
+        GateUp(*(torch.empty_like(x) for x in given.low)),
+        torch.empty_like(pairs.weights),
+    )
+    for span, runs in pairs.blocks():
+        base, d_hidden = _base(given, span), grad_hidden[span]
+        totals = GateUp(*(pairs.total(name, grads[name][span]) for name in ("gate", "up")))
+        for run in runs:
+            for total, d in zip(totals, _run_backward(given, base, run, d_hidden, upstream, found), strict=True):
+                run.add_to(total, d)
         if operands.update is not None:
-            add_update_gradients(grads, d_gate, d_up, operands.update, span)
-    grads |= {"gate_B": of_matrices.gate_B.mT, "up_B": of_matrices.up_B.mT, "down_A": of_matrices.down_A}
+            add_update_gradients(grads, *totals, operands.update, span)
+        for total, name in zip(totals, ("gate", "up"), strict=True):
+            _store(total, grads[name][span])
+    for part, of_low in enumerate(found.low):
+        pairs.put(of_low.mul_(scale), grads["low"], part)
+    of = found.matrices
+    grads |= {"gate_B": of.gate_B.mT, "up_B": of.up_B.mT, "down_A": of.down_A}
+    grads["routing_weights"] = pairs.by_slot(found.weights)
     if operands.low_update is not None:
         grads["low_update"] = grads["low"].clone()
     return grads
@@ -94,43 +131,57 @@ def _matrices(operands: ExpertOperands) -> Matrices:
     return Matrices(*(cast_tensor(x, dtype) for x in (operands.B.gate.mT, operands.B.up.mT, operands.down_A)))
 
 
-def _pre_activation(operands: ExpertOperands, pairs: Pairs, matrices: Matrices, scale: float) -> PreActivation:
-    """Base plus update plus s B (A x) of a block's pairs."""
-    low = operands.low[pairs.tokens]
+def _given(operands: ExpertOperands, matrices: Matrices, scale: float, activation: str) -> Given:
+    low, pairs = operands.low, pairs_of(operands)
     if operands.low_update is not None:
-        low = low + operands.low_update[pairs.tokens]
-    low_gate, low_up = pairs.take(low), pairs.take(low, 1)
-    found = []
-    for part, (own_low, B) in enumerate(((low_gate, matrices.gate_B), (low_up, matrices.up_B))):
-        x = pairs.spread(_base(operands, pairs, part), pairs.wide("gu"[part]))  # [p, F]
-        found.append(pairs.add_product(x, own_low, B, scale))
-    g, u = found
-    return PreActivation(g, u, low_gate, low_up)
+        low = low + operands.low_update
+    taken = GateUp(pairs.take(low), pairs.take(low, 1))
+    return Given(operands, pairs, matrices, taken, scale, get_activation(activation))
 
 
-def _base(operands: ExpertOperands, pairs: Pairs, part: int) -> Tensor:
-    """The pre-activation [b, F] of a block's tokens for gate or up, the update in it."""
-    x = operands.pre_activations[part][pairs.tokens]
-    if operands.update is None:
-        return x
-    state, *folds = operands.update
-    out = pairs.wide("base")[: x.shape[0]] if x.dtype is pairs.weights.dtype else None
-    return torch.addmm(x, state[pairs.tokens], folds[part].t(), out=out)
+def _base(given: Given, span: slice) -> GateUp:
+    """The pre-activations [b, F] of a block's tokens, the update in them, without the experts' part."""
+    pre_activations, update = given.operands.pre_activations, given.operands.update
+    gate, up = (x[span] for x in pre_activations)
+    if update is None:
+        return GateUp(gate, up)
+    state = update.state[span]
+    return GateUp(
+        torch.addmm(gate, state, update.gate.t(), out=scratch_on_host("base_gate", gate)),
+        torch.addmm(up, state, update.up.t(), out=scratch_on_host("base_up", up)),
+    )
 
 
-def _finished(operands: ExpertOperands, pairs: Pairs, pre: PreActivation) -> tuple[Tensor, Tensor]:
-    """g and u [p, F] times their expert's scale vectors, and the biases."""
-    g, u = pre.g, pre.u
+def _pre_activation(given: Given, base: GateUp, run: Run) -> GateUp:
+    """Base plus s B (A x) of a run's pairs, [m, F] each."""
+    B = GateUp(given.matrices.gate_B, given.matrices.up_B)
+    return GateUp(
+        *(
+            run.add_product(run.spread(x), low[run.rows], matrices, given.scale)
+            for x, low, matrices in zip(base, given.low, B, strict=True)
+        )
+    )
+
+
+def _finished(operands: ExpertOperands, run: Run, pre: GateUp) -> GateUp:
+    """g and u [m, F] times their expert's scale vectors, and the biases."""
+    g, u = pre
     if operands.scales is not None:
-        g, u = (pairs.scaled(x, cast_tensor(m, x.dtype)) for x, m in zip((g, u), operands.scales, strict=True))
+        g, u = (run.scaled(x, cast_tensor(m, x.dtype)) for x, m in zip(pre, operands.scales, strict=True))
     if operands.biases is not None:
         g, u = g + cast_tensor(operands.biases.gate, g.dtype), u + cast_tensor(operands.biases.up, u.dtype)
-    return g, u
+    return GateUp(g, u)
 
 
 def _kept(operands: ExpertOperands) -> float:
     """What entries that dropout keeps are multiplied with."""
     return 1.0 if operands.dropout is None else kept_scale(operands.dropout.rate)
+
+
+def _store(total: Tensor, out: Tensor) -> None:
+    """Round what runs have added up, where it is not in its place already."""
+    if total.dtype is not out.dtype:
+        out.copy_(total)
 
 
 def _new_gradients(operands: ExpertOperands) -> dict[str, Tensor]:
@@ -143,7 +194,7 @@ def _new_gradients(operands: ExpertOperands) -> dict[str, Tensor]:
     for name, x in zip(FLOATING, operands.floating(), strict=True):
         if x is None:
             continue
-        if name in ("gate", "up", "state", "routing_weights"):
+        if name in ("gate", "up", "state"):
             found[name] = torch.empty_like(x, memory_format=torch.contiguous_format)
         elif name == "low":
             found[name] = torch.zeros_like(x, memory_format=torch.contiguous_format)
@@ -152,49 +203,42 @@ def _new_gradients(operands: ExpertOperands) -> dict[str, Tensor]:
     return found
 
 
-def _block_backward(
-    operands: ExpertOperands,
-    pairs: Pairs,
-    matrices: Matrices,
-    scale: float,
-    activation: str,
-    grad_hidden: Tensor,
-    grad_low_down: Tensor,
-    grads: dict[str, Tensor],
-    of_matrices: Matrices,
-) -> tuple[Tensor, Tensor]:
-    """Adds one block's part to ``grads`` and ``of_matrices``; returns the gradients of its gate and up
-    pre-activations, [b, F] each."""
-    act, span = get_activation(activation), pairs.tokens
-    pre = _pre_activation(operands, pairs, matrices, scale)
-    g, u = _finished(operands, pairs, pre)
-    active = act.function(g)
-    own = torch.mul(active, u, out=pairs.wide("own"))  # [p, F]
-    dz = pairs.take(grad_low_down).mul_(_kept(operands))  # [p, q]
-    d_own = pairs.spread(grad_hidden, pairs.wide("d_own"))  # [p, F]
-    if pairs.mask is None:
-        pairs.add_product(d_own, dz, matrices.down_A)
+def _run_backward(
+    given: Given, base: GateUp, run: Run, grad_hidden: Tensor, upstream: Upstream, found: Gradients
+) -> GateUp:
+    """Add one run's part to what is ``found``; return the gradients of its pre-activations, [m, F] each.
+
+    Args:
+        base, grad_hidden: [b, F], of the run's block.
+    """
+    operands, matrices, rows = given.operands, given.matrices, run.rows
+    pre = _pre_activation(given, base, run)
+    g, u = _finished(operands, run, pre)
+    active = given.act.function(g)
+    own = active * u  # [m, F]
+    d_own = run.spread(grad_hidden)
+    if run.mask is None:
+        run.add_product(d_own, upstream.dz[rows], matrices.down_A, 1.0)
     else:
-        of_dropped = pairs.add_product(pairs.wide("of_dropped"), dz, matrices.down_A, keep=0)
-        d_own.addcmul_(of_dropped, pairs.mask)
-    grads["routing_weights"][span] = pairs.by_slot(torch.linalg.vecdot(own, d_own))
-    if pairs.mask is not None:
-        own.mul_(pairs.mask)
-    pairs.add_gradient(of_matrices.down_A, dz * pairs.weights, own)
-    d_own.mul_(pairs.weights)
+        d_own.addcmul_(run.product(upstream.dz[rows], matrices.down_A), run.mask)
+    torch.sum(own * d_own, 1, keepdim=True, out=found.weights[rows])
+    if run.mask is not None:
+        own.mul_(run.mask)
+    run.add_gradient(found.matrices.down_A, upstream.weighted[rows], own)
+    d_own.mul_(given.pairs.weights[rows])
     d_up = active.mul_(d_own)
-    d_gate = act.derivative(g).mul_(d_own.mul_(u))
+    d_gate = given.act.derivative(g).mul_(d_own.mul_(u))
     if operands.scales is not None:
-        of_scales = grads["gate_scale"], grads["up_scale"]
-        for d, x, vectors, of_vectors in zip((d_gate, d_up), pre[:2], operands.scales, of_scales, strict=True):
-            pairs.add_vector_gradient(of_vectors, d * x)
-            d.copy_(pairs.scaled(d, cast_tensor(vectors, d.dtype)))
-    for part, (d, B, d_B, low) in enumerate(
-        (
-            (d_gate, matrices.gate_B, of_matrices.gate_B, pre.low_gate),
-            (d_up, matrices.up_B, of_matrices.up_B, pre.low_up),
+        of_scales = found.named["gate_scale"], found.named["up_scale"]
+        for d, x, of_vectors in zip((d_gate, d_up), pre, of_scales, strict=True):
+            run.add_vector_gradient(of_vectors, d * x)
+        d_gate, d_up = (
+            run.scaled(d, cast_tensor(m, d.dtype)) for d, m in zip((d_gate, d_up), operands.scales, strict=True)
         )
+    for d, B, d_B, low, d_low in (
+        (d_gate, matrices.gate_B, found.matrices.gate_B, given.low.gate, found.low.gate),
+        (d_up, matrices.up_B, found.matrices.up_B, given.low.up, found.low.up),
     ):
-        pairs.add_gradient(d_B, low, d, scale)
-        pairs.put(pairs.reduce(d, B).mul_(scale), grads["low"][span], part)
-    return pairs.combine(d_gate), pairs.combine(d_up)
+        run.add_gradient(d_B, low[rows], d, given.scale)
+        run.reduce(d, B, d_low[rows])
+    return GateUp(d_gate, d_up)

@@ -19,6 +19,7 @@ from graphmoe_kernels.experts.operands import GateUp, LowRankUpdate
 # F = 5632, at 256 and at 1024 tokens: an eighth of it costs about twice the time, twice of it gains nothing.
 BLOCK_BYTES = 12 * 2**20
 MIN_BLOCK_TOKENS = 16
+RUN_BYTES = 3 * 2**19
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,6 +42,11 @@ def block_size(gate: Tensor, slots: int) -> int:
     return max(1, math.ceil(tokens / max(1, math.ceil(tokens / largest))))
 
 
+def run_size(width: int, dtype: torch.dtype) -> int:
+    """How many pairs of a block are computed at a time, so that each of their wide tensors takes `RUN_BYTES`."""
+    return max(1, RUN_BYTES // (width * dtype.itemsize))
+
+
 def blocks(gate: Tensor) -> Iterator[slice]:
     """Slices of the tokens of ``gate`` [N, F] that are computed together."""
     tokens, size = gate.shape[0], block_size(gate, 1)
@@ -61,6 +67,11 @@ def scratch(name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
             flat = torch.empty(rows * width, dtype=dtype, device="cpu")
         held[name, dtype] = flat
     return flat[: rows * width].view(rows, width)
+
+
+def scratch_on_host(name: str, like: Tensor) -> Tensor | None:
+    """Give `scratch` for what has the rows, columns and dtype of ``like``; None on other devices."""
+    return scratch(name, *like.shape, like.dtype) if on_host(like) else None
 
 
 _held = threading.local()

@@ -40,10 +40,7 @@ def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Te
     gate, up = updated(operands.pre_activations, operands.update)
     mask = None
     if operands.dropout is not None:
-        tokens, width = gate.shape
-        mask = DrawnMask(*operands.dropout).draw(
-            tokens, torch.arange(tokens, device="cpu"), low.new_empty(tokens, width, dtype=dtype)
-        )
+        mask = DrawnMask(*operands.dropout).draw(gate.new_empty(gate.shape, dtype=dtype))
         mask = mask.mul_(kept_scale(operands.dropout.rate))[:, None]  # [N, 1, F]
     low, base = cast_tensor(low, dtype), GateUp(cast_tensor(gate, dtype), cast_tensor(up, dtype))
     if len(ids) == 1:

@@ -123,8 +123,8 @@ def same_mask_in_reference(form: str, monkeypatch: Any) -> None:
     """Let the reference take the dropout mask that the PyTorch path draws on a CPU; stacked slots take its own."""
 
     def drawn(seed: torch.Tensor, rate: float, experts: torch.Tensor, width: int) -> torch.Tensor:
-        (tokens, slots), rows = experts.shape, torch.arange(experts.shape[0])
-        mask = DrawnMask(rate, seed).draw(tokens, rows, torch.empty(tokens, width))
+        tokens, slots = experts.shape
+        mask = DrawnMask(rate, seed).draw(torch.empty(tokens, width))
         return mask[:, None].expand(tokens, slots, width)
 
     if form != "stacked":

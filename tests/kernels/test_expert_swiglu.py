@@ -146,8 +146,8 @@ def test_blocks_do_not_matter(tokens, dropout, monkeypatch):
     monkeypatch.setattr(pytorch_blocks, "BLOCK_BYTES", 1)
     monkeypatch.setattr(pytorch_blocks, "MIN_BLOCK_TOKENS", 16)
     made = []
-    new = pytorch_pairs.SortedPairs
-    monkeypatch.setattr(pytorch_pairs, "SortedPairs", lambda *rest: made.append(rest) or new(*rest))
+    new = pytorch_pairs.Block
+    monkeypatch.setattr(pytorch_pairs, "Block", lambda *rest: made.append(rest) or new(*rest))
     cut = results(given, "torch", **settings)
     assert len(made) == 2 * -(-tokens // 16), "as many blocks as that, forward and backward"
     for name, exact in whole.items():
@@ -184,15 +184,14 @@ def test_dropout_keeps_the_mean():
 def test_the_drawn_mask_drops_as_many_as_asked():
     """Entries are 0 or 1, apart from each other, and every call that is given the seed draws the same."""
     rate, tokens, width = 0.05, 400, 1001
-    rows = torch.arange(tokens)
     first, again = (DrawnMask(rate, torch.tensor([2**40 + 3])) for _ in range(2))
-    mask = first.draw(tokens, rows, torch.empty(tokens, width))
+    mask = first.draw(torch.empty(tokens, width))
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     assert abs(1 - mask.mean().item() - rate) < 4 * (rate * (1 - rate) / mask.numel()) ** 0.5
     for shifted in (mask.roll(1, 0), mask.roll(1, 1), mask.roll(4, 1)):
         both = ((1 - mask) * (1 - shifted)).mean().item()
         assert abs(both - rate**2) < 5 * rate / mask.numel() ** 0.5
-    parts = [again.draw(n, torch.arange(n), torch.empty(n, width)) for n in (150, 250)]
+    parts = [again.draw(torch.empty(n, width)) for n in (150, 250)]
     assert torch.equal(torch.cat(parts), mask)
 
 
