@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graphmoe_kernels.backend import without_autocast
 from graphmoe_kernels.dora import dora_scale, scaled_by, scaled_rows
+from graphmoe_kernels.experts.dropout import drop
 from graphmoe_kernels.mixing import mixed_change, mixing_weights, side_by_side, weighted
 from graphmoe_kernels.ranges import named_range
 from graphmoe_kernels.rethinking.folding import FoldSettings
@@ -103,7 +104,7 @@ def mix_linear(
         mixing = mixing_weights(routing)
     with named_range("experts"):
         x = x.to(y.dtype)
-        low = weighted(F.linear(F.dropout(x, dropout) if dropout > 0 else x, experts.A), mixing)  # [N, n*r]
+        low = weighted(F.linear(drop(x, dropout) if dropout > 0 else x, experts.A), mixing)  # [N, n*r]
         if experts.change is not None:
             change, bias = mixed_change(mixing, experts.change), experts.bias
             y = scaled_by(y, change) if bias is None else scaled_by(y - bias, change) + bias

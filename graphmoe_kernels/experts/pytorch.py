@@ -73,10 +73,8 @@ def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Te
         for run in runs:
             g, u = _finished(operands, run, _pre_activation(given, base, run))
             own = torch.mul(given.act.function(g), u, out=u)  # [m, F]
-            run.add_to(total, own * pairs.weights[run.rows])
-            if run.mask is not None:
-                own.mul_(run.mask)
-            run.reduce(own, down_A, narrow[run.rows])
+            run.reduce(own if run.mask is None else own * run.mask, down_A, narrow[run.rows])
+            run.add_to(total, own.mul_(pairs.weights[run.rows]))
         _store(total, hidden[span])
     pairs.put(narrow.mul_(pairs.weights).mul_(_kept(operands)), low_down)
     return hidden, low_down

@@ -17,9 +17,9 @@ from graphmoe_kernels.experts.operands import GateUp, LowRankUpdate
 
 # Bytes of one block's wide intermediate [tokens * k, 2F] in the dtype of the computation. Measured on a 2-core CPU with
 # F = 5632, at 256 and at 1024 tokens: an eighth of it costs about twice the time, twice of it gains nothing.
-BLOCK_BYTES = 12 * 2**20
+BLOCK_BYTES = 48 * 2**20
 MIN_BLOCK_TOKENS = 16
-RUN_BYTES = 3 * 2**19
+RUN_BYTES = 2 * 2**20
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

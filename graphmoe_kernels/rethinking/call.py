@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from graphmoe_kernels.backend import resolve_backend, without_autocast
+from graphmoe_kernels.experts.dropout import drop
 from graphmoe_kernels.experts.operands import Dropout, ExpertOperands, ExpertsOutput, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.run import run_round, run_swiglu
 from graphmoe_kernels.gru.run import run_gru_step
@@ -79,7 +79,7 @@ class Call(NamedTuple):
 
     def drop(self, x: Tensor) -> Tensor:
         """Give x with LoRA's dropout on it; x itself outside training."""
-        return F.dropout(x, self.spec.dropout) if self.spec.dropout > 0 else x
+        return drop(x, self.spec.dropout) if self.spec.dropout > 0 else x
 
     def draw_dropout(self, device: torch.device) -> Dropout | None:
         """Draw a fresh seed from the device's generator for the dropout inside the operator; None without dropout."""
