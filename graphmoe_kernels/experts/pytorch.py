@@ -212,7 +212,7 @@ def _run_backward(
     operands, matrices, rows = given.operands, given.matrices, run.rows
     pre = _pre_activation(given, base, run)
     g, u = _finished(operands, run, pre)
-    active = given.act.function(g)
+    active, slope = given.act.with_derivative(g)
     own = active * u  # [m, F]
     d_own = run.spread(grad_hidden)
     if run.mask is None:
@@ -225,7 +225,7 @@ def _run_backward(
     run.add_gradient(found.matrices.down_A, upstream.weighted[rows], own)
     d_own.mul_(given.pairs.weights[rows])
     d_up = active.mul_(d_own)
-    d_gate = given.act.derivative(g).mul_(d_own.mul_(u))
+    d_gate = slope.mul_(d_own.mul_(u))
     if operands.scales is not None:
         of_scales = found.named["gate_scale"], found.named["up_scale"]
         for d, x, of_vectors in zip((d_gate, d_up), pre, of_scales, strict=True):

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from graphmoe_kernels.experts.operands import GateUp, LowRankUpdate
 
-# Bytes of one block's wide intermediate [tokens * k, 2F] in the dtype of the computation. Measured on a 2-core CPU with
-# F = 5632, at 256 and at 1024 tokens: an eighth of it costs about twice the time, twice of it gains nothing.
-BLOCK_BYTES = 48 * 2**20
-MIN_BLOCK_TOKENS = 16
+# Bytes of one wide tensor of a block of tokens, [b, F], and of a run of pairs, [m, F], in the dtype of the computation.
+# Measured on a 2-core CPU with 32 MiB of L3, one thread. Blocks of a quarter take half as much time again with 64
+# experts (F = 8192, 256 tokens), whose matrices are read once per block. Runs of half these bytes are level; one run of
+# a block's pairs (F = 1536, 496 tokens) takes a fifth longer, forward and backward.
+BLOCK_BYTES = 12 * 2**20
 RUN_BYTES = 2 * 2**20
+MIN_BLOCK_TOKENS = 16
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,24 +34,23 @@ def on_host(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def block_size(gate: Tensor, slots: int) -> int:
-    """Tokens of ``gate`` [N, F] per block, so that blocks are even and their wide intermediate takes `BLOCK_BYTES`."""
+def block_size(gate: Tensor) -> int:
+    """Tokens of ``gate`` [N, F] per block: even blocks of at most `BLOCK_BYTES` on a CPU, all tokens elsewhere."""
     tokens, width = gate.shape
     if not on_host(gate):
         return max(1, tokens)
-    token_bytes = slots * 2 * width * compute_dtype(gate.dtype).itemsize
-    largest = max(MIN_BLOCK_TOKENS, BLOCK_BYTES // token_bytes)
+    largest = max(MIN_BLOCK_TOKENS, BLOCK_BYTES // (width * compute_dtype(gate.dtype).itemsize))
     return max(1, math.ceil(tokens / max(1, math.ceil(tokens / largest))))
 
 
 def run_size(width: int, dtype: torch.dtype) -> int:
-    """How many pairs of a block are computed at a time, so that each of their wide tensors takes `RUN_BYTES`."""
+    """How many pairs of a block are computed at a time: each of their wide tensors takes `RUN_BYTES` at most."""
     return max(1, RUN_BYTES // (width * dtype.itemsize))
 
 
 def blocks(gate: Tensor) -> Iterator[slice]:
     """Slices of the tokens of ``gate`` [N, F] that are computed together."""
-    tokens, size = gate.shape[0], block_size(gate, 1)
+    tokens, size = gate.shape[0], block_size(gate)
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
 
@@ -57,8 +58,8 @@ def blocks(gate: Tensor) -> Iterator[slice]:
 def scratch(name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     """Give memory on the CPU for [rows, width], where this thread's last tensor of that name lay.
 
-    It stays with the thread, about half of `BLOCK_BYTES` for each name: handing it back to the system and getting it
-    again, page by page, takes longer than what is computed in it.
+    It stays with the thread, about `BLOCK_BYTES` for each name: handing it back to the system and getting it again,
+    page by page, takes longer than what is computed in it.
     """
     held: Any = vars(_held)
     flat = held.get((name, dtype))

@@ -160,7 +160,7 @@ class SortedPairs:
         check_ids(operands.expert_ids, self.n)
         ids = operands.expert_ids.long()
         self.tokens, slots = ids.shape
-        self.size = block_size(operands.pre_activations.gate, slots)
+        self.size = block_size(operands.pre_activations.gate)
         counter = partial(torch.arange, device=ids.device)  # whatever the default device is
         block_of = counter(self.tokens).div_(self.size, rounding_mode="floor")
         ordered, order = torch.add(ids, block_of[:, None], alpha=self.n).flatten().sort(stable=True)

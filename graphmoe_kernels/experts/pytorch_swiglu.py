@@ -45,7 +45,8 @@ def swiglu_backward(
     for span in blocks(gate):
         g, u = (cast_tensor(x, dtype) for x in updated(pre_activations, update, span))
         d = cast_tensor(grad_hidden[span], dtype)
-        d_gate, d_up = act.derivative(g) * d * u, d * act.function(g)
+        active, slope = act.with_derivative(g)
+        d_gate, d_up = slope * d * u, d * active
         grads["gate"][span], grads["up"][span] = d_gate, d_up
         if update is not None:
             add_update_gradients(grads, d_gate, d_up, update, span)

@@ -39,6 +39,8 @@ def test_derivative_is_that_of_the_function(name):
     x = torch.cat([away_from_kinks(), KINKS]).requires_grad_()
     (exact,) = torch.autograd.grad(function(x).sum(), x)
     torch.testing.assert_close(derivative(x.detach()), exact, rtol=1e-12, atol=1e-14)
+    at_once = ACTIVATIONS[name].with_derivative(x.detach())
+    torch.testing.assert_close(at_once, (function(x).detach(), exact), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=MARKS)])

@@ -1,11 +1,13 @@
 """`expert_swiglu`: the PyTorch path against its reference and the definition, forward and backward."""
 
+import itertools
+
 import pytest
 import torch
 
 from graphmoe_kernels import get_activation
 from graphmoe_kernels.experts import pytorch_blocks, pytorch_pairs
-from graphmoe_kernels.experts.dropout import DrawnMask
+from graphmoe_kernels.experts.dropout import DrawnMask, drop
 from graphmoe_kernels.testing import relative_error, within_budget
 from tests.kernels.expert_operands import (
     FLOATING,
@@ -155,6 +157,35 @@ def test_blocks_do_not_matter(tokens, dropout, monkeypatch):
 
 
 @pytest.mark.oracle
+@pytest.mark.parametrize("pairs", [1, 3, 10])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_runs_do_not_matter(dropout, pairs, monkeypatch):
+    """Neither does how many pairs of a block are computed at a time: a part of an expert's, or several experts'."""
+    given = operands(40, inner=6, scales=True)
+    settings = {"dropout": dropout, "seed": torch.tensor([7]) if dropout else None}
+    take_form("sorted", monkeypatch)
+    whole = results(given, "torch", **settings)
+    monkeypatch.setattr(pytorch_blocks, "RUN_BYTES", pairs * given["gate"][0].nbytes)
+    cut = results(given, "torch", **settings)
+    for name, exact in whole.items():
+        assert relative_error(cut[name], exact) <= 1e-13, name
+
+
+@pytest.mark.parametrize("largest", [1, 2, 5, 100])
+def test_runs_hold_every_pair_once_and_no_more_at_a_time_than_asked(largest):
+    """An expert of many pairs is cut evenly, those of few share a run, and none appears that nobody chose."""
+    starts = [3, 3, 10, 11, 12, 12, 40]  # experts 0 and 4 have none
+    runs = list(pytorch_pairs.runs_of(starts, largest))
+    pairs = [(p, piece.expert) for run in runs for piece in run for p in range(piece.start, piece.stop)]
+    assert pairs == [(p, e) for e in range(6) for p in range(starts[e], starts[e + 1])]
+    sizes = [run[-1].stop - run[0].start for run in runs]
+    assert max(sizes) <= largest
+    assert all(a + b > largest for a, b in itertools.pairwise(sizes)), "two neighbours would have been one run"
+    last = [piece.stop - piece.start for run in runs for piece in run if piece.expert == 5]
+    assert max(last) - min(last) <= 1
+
+
+@pytest.mark.oracle
 @pytest.mark.parametrize("inner", [None, 6], ids=["first round", "later round"])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_dropout_masks_what_down_A_reads_and_nothing_else(tokens, inner, form, monkeypatch):
@@ -193,6 +224,25 @@ def test_the_drawn_mask_drops_as_many_as_asked():
         assert abs(both - rate**2) < 5 * rate / mask.numel() ** 0.5
     parts = [again.draw(torch.empty(n, width)) for n in (150, 250)]
     assert torch.equal(torch.cat(parts), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_on_the_input_drops_as_many_as_asked(dtype):
+    """The rest is scaled so that the mean stays, the gradient has the same mask, and a seed of PyTorch's names it."""
+    rate, x = 0.05, torch.ones(37, 1001, dtype=dtype, requires_grad=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        found = drop(x, rate)
+        assert not torch.equal(drop(x, rate), found), "every call draws"
+        torch.manual_seed(5)
+        assert torch.equal(drop(x, rate), found)
+    assert found.dtype is dtype
+    (grad,) = torch.autograd.grad(found.sum(), x)
+    assert torch.equal(grad, found)
+    assert abs((found == 0).double().mean().item() - rate) < 4 * (rate * (1 - rate) / x.numel()) ** 0.5
+    kept = found[found != 0].unique()
+    assert kept.numel() == 1
+    torch.testing.assert_close(kept.item(), 1 / (1 - rate), rtol=max(torch.finfo(dtype).eps, 2**-15), atol=0)
 
 
 def test_seed_names_the_mask():

@@ -163,8 +163,8 @@ def test_memory_that_stays_with_a_thread_is_nobody_else_s(form):
     given, seed = cast(operands(inner=6), torch.float32), torch.tensor([3])
     with ThreadPoolExecutor(4) as pool:  # threads that have no memory yet
         found = [each.result() for each in [pool.submit(calls) for _ in range(8)]]
-        there = pool.submit(pytorch_blocks.scratch, "g", 1, 1, torch.float32).result()
-    assert there.data_ptr() != pytorch_blocks.scratch("g", 1, 1, torch.float32).data_ptr()
+        there = pool.submit(pytorch_blocks.scratch, "base_gate", 1, 1, torch.float32).result()
+    assert there.data_ptr() != pytorch_blocks.scratch("base_gate", 1, 1, torch.float32).data_ptr()
     for c, z in found:
         assert torch.equal(c, found[0][0])
         assert torch.equal(z, found[0][1])
