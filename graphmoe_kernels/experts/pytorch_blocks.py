@@ -72,7 +72,7 @@ def scratch(name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
 
 def scratch_on_host(name: str, like: Tensor) -> Tensor | None:
     """Give `scratch` for what has the rows, columns and dtype of ``like``; None on other devices."""
-    return scratch(name, *like.shape, like.dtype) if on_host(like) else None
+    return scratch(name, like.shape[0], like.shape[1], like.dtype) if on_host(like) else None
 
 
 _held = threading.local()

@@ -183,7 +183,7 @@ class SortedPairs:
             yield Block(span, (SortedRun(self, run, first, kept) for run in pieces))
 
     def total(self, name: str, out: Tensor) -> Tensor:
-        return (out if out.dtype is self.dtype else scratch(name, *out.shape, self.dtype)).zero_()
+        return (out if out.dtype is self.dtype else scratch(name, out.shape[0], self.width, self.dtype)).zero_()
 
     def by_slot(self, x: Tensor) -> Tensor:
         return x.view(-1)[self.place]
