@@ -20,7 +20,8 @@ from graphmoe_kernels.experts import pytorch_few
 from graphmoe_kernels.experts.dropout import kept_scale
 from graphmoe_kernels.experts.operands import FLOATING, ExpertOperands, GateUp
 from graphmoe_kernels.experts.pytorch_blocks import add_update_gradients, compute_dtype, scratch_on_host
-from graphmoe_kernels.experts.pytorch_pairs import Pairs, Run, pairs_of
+from graphmoe_kernels.experts.pytorch_pairs import pairs_of
+from graphmoe_kernels.experts.pytorch_protocols import Pairs, Run
 from graphmoe_kernels.structures import cast_tensor
 
 

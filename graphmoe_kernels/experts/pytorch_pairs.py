@@ -12,9 +12,9 @@ There are two ways to hold them, with the same methods. A pair's low-rank activa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,95 +23,8 @@ from graphmoe_kernels.experts.dropout import DrawnMask, dropout_mask
 from graphmoe_kernels.experts.ids import check_ids, valid_tokens
 from graphmoe_kernels.experts.operands import ExpertOperands
 from graphmoe_kernels.experts.pytorch_blocks import block_size, compute_dtype, on_host, run_size, scratch
+from graphmoe_kernels.experts.pytorch_protocols import Block, Pairs
 from graphmoe_kernels.structures import cast_tensor
-
-
-class Run(Protocol):
-    """The m pairs that are computed together. ``matrices`` and their gradients are [n, r, F].
-
-    Attributes:
-        rows: which of the P pairs.
-        mask: [m, F], the dropout mask, entries 0 or 1, or None.
-    """
-
-    rows: slice
-    mask: Tensor | None
-
-    def spread(self, x: Tensor) -> Tensor:
-        """Give every pair its token's row of x [b, F], in memory of its own: [m, F]."""
-        ...
-
-    def add_to(self, total: Tensor, x: Tensor) -> None:
-        """Add x [m, F] to the rows of the pairs' tokens in ``total`` [b, F], which `Pairs.total` gave."""
-        ...
-
-    def product(self, low: Tensor, matrices: Tensor) -> Tensor:
-        """Multiply ``low`` [m, q] with each pair's matrix: [m, F]."""
-        ...
-
-    def add_product(self, y: Tensor, low: Tensor, matrices: Tensor, scale: float) -> Tensor:
-        """Add scale * ``low`` [m, q] times each pair's matrix to y [m, F], and return it."""
-        ...
-
-    def reduce(self, x: Tensor, matrices: Tensor, out: Tensor) -> None:
-        """Write the product of x [m, F] and the transpose of each pair's matrix to ``out`` [m, q]."""
-        ...
-
-    def add_gradient(self, grad: Tensor, low: Tensor, d: Tensor, scale: float = 1.0) -> None:
-        """Add the gradient of the matrices in `add_product`, from that of its result, d [m, F]."""
-        ...
-
-    def scaled(self, x: Tensor, vectors: Tensor) -> Tensor:
-        """Multiply x [m, F] with each pair's own of ``vectors`` [n, F]."""
-        ...
-
-    def add_vector_gradient(self, grad: Tensor, d: Tensor) -> None:
-        """Add to ``grad`` [n, F] the sum of d [m, F] over each expert's pairs."""
-        ...
-
-
-class Block(NamedTuple):
-    """A block of b tokens.
-
-    Attributes:
-        tokens: which of the batch.
-        runs: its pairs.
-    """
-
-    tokens: slice
-    runs: Iterable[Run]
-
-
-class Pairs(Protocol):
-    """The P = N * k pairs of N tokens.
-
-    Attributes:
-        rank: q.
-        weights: [P, 1], the routing weights. They and all results are in the dtype of the computation.
-    """
-
-    rank: int
-    weights: Tensor
-
-    def blocks(self) -> Iterator[Block]:
-        """Give the blocks of tokens in their order."""
-        ...
-
-    def total(self, name: str, out: Tensor) -> Tensor:
-        """Give where runs add up what ``out`` [b, F] is to hold; it is ``out`` itself where the dtype allows it."""
-        ...
-
-    def by_slot(self, x: Tensor) -> Tensor:
-        """Put x [P, 1] in the order of tokens and slots: [N, k]."""
-        ...
-
-    def take(self, low: Tensor, part: int = 0) -> Tensor:
-        """Give every pair its own expert's columns of part 0 or 1 of ``low`` [N, parts * n*r]: [P, q]."""
-        ...
-
-    def put(self, x: Tensor, out: Tensor, part: int = 0) -> None:
-        """Write x [P, q] where `take` reads, to ``out`` [N, parts * n*r], which holds zeros."""
-        ...
 
 
 def pairs_of(operands: ExpertOperands) -> Pairs:
@@ -256,7 +169,7 @@ class SortedRun:
 
 
 class StackedSlots:
-    """All pairs of a batch, slot after slot; see `Pairs` and `Run`, of which they are one.
+    """All pairs of a batch, slot after slot; see `Pairs` and `Run`; they are both.
 
     Nobody reads the ids: those of a token that are none, or that stand twice, make it NaN.
     """
