@@ -89,37 +89,48 @@ class Time(NamedTuple):
 
 
 def passes_of(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[float]:
-    """How often each of a kernel's loops runs in one pass of the loop around it."""
-    a, c = launch.arguments, launch.constants
-    if launch.name.startswith("experts_forward") and "PARTS" not in c:
+    """How often each of a kernel's loops runs in one pass of the loop around it.
+
+    Raises:
+        LookupError: it is not said here of this kernel, which has loops.
+    """
+    if len(loops) == 1:  # what is in no loop
+        return [1.0]
+    if launch.name in ("experts_forward", "experts_forward_token"):
         return _passes_of_few(launch, loops, sizes)
-    main, inner, listed = 1.0, 1.0, 1.0
-    if "TILE" in c and "piece" in a:  # runs of tiles of the same experts, and tiles of a run
-        tiles, tuples = used_tiles(c["TILE"], c["EXPERTS"], sizes), math.comb(sizes.experts, c["EXPERTS"])
-        main = 1 + tuples / launch.grid[1]
-        inner = max(1.0, tiles / launch.grid[1] / main) * c["TILE"] / c["BLOCK_M"]
-    elif "piece" in a:
-        main = a["piece"].split_blocks * STREAM_BLOCK / c["BLOCK_F"]
-    elif "BLOCK_F" in c:
-        main = math.ceil(a["width"] / c["BLOCK_F"]) / launch.grid[1]
-        inner = math.ceil(max(a["inner"], 1) / c["BLOCK_K"])
-        listed = sizes.experts * (1 - (1 - 1 / sizes.experts) ** min(sizes.tokens, c["BLOCK_M"]))  # drawn by a tile
-    elif "BLOCK_G" in c:
-        main = math.ceil(a["width"] / c["BLOCK_K"])
-    elif "BLOCK_D" in c:
-        main = math.ceil(a["hidden"] / c["BLOCK_D"])
-    elif "splits" in a:
-        main = a["splits"]
-    elif "BLOCK_B" in c:
-        main = math.ceil(launch.grid[0] / c["BLOCK_B"])
+    main, inner = _main_passes(launch, sizes)
     # The loop that has loops in it, or loads the most, is the main one: others are prologues of few passes.
     outer = [loop for loop in loops if loop.depth == 1]
-    chief = max(outer, key=lambda loop: (loop.inner > 0, loop.loads, loop.instructions), default=None)
-    found: list[float] = [1.0]
-    for loop in loops[1:]:
-        second = c.get("SLOTS", 1) if loop.inner else inner
-        found.append((main if loop is chief else 1.0, second, listed)[min(loop.depth, 3) - 1])
-    return found
+    chief = max(outer, key=lambda loop: (loop.inner > 0, loop.loads, loop.instructions))
+    return [1.0, *(inner if loop.depth > 1 else main if loop is chief else 1.0 for loop in loops[1:])]
+
+
+def _main_passes(launch: Launch, sizes: Sizes) -> tuple[float, float]:
+    """Passes of a kernel's main loop, and of those in it."""
+    a, c = launch.arguments, launch.constants
+    match launch.name:
+        case "experts_stream_backward_weights":  # runs of tiles of the same experts, and tiles of a run
+            tiles, tuples = used_tiles(c["TILE"], c["EXPERTS"], sizes), math.comb(sizes.experts, c["EXPERTS"])
+            runs = 1 + tuples / launch.grid[1]
+            return runs, max(1.0, tiles / launch.grid[1] / runs) * c["TILE"] / c["BLOCK_M"]
+        case "experts_stream" | "experts_stream_backward_tokens":
+            return a["piece"].split_blocks * STREAM_BLOCK / c["BLOCK_F"], 1.0
+        case "experts_stream_sum" | "experts_stream_sum_tokens":
+            return a["splits"], 1.0
+        case "experts_count_tuples":
+            return a["chunks"], 1.0
+        case "experts_place_rows":
+            return math.ceil(launch.grid[0] / c["BLOCK_B"]), 1.0
+        case "swiglu_forward" | "swiglu_backward":
+            blocks = math.ceil(a["width"] / c["BLOCK_F"]) / launch.grid[1]
+            return blocks, math.ceil(max(a["inner"], 1) / c["BLOCK_K"])
+        case "gru_forward" | "gru_backward":
+            return math.ceil(a["width"] / c["BLOCK_K"]), 1.0
+        case "routing_forward":
+            return math.ceil(a["hidden"] / c["BLOCK_D"]), 1.0
+    raise LookupError(
+        f"{launch.name} has loops, and benchmarks/latency.py does not know how often they run; say it in _main_passes"
+    )
 
 
 def _passes_of_few(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[float]:
