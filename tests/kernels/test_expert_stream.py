@@ -51,6 +51,19 @@ def assert_within_budget(given: Given, dtype: torch.dtype, **settings: object) -
         assert within_budget(error, theirs, dtype), f"{name}: {error:.2e}, reference {theirs:.2e}"
 
 
+# Each of two slots has its own launches: from 32 tokens per expert on, where pairs do not share tiles.
+APART = {
+    "slots apart, n = 8": {"tokens": 257, "experts": 8, "rank": 2, "width": 40, "inner": 6},
+    "slots apart, n = 4, rank 20": {"tokens": 130, "experts": 4, "rank": 20, "width": 70},
+    "slots apart, scale vectors and biases": {
+        "tokens": 96,
+        "experts": 3,
+        "rank": 17,
+        "scales": True,
+        "biases": True,
+        "width": 72,
+    },
+}
 # A slot of a token is a row: few tokens for their pairs, more than two slots, a high rank.
 SLOTS = {
     "k = 2, n = 8": {"tokens": 66, "experts": 8, "rank": 2, "width": 40, "inner": 6},
@@ -85,6 +98,13 @@ CASES = {
     "biases, k = 1": {"tokens": 65, "experts": 2, "top_k": 1, "biases": True, "inner": 6},
     **SLOTS,
 }
+
+
+@pytest.mark.parametrize("case", APART.values(), ids=APART)
+def test_values_of_slots_apart(case, launched):
+    """The second launch adds to what the first has written."""
+    assert_within_budget(operands(**case), torch.bfloat16)
+    assert launched() == [*STEPS[:3], *STEPS[2:]]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -156,6 +176,7 @@ PLACES = {
     "pairs": (6, 2, Tiling(2, 1, 15)),
     "slots, k = 2": (6, 2, Tiling(1, 2, 6)),
     "slots, k = 4, more experts than rows of a block": (300, 4, Tiling(1, 4, 300)),
+    "slots apart": (6, 2, Tiling(1, 2, 6, 2)),
 }
 
 
@@ -168,9 +189,10 @@ def test_rows_are_placed_by_tuple_and_padded(tokens, experts, top_k, own, monkey
     given["expert_ids"][5] = experts + 3  # no expert
     here = packed({name: t.to(DEVICE) for name, t in given.items()})
     placed = placing.place(here.expert_ids, here.routing_weights, sizes(here), own, 32)
-    keys = [tuple(sorted(row)) for row in given["expert_ids"].view(-1, own.experts).tolist()]
+    rows_experts = given["expert_ids"].view(-1, own.experts).tolist()
+    keys = [(row % own.launches, *sorted(experts)) for row, experts in enumerate(rows_experts)]
     seen: dict[tuple[int, ...], list[int]] = {}
-    used = 0
+    used, ends = 0, [0] * own.launches
     tiles = placed.rows.cpu().view(-1, 32).tolist()
     for tile, rows in enumerate(tiles):
         live = [row for row in rows if row >= 0]
@@ -179,13 +201,16 @@ def test_rows_are_placed_by_tuple_and_padded(tokens, experts, top_k, own, monkey
             assert used == tile, "a spare tile before one that is used"
             used = tile + 1
             (key,) = {keys[row] for row in live}
-            expected = list(key) if key[0] < experts else [experts] * own.experts
+            number, *chosen = key
+            assert not any(ends[number + 1 :]), "a tile of a launch after one of the next"
+            ends[number] = used
+            expected = chosen if chosen[0] < experts else [experts] * own.experts
             assert placed.experts[tile].tolist() == expected
             before = seen.setdefault(key, [])
             assert len(before) % 32 == 0, "a tuple's second tile after one that is not full"
             before += live
             assert placed.places[torch.tensor(live)].tolist() == [tile * 32 + i for i in range(len(live))]
-    assert int(placed.used) == used
+    assert placed.used.tolist() == ends
     assert all(rows == sorted(rows) for rows in seen.values())
     assert sorted(row for rows in seen.values() for row in rows) == list(range(tokens * own.rows))
     last = {key: max(i for i, rows in enumerate(tiles) if keys[rows[0]] == key and rows[0] >= 0) for key in seen}
@@ -200,6 +225,8 @@ def test_rows_are_placed_by_tuple_and_padded(tokens, experts, top_k, own, monkey
         ({"tokens": 449}, 2),
         ({"tokens": 65, "num_experts": 2}, 2),
         ({"tokens": 10**6, "num_experts": 64}, 1),
+        ({"tokens": 2048, "num_experts": 64}, 1),  # 32 tokens per expert and slot
+        ({"tokens": 2047, "num_experts": 64}, 1),
         ({"rank": 17}, 1),
         ({"slots": 1}, 1),
         ({"slots": 4}, 1),
@@ -211,3 +238,4 @@ def test_a_pair_of_experts_shares_a_tile_where_that_pays(change, experts):
     found = tiling(size)
     assert found.experts == experts
     assert found.rows == size.slots // experts
+    assert found.launches == (2 if found.rows == 2 and size.tokens >= 32 * size.num_experts else 1)

@@ -82,7 +82,7 @@ def stream_plan(kernel: str, operands: ExpertOperands, size: Sizes, activation: 
     """A kernel's plan for these operands."""
     gate = operands.pre_activations.gate
     extras = Extras(operands.dropout is not None, operands.scales is not None)
-    rows, pieces = tiling(size).rows, 1
+    rows, pieces = tiling(size).rows_together, 1
     if gate.numel() * gate.element_size() * max(rows, 2) > BUFFER_BYTES:
         pieces = 1 if operands.update is None and rows == 1 else 2 * rows
     return _plan(kernel, size, activation, gate.dtype, gate.device, extras, pieces)
@@ -95,7 +95,7 @@ def _plan(
     device_class, multiprocessors = target(device)
     own = tiling(size)
     chosen = fitting(stream_config(kernel, size, own, dtype, device_class), extras)
-    fixed = constants(size, activation, chosen) | {"EXPERTS": own.experts}
+    fixed = constants(size, activation, chosen) | {"EXPERTS": own.experts, "LAUNCHES": own.launches}
     if kernel == "stream":
         fixed["APPROXIMATE"] = not interpreting()
     else:
