@@ -110,7 +110,7 @@ def _main_passes(launch: Launch, sizes: Sizes) -> tuple[float, float]:
     a, c = launch.arguments, launch.constants
     match launch.name:
         case "experts_stream_backward_weights":  # runs of tiles of the same experts, and tiles of a run
-            tiles, tuples = used_tiles(c["TILE"], c["EXPERTS"], sizes), math.comb(sizes.experts, c["EXPERTS"])
+            tiles, tuples = launched_tiles(c["TILE"], c, sizes), math.comb(sizes.experts, c["EXPERTS"])
             runs = 1 + tuples / launch.grid[1]
             return runs, max(1.0, tiles / launch.grid[1] / runs) * c["TILE"] / c["BLOCK_M"]
         case "experts_stream" | "experts_stream_backward_tokens":
@@ -150,13 +150,20 @@ def _passes_of_few(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[
     return found
 
 
-def used_tiles(block: int, experts: int, sizes: Sizes) -> float:
-    """Tiles of so many rows that tokens of uniformly drawn experts need: half a tile of padding for every tuple.
+def launched_tiles(block: int, constants: dict[str, Any], sizes: Sizes) -> float:
+    """Tiles of so many rows that a launch needs for tokens of uniformly drawn experts: half a tile of padding for every
+    tuple.
 
     Where a tile has one expert of tokens that have several, rows are pairs of a token and a slot.
     """
-    rows, tuples = sizes.tokens * sizes.top_k / experts, math.comb(sizes.experts, experts)
+    experts = constants["EXPERTS"]
+    rows, tuples = rows_of_tokens(constants, sizes) * sizes.tokens, math.comb(sizes.experts, experts)
     return (rows + min(tuples, rows) * (block - 1) / 2) / block
+
+
+def rows_of_tokens(constants: dict[str, Any], sizes: Sizes) -> float:
+    """Rows of a token in a launch of a stream."""
+    return sizes.top_k / constants["EXPERTS"] / constants["LAUNCHES"]
 
 
 class Readings:
@@ -176,9 +183,14 @@ class Readings:
         return found
 
 
-def kernel_bytes(launch: Launch, share: float) -> float:
-    """Bytes of a launch's tensors, each once: of wide ones its piece of the columns, of the experts' a ``share``."""
-    a = launch.arguments
+def kernel_bytes(launch: Launch, sizes: Sizes) -> float:
+    """Bytes of a launch's tensors, each once: of wide ones its piece of the columns, of the experts' those of the chosen.
+
+    A token's wide rows are read once for each of its rows in a stream, as these are far apart. What a launch adds to is
+    read too.
+    """
+    a, share = launch.arguments, sizes.used_experts / sizes.experts
+    rows = max(1.0, rows_of_tokens(launch.constants, sizes)) if "LAUNCHES" in launch.constants else 1.0
     piece = 1.0
     if "piece" in a:
         piece = (a["piece"].end_block - a["piece"].first_block) / math.ceil(a["width"] / STREAM_BLOCK)
@@ -194,8 +206,12 @@ def kernel_bytes(launch: Launch, share: float) -> float:
                 tuples = math.comb(a["num_experts"], experts) / splits + 1
                 part = 2 * piece * min(1.0, experts * tuples / a["num_experts"])
         elif tensor.shape[-1] == a.get("width"):
-            part = piece
+            part = piece * rows
+        elif len(tensor) == sizes.tokens and "added" in a:
+            part = rows
         found += tensor.numel() * tensor.element_size() * part
+    if a.get("number", 0) > 0:
+        found += sum(each.numel() * each.element_size() for each in tensors_in((a.get("hidden"), a.get("gradients"))))
     return found
 
 
@@ -230,8 +246,8 @@ def launch_time(launch: Launch, reading: Reading, device: Device, sizes: Sizes) 
     a, c, programs = launch.arguments, launch.constants, float(math.prod(launch.grid))
     passes = passes_of(launch, reading.loops, sizes)
     if "piece" in a and "TILE" not in c:  # of the tiles that there can be, those that there are
-        programs *= min(1.0, used_tiles(c["BLOCK_M"], c["EXPERTS"], sizes) / launch.grid[0])
-    moved = kernel_bytes(launch, sizes.used_experts / sizes.experts)
+        programs *= min(1.0, launched_tiles(c["BLOCK_M"], c, sizes) / launch.grid[0])
+    moved = kernel_bytes(launch, sizes)
     issue = issue_cycles(reading.loops, passes) * programs * reading.warps / (4 * device.multiprocessors)
     times = {
         "loads": chain_seconds(device, programs, reading.blocks, program_cycles(reading.loops, passes, device.latency)),

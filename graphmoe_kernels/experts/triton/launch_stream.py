@@ -153,8 +153,8 @@ def backward(
                 )  # fmt: skip
     launch(
         kernels.summing_tokens, (math.ceil(size.tokens / SUMMING["BLOCK_M"]),), partial, operands.expert_ids,
-        placed.places, found, size.tokens, num_positions, plan.splits, n, scale, device=gate.device,
-        **_summing(size, own),
+        placed.places, found.low, found.routing_weights, size.tokens, num_positions, plan.splits, n, scale,
+        device=gate.device, **_summing(size, own),
     )  # fmt: skip
     return found, {} if sums is None else sums.total()
 

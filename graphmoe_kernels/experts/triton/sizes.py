@@ -32,8 +32,9 @@ SLOT_TOKENS = 32
 MAX_PAIR_COLUMNS = 32
 # Splits of F whose sums a program of few tokens adds up; the sums of so many are added by another.
 SUMMED_AT_ONCE = 16
-# Warps of these kernels that a multiprocessor holds: they use all registers that a thread can have.
-WARPS_PER_MULTIPROCESSOR = 8
+# Registers of a multiprocessor, and the most that a thread can have: so many are assumed where a configuration has no
+# bound.
+REGISTERS, MAX_REGISTERS = 2**16, 255
 
 
 # The next three are called by kernels too, as constexpr functions (`tile`), and Triton lets those call no other.
@@ -152,5 +153,6 @@ def cut(work: int, others: int, slots: int, most: int | None = None) -> tuple[in
 
 
 def program_slots(config: Config, multiprocessors: int) -> int:
-    """How many programs run at once: registers hold eight warps of these kernels on a multiprocessor."""
-    return multiprocessors * max(1, WARPS_PER_MULTIPROCESSOR // config["num_warps"])
+    """How many programs run at once: as many as have their registers."""
+    of_warp = 32 * config.get("maxnreg", MAX_REGISTERS)
+    return multiprocessors * max(1, REGISTERS // of_warp // config["num_warps"])
