@@ -184,7 +184,7 @@ class Readings:
 
 
 def kernel_bytes(launch: Launch, sizes: Sizes) -> float:
-    """Bytes of a launch's tensors, each once: of wide ones its piece of the columns, of the experts' those of the chosen.
+    """Bytes of a launch's tensors, each once: of wide ones its piece of the columns, of the experts' the chosen ones.
 
     A token's wide rows are read once for each of its rows in a stream, as these are far apart. What a launch adds to is
     read too.

@@ -66,8 +66,8 @@ def experts_stream(
 ):
     """Program (placed tile of those of the launch, split of the piece's blocks). Shapes as in `expert_swiglu`.
 
-    hidden [rows or tokens, the piece's columns or more]: `placed_rows`. partial [splits, positions, columns] fp32: what a split
-    adds to low_down, the i-th expert's from column i * padded rank on.
+    hidden [rows or tokens, the piece's columns or more]: see `placed_rows`. partial [splits, positions, columns] fp32:
+    what a split adds to low_down, the i-th expert's from column i * padded rank on.
     """
     first, end_tile = launched_tiles(placed, number, LAUNCHES)
     tile, split = first + tl.program_id(0), tl.program_id(1)

@@ -63,8 +63,8 @@ def experts_stream_backward_tokens(
     """Program (placed tile of those of the launch, split of the piece's blocks), as `experts_stream`.
 
     d_hidden [N, F] and d_low_down [N, n*r] are contiguous. gradients: a `GateUp`, [rows or tokens, the piece's
-    columns or more] each. sums: a `StreamSums`, what each split adds to the gradients of the low-rank activations and of
-    the routing weights, and what the tiles read of both.
+    columns or more] each. sums: a `StreamSums`, what each split adds to the gradients of the low-rank activations and
+    of the routing weights, and what the tiles read of both.
     """
     first, end_tile = launched_tiles(placed, number, LAUNCHES)
     tile, split = first + tl.program_id(0), tl.program_id(1)

@@ -131,8 +131,8 @@ def fitting(config: Config, extras: Extras) -> Config:
 
     A forward step with dropout is one part, as the random numbers of two spill; and a bound on registers that a plain
     round fits in is the largest where a program also holds either. (Where nothing is said, the assembler itself bounds
-    them for the sake of occupancy, and spills a few bytes for it.) A backward's program of two warps is then one of four
-    over twice the columns, whose threads hold less.
+    them for the sake of occupancy, and spills a few bytes for it.) A backward's program of two warps is then one of
+    four over twice the columns, whose threads hold less.
     """
     found = dict(config)
     if extras.dropout and "PARTS" in found:

@@ -43,7 +43,9 @@ def launched_tiles(placed, number, LAUNCHES: tl.constexpr):
 
 
 @triton.jit
-def placed_rows(placed, tile, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, LAUNCHES: tl.constexpr, BLOCK_M: tl.constexpr):
+def placed_rows(
+    placed, tile, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, LAUNCHES: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """Where the rows of a tile are written, their tokens (int64, 0 where there is none), and which of them are there.
 
     What a token's rows of one launch give is written row by row, a single one's at its token.

@@ -111,7 +111,9 @@ def pad_tiles(
     placed, first, padded, num_positions,
     EXPERTS: tl.constexpr, LAUNCHES: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
-    """Write the launches' ends, and -1, and weights of 0, from every tuple's ``first`` free place [KEYS] on, and behind the last tile."""
+    """Write the launches' ends, -1 and weights of 0 from every tuple's ``first`` free place [KEYS] on, and -1 behind
+    the last tile.
+    """
     end = tl.cumsum(padded, 0)
     for i in range(0, TILE, PADDED):
         at = (first + i)[:, None] + tl.arange(0, PADDED)[None, :]
