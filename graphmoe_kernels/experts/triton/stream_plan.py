@@ -28,8 +28,8 @@ from graphmoe_kernels.launching import Config, config_table, dtype_class
 # no larger than hidden.
 BUFFER_BYTES = 2**26
 # The backward to experts adds up the sums of all experts for every split of the tiles: at Llama-3-8B's sizes each
-# expert takes 2.75 MB, which are cleared, written, read and summed: 29 us per split of eight experts on an H100, where
-# five splits leave 40 us more of waves than eight. So splits times experts are no more than this; and
+# expert takes 2.75 MB, which are cleared, written, read and summed: 29 us per split of eight experts on an H100. By the
+# model of time two splits of them are as fast as seven. So splits times experts are no more than this; and
 # of so many experts, where a tile has one of them, a split takes all of an expert's tiles, so that they share one sum.
 MAX_EXPERT_SUMS = 40
 MANY_EXPERTS = 8
