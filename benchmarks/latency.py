@@ -210,7 +210,7 @@ def kernel_bytes(launch: Launch, sizes: Sizes) -> float:
         elif len(tensor) == sizes.tokens and "added" in a:
             part = rows
         found += tensor.numel() * tensor.element_size() * part
-    if a.get("number", 0) > 0:
+    if "piece" in a and a["piece"].number > 0:
         found += sum(each.numel() * each.element_size() for each in tensors_in((a.get("hidden"), a.get("gradients"))))
     return found
 

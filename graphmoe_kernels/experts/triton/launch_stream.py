@@ -91,10 +91,10 @@ def forward(
     for piece in plan.pieces:
         _fold_product(added, operands.update, piece, size)
         out = _rows_of(hidden, of_rows, piece, size)
-        for number in range(own.launches):
+        for part in piece.launches(own.launches):
             launch(
-                kernels.stream, (tiles, piece.splits), streamed, strides, placed, added, _row_stride(added), piece,
-                number, out, out.stride(0), partial, num_positions, size.width, n, scale, device=gate.device,
+                kernels.stream, (tiles, piece.splits), streamed, strides, placed, added, _row_stride(added),
+                part, out, out.stride(0), partial, num_positions, size.width, n, scale, device=gate.device,
                 **plan.constants,
             )  # fmt: skip
         _sum_rows(hidden, of_rows, piece, size)
@@ -134,10 +134,10 @@ def backward(
     for piece in plan.pieces:
         _fold_product(added, operands.update, piece, size)
         out = GateUp(*(_rows_of(x, rows, piece, size) for x, rows in zip(found[:2], of_rows, strict=True)))
-        for number in range(own.launches):
+        for part in piece.launches(own.launches):
             launch(
                 kernels.backward_tokens, (tiles, piece.splits), streamed, strides, placed, added, _row_stride(added),
-                piece, number, *grads, out, out.gate.stride(0), partial, num_positions, size.width, n, scale,
+                part, grads, out, out.gate.stride(0), partial, num_positions, size.width, n, scale,
                 device=gate.device, **plan.constants,
             )  # fmt: skip
         for x, rows in zip(found[:2], of_rows, strict=True):
@@ -145,10 +145,10 @@ def backward(
         if sums is not None:
             columns = piece.columns(size.width)
             stripes = math.ceil((columns.stop - columns.start) / fixed["BLOCK_F"])
-            for number in range(own.launches):
+            for part in piece.launches(own.launches):
                 launch(
                     kernels.backward_weights, (stripes, experts.splits), streamed, strides, placed, added,
-                    _row_stride(added), piece, number, grads[0], partial.rows, sums, size.width, n, scale,
+                    _row_stride(added), part, grads[0], partial.rows, sums, size.width, n, scale,
                     device=gate.device, **fixed,
                 )  # fmt: skip
     launch(

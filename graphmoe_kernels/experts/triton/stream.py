@@ -56,9 +56,9 @@ def add_low_rank(z, own, operands, token, e, f0, width, RANK: tl.constexpr, BLOC
     return tl.dot(own.to(operands.down_A.dtype.element_ty), tl.trans(a), z, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["num_positions", "piece", "number"])
+@triton.jit(do_not_specialize=["num_positions", "piece"])
 def experts_stream(
-    operands, strides, placed, added, stride_added, piece, number, hidden, stride_hidden, partial, num_positions, width,
+    operands, strides, placed, added, stride_added, piece, hidden, stride_hidden, partial, num_positions, width,
     num_experts, scale,
     SLOTS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
     APPROXIMATE: tl.constexpr, LAUNCHES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -69,7 +69,7 @@ def experts_stream(
     hidden [rows or tokens, the piece's columns or more]: see `placed_rows`. partial [splits, positions, columns] fp32:
     what a split adds to low_down, the i-th expert's from column i * padded rank on.
     """
-    first, end_tile = launched_tiles(placed, number, LAUNCHES)
+    first, end_tile = launched_tiles(placed, piece.number, LAUNCHES)
     tile, split = first + tl.program_id(0), tl.program_id(1)
     if tile >= end_tile:
         return
@@ -101,7 +101,7 @@ def experts_stream(
                 z1 = add_low_rank(z1, own, operands, token, e1, f0, width, RANK, PART)
             at = row[:, None] * stride_hidden + (f - first_column(piece))[None, :]
             inside = live[:, None] & (f < width)[None, :]
-            mixed = add_written(mixed, hidden, at, number, inside, LAUNCHES)
+            mixed = add_written(mixed, hidden, at, piece.number, inside, LAUNCHES)
             tl.store(hidden + at, mixed.to(hidden.dtype.element_ty), mask=inside)
 
     COLUMNS: tl.constexpr = compact_columns(EXPERTS, RANK)

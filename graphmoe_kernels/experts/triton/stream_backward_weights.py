@@ -103,9 +103,9 @@ def run_end_before(placed, tile):
     return tl.where(tile > 0, end, 0)
 
 
-@triton.jit(do_not_specialize=["piece", "number"])
+@triton.jit(do_not_specialize=["piece"])
 def experts_stream_backward_weights(
-    operands, strides, placed, added, stride_added, piece, number, d_hidden, rows, sums, width, num_experts, scale,
+    operands, strides, placed, added, stride_added, piece, d_hidden, rows, sums, width, num_experts, scale,
     SLOTS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
     LAUNCHES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
     SHARED: tl.constexpr,
@@ -122,7 +122,7 @@ def experts_stream_backward_weights(
     f = f0 + tl.arange(0, BLOCK_F)
     own = 0 if SHARED else split.to(tl.int64) * num_experts * width
     PARTS: tl.constexpr = TILE // BLOCK_M
-    first, used = launched_tiles(placed, number, LAUNCHES)
+    first, used = launched_tiles(placed, piece.number, LAUNCHES)
     split_tiles = tl.cdiv(used - first, splits)
     begin, end = min(first + split * split_tiles, used), min(first + (split + 1) * split_tiles, used)
     if SHARED:

@@ -36,17 +36,24 @@ MANY_EXPERTS = 8
 
 
 class Piece(NamedTuple):
-    """Blocks of `STREAM_BLOCK` columns that one launch streams over, and how they are split among its programs."""
+    """Blocks of `STREAM_BLOCK` columns that one launch streams over, and how they are split among its programs; the
+    launch's number where several have the tiles.
+    """
 
     first_block: int
     end_block: int
     split_blocks: int
     first_split: int
+    number: int = 0
 
     @property
     def splits(self) -> int:
         """How many programs share the blocks of a tile."""
         return math.ceil((self.end_block - self.first_block) / self.split_blocks)
+
+    def launches(self, count: int) -> list[Piece]:
+        """The piece for each launch, by its number."""
+        return [self._replace(number=number) for number in range(count)]
 
     def columns(self, width: int) -> slice:
         """Its columns of F."""
