@@ -89,37 +89,48 @@ class Time(NamedTuple):
 
 
 def passes_of(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[float]:
-    """How often each of a kernel's loops runs in one pass of the loop around it."""
-    a, c = launch.arguments, launch.constants
-    if launch.name.startswith("experts_forward") and "PARTS" not in c:
+    """How often each of a kernel's loops runs in one pass of the loop around it.
+
+    Raises:
+        LookupError: it is not said here of this kernel, which has loops.
+    """
+    if len(loops) == 1:  # what is in no loop
+        return [1.0]
+    if launch.name in ("experts_forward", "experts_forward_token"):
         return _passes_of_few(launch, loops, sizes)
-    main, inner, listed = 1.0, 1.0, 1.0
-    if "TILE" in c and "piece" in a:  # runs of tiles of the same experts, and tiles of a run
-        tiles, tuples = used_tiles(c["TILE"], c["EXPERTS"], sizes), math.comb(sizes.experts, c["EXPERTS"])
-        main = 1 + tuples / launch.grid[1]
-        inner = max(1.0, tiles / launch.grid[1] / main) * c["TILE"] / c["BLOCK_M"]
-    elif "piece" in a:
-        main = a["piece"].split_blocks * STREAM_BLOCK / c["BLOCK_F"]
-    elif "BLOCK_F" in c:
-        main = math.ceil(a["width"] / c["BLOCK_F"]) / launch.grid[1]
-        inner = math.ceil(max(a["inner"], 1) / c["BLOCK_K"])
-        listed = sizes.experts * (1 - (1 - 1 / sizes.experts) ** min(sizes.tokens, c["BLOCK_M"]))  # drawn by a tile
-    elif "BLOCK_G" in c:
-        main = math.ceil(a["width"] / c["BLOCK_K"])
-    elif "BLOCK_D" in c:
-        main = math.ceil(a["hidden"] / c["BLOCK_D"])
-    elif "splits" in a:
-        main = a["splits"]
-    elif "BLOCK_B" in c:
-        main = math.ceil(launch.grid[0] / c["BLOCK_B"])
+    main, inner = _main_passes(launch, sizes)
     # The loop that has loops in it, or loads the most, is the main one: others are prologues of few passes.
     outer = [loop for loop in loops if loop.depth == 1]
-    chief = max(outer, key=lambda loop: (loop.inner > 0, loop.loads, loop.instructions), default=None)
-    found: list[float] = [1.0]
-    for loop in loops[1:]:
-        second = c.get("SLOTS", 1) if loop.inner else inner
-        found.append((main if loop is chief else 1.0, second, listed)[min(loop.depth, 3) - 1])
-    return found
+    chief = max(outer, key=lambda loop: (loop.inner > 0, loop.loads, loop.instructions))
+    return [1.0, *(inner if loop.depth > 1 else main if loop is chief else 1.0 for loop in loops[1:])]
+
+
+def _main_passes(launch: Launch, sizes: Sizes) -> tuple[float, float]:
+    """Passes of a kernel's main loop, and of those in it."""
+    a, c = launch.arguments, launch.constants
+    match launch.name:
+        case "experts_stream_backward_weights":  # runs of tiles of the same experts, and tiles of a run
+            tiles, tuples = launched_tiles(c["TILE"], c, sizes), math.comb(sizes.experts, c["EXPERTS"])
+            runs = 1 + tuples / launch.grid[1]
+            return runs, max(1.0, tiles / launch.grid[1] / runs) * c["TILE"] / c["BLOCK_M"]
+        case "experts_stream" | "experts_stream_backward_tokens":
+            return a["piece"].split_blocks * STREAM_BLOCK / c["BLOCK_F"], 1.0
+        case "experts_stream_sum" | "experts_stream_sum_tokens":
+            return a["splits"], 1.0
+        case "experts_count_tuples":
+            return a["chunks"], 1.0
+        case "experts_place_rows":
+            return math.ceil(launch.grid[0] / c["BLOCK_B"]), 1.0
+        case "swiglu_forward" | "swiglu_backward":
+            blocks = math.ceil(a["width"] / c["BLOCK_F"]) / launch.grid[1]
+            return blocks, math.ceil(max(a["inner"], 1) / c["BLOCK_K"])
+        case "gru_forward" | "gru_backward":
+            return math.ceil(a["width"] / c["BLOCK_K"]), 1.0
+        case "routing_forward":
+            return math.ceil(a["hidden"] / c["BLOCK_D"]), 1.0
+    raise LookupError(
+        f"{launch.name} has loops, and benchmarks/latency.py does not know how often they run; say it in _main_passes"
+    )
 
 
 def _passes_of_few(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[float]:
@@ -139,13 +150,20 @@ def _passes_of_few(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[
     return found
 
 
-def used_tiles(block: int, experts: int, sizes: Sizes) -> float:
-    """Tiles of so many rows that tokens of uniformly drawn experts need: half a tile of padding for every tuple.
+def launched_tiles(block: int, constants: dict[str, Any], sizes: Sizes) -> float:
+    """Tiles of so many rows that a launch needs for tokens of uniformly drawn experts: half a tile of padding for every
+    tuple.
 
     Where a tile has one expert of tokens that have several, rows are pairs of a token and a slot.
     """
-    rows, tuples = sizes.tokens * sizes.top_k / experts, math.comb(sizes.experts, experts)
+    experts = constants["EXPERTS"]
+    rows, tuples = rows_of_tokens(constants, sizes) * sizes.tokens, math.comb(sizes.experts, experts)
     return (rows + min(tuples, rows) * (block - 1) / 2) / block
+
+
+def rows_of_tokens(constants: dict[str, Any], sizes: Sizes) -> float:
+    """Rows of a token in a launch of a stream."""
+    return sizes.top_k / constants["EXPERTS"] / constants["LAUNCHES"]
 
 
 class Readings:
@@ -165,9 +183,14 @@ class Readings:
         return found
 
 
-def kernel_bytes(launch: Launch, share: float) -> float:
-    """Bytes of a launch's tensors, each once: of wide ones its piece of the columns, of the experts' a ``share``."""
-    a = launch.arguments
+def kernel_bytes(launch: Launch, sizes: Sizes) -> float:
+    """Bytes of a launch's tensors, each once: of wide ones its piece of the columns, of the experts' the chosen ones.
+
+    A token's wide rows are read once for each of its rows in a stream, as these are far apart. What a launch adds to is
+    read too.
+    """
+    a, share = launch.arguments, sizes.used_experts / sizes.experts
+    rows = max(1.0, rows_of_tokens(launch.constants, sizes)) if "LAUNCHES" in launch.constants else 1.0
     piece = 1.0
     if "piece" in a:
         piece = (a["piece"].end_block - a["piece"].first_block) / math.ceil(a["width"] / STREAM_BLOCK)
@@ -183,8 +206,12 @@ def kernel_bytes(launch: Launch, share: float) -> float:
                 tuples = math.comb(a["num_experts"], experts) / splits + 1
                 part = 2 * piece * min(1.0, experts * tuples / a["num_experts"])
         elif tensor.shape[-1] == a.get("width"):
-            part = piece
+            part = piece * rows
+        elif len(tensor) == sizes.tokens and "added" in a:
+            part = rows
         found += tensor.numel() * tensor.element_size() * part
+    if "piece" in a and a["piece"].number > 0:
+        found += sum(each.numel() * each.element_size() for each in tensors_in((a.get("hidden"), a.get("gradients"))))
     return found
 
 
@@ -219,8 +246,8 @@ def launch_time(launch: Launch, reading: Reading, device: Device, sizes: Sizes) 
     a, c, programs = launch.arguments, launch.constants, float(math.prod(launch.grid))
     passes = passes_of(launch, reading.loops, sizes)
     if "piece" in a and "TILE" not in c:  # of the tiles that there can be, those that there are
-        programs *= min(1.0, used_tiles(c["BLOCK_M"], c["EXPERTS"], sizes) / launch.grid[0])
-    moved = kernel_bytes(launch, sizes.used_experts / sizes.experts)
+        programs *= min(1.0, launched_tiles(c["BLOCK_M"], c, sizes) / launch.grid[0])
+    moved = kernel_bytes(launch, sizes)
     issue = issue_cycles(reading.loops, passes) * programs * reading.warps / (4 * device.multiprocessors)
     times = {
         "loads": chain_seconds(device, programs, reading.blocks, program_cycles(reading.loops, passes, device.latency)),

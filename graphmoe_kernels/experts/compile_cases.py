@@ -11,10 +11,12 @@ import torch
 from graphmoe_kernels.aot.case import DTYPES, SIZES, Variant, empty
 from graphmoe_kernels.experts.operands import FLOATING, Dropout, ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.experts.triton import launch
+from graphmoe_kernels.experts.triton.sizes import SLOT_TOKENS
 
 WIDTH = 14336
 UNALIGNED_WIDTH = 712  # F that is no multiple of 16, so that rows are not aligned
 EXPERTS = 8
+APART = SLOT_TOKENS * EXPERTS  # tokens of these experts whose slots have launches of their own
 GRU_WIDTH = 416
 
 
@@ -65,11 +67,14 @@ def variants() -> Iterator[Variant]:
             if size == "skinny":
                 for layer in (*LAYERS[size], *WIDE_RANK):
                     yield Variant(f"one token {dtype}, {layer.name}", partial(_forward, DTYPES[dtype], layer))
-    # Few tokens for their pairs, and many experts: a slot of a token is a row.
+    # Few tokens for their pairs, and many experts: a slot of a token is a row. With more tokens per expert, slots have
+    # launches of their own.
     rows = (*LAYERS["wide"], *(Layer(f"n = {n}, k = {k}", experts=n, slots=k) for n, k in ((16, 4), (256, 8), (23, 2))))
     for dtype in ("bf16", "fp16"):
         for layer in rows if dtype == "bf16" else (LATER,):
-            yield Variant(f"rows {dtype}, {layer.name}", partial(_experts, 256, DTYPES[dtype], layer))
+            yield Variant(f"rows {dtype}, {layer.name}", partial(_experts, APART - 1, DTYPES[dtype], layer))
+    for layer in LAYERS["wide"][:6]:
+        yield Variant(f"rows apart bf16, {layer.name}", partial(_experts, APART, torch.bfloat16, layer))
     yield Variant("wide bf16, 22 experts: 256 pairs", partial(_experts, 8192, torch.bfloat16, Layer("", experts=22)))
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.latency import DEVICES, calibration, chain_seconds
+from benchmarks.latency import DEVICES, calibration, chain_seconds, passes_of
 from benchmarks.operators import find_operator
 from benchmarks.predictions import PAGE, beside, predicted
 from benchmarks.tuning import cells
@@ -76,6 +76,15 @@ def test_a_program_waits_for_each_of_its_loads():
     h100 = DEVICES[0]
     assert chain_seconds(h100, 132 * 2, 2, 1755) == pytest.approx(1e-6)
     assert chain_seconds(h100, 132 * 2 + 1, 2, 1755) == pytest.approx(2e-6)
+
+
+def test_a_kernel_whose_loops_run_nobody_knows_how_often_is_refused_by_name():
+    """One pass in place of hundreds would be a prediction like any other."""
+    alone, loop = Loop(0, 1, 7, 7, 0, 0, 30, ()), Loop(1, 0, 5, 8, 1, 0, 10, ())
+    unknown = SimpleNamespace(name="nonesuch_forward", arguments={"width": 64}, constants={"BLOCK_F": 32}, grid=(1, 1))
+    assert passes_of(unknown, [alone], LLAMA_8B) == [1.0]
+    with pytest.raises(LookupError, match="nonesuch_forward has loops"):
+        passes_of(unknown, [alone, loop], LLAMA_8B)
 
 
 def test_a_product_takes_what_its_limit_measured():

@@ -51,6 +51,19 @@ def assert_within_budget(given: Given, dtype: torch.dtype, **settings: object) -
         assert within_budget(error, theirs, dtype), f"{name}: {error:.2e}, reference {theirs:.2e}"
 
 
+# Each of two slots has its own launches: from 32 tokens per expert on, where pairs do not share tiles.
+APART = {
+    "slots apart, n = 8": {"tokens": 257, "experts": 8, "rank": 2, "width": 40, "inner": 6},
+    "slots apart, n = 4, rank 20": {"tokens": 130, "experts": 4, "rank": 20, "width": 70},
+    "slots apart, scale vectors and biases": {
+        "tokens": 96,
+        "experts": 3,
+        "rank": 17,
+        "scales": True,
+        "biases": True,
+        "width": 72,
+    },
+}
 # A slot of a token is a row: few tokens for their pairs, more than two slots, a high rank.
 SLOTS = {
     "k = 2, n = 8": {"tokens": 66, "experts": 8, "rank": 2, "width": 40, "inner": 6},
@@ -85,6 +98,13 @@ CASES = {
     "biases, k = 1": {"tokens": 65, "experts": 2, "top_k": 1, "biases": True, "inner": 6},
     **SLOTS,
 }
+
+
+@pytest.mark.parametrize("case", APART.values(), ids=APART)
+def test_values_of_slots_apart(case, launched):
+    """The second launch adds to what the first has written."""
+    assert_within_budget(operands(**case), torch.bfloat16)
+    assert launched() == [*STEPS[:3], *STEPS[2:]]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -134,19 +154,26 @@ def test_two_pieces_of_h_m(monkeypatch, launched):
     torch.testing.assert_close(found[1], z, rtol=2e-2, atol=2e-2)
 
 
+BROKEN = {
+    "k = 1": {"tokens": 65, "experts": 2, "top_k": 1},
+    "pairs": {"tokens": 65, "experts": 3},
+    "slots apart": {"tokens": 97, "experts": 3, "rank": 20},
+}
+
+
 @pytest.mark.parametrize("wrong", [5, -1, None], ids=["too large", "negative", "twice"])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_an_id_that_is_no_expert_makes_its_token_nan(wrong, top_k):
+@pytest.mark.parametrize("case", BROKEN.values(), ids=BROKEN)
+def test_an_id_that_is_no_expert_makes_its_token_nan(wrong, case):
     """No memory of others is read, nothing is clipped, and no other token moves."""
-    if top_k == 1 and wrong is None:
+    if case.get("top_k") == 1 and wrong is None:
         pytest.skip("one id cannot stand twice")
-    given = cast(operands(tokens=65, experts=2 if top_k == 1 else 3, top_k=top_k, inner=6), torch.bfloat16)
+    given = cast(operands(**case, inner=6), torch.bfloat16)
     clean = run(given)
     given["expert_ids"][3, -1] = given["expert_ids"][3, 0] if wrong is None else wrong
     given["expert_ids"][40, 0] = 17
     found = run(given)
     assert found[0][[3, 40]].isnan().all()
-    others = [i for i in range(65) if i not in (3, 40)]
+    others = [i for i in range(case["tokens"]) if i not in (3, 40)]
     for a, b in zip(found, clean, strict=True):
         assert torch.equal(a[others], b[others])
 
@@ -156,6 +183,7 @@ PLACES = {
     "pairs": (6, 2, Tiling(2, 1, 15)),
     "slots, k = 2": (6, 2, Tiling(1, 2, 6)),
     "slots, k = 4, more experts than rows of a block": (300, 4, Tiling(1, 4, 300)),
+    "slots apart": (6, 2, Tiling(1, 2, 6, 2)),
 }
 
 
@@ -168,9 +196,10 @@ def test_rows_are_placed_by_tuple_and_padded(tokens, experts, top_k, own, monkey
     given["expert_ids"][5] = experts + 3  # no expert
     here = packed({name: t.to(DEVICE) for name, t in given.items()})
     placed = placing.place(here.expert_ids, here.routing_weights, sizes(here), own, 32)
-    keys = [tuple(sorted(row)) for row in given["expert_ids"].view(-1, own.experts).tolist()]
+    rows_experts = given["expert_ids"].view(-1, own.experts).tolist()
+    keys = [(row % own.launches, *sorted(experts)) for row, experts in enumerate(rows_experts)]
     seen: dict[tuple[int, ...], list[int]] = {}
-    used = 0
+    used, ends = 0, [0] * own.launches
     tiles = placed.rows.cpu().view(-1, 32).tolist()
     for tile, rows in enumerate(tiles):
         live = [row for row in rows if row >= 0]
@@ -179,13 +208,16 @@ def test_rows_are_placed_by_tuple_and_padded(tokens, experts, top_k, own, monkey
             assert used == tile, "a spare tile before one that is used"
             used = tile + 1
             (key,) = {keys[row] for row in live}
-            expected = list(key) if key[0] < experts else [experts] * own.experts
+            number, *chosen = key
+            assert not any(ends[number + 1 :]), "a tile of a launch after one of the next"
+            ends[number] = used
+            expected = chosen if chosen[0] < experts else [experts] * own.experts
             assert placed.experts[tile].tolist() == expected
             before = seen.setdefault(key, [])
             assert len(before) % 32 == 0, "a tuple's second tile after one that is not full"
             before += live
             assert placed.places[torch.tensor(live)].tolist() == [tile * 32 + i for i in range(len(live))]
-    assert int(placed.used) == used
+    assert placed.used.tolist() == ends
     assert all(rows == sorted(rows) for rows in seen.values())
     assert sorted(row for rows in seen.values() for row in rows) == list(range(tokens * own.rows))
     last = {key: max(i for i, rows in enumerate(tiles) if keys[rows[0]] == key and rows[0] >= 0) for key in seen}
@@ -200,6 +232,8 @@ def test_rows_are_placed_by_tuple_and_padded(tokens, experts, top_k, own, monkey
         ({"tokens": 449}, 2),
         ({"tokens": 65, "num_experts": 2}, 2),
         ({"tokens": 10**6, "num_experts": 64}, 1),
+        ({"tokens": 2048, "num_experts": 64}, 1),  # 32 tokens per expert and slot
+        ({"tokens": 2047, "num_experts": 64}, 1),
         ({"rank": 17}, 1),
         ({"slots": 1}, 1),
         ({"slots": 4}, 1),
@@ -211,3 +245,4 @@ def test_a_pair_of_experts_shares_a_tile_where_that_pays(change, experts):
     found = tiling(size)
     assert found.experts == experts
     assert found.rows == size.slots // experts
+    assert found.launches == (2 if found.rows == 2 and size.tokens >= 32 * size.num_experts else 1)

@@ -13,7 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from graphmoe_kernels.launching import recorded
+from graphmoe_kernels.aot.trace import traced
+from graphmoe_kernels.cost import Sizes
+from graphmoe_kernels.launching import Launch, recorded
+from graphmoe_kernels.meta_layer import layer_weights
+from graphmoe_kernels.rethinking import RethinkingSpec, rethink
 from graphmoe_kernels.testing import relative_error
 from graphmoe_model import FusedGraphMoEFFN, GraphMoEConfig
 from tests.kernels.triton_marks import MARKS
@@ -116,6 +120,42 @@ def test_the_gru_reads_few_tokens_experts_by_one_product(count, products):
     assert found["aten::mm"] + found["aten::addmm_"] == products, found
     with Launches():
         assert relative_error(y, ffn(x)) < 2e-2  # by the registered operator
+
+
+def started(rounds: int, count: int, backward: bool) -> Counter[str]:
+    """What a folded layer with fp32 adapters starts in a forward for training, and perhaps its backward: our kernels by
+    name, "products", and "others", what its operators start inside included.
+    """
+    weights = layer_weights(Sizes(HIDDEN, INTERMEDIATE, 13, 4, 2, 4, rounds, count), torch.float32)
+    x = torch.empty(count, HIDDEN, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with traced("sm_90") as steps:
+        y = rethink(x, weights, RethinkingSpec(rounds, 2, scale=2.0), fold="always", backend="triton").y
+        if backward:
+            y.backward(torch.empty_like(x))
+    return Counter(
+        each.name if isinstance(each, Launch) else "others" if each.product is None else "products" for each in steps
+    )
+
+
+BACKWARD = ("count_tuples", "place_rows", "stream_backward_tokens", "stream_backward_weights", "stream_sum_tokens")
+
+
+@pytest.mark.parametrize(
+    "rounds, count, products, others",
+    [(1, DECODE, 9, 20), (1, PAIRS, 9, 18), (3, DECODE, 47, 102), (3, PAIRS, 47, 96)],
+    ids=["T=1, decode", "T=1, pairs", "T=3, decode", "T=3, pairs"],
+)
+def test_launches_of_a_backward(rounds, count, products, others):
+    """7T - 1 kernels whatever the tokens: five of the experts in a round, one of the router, and one of each GRU step.
+
+    Among the products are those of the fold and its gradients, that of the base's weights with x's gradient, and H M^T
+    once more; of the others two of five are autograd's sums over rounds of what each round reads.
+    """
+    found = started(rounds, count, backward=True)
+    found.subtract(started(rounds, count, backward=False))
+    of_rounds = {f"experts_{name}": rounds for name in BACKWARD} | {"routing_backward": rounds}
+    expected = of_rounds | {"gru_backward": rounds - 1, "products": products, "others": others}
+    assert +found == +Counter(expected)
 
 
 @pytest.mark.parametrize("fold", ["always", "never"])

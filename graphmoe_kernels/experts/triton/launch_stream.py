@@ -4,8 +4,9 @@ H M^T by cuBLAS into a buffer, kernels that stream over it and P_1, and a small 
 kernels before them put rows with the same experts together and pad each tuple of experts to whole tiles. Grids follow
 from the most tiles that there can be, so the host waits for nothing.
 
-A row is a token with its one or two experts where there are few tuples of them, else a slot of a token (`tiling`): its
-hidden, and in backward the gradients of its pre-activations, go to a buffer and are summed over a token's slots.
+A row is a token with its one or two experts where there are few tuples of them, else a slot of a token (`tiling`). Of
+two slots with enough tokens each has its own launches, and the second adds to what the first has written. Else the
+hidden of all slots, and in backward the gradients of their pre-activations, go to a buffer and are summed after it.
 
 Backward makes H M^T again, and runs two kernels: gradients of tokens are sums over F, those of experts sums over
 tokens. One kernel for both would write and read what each stripe of columns adds to the gradients of the low-rank
@@ -31,7 +32,7 @@ from graphmoe_kernels.experts.triton.gradients import (
     no_weight_sums,
 )
 from graphmoe_kernels.experts.triton.layout import RowStrides
-from graphmoe_kernels.experts.triton.placing import place
+from graphmoe_kernels.experts.triton.placing import place, positions
 from graphmoe_kernels.experts.triton.sizes import Sizes, Tiling, compact_columns, padded_rank
 from graphmoe_kernels.experts.triton.stream_plan import Piece, StreamPlan, stream_plan
 from graphmoe_kernels.launching import SMALLEST_TILE, launch
@@ -81,7 +82,7 @@ def forward(
     plan = stream_plan("stream", operands, size, activation)
     own, block = plan.tiling, plan.constants["BLOCK_M"]
     placed = place(operands.expert_ids, operands.routing_weights, size, own, block)
-    num_positions = len(placed.rows)
+    num_positions, tiles = len(placed.rows), positions(size, own, block) // block
     streamed, added = _streamed(operands), _fold_buffer(operands.update, size, plan)
     hidden, low_down = gate.new_empty((size.tokens, size.width)), gate.new_empty((size.tokens, n * size.rank))
     columns = compact_columns(own.experts, size.rank)
@@ -90,11 +91,12 @@ def forward(
     for piece in plan.pieces:
         _fold_product(added, operands.update, piece, size)
         out = _rows_of(hidden, of_rows, piece, size)
-        launch(
-            kernels.stream, (num_positions // block, piece.splits), streamed, strides, placed, added,
-            _row_stride(added), piece, out, out.stride(0), partial, num_positions, size.width, n, scale,
-            device=gate.device, **plan.constants,
-        )  # fmt: skip
+        for part in piece.launches(own.launches):
+            launch(
+                kernels.stream, (tiles, piece.splits), streamed, strides, placed, added, _row_stride(added),
+                part, out, out.stride(0), partial, num_positions, size.width, n, scale, device=gate.device,
+                **plan.constants,
+            )  # fmt: skip
         _sum_rows(hidden, of_rows, piece, size)
     launch(
         kernels.summing, (math.ceil(size.tokens / SUMMING["BLOCK_M"]),), partial, operands.expert_ids, placed.places,
@@ -119,7 +121,7 @@ def backward(
     plan = stream_plan("stream_backward_tokens", operands, size, activation)
     own, block = plan.tiling, plan.constants["BLOCK_M"]
     placed = place(operands.expert_ids, operands.routing_weights, size, own, block)
-    num_positions = len(placed.rows)
+    num_positions, tiles = len(placed.rows), positions(size, own, block) // block
     streamed, added = _streamed(operands), _fold_buffer(operands.update, size, plan)
     found = empty_token_gradients(gate, size)
     partial = _no_stream_sums(gate, size, plan, num_positions)
@@ -132,25 +134,27 @@ def backward(
     for piece in plan.pieces:
         _fold_product(added, operands.update, piece, size)
         out = GateUp(*(_rows_of(x, rows, piece, size) for x, rows in zip(found[:2], of_rows, strict=True)))
-        launch(
-            kernels.backward_tokens, (num_positions // block, piece.splits), streamed, strides, placed, added,
-            _row_stride(added), piece, *grads, out, out.gate.stride(0), partial, num_positions, size.width, n, scale,
-            device=gate.device, **plan.constants,
-        )  # fmt: skip
+        for part in piece.launches(own.launches):
+            launch(
+                kernels.backward_tokens, (tiles, piece.splits), streamed, strides, placed, added, _row_stride(added),
+                part, grads, out, out.gate.stride(0), partial, num_positions, size.width, n, scale,
+                device=gate.device, **plan.constants,
+            )  # fmt: skip
         for x, rows in zip(found[:2], of_rows, strict=True):
             _sum_rows(x, rows, piece, size)
         if sums is not None:
             columns = piece.columns(size.width)
             stripes = math.ceil((columns.stop - columns.start) / fixed["BLOCK_F"])
-            launch(
-                kernels.backward_weights, (stripes, experts.splits), streamed, strides, placed, added,
-                _row_stride(added), piece, grads[0], partial.rows, sums, size.width, n, scale, device=gate.device,
-                **fixed,
-            )  # fmt: skip
+            for part in piece.launches(own.launches):
+                launch(
+                    kernels.backward_weights, (stripes, experts.splits), streamed, strides, placed, added,
+                    _row_stride(added), part, grads[0], partial.rows, sums, size.width, n, scale,
+                    device=gate.device, **fixed,
+                )  # fmt: skip
     launch(
         kernels.summing_tokens, (math.ceil(size.tokens / SUMMING["BLOCK_M"]),), partial, operands.expert_ids,
-        placed.places, found, size.tokens, num_positions, plan.splits, n, scale, device=gate.device,
-        **_summing(size, own),
+        placed.places, found.low, found.routing_weights, size.tokens, num_positions, plan.splits, n, scale,
+        device=gate.device, **_summing(size, own),
     )  # fmt: skip
     return found, {} if sums is None else sums.total()
 
@@ -201,8 +205,8 @@ def _fold_product(added: GateUp | None, update: LowRankUpdate | None, piece: Pie
 
 
 def _row_buffers(gate: Tensor, size: Sizes, plan: StreamPlan, count: int) -> list[Tensor | None]:
-    """Where rows that are one slot of a token go, [N * k, a piece's columns] each; None where a row is a token."""
-    if plan.tiling.rows == 1:
+    """Where the rows of a token's slots go, [N * k, a piece's columns] each; None where a launch has one of a token."""
+    if plan.tiling.rows_together == 1:
         return [None] * count
     rows = size.tokens * plan.tiling.rows
     return list(gate.new_empty((count, rows, _piece_columns(size, plan))).unbind())

@@ -29,7 +29,7 @@ class Placed(NamedTuple):
         experts: [tiles, experts of a tile] int32, rising; n for ids that are no tuple.
         weights: [positions, experts of a tile] fp32, the routing weights in the experts' order; 0 of none.
         ends: [tiles] int32, the tile after the last one of the same tuple.
-        used: [1] int32, how many tiles there are.
+        used: [launches] int32, the tile after the last one of each launch, which has those from the launch before on.
     """
 
     rows: Tensor
@@ -50,15 +50,16 @@ def _kernels() -> tuple[Any, Any]:
 
 @per_device
 def positions(size: Sizes, tiling: Tiling, block: int) -> int:
-    """Places of rows: as many as the most tiles of ``block`` that they can need, whatever their experts."""
-    rows = size.tokens * tiling.rows
+    """Places of a launch's rows: as many as the most tiles of ``block`` that they can need, whatever their experts."""
+    rows = size.tokens * tiling.rows_together
     return (rows + min(tiling.tuples + 1, rows) * (block - 1)) // block * block
 
 
 def place(ids: Tensor, routing_weights: Tensor, size: Sizes, tiling: Tiling, block: int) -> Placed:
     """Put the rows together by their experts, in tiles of ``block``: ids [N, k], routing weights [N, k]."""
     counting, placing = _kernels()
-    num_positions, keys = positions(size, tiling, block), power_of_two(tiling.tuples + 1)
+    num_positions = positions(size, tiling, block) * tiling.launches
+    keys = power_of_two(tiling.tuples + 1) * tiling.launches
     rows, tiles = size.tokens * tiling.rows, num_positions // block
     chunks = math.ceil(rows / PLACING["BLOCK_M"] / MAX_BLOCKS)
     blocks = math.ceil(rows / (PLACING["BLOCK_M"] * chunks))
@@ -69,9 +70,9 @@ def place(ids: Tensor, routing_weights: Tensor, size: Sizes, tiling: Tiling, blo
         ids.new_empty((tiles, tiling.experts), dtype=torch.int32),
         ids.new_empty((num_positions, tiling.experts), dtype=torch.float32),
         ids.new_empty((tiles,), dtype=torch.int32),
-        ids.new_empty((1,), dtype=torch.int32),
+        ids.new_empty((tiling.launches,), dtype=torch.int32),
     )
-    fixed = {"SLOTS": size.slots, "EXPERTS": tiling.experts, "KEYS": keys, **PLACING}
+    fixed = {"SLOTS": size.slots, "EXPERTS": tiling.experts, "LAUNCHES": tiling.launches, "KEYS": keys, **PLACING}
     launch(counting, (blocks,), ids, counts, rows, chunks, size.num_experts, device=ids.device, **fixed)
     launch(
         placing, (blocks + 1,), ids, routing_weights, counts, placed, rows, chunks, num_positions, size.num_experts,

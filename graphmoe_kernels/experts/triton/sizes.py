@@ -23,12 +23,18 @@ STREAM_BLOCK = 64
 PAIR_TOKENS = 16
 # The kernels that put rows together read a count of every pair.
 MAX_PAIRS = 255
+# Where each expert has so many tokens of a slot on average, a token's two slots are launches of their own: the second
+# adds to what the first has written. Rows of both in one launch are written to a buffer that another reads: in units of
+# [N, F], 5 where these take 3, of hidden and of each gradient of the pre-activations. For that an expert's rows are
+# padded once for each slot, by half a tile of 32.
+SLOT_TOKENS = 32
 # Columns of a tile's low-rank rows, with which what it reads of two experts fits in registers and shared memory.
 MAX_PAIR_COLUMNS = 32
 # Splits of F whose sums a program of few tokens adds up; the sums of so many are added by another.
 SUMMED_AT_ONCE = 16
-# Warps of these kernels that a multiprocessor holds: they use all registers that a thread can have.
-WARPS_PER_MULTIPROCESSOR = 8
+# Registers of a multiprocessor, and the most that a thread can have: so many are assumed where a configuration has no
+# bound.
+REGISTERS, MAX_REGISTERS = 2**16, 255
 
 
 # The next three are called by kernels too, as constexpr functions (`tile`), and Triton lets those call no other.
@@ -71,11 +77,18 @@ class Tiling(NamedTuple):
         experts: of a tile: all of a token's, one or two, or else one.
         rows: of a token: 1, or one for each of its slots.
         tuples: how many different tuples of experts a tile can have.
+        launches: of a kernel over all tiles: 1, or 2 where a launch has the tiles of one slot.
     """
 
     experts: int
     rows: int
     tuples: int
+    launches: int = 1
+
+    @property
+    def rows_together(self) -> int:
+        """Rows of a token in one launch: of several each is written apart, and they are summed after it."""
+        return self.rows // self.launches
 
 
 def tiling(size: Sizes) -> Tiling:
@@ -88,7 +101,8 @@ def tiling(size: Sizes) -> Tiling:
         and size.tokens > PAIR_TOKENS * pairs
     ):
         return Tiling(2, 1, pairs)
-    return Tiling(1, size.slots, size.num_experts)
+    apart = size.slots == 2 and size.tokens >= SLOT_TOKENS * size.num_experts
+    return Tiling(1, size.slots, size.num_experts, 2 if apart else 1)
 
 
 def sizes(operands: ExpertOperands) -> Sizes:
@@ -139,5 +153,6 @@ def cut(work: int, others: int, slots: int, most: int | None = None) -> tuple[in
 
 
 def program_slots(config: Config, multiprocessors: int) -> int:
-    """How many programs run at once: registers hold eight warps of these kernels on a multiprocessor."""
-    return multiprocessors * max(1, WARPS_PER_MULTIPROCESSOR // config["num_warps"])
+    """How many programs run at once: as many as have their registers."""
+    of_warp = 32 * config.get("maxnreg", MAX_REGISTERS)
+    return multiprocessors * max(1, REGISTERS // of_warp // config["num_warps"])

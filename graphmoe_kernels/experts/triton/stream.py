@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 
 from graphmoe_kernels.experts.triton.stream_tile import (
+    add_written,
     expert_low_rows,
     expert_vectors,
     first_column,
+    launched_tiles,
     load_base,
     placed_expert,
     placed_rows,
@@ -59,17 +61,19 @@ def experts_stream(
     operands, strides, placed, added, stride_added, piece, hidden, stride_hidden, partial, num_positions, width,
     num_experts, scale,
     SLOTS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
-    APPROXIMATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, PARTS: tl.constexpr,
+    APPROXIMATE: tl.constexpr, LAUNCHES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Program (placed tile, split of the piece's blocks of columns). Shapes as in `expert_swiglu`.
+    """Program (placed tile of those of the launch, split of the piece's blocks). Shapes as in `expert_swiglu`.
 
-    hidden [rows, the piece's columns or more]: of every row. partial [splits, positions, columns] fp32: what a split
-    adds to low_down, the i-th expert's from column i * padded rank on.
+    hidden [rows or tokens, the piece's columns or more]: see `placed_rows`. partial [splits, positions, columns] fp32:
+    what a split adds to low_down, the i-th expert's from column i * padded rank on.
     """
-    tile, split = tl.program_id(0), tl.program_id(1)
-    if tile >= tl.load(placed.used):
+    first, end_tile = launched_tiles(placed, piece.number, LAUNCHES)
+    tile, split = first + tl.program_id(0), tl.program_id(1)
+    if tile >= end_tile:
         return
-    row, token, live = placed_rows(placed, tile, SLOTS, EXPERTS, BLOCK_M)
+    row, token, live = placed_rows(placed, tile, SLOTS, EXPERTS, LAUNCHES, BLOCK_M)
     e0 = tl.minimum(placed_expert(placed, tile, 0, EXPERTS), num_experts - 1)
     w0 = placed_weights(placed, tile, 0, EXPERTS, BLOCK_M)
     low0 = expert_low_rows(operands, strides, token, live, e0, num_experts, RANK)
@@ -96,7 +100,9 @@ def experts_stream(
                 mixed += own * w1[:, None]
                 z1 = add_low_rank(z1, own, operands, token, e1, f0, width, RANK, PART)
             at = row[:, None] * stride_hidden + (f - first_column(piece))[None, :]
-            tl.store(hidden + at, mixed.to(hidden.dtype.element_ty), mask=live[:, None] & (f < width)[None, :])
+            inside = live[:, None] & (f < width)[None, :]
+            mixed = add_written(mixed, hidden, at, piece.number, inside, LAUNCHES)
+            tl.store(hidden + at, mixed.to(hidden.dtype.element_ty), mask=inside)
 
     COLUMNS: tl.constexpr = compact_columns(EXPERTS, RANK)
     position = tile * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -6,11 +6,13 @@ import triton
 import triton.language as tl
 
 from graphmoe_kernels.experts.triton.stream_tile import (
+    add_written,
     expert_backward,
     expert_matrices,
     expert_vectors,
     first_column,
     gradient_rows,
+    launched_tiles,
     load_base,
     placed_expert,
     placed_rows,
@@ -53,29 +55,30 @@ def store_sums(sums, at, i, gate, up, of_weight, EXPERTS: tl.constexpr, RANK: tl
 
 @triton.jit(do_not_specialize=["num_positions", "piece"])
 def experts_stream_backward_tokens(
-    operands, strides, placed, added, stride_added, piece, d_hidden, d_low_down, gradients, stride_gradients,
-    sums, num_positions, width, num_experts, scale,
+    operands, strides, placed, added, stride_added, piece, grads, gradients,
+    stride_gradients, sums, num_positions, width, num_experts, scale,
     SLOTS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
+    LAUNCHES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
 ):
-    """Program (placed tile, split of the piece's blocks of columns), as `experts_stream`.
+    """Program (placed tile of those of the launch, split of the piece's blocks), as `experts_stream`.
 
-    d_hidden [N, F] and d_low_down [N, n*r] are contiguous. gradients: a `GateUp`, [rows, the piece's columns or more]
-    each, of every row. sums: a `StreamSums`, what each split adds to the gradients of the low-rank activations and of
-    the routing weights, and what the tiles read of both.
+    grads: of hidden [N, F] and of low_down [N, n*r], contiguous. gradients: a `GateUp`, [rows or tokens, the piece's
+    columns or more] each. sums: a `StreamSums`, what each split adds to the gradients of the low-rank activations and
+    of the routing weights, and what the tiles read of both.
     """
-    tile, split = tl.program_id(0), tl.program_id(1)
-    if tile >= tl.load(placed.used):
+    first, end_tile = launched_tiles(placed, piece.number, LAUNCHES)
+    tile, split = first + tl.program_id(0), tl.program_id(1)
+    if tile >= end_tile:
         return
-    row, token, live = placed_rows(placed, tile, SLOTS, EXPERTS, BLOCK_M)
+    row, token, live = placed_rows(placed, tile, SLOTS, EXPERTS, LAUNCHES, BLOCK_M)
     e0 = tl.minimum(placed_expert(placed, tile, 0, EXPERTS), num_experts - 1)
     w0 = placed_weights(placed, tile, 0, EXPERTS, BLOCK_M)
-    rows0 = gradient_rows(operands, strides, d_low_down, token, live, e0, num_experts, RANK)
+    rows0 = gradient_rows(operands, strides, grads[1], token, live, e0, num_experts, RANK)
     e1, w1, rows1 = e0, w0, rows0
     if EXPERTS == 2:
         e1 = tl.minimum(placed_expert(placed, tile, 1, EXPERTS), num_experts - 1)
         w1 = placed_weights(placed, tile, 1, EXPERTS, BLOCK_M)
-        rows1 = gradient_rows(operands, strides, d_low_down, token, live, e1, num_experts, RANK)
+        rows1 = gradient_rows(operands, strides, grads[1], token, live, e1, num_experts, RANK)
     if piece.first_split + split == 0:  # for the kernel that sums over tokens
         store_rows(sums.rows, rows0, tile, 0, EXPERTS, RANK, BLOCK_M)
         if EXPERTS == 2:
@@ -90,7 +93,7 @@ def experts_stream_backward_tokens(
         f = f0 + tl.arange(0, BLOCK_F)
         inside = live[:, None] & columns_inside(f, width, WHOLE)[None, :]
         g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width, WHOLE)
-        d = tl.load(d_hidden + token[:, None] * width + f[None, :], mask=inside, other=0.0)
+        d = tl.load(grads[0] + token[:, None] * width + f[None, :], mask=inside, other=0.0)
         matrices = expert_matrices(operands, e0, f, width, RANK, WHOLE)
         vectors = expert_vectors(operands.scales, e0, f, width, WHOLE)
         d_g, d_u, _, _, _, of_weight = expert_backward(
@@ -113,6 +116,8 @@ def experts_stream_backward_tokens(
             d_g += other_g
             d_u += other_u
         at = row[:, None] * stride_gradients + (f - first_column(piece))[None, :]
+        d_g = add_written(d_g, gradients.gate, at, piece.number, inside, LAUNCHES)
+        d_u = add_written(d_u, gradients.up, at, piece.number, inside, LAUNCHES)
         tl.store(gradients.gate + at, d_g.to(gradients.gate.dtype.element_ty), mask=inside)
         tl.store(gradients.up + at, d_u.to(gradients.up.dtype.element_ty), mask=inside)
 

@@ -13,6 +13,7 @@ from graphmoe_kernels.experts.triton.stream_tile import (
     expert_matrices,
     expert_vectors,
     first_column,
+    launched_tiles,
     load_base,
     placed_rows,
     placed_weights,
@@ -106,24 +107,24 @@ def run_end_before(placed, tile):
 def experts_stream_backward_weights(
     operands, strides, placed, added, stride_added, piece, d_hidden, rows, sums, width, num_experts, scale,
     SLOTS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
+    LAUNCHES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """Program (one of the piece's blocks of columns, split of the placed tiles, of TILE tokens).
+    """Program (one of the piece's blocks of columns, split of the launch's placed tiles, of TILE rows).
 
     Tiles of the same experts follow one another, a run: its sums stay in registers, and go to memory at its end. Each
-    split has its own ``sums``, a `WeightSums`, zero before, so that the order of a sum is fixed. With ``SHARED`` there
-    is one for all splits: a run is its expert's only one, and belongs to the split that it begins in. rows: as the
-    tokens' kernel has left them in its `StreamSums`.
+    split has its own ``sums``, a `WeightSums`, zero before all launches, so that the order of a sum is fixed. With
+    ``SHARED`` there is one for all splits: a run is its expert's only one of the launch, and belongs to the split that
+    it begins in. rows: as the tokens' kernel has left them in its `StreamSums`.
     """
     split, splits = tl.program_id(1), tl.num_programs(1)
     f0 = first_column(piece) + tl.program_id(0) * BLOCK_F
     f = f0 + tl.arange(0, BLOCK_F)
     own = 0 if SHARED else split.to(tl.int64) * num_experts * width
     PARTS: tl.constexpr = TILE // BLOCK_M
-    used = tl.load(placed.used)
-    split_tiles = tl.cdiv(used, splits)
-    begin, end = min(split * split_tiles, used), min((split + 1) * split_tiles, used)
+    first, used = launched_tiles(placed, piece.number, LAUNCHES)
+    split_tiles = tl.cdiv(used - first, splits)
+    begin, end = min(first + split * split_tiles, used), min(first + (split + 1) * split_tiles, used)
     if SHARED:
         begin = run_end_before(placed, begin)
         end = run_end_before(placed, end)
@@ -133,7 +134,7 @@ def experts_stream_backward_weights(
         sums0, matrices0, vectors0 = begin_expert(operands, e0, f, width, num_experts, RANK, BLOCK_F, WHOLE)
         sums1, matrices1, vectors1 = begin_expert(operands, e1, f, width, num_experts, RANK, BLOCK_F, WHOLE)
         for tile in range(begin * PARTS, run_end * PARTS):
-            _, token, live = placed_rows(placed, tile, SLOTS, EXPERTS, BLOCK_M)
+            _, token, live = placed_rows(placed, tile, SLOTS, EXPERTS, LAUNCHES, BLOCK_M)
             g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width, WHOLE)
             at = token[:, None] * width + f[None, :]
             inside = live[:, None] & columns_inside(f, width, WHOLE)[None, :]

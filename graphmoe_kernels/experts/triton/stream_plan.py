@@ -13,6 +13,7 @@ from graphmoe_kernels.experts.triton.placing import positions
 from graphmoe_kernels.experts.triton.plan import constants, target
 from graphmoe_kernels.experts.triton.sizes import (
     MAX_PAIR_COLUMNS,
+    MAX_REGISTERS,
     STREAM_BLOCK,
     Sizes,
     Tiling,
@@ -27,28 +28,32 @@ from graphmoe_kernels.launching import Config, config_table, dtype_class
 # no larger than hidden.
 BUFFER_BYTES = 2**26
 # The backward to experts adds up the sums of all experts for every split of the tiles: at Llama-3-8B's sizes each
-# expert takes 2.75 MB, which are cleared, written, read and summed. So splits times experts are no more than this; and
+# expert takes 2.75 MB, which are cleared, written, read and summed: 29 us per split of eight experts on an H100. By the
+# model of time two splits of them are as fast as seven. So splits times experts are no more than this; and
 # of so many experts, where a tile has one of them, a split takes all of an expert's tiles, so that they share one sum.
-MAX_EXPERT_SUMS = 64
+MAX_EXPERT_SUMS = 40
 MANY_EXPERTS = 8
 
 
-# Registers that a thread can have.
-MAX_REGISTERS = 255
-
-
 class Piece(NamedTuple):
-    """Blocks of `STREAM_BLOCK` columns that one launch streams over, and how they are split among its programs."""
+    """Blocks of `STREAM_BLOCK` columns that one launch streams over, and how they are split among its programs; the
+    launch's number where several have the tiles.
+    """
 
     first_block: int
     end_block: int
     split_blocks: int
     first_split: int
+    number: int = 0
 
     @property
     def splits(self) -> int:
         """How many programs share the blocks of a tile."""
         return math.ceil((self.end_block - self.first_block) / self.split_blocks)
+
+    def launches(self, count: int) -> list[Piece]:
+        """The piece for each launch, by its number."""
+        return [self._replace(number=number) for number in range(count)]
 
     def columns(self, width: int) -> slice:
         """Its columns of F."""
@@ -82,7 +87,7 @@ def stream_plan(kernel: str, operands: ExpertOperands, size: Sizes, activation: 
     """A kernel's plan for these operands."""
     gate = operands.pre_activations.gate
     extras = Extras(operands.dropout is not None, operands.scales is not None)
-    rows, pieces = tiling(size).rows, 1
+    rows, pieces = tiling(size).rows_together, 1
     if gate.numel() * gate.element_size() * max(rows, 2) > BUFFER_BYTES:
         pieces = 1 if operands.update is None and rows == 1 else 2 * rows
     return _plan(kernel, size, activation, gate.dtype, gate.device, extras, pieces)
@@ -95,7 +100,7 @@ def _plan(
     device_class, multiprocessors = target(device)
     own = tiling(size)
     chosen = fitting(stream_config(kernel, size, own, dtype, device_class), extras)
-    fixed = constants(size, activation, chosen) | {"EXPERTS": own.experts}
+    fixed = constants(size, activation, chosen) | {"EXPERTS": own.experts, "LAUNCHES": own.launches}
     if kernel == "stream":
         fixed["APPROXIMATE"] = not interpreting()
     else:
@@ -133,11 +138,14 @@ def fitting(config: Config, extras: Extras) -> Config:
 
     A forward step with dropout is one part, as the random numbers of two spill; and a bound on registers that a plain
     round fits in is the largest where a program also holds either. (Where nothing is said, the assembler itself bounds
-    them for the sake of occupancy, and spills a few bytes for it.)
+    them for the sake of occupancy, and spills a few bytes for it.) A backward's program of two warps is then one of
+    four over twice the columns, whose threads hold less.
     """
     found = dict(config)
     if extras.dropout and "PARTS" in found:
         found |= {"BLOCK_F": found["BLOCK_F"] // found["PARTS"], "PARTS": 1}
     if "maxnreg" in found and (extras.dropout or extras.scales):
         found["maxnreg"] = MAX_REGISTERS
+        if found["num_warps"] == 2:
+            found |= {"BLOCK_F": 2 * found["BLOCK_F"], "num_warps": 4}
     return found

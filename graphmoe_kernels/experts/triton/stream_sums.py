@@ -65,13 +65,13 @@ def experts_stream_sum(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_positions", "splits"])
 def experts_stream_sum_tokens(
-    sums, expert_ids, places, gradients, num_tokens, num_positions, splits, num_experts, scale,
+    sums, expert_ids, places, d_low, d_routing_weights, num_tokens, num_positions, splits, num_experts, scale,
     SLOTS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
-    """gradients.low [N, 2nr] and gradients.routing_weights [N, k] of a `StreamSums`."""
+    """d_low [N, 2nr] and d_routing_weights [N, k] of a `StreamSums`."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = token < num_tokens
-    clear(gradients.low, token, live, 2 * num_experts * RANK, BLOCK_M)
+    clear(d_low, token, live, 2 * num_experts * RANK, BLOCK_M)
     i = tl.arange(0, padded_rank(RANK))[None, :]
     COLUMNS: tl.constexpr = compact_columns(EXPERTS, RANK)
     stride_split = num_positions.to(tl.int64) * COLUMNS
@@ -81,10 +81,10 @@ def experts_stream_sum_tokens(
         at = (place * COLUMNS + part * padded_rank(RANK))[:, None] + i
         gate = sum_over_splits(sums.gate, at, inside, splits, stride_split) * scale
         up = sum_over_splits(sums.up, at, inside, splits, stride_split) * scale
-        out = gradients.low + (token * 2 * num_experts + e)[:, None] * RANK + i
-        tl.store(out, gate.to(gradients.low.dtype.element_ty), mask=inside)
-        tl.store(out + num_experts * RANK, up.to(gradients.low.dtype.element_ty), mask=inside)
+        out = d_low + (token * 2 * num_experts + e)[:, None] * RANK + i
+        tl.store(out, gate.to(d_low.dtype.element_ty), mask=inside)
+        tl.store(out + num_experts * RANK, up.to(d_low.dtype.element_ty), mask=inside)
         of_weight = sum_over_splits(
             sums.routing_weights, place * EXPERTS + part, live, splits, num_positions.to(tl.int64) * EXPERTS
         )
-        tl.store(gradients.routing_weights + token * SLOTS + slot, of_weight, mask=live)
+        tl.store(d_routing_weights + token * SLOTS + slot, of_weight, mask=live)

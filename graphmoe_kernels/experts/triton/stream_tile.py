@@ -34,12 +34,35 @@ def stream_columns(piece, split):
 
 
 @triton.jit
-def placed_rows(placed, tile, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The rows of a tile and their tokens (int64, 0 where there is none), and which of them are there."""
+def launched_tiles(placed, number, LAUNCHES: tl.constexpr):
+    """The first tile of a launch, by its number, and the one after its last."""
+    begin = number * 0
+    if LAUNCHES > 1:
+        begin = tl.where(number > 0, tl.load(placed.used + tl.maximum(number - 1, 0)), 0)
+    return begin, tl.load(placed.used + number)
+
+
+@triton.jit
+def placed_rows(
+    placed, tile, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, LAUNCHES: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Where the rows of a tile are written, their tokens (int64, 0 where there is none), and which of them are there.
+
+    What a token's rows of one launch give is written row by row, a single one's at its token.
+    """
     row = tl.load(placed.rows + tile * BLOCK_M + tl.arange(0, BLOCK_M))
     live = row >= 0
     row = tl.where(live, row, 0)
-    return row.to(tl.int64), (row // (SLOTS // EXPERTS)).to(tl.int64), live
+    token = (row // (SLOTS // EXPERTS)).to(tl.int64)
+    return token if LAUNCHES > 1 else row.to(tl.int64), token, live
+
+
+@triton.jit
+def add_written(x, out, at, number, inside, LAUNCHES: tl.constexpr):
+    """x plus what the launches before this one have written to ``out``."""
+    if LAUNCHES > 1:
+        x += tl.load(out + at, mask=inside & (number > 0), other=0.0).to(tl.float32)
+    return x
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 A row's tuple is its expert, or its two experts in rising order (`sizes.Tiling`). Ids that are no tuple (none of the
 experts, or one that a token has twice) have a tuple of their own, so that nothing of theirs is in another row's tile.
+Where each slot is a launch of its own, the tuples of the second come after all of the first.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def row_experts(expert_ids, row, live, num_experts, SLOTS: tl.constexpr, EXPERTS
 
 
 @triton.jit
-def tuple_keys(a, b, real, EXPERTS: tl.constexpr, KEYS: tl.constexpr):
-    """The number of every row's tuple: KEYS - 1 for ids that are none.
+def tuple_keys(a, b, real, row, EXPERTS: tl.constexpr, LAUNCHES: tl.constexpr, KEYS: tl.constexpr):
+    """The number of every row's tuple: the last of its launch for ids that are none.
 
     Of two experts a < b it is b (b - 1) / 2 + a, which numbers pairs without a gap.
     """
@@ -43,13 +44,17 @@ def tuple_keys(a, b, real, EXPERTS: tl.constexpr, KEYS: tl.constexpr):
     if EXPERTS == 2:
         larger = tl.where(real, tl.maximum(a, b), 0)
         key = larger * (larger - 1) // 2 + tl.minimum(a, b)
-    return tl.where(real, key, KEYS - 1)
+    OWN: tl.constexpr = KEYS // LAUNCHES
+    key = tl.where(real, key, OWN - 1)
+    if LAUNCHES > 1:
+        key += row % LAUNCHES * OWN
+    return key
 
 
 @triton.jit(do_not_specialize=["num_rows", "chunks"])
 def experts_count_tuples(
     expert_ids, counts, num_rows, chunks, num_experts,
-    SLOTS: tl.constexpr, EXPERTS: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
+    SLOTS: tl.constexpr, EXPERTS: tl.constexpr, LAUNCHES: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     """counts [blocks, KEYS] int32: how many of a block's rows, ``chunks`` times BLOCK_M of them, have each tuple."""
     counted = tl.zeros([KEYS], tl.int32)
@@ -57,7 +62,7 @@ def experts_count_tuples(
         row = (tl.program_id(0) * chunks + chunk) * BLOCK_M + tl.arange(0, BLOCK_M)
         live = row < num_rows
         a, b, real = row_experts(expert_ids, row, live, num_experts, SLOTS, EXPERTS)
-        counted += tl.histogram(tuple_keys(a, b, real, EXPERTS, KEYS), KEYS, mask=live)
+        counted += tl.histogram(tuple_keys(a, b, real, row, EXPERTS, LAUNCHES, KEYS), KEYS, mask=live)
     tl.store(counts + tl.program_id(0) * KEYS + tl.arange(0, KEYS), counted)
 
 
@@ -102,8 +107,13 @@ def place_rows(
 
 
 @triton.jit
-def pad_tiles(placed, first, padded, num_positions, EXPERTS: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Write -1, and weights of 0, from every tuple's ``first`` free place [KEYS] on, and behind the last tile."""
+def pad_tiles(
+    placed, first, padded, num_positions,
+    EXPERTS: tl.constexpr, LAUNCHES: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    """Write the launches' ends, -1 and weights of 0 from every tuple's ``first`` free place [KEYS] on, and -1 behind
+    the last tile.
+    """
     end = tl.cumsum(padded, 0)
     for i in range(0, TILE, PADDED):
         at = (first + i)[:, None] + tl.arange(0, PADDED)[None, :]
@@ -112,7 +122,9 @@ def pad_tiles(placed, first, padded, num_positions, EXPERTS: tl.constexpr, TILE:
         for expert in tl.static_range(EXPERTS):
             tl.store(placed.weights + at * EXPERTS + expert, tl.zeros(at.shape, tl.float32), mask=inside)
     used = tl.sum(padded)
-    tl.store(placed.used, used // TILE)
+    key = tl.arange(0, KEYS) + 1
+    OWN: tl.constexpr = KEYS // LAUNCHES
+    tl.store(placed.used + key // OWN - 1, end // TILE, mask=key % OWN == 0)
     for p0 in range(used, num_positions, BLOCK_M):
         p = p0 + tl.arange(0, BLOCK_M)
         tl.store(placed.rows + p, tl.full([BLOCK_M], -1, tl.int32), mask=p < num_positions)
@@ -121,7 +133,7 @@ def pad_tiles(placed, first, padded, num_positions, EXPERTS: tl.constexpr, TILE:
 @triton.jit(do_not_specialize=["num_rows", "chunks", "num_positions"])
 def experts_place_rows(
     expert_ids, routing_weights, counts, placed, num_rows, chunks, num_positions, num_experts,
-    SLOTS: tl.constexpr, EXPERTS: tl.constexpr, KEYS: tl.constexpr,
+    SLOTS: tl.constexpr, EXPERTS: tl.constexpr, LAUNCHES: tl.constexpr, KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, TILE: tl.constexpr,
 ):
     """Fill a `placing.Placed`: rows by tuple, each tuple's followed by -1 up to whole tiles of ``TILE``.
@@ -134,7 +146,7 @@ def experts_place_rows(
     padded = (total + TILE - 1) // TILE * TILE
     end = tl.cumsum(padded, 0)  # [KEYS], the place after a tuple's last tile
     if block == blocks:
-        pad_tiles(placed, end - padded + total, padded, num_positions, EXPERTS, TILE, BLOCK_M)
+        pad_tiles(placed, end - padded + total, padded, num_positions, EXPERTS, LAUNCHES, KEYS, TILE, BLOCK_M)
     else:
         following = end - padded + before  # [KEYS], the place of the next row of each tuple
         here = tl.arange(0, BLOCK_M)
@@ -142,7 +154,7 @@ def experts_place_rows(
             row = (block * chunks + chunk) * BLOCK_M + here
             live = row < num_rows
             a, b, real = row_experts(expert_ids, row, live, num_experts, SLOTS, EXPERTS)
-            key = tuple_keys(a, b, real, EXPERTS, KEYS)
+            key = tuple_keys(a, b, real, row, EXPERTS, LAUNCHES, KEYS)
             earlier = (key[:, None] == key[None, :]) & (here[None, :] < here[:, None])
             place = tl.gather(following, key, 0) + tl.sum(earlier.to(tl.int32), axis=1)
             place_rows(
