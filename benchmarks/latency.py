@@ -130,7 +130,7 @@ def _passes_of_few(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[
     c, inner = launch.constants, launch.arguments["inner"]
     drawn = sizes.experts * (1 - (1 - 1 / sizes.experts) ** min(sizes.tokens * sizes.top_k, c.get("BLOCK_M", 1) * c["SLOTS"]))
     counts = [math.ceil(inner / c["BLOCK_K"])] if inner else []
-    if "AT_ONCE" in c and c["BLOCK_E"] > c["AT_ONCE"]:
+    if "AT_ONCE" in c:
         counts += 2 * [math.ceil(drawn / c["AT_ONCE"])]
     left = iter(counts)
     return [1.0] + [float(next(left, 1)) if loop.loads else 1.0 for loop in loops[1:]]

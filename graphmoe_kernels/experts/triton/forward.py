@@ -55,25 +55,21 @@ def slot_low(operands, strides, token, real, column, RANK: tl.constexpr):
 
 
 @triton.jit
-def count_before(e, num_experts, BLOCK_E: tl.constexpr):
-    """Which experts the rows have, [BLOCK_E] int32, and how many come before each."""
+def order_experts(e, num_experts, BLOCK_E: tl.constexpr):
+    """The place of every expert among those that the rows have, [BLOCK_E] int32, -1 if no row has it; how many have."""
     expert = tl.arange(0, BLOCK_E)
     here = (e[:, None] == expert[None, :]) & (expert < num_experts)[None, :]
     present = tl.max(here.to(tl.int32), axis=0)
-    return present, tl.cumsum(present, axis=0) - present
+    return tl.where(present > 0, tl.cumsum(present, axis=0) - 1, -1), tl.sum(present, axis=0)
 
 
 @triton.jit
-def visited(present, before, first, num_experts, RANK: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The experts of a visit to those from the ``first`` on, [AT_ONCE or, if that is less, BLOCK_E]; n for none."""
-    if BLOCK_E <= AT_ONCE:  # one visit has them all
-        e = tl.where(present > 0, tl.arange(0, BLOCK_E), num_experts)
-    else:
-        place = first + tl.arange(0, AT_ONCE)
-        hit = (before[None, :] == place[:, None]) & (present > 0)[None, :]
-        e = tl.min(tl.where(hit, tl.arange(0, BLOCK_E)[None, :], num_experts), axis=1)
-    wide = tl.reshape(tl.broadcast_to(e[:, None], [e.shape[0], padded_rank(RANK)]), [e.shape[0] * padded_rank(RANK)])
-    return e, tl.max_constancy(wide, padded_rank(RANK))
+def visited(places, first, num_experts, RANK: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The experts of a visit, in places from the ``first`` on, [AT_ONCE], and of its columns; num_experts for none."""
+    hit = places[None, :] == first + tl.arange(0, AT_ONCE)[:, None]
+    e = tl.min(tl.where(hit, tl.arange(0, BLOCK_E)[None, :], num_experts), axis=1)
+    columns = tl.broadcast_to(e[:, None], [AT_ONCE, padded_rank(RANK)])
+    return e, tl.max_constancy(tl.reshape(columns, [AT_ONCE * padded_rank(RANK)]), padded_rank(RANK))
 
 
 @triton.jit
@@ -135,7 +131,7 @@ def experts_forward(
     operands, strides, hidden, stride_hidden, low_down, stride_low_down, partial, counters, num_tokens, width, inner,
     num_experts, scale,
     SLOTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, AT_ONCE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, AT_ONCE: tl.constexpr,
 ):
     """Program (tile of tokens, block of F). Shapes as in `graphmoe_kernels.expert_swiglu`.
 
@@ -157,20 +153,19 @@ def experts_forward(
     real = own < num_experts
     a_gate = slot_low(operands, strides, row_token, real, own * RANK, RANK)
     a_up = slot_low(operands, strides, row_token, real, (num_experts + own) * RANK, RANK)
-    present, before = count_before(own, num_experts, BLOCK_E)
-    count = tl.sum(present, axis=0)
+    places, count = order_experts(own, num_experts, BLOCK_E)
     clear_wide(low_down, stride_low_down, token, live, block, blocks, num_experts * RANK, BLOCK_M)
     g, u = tl.zeros([BLOCK_M, BLOCK_F], tl.float32), tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
     if operands.update is not None:
-        for k0 in tl.range(0, inner, BLOCK_K, num_stages=STAGES):
+        for k0 in range(0, inner, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             k_inside = live[:, None] & (k < inner)[None, :]
             at = operands.update.state + token[:, None] * strides.state + k[None, :]
             g, u = add_fold(g, u, tl.load(at, mask=k_inside, other=0.0), operands.update, f, k, width, inner)
 
     low_g, low_u = tl.zeros([PADDED * BLOCK_M, BLOCK_F], tl.float32), tl.zeros([PADDED * BLOCK_M, BLOCK_F], tl.float32)
-    for first in tl.range(0, count, AT_ONCE, num_stages=STAGES):
-        e, columns = visited(present, before, first, num_experts, RANK, AT_ONCE, BLOCK_E)
+    for first in range(0, count, AT_ONCE):
+        e, columns = visited(places, first, num_experts, RANK, AT_ONCE, BLOCK_E)
         B_gate = visit_B(operands.B.gate, columns, f, width, num_experts, RANK)
         B_up = visit_B(operands.B.up, columns, f, width, num_experts, RANK)
         low_g, low_u = add_visit(low_g, low_u, a_gate, a_up, own, e, B_gate, B_up)
@@ -190,8 +185,8 @@ def experts_forward(
         h = tl.where(keep, h * operands.dropout.kept, 0.0)
     h = h.to(hidden.dtype.element_ty)
     z = tl.zeros([PADDED * BLOCK_M, padded_rank(RANK)], tl.float32)
-    for first in tl.range(0, count, AT_ONCE, num_stages=STAGES):
-        e, columns = visited(present, before, first, num_experts, RANK, AT_ONCE, BLOCK_E)
+    for first in range(0, count, AT_ONCE):
+        e, columns = visited(places, first, num_experts, RANK, AT_ONCE, BLOCK_E)
         z += visit_z(h, visit_A(operands.down_A, columns, f, width, num_experts, RANK), own, e, RANK)
     row = (block.to(tl.int64) * num_tokens + row_token) * COLUMNS + slot * padded_rank(RANK)
     tl.store(partial + row[:, None] + tl.arange(0, padded_rank(RANK))[None, :], z, mask=there[:, None])
