@@ -128,7 +128,8 @@ def _passes_of_few(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[
     They are the first that load; others, that write zeros and sum the splits, run once.
     """
     c, inner = launch.constants, launch.arguments["inner"]
-    drawn = sizes.experts * (1 - (1 - 1 / sizes.experts) ** min(sizes.tokens * sizes.top_k, c.get("BLOCK_M", 1) * c["SLOTS"]))
+    drawn_by = min(sizes.tokens, c.get("BLOCK_M", 1)) * c["SLOTS"]
+    drawn = sizes.experts * (1 - (1 - 1 / sizes.experts) ** drawn_by)
     counts = [math.ceil(inner / c["BLOCK_K"])] if inner else []
     if "AT_ONCE" in c:
         counts += 2 * [math.ceil(drawn / c["AT_ONCE"])]

@@ -1,8 +1,8 @@
 """The expert round of few tokens, forward: one tile of tokens by one block of columns in a program.
 
 Rows are pairs of a slot and a token, so that all slots share each product. The experts of a tile are found when the
-program starts, and several are visited at once, side by side in one product: the first of them (all, where n is small)
-are asked for before the loop over the fold's columns, which hides their way.
+program starts, and a few are visited at once, side by side in one product. The loops over the fold's columns and over
+visits ask for what later passes read before they wait for their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from graphmoe_kernels.triton_activations import activate
 
 @triton.jit
 def slot_rows(tile, num_tokens, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, PADDED: tl.constexpr):
-    """The rows of a tile, [PADDED * BLOCK_M], a slot's tokens side by side: token, slot, and which of them are there."""
+    """The rows of a tile, [PADDED * BLOCK_M], a slot's tokens side by side: token, slot, which of them are there."""
     row = tl.arange(0, PADDED * BLOCK_M)
     token, slot = tile * BLOCK_M + row % BLOCK_M, row // BLOCK_M
     live = (token < num_tokens) & (slot < SLOTS)
@@ -92,7 +92,7 @@ def visit_A(A, e, f, width, num_experts, RANK: tl.constexpr):
 
 @triton.jit
 def side_by_side(a, own, e):
-    """Rows a [ROWS, padded rank] in the columns of the visit whose expert is a row's ``own``, zero in the others."""
+    """Rows a [ROWS, padded rank] in those columns of a visit whose expert is the row's ``own``, zero in the others."""
     wide = tl.where((own[:, None] == e[None, :])[:, :, None], a[:, None, :], 0.0)
     return tl.reshape(wide, [a.shape[0], e.shape[0] * a.shape[1]])
 
@@ -163,7 +163,8 @@ def experts_forward(
             at = operands.update.state + token[:, None] * strides.state + k[None, :]
             g, u = add_fold(g, u, tl.load(at, mask=k_inside, other=0.0), operands.update, f, k, width, inner)
 
-    low_g, low_u = tl.zeros([PADDED * BLOCK_M, BLOCK_F], tl.float32), tl.zeros([PADDED * BLOCK_M, BLOCK_F], tl.float32)
+    low_g = tl.zeros([PADDED * BLOCK_M, BLOCK_F], tl.float32)
+    low_u = low_g
     for first in range(0, count, AT_ONCE):
         e, columns = visited(places, first, num_experts, RANK, AT_ONCE, BLOCK_E)
         B_gate = visit_B(operands.B.gate, columns, f, width, num_experts, RANK)

@@ -84,7 +84,7 @@ def reduce_splits(
 
 @triton.jit
 def clear_wide(out, stride_out, token, live, block, blocks, columns, BLOCK_M: tl.constexpr):
-    """Write zeros to this program's share of a tile's rows of ``out``; `reduce_splits` comes between them and values."""
+    """Write zeros to this program's share of a tile's rows of ``out``; values come after `reduce_splits`."""
     own: tl.constexpr = 64
     for c0 in range(block * own, columns, blocks * own):
         c = c0 + tl.arange(0, own)
