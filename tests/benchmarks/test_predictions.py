@@ -68,7 +68,7 @@ def test_the_latency_model_keeps_to_what_was_measured():
 
 @pytest.mark.parametrize("inner, passes", [(0, [1, 1, 4, 4, 1]), (416, [1, 1, 7, 4, 4, 1])])
 def test_passes_of_the_kernel_of_few_tokens(inner, passes):
-    """Zeros and sums once, M's columns in a later round, and visits, each of two experts, to the 8 that are drawn."""
+    """Zeros and sums once; M in a later round; visits, each of two experts, to the 8 that are drawn."""
     zeros, loads = Loop(1, 0, 5, 5, 0, 0, 9, ()), Loop(1, 0, 9, 9, 4, 0, 99, ())
     loops = [Loop(0, len(passes) - 1, 7, 7, 9, 0, 30, ()), zeros, *[loads] * (len(passes) - 2)]
     constants = {"BLOCK_M": 16, "BLOCK_K": 64, "AT_ONCE": 2, "SLOTS": 2}
