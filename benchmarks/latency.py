@@ -134,20 +134,18 @@ def _main_passes(launch: Launch, sizes: Sizes) -> tuple[float, float]:
 
 
 def _passes_of_few(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[float]:
-    """Those of a program with one block of F: its loop over M's columns, that over slots and, in it, further visits."""
-    c = launch.constants
-    columns = math.ceil(max(launch.arguments["inner"], 1) / c["BLOCK_K"])
-    drawn = sizes.experts * (1 - (1 - 1 / sizes.experts) ** min(sizes.tokens * sizes.top_k, c.get("BLOCK_M", 1)))
-    visits = max(0.0, math.ceil(drawn / c.get("AT_ONCE", 1)) - 1)
-    flat = [loop for loop in loops if loop.depth == 1 and not loop.inner]
-    chief = max(flat, key=lambda loop: (loop.loads, loop.instructions), default=None)
-    found: list[float] = [1.0]
-    for loop in loops[1:]:
-        if loop.depth > 1:
-            found.append(visits)
-        else:
-            found.append(c["SLOTS"] if loop.inner else columns if loop is chief else 1.0)
-    return found
+    """Those of a program with one block of F: its loop over M's columns, then two over visits to experts, if any.
+
+    They are the first that load; others, that write zeros and sum the splits, run once.
+    """
+    c, inner = launch.constants, launch.arguments["inner"]
+    drawn_by = min(sizes.tokens, c.get("BLOCK_M", 1)) * c["SLOTS"]
+    drawn = sizes.experts * (1 - (1 - 1 / sizes.experts) ** drawn_by)
+    counts = [math.ceil(inner / c["BLOCK_K"])] if inner else []
+    if "AT_ONCE" in c:
+        counts += 2 * [math.ceil(drawn / c["AT_ONCE"])]
+    left = iter(counts)
+    return [1.0] + [float(next(left, 1)) if loop.loads else 1.0 for loop in loops[1:]]
 
 
 def launched_tiles(block: int, constants: dict[str, Any], sizes: Sizes) -> float:

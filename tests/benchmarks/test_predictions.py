@@ -19,6 +19,7 @@ from benchmarks.work import KERNELS, Work, kernel_work, layer_work, operator_wor
 from graphmoe_kernels.aot.cycles import issue_cycles, program_cycles
 from graphmoe_kernels.aot.listing import Loop
 from graphmoe_kernels.cost import Sizes
+from graphmoe_kernels.launching import Launch
 from graphmoe_kernels.rethinking.policy import fold_break_even
 from tests.benchmarks.made_up import CPU, LIMITS, document, gru_kernel, row
 
@@ -63,6 +64,16 @@ def test_the_latency_model_keeps_to_what_was_measured():
     """The kernels that it was fitted to within 15%, the stream's prototype within 30%."""
     for each in calibration():
         assert each.predicted() == pytest.approx(each.measured, rel=0.3 if "prototype" in each.what else 0.15)
+
+
+@pytest.mark.parametrize("inner, passes", [(0, [1, 1, 4, 4, 1]), (416, [1, 1, 7, 4, 4, 1])])
+def test_passes_of_the_kernel_of_few_tokens(inner, passes):
+    """Zeros and sums once; M in a later round; visits, each of two experts, to the 8 that are drawn."""
+    zeros, loads = Loop(1, 0, 5, 5, 0, 0, 9, ()), Loop(1, 0, 9, 9, 4, 0, 99, ())
+    loops = [Loop(0, len(passes) - 1, 7, 7, 9, 0, 30, ()), zeros, *[loads] * (len(passes) - 2)]
+    constants = {"BLOCK_M": 16, "BLOCK_K": 64, "AT_ONCE": 2, "SLOTS": 2}
+    launch = Launch(SimpleNamespace(__name__="experts_forward"), (1, 224), {"inner": inner, **constants}, {}, None)
+    assert passes_of(launch, loops, Sizes(4096, 14336, 409, experts=8, top_k=2, rank=16, tokens=16)) == passes
 
 
 def test_a_program_waits_for_each_of_its_loads():

@@ -15,6 +15,9 @@ LATER_ROUND = ["state", "fold_gate", "fold_up", "low_update"]
 SCALES = ["gate_scale", "up_scale"]
 BIASES = ["gate_bias", "up_bias"]  # constants: they get no gradient
 SETTINGS = {"scale": 1.5, "activation": "silu"}
+# Which dimension of an operand is F, of those that have it.
+F_DIMENSION = {"gate": 1, "up": 1, "gate_B": 1, "up_B": 1, "down_A": 2, "fold_gate": 0, "fold_up": 0}
+F_DIMENSION |= {"gate_scale": 1, "up_scale": 1, "gate_bias": 0, "up_bias": 0}
 
 
 def operands(
@@ -93,19 +96,32 @@ def run(backend: str = "auto", scale: float = 1.0, activation: str = "silu", **g
     return expert_swiglu(packed(given), scale=scale, activation=activation, backend=backend)
 
 
+def upstream(found: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Fixed random gradients of hidden and low_down."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in found]
+
+
 def results(given: dict[str, torch.Tensor], backend: str = "auto", **settings) -> dict[str, torch.Tensor]:
     """hidden, low_down and the gradient of every floating operand under fixed random upstream gradients, by name."""
-    generator = torch.Generator().manual_seed(1)
     leaves = {
         name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         for name, t in given.items()
         if t.is_floating_point() and name not in BIASES
     }
     found = run(**(given | leaves), **(SETTINGS | settings), backend=backend)
-    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in found]
-    torch.autograd.backward(found, upstream)
+    torch.autograd.backward(found, upstream(found))
     outputs = dict(zip(("hidden", "low_down"), (t.detach() for t in found), strict=True))
     return outputs | {name: t.grad for name, t in leaves.items()}
+
+
+def weights_gradient(given: dict[str, torch.Tensor], order: torch.Tensor, **settings) -> torch.Tensor:
+    """The reference's gradient of the routing weights, a sum over F whose columns stand in this order."""
+    columns = {name: t.index_select(F_DIMENSION[name], order) for name, t in given.items() if name in F_DIMENSION}
+    weights = given["routing_weights"].detach().clone().requires_grad_()
+    found = run(**(given | columns | {"routing_weights": weights}), **(SETTINGS | settings), backend="reference")
+    hidden, low_down = upstream(found)
+    return torch.autograd.grad(found, weights, (hidden[:, order], low_down))[0]
 
 
 # Of the PyTorch path: pairs sorted by expert, few pairs with matrices of their own, and slots stacked, as on a GPU.

@@ -11,13 +11,24 @@ from graphmoe_kernels import ACTIVATIONS, launching
 from graphmoe_kernels.experts.op import flatten
 from graphmoe_kernels.testing import relative_error, within_budget
 from tests import interpreter
-from tests.kernels.expert_operands import FLOATING, LATER_ROUND, SCALES, cast, operands, packed, results, run
+from tests.kernels.expert_operands import (
+    FLOATING,
+    LATER_ROUND,
+    SCALES,
+    cast,
+    operands,
+    packed,
+    results,
+    run,
+    weights_gradient,
+)
 from tests.kernels.triton_marks import MARKS
 
 pytestmark = MARKS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ORDERS = 8
 DIFFERENTIABLE = [*FLOATING, *LATER_ROUND, *SCALES]
 
 
@@ -25,19 +36,25 @@ def placed(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: t.to(DEVICE) for name, t in given.items()}
 
 
-def assert_within_budget(
-    given: dict[str, torch.Tensor], dtype: torch.dtype, only: tuple[str, ...] = (), **settings
-) -> None:
-    """c, z and every gradient, or ``only`` those named, against the fp64 oracle, beside the reference in ``dtype``."""
+def assert_within_budget(given: dict[str, torch.Tensor], dtype: torch.dtype, **settings) -> None:
+    """c, z and every gradient against the fp64 oracle, beside the reference in ``dtype``.
+
+    One token's gradient of its routing weights is a number or two, sums over F that cancel: in one order of F the
+    reference may be right to the last bit by luck. Its error is then the largest in some orders of F.
+    """
     given = cast(cast(given, dtype), torch.float64)
     exact = results(given, "reference", **settings)
     literal = results(cast(given, dtype), "reference", **settings)
     here = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in settings.items()}
     found = results(placed(cast(given, dtype)), "triton", **here)
     assert found.keys() == exact.keys()
-    for name in only or exact:
-        error, own = relative_error(found[name], exact[name]), relative_error(literal[name], exact[name])
-        assert within_budget(error, own, dtype), f"{name}: {error:.2e}, reference {own:.2e}"
+    own = {name: relative_error(literal[name], exact[name]) for name in exact}
+    for _ in range(ORDERS if len(given["gate"]) == 1 else 0):
+        again = weights_gradient(cast(given, dtype), torch.randperm(given["gate"].shape[1]), **settings)
+        own["routing_weights"] = max(own["routing_weights"], relative_error(again, exact["routing_weights"]))
+    for name in exact:
+        error = relative_error(found[name], exact[name])
+        assert within_budget(error, own[name], dtype), f"{name}: {error:.2e}, reference {own[name]:.2e}"
 
 
 CASES = {
@@ -116,10 +133,9 @@ def test_every_configuration(device, size, dtype, monkeypatch):
     """What another device would run is right too; the wide ranks' configurations included."""
     monkeypatch.setattr(launching, "device_class", lambda _: device)
     tokens = 3 if size == "skinny" else 66
-    if size == "skinny":  # one token's forward is a kernel of its own
-        forward = "hidden", "low_down"
-        assert_within_budget(operands(1, width=80, experts=3, rank=4, inner=20), dtype, forward)
-        assert_within_budget(operands(1, width=80, experts=1, top_k=1, rank=68), dtype, forward)
+    if size == "skinny":  # one token's forward is a kernel of its own, its backward that of many
+        assert_within_budget(operands(1, width=80, experts=3, rank=4, inner=20), dtype)
+        assert_within_budget(operands(1, width=80, experts=1, top_k=1, rank=68), dtype)
     assert_within_budget(operands(tokens, width=80, experts=3, rank=4, inner=20), dtype)
     if size == "wide":  # three experts' tokens ran with their pairs together, these slot by slot
         assert_within_budget(operands(tokens, width=80, experts=4, rank=4, inner=20), dtype)

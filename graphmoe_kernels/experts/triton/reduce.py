@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from graphmoe_kernels.experts.triton.sizes import SUMMED_AT_ONCE
-from graphmoe_kernels.experts.triton.tile import compact_columns, next_expert, padded_rank
+from graphmoe_kernels.experts.triton.tile import padded_rank
 
 GROUP = tl.constexpr(SUMMED_AT_ONCE)
 
@@ -34,7 +34,7 @@ def comes_last(counters, tile, splits):
     tl.debug_barrier()  # all threads' stores come before the one thread's release
     last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == splits - 1
     if last:
-        tl.atomic_xchg(counters + tile, 0)
+        tl.store(counters + tile, 0)  # the next to read it is another launch's
     return last
 
 
@@ -42,19 +42,21 @@ def comes_last(counters, tile, splits):
 def sum_splits(
     partial, tile, splits, num_tokens, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, first=0, STEP: tl.constexpr = 1
 ):
-    """The sum over ``partial`` [splits, N, COLUMNS] of a tile's rows, first split first: [BLOCK_M, COLUMNS].
+    """The sum over ``partial`` [splits, N, COLUMNS] of a tile's rows, always in one order: [BLOCK_M, COLUMNS].
 
     Of the splits from ``first`` on, each STEP-th.
     """
     at, live = split_offsets(tile, num_tokens, COLUMNS, BLOCK_M)
-    rows = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-    # Few tokens mean many splits: their loads wait for one another unless several are under way.
-    AT_A_TIME: tl.constexpr = 16 if BLOCK_M * COLUMNS <= 1024 else 1
-    for split in tl.range(first, splits, STEP, loop_unroll_factor=AT_A_TIME):
+    # Few tokens mean many splits: their loads wait for one another unless many are under way.
+    AT_A_TIME: tl.constexpr = min(GROUP, max(1, 4096 // (BLOCK_M * COLUMNS)))
+    rows = tl.zeros([AT_A_TIME, BLOCK_M, COLUMNS], tl.float32)
+    for start in range(first, splits, AT_A_TIME * STEP):
+        split = start + tl.arange(0, AT_A_TIME) * STEP
+        there = (split < splits)[:, None, None] & live[None, :, :]
+        split_at = split.to(tl.int64)[:, None, None] * num_tokens * COLUMNS + at[None, :, :]
         # Past the L1 cache, which may hold what another multiprocessor has overwritten.
-        start = partial + tl.cast(split, tl.int64) * num_tokens * COLUMNS
-        rows += tl.load(start + at, mask=live, other=0.0, cache_modifier=".cg")
-    return rows
+        rows += tl.load(partial + split_at, mask=there, other=0.0, cache_modifier=".cg")
+    return tl.sum(rows, axis=0)
 
 
 @triton.jit
@@ -81,24 +83,27 @@ def reduce_splits(
 
 
 @triton.jit
-def write_wide(
-    rows, out, stride_out, ids, token, live, num_experts,
-    SLOTS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr,
+def clear_wide(out, stride_out, token, live, block, blocks, columns, BLOCK_M: tl.constexpr):
+    """Write zeros to this program's share of a tile's rows of ``out``; values come after `reduce_splits`."""
+    own: tl.constexpr = 64
+    for c0 in range(block * own, columns, blocks * own):
+        c = c0 + tl.arange(0, own)
+        at = out + token[:, None] * stride_out + c[None, :]
+        tl.store(at, tl.zeros([BLOCK_M, own], out.dtype.element_ty), mask=live[:, None] & (c < columns)[None, :])
+
+
+@triton.jit
+def write_slots(
+    rows, out, stride_out, token, experts, num_experts, RANK: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """Write compact rows to n*r columns of ``out``: each slot's r values at its expert's columns, zero elsewhere."""
-    whole = num_experts * RANK
-    block: tl.constexpr = 64
-    for c0 in range(0, whole, block):
-        i = c0 + tl.arange(0, block)
-        zero = tl.zeros([BLOCK_M, block], out.dtype.element_ty)
-        tl.store(out + token[:, None] * stride_out + i[None, :], zero, mask=live[:, None] & (i < whole)[None, :])
-    tl.debug_barrier()  # the zeros come before the values
-    column = tl.arange(0, compact_columns(SLOTS, RANK))
-    i = column % padded_rank(RANK)
-    chosen = tl.full([BLOCK_M], -1, tl.int32)
-    for slot in range(SLOTS):
-        chosen = next_expert(ids, chosen, num_experts)
-        own = (column // padded_rank(RANK) == slot) & (i < RANK)
-        at = token[:, None] * stride_out + (chosen * RANK)[:, None] + i[None, :]
-        inside = (live & (chosen < num_experts))[:, None] & own[None, :]
-        tl.store(out + at, rows.to(out.dtype.element_ty), mask=inside)
+    """Write compact rows [BLOCK_M, COLUMNS]: each slot's r values at its expert's columns of ``out`` [N, n*r].
+
+    experts [slots * BLOCK_M], a slot's tokens side by side: num_experts where there is none.
+    """
+    padded: tl.constexpr = padded_rank(RANK)
+    slots: tl.constexpr = rows.shape[1] // padded
+    values = tl.permute(tl.reshape(rows, [BLOCK_M, slots, padded]), [1, 0, 2])
+    values = tl.reshape(values, [slots * BLOCK_M, padded]).to(out.dtype.element_ty)
+    i = tl.arange(0, padded)
+    at = tl.reshape(tl.broadcast_to(token[None, :], [slots, BLOCK_M]), [slots * BLOCK_M]) * stride_out + experts * RANK
+    tl.store(out + at[:, None] + i[None, :], values, mask=(experts < num_experts)[:, None] & (i < RANK)[None, :])

@@ -37,17 +37,12 @@ SUMMED_AT_ONCE = 16
 REGISTERS, MAX_REGISTERS = 2**16, 255
 
 
-# The next three are called by kernels too, as constexpr functions (`tile`), and Triton lets those call no other.
+# The next two are called by kernels too, as constexpr functions (`tile`), and Triton lets those call no other.
 
 
 def padded_rank(rank: int) -> int:
     """A rank's columns in a matrix instruction: the power of two that holds them, at least 16."""
     return max(16, 1 << (rank - 1).bit_length())
-
-
-def padded_slots(slots: int) -> int:
-    """The power of two that holds the slots, at least 2."""
-    return max(2, 1 << (slots - 1).bit_length())
 
 
 def compact_columns(slots: int, rank: int) -> int:

@@ -12,7 +12,6 @@ import triton.language as tl
 from graphmoe_kernels.experts.triton import sizes
 
 padded_rank = triton.constexpr_function(sizes.padded_rank)
-padded_slots = triton.constexpr_function(sizes.padded_slots)
 compact_columns = triton.constexpr_function(sizes.compact_columns)
 
 
@@ -22,34 +21,6 @@ def tile_rows(tile, num_tokens, BLOCK_M: tl.constexpr):
     token = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     live = token < num_tokens
     return tl.where(live, token, 0).to(tl.int64), live
-
-
-@triton.jit
-def row_experts(expert_ids, token, live, num_experts, SLOTS: tl.constexpr):
-    """The experts of every row, [BLOCK_M, padded slots] int32; num_experts, which is none, where there is none."""
-    slot = tl.arange(0, padded_slots(SLOTS))
-    inside = live[:, None] & (slot < SLOTS)[None, :]
-    e = tl.load(expert_ids + token[:, None] * SLOTS + slot[None, :], mask=inside, other=num_experts).to(tl.int32)
-    return tl.where(inside & (e >= 0) & (e < num_experts), e, num_experts)
-
-
-@triton.jit
-def next_expert(ids, last, num_experts):
-    """Every row's smallest expert above ``last``, [BLOCK_M]: the kernels take a token's slots by rising expert.
-
-    So neighbours with the same experts have them in the same slots, whichever was the more probable.
-    """
-    return tl.min(tl.where(ids > last[:, None], ids, num_experts), axis=1)
-
-
-@triton.jit
-def expert_weights(routing_weights, ids, chosen, token, live, num_experts, SLOTS: tl.constexpr):
-    """The routing weight of every row's chosen expert, [BLOCK_M] fp32: NaN for an id that is none, so that it shows."""
-    slot = tl.arange(0, padded_slots(SLOTS))
-    inside = live[:, None] & (slot < SLOTS)[None, :]
-    w = tl.load(routing_weights + token[:, None] * SLOTS + slot[None, :], mask=inside, other=0.0).to(tl.float32)
-    w = tl.sum(tl.where(ids == chosen[:, None], w, 0.0), axis=1)
-    return tl.where(live & (chosen == num_experts), float("nan"), w)
 
 
 @triton.jit
