@@ -22,8 +22,8 @@ from graphmoe_kernels.experts.triton.plan import Plan, forward_plan, swiglu_plan
 from graphmoe_kernels.experts.triton.sizes import Sizes, inner, sizes
 from graphmoe_kernels.launching import SKINNY_TOKENS, SMALLEST_TILE, launch
 
-# Up to `SKINNY_TOKENS` tokens the experts run in tiles: at 64, where the stream comes closest, a layer of three rounds is
-# predicted to take 328 us with tiles and 431 with the stream (H100; n = 64: 480 and 502).
+# Up to `SKINNY_TOKENS` tokens the experts run in tiles: at 64, where the stream comes closest, three rounds of a layer
+# are predicted to take 328 us with tiles and 431 with the stream (H100; n = 64: 480 and 502).
 # Up to so many tokens each has programs of its own: they read M from the L2 cache once more per token, which at two
 # takes as long as reading it from memory once (H100: 24 MB at 3.0 TB/s, 48 MB at 5.5 TB/s), and share no product.
 ALONE = 2
