@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEVELS = 2**16
+INT64 = (-(2**63), 2**63 - 1)
 _WORD = 0xFFFFFFFF
 
 
@@ -62,11 +63,11 @@ def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, .
 
 
 def drop(x: Tensor, probability: float) -> Tensor:
-    """Give x with dropout on it, by the device's generator: `F.dropout`, but on a CPU that runs as it reads."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    """Give x with dropout on it, by the device's generator: `F.dropout`, but on a CPU with fewer random bits."""
+    if x.device.type != "cpu":
         return F.dropout(x, probability)
-    kept = _draw(x.new_empty(1, x.numel()), probability, None).view(x.shape)
-    return x * kept.mul_(kept_scale(probability))
+    words = torch.randint(*INT64, (1, -(-x.numel() // 4)), device=x.device)
+    return x * _kept(words, probability, x.new_empty(1, x.numel())).view(x.shape).mul_(kept_scale(probability))
 
 
 class DrawnMask:
@@ -82,14 +83,14 @@ class DrawnMask:
 
     def draw(self, out: Tensor) -> Tensor:
         """Draw for so many next tokens as ``out`` [b, F] has rows, and write entries 0 or 1 to it."""
-        return _draw(out, self.probability, self.generator)
+        shape = (out.shape[0], -(-out.shape[1] // 4))
+        return _kept(torch.randint(*INT64, shape, generator=self.generator, device="cpu"), self.probability, out)
 
 
-def _draw(out: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
+def _kept(words: Tensor, probability: float, out: Tensor) -> Tensor:
     """Write 0, with ``probability``, or 1 to every entry of ``out`` [b, F], by a quarter of a random int64 each.
-    `F.dropout` takes a random double for each, six times as long."""
-    tokens, width = out.shape
-    words = out.new_empty(tokens, -(-width // 4), dtype=torch.int64)
-    numbers = words.random_(-(2**63), None, generator=generator).view(torch.int16)  # [b, F or some more]
+    `F.dropout` takes a random double for each, six times as long.
+    """
+    numbers = words.view(torch.int16)[:, : out.shape[1]]  # [b, F]
     # To its own dtype, and a cast, would take eight times as long.
-    return torch.ge(numbers[:, :width], threshold(probability) - LEVELS // 2, out=out)
+    return torch.ge(numbers, threshold(probability) - LEVELS // 2, out=out)
