@@ -56,6 +56,8 @@ KINDS = (
 )
 # Of these one token is compiled too: a size of 1 is known to the compiler.
 ALONE = KINDS[:6]
+# Of these so few tokens for each expert, too, that a launch of a stream has the rows of both slots.
+MANY_EXPERTS, FEW_OF_EACH = [kind for kind in KINDS if kind.sizes.experts == 64], 512
 
 
 def variants() -> Iterator[Variant]:
@@ -73,6 +75,9 @@ def variants() -> Iterator[Variant]:
     for kind in ALONE:
         one = replace(kind.sizes, tokens=1, dtype="bf16")
         yield Variant(f"one token bf16, {kind.name}", partial(_layer, kind, one, folded=True))
+    for kind in MANY_EXPERTS:
+        few = replace(kind.sizes, tokens=FEW_OF_EACH, dtype="bf16")
+        yield Variant(f"{FEW_OF_EACH} tokens bf16, {kind.name}", partial(_layer, kind, few, folded=True))
 
 
 def _layer(kind: Kind, sizes: Sizes, folded: bool) -> None:
