@@ -57,7 +57,7 @@ def _silu_with_derivative(x: Tensor) -> tuple[Tensor, Tensor]:
     """x s and s + x s (1 - s), of one sigmoid s, which takes longer than all else."""
     s = torch.sigmoid(x)
     value = x * s
-    return value, torch.addcmul(s, value, s, value=-1).add_(value)
+    return value, s.addcmul_(value, s, value=-1).add_(value)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

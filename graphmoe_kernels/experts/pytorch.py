@@ -74,7 +74,8 @@ def forward(operands: ExpertOperands, scale: float, activation: str) -> tuple[Te
         for run in runs:
             g, u = _finished(operands, run, _pre_activation(given, base, run))
             own = torch.mul(given.act.function(g), u, out=u)  # [m, F]
-            run.reduce(own if run.mask is None else own * run.mask, down_A, narrow[run.rows])
+            dropped = own if run.mask is None else torch.mul(own, run.mask, out=run.wide("dropped"))
+            run.reduce(dropped, down_A, narrow[run.rows])
             run.add_to(total, own.mul_(pairs.weights[run.rows]))
         _store(total, hidden[span])
     pairs.put(narrow.mul_(pairs.weights).mul_(_kept(operands)), low_down)
@@ -156,8 +157,8 @@ def _pre_activation(given: Given, base: GateUp, run: Run) -> GateUp:
     B = GateUp(given.matrices.gate_B, given.matrices.up_B)
     return GateUp(
         *(
-            run.add_product(run.spread(x), low[run.rows], matrices, given.scale)
-            for x, low, matrices in zip(base, given.low, B, strict=True)
+            run.add_product(run.spread(x, name), low[run.rows], matrices, given.scale)
+            for name, x, low, matrices in zip("gu", base, given.low, B, strict=True)
         )
     )
 
@@ -214,13 +215,13 @@ def _run_backward(
     pre = _pre_activation(given, base, run)
     g, u = _finished(operands, run, pre)
     active, slope = given.act.with_derivative(g)
-    own = active * u  # [m, F]
-    d_own = run.spread(grad_hidden)
+    own = torch.mul(active, u, out=run.wide("own"))  # [m, F]
+    d_own = run.spread(grad_hidden, "d_own")
     if run.mask is None:
         run.add_product(d_own, upstream.dz[rows], matrices.down_A, 1.0)
     else:
         d_own.addcmul_(run.product(upstream.dz[rows], matrices.down_A), run.mask)
-    torch.sum(own * d_own, 1, keepdim=True, out=found.weights[rows])
+    torch.sum(torch.mul(own, d_own, out=run.wide("product")), 1, keepdim=True, out=found.weights[rows])
     if run.mask is not None:
         own.mul_(run.mask)
     run.add_gradient(found.matrices.down_A, upstream.weighted[rows], own)

@@ -132,16 +132,22 @@ class SortedRun:
         self.counts = [piece.stop - piece.start for piece in pieces]
         self.dtype, self.expert = pairs.dtype, pairs.expert[self.rows]
         self.token = pairs.token[self.rows] - first  # [m]
-        self.mask = None if kept is None else kept.index_select(0, self.token)
+        self.width = pairs.width
+        self.mask = None if kept is None else self.spread(kept, "mask")
 
-    def spread(self, x: Tensor) -> Tensor:
-        return cast_tensor(x.index_select(0, self.token), self.dtype)
+    def wide(self, name: str) -> Tensor:
+        return scratch(name, len(self.token), self.width, self.dtype)
+
+    def spread(self, x: Tensor, name: str) -> Tensor:
+        if x.dtype is self.dtype:
+            return torch.index_select(x, 0, self.token, out=self.wide(name))
+        return self.wide(name).copy_(x.index_select(0, self.token))
 
     def add_to(self, total: Tensor, x: Tensor) -> None:
         total.index_add_(0, self.token, x)
 
     def product(self, low: Tensor, matrices: Tensor) -> Tensor:
-        return self.add_product(low.new_zeros(low.shape[0], matrices.shape[2]), low, matrices, 1.0)
+        return self.add_product(self.wide("product").zero_(), low, matrices, 1.0)
 
     def add_product(self, y: Tensor, low: Tensor, matrices: Tensor, scale: float) -> Tensor:
         for e, own, own_low in zip(self.experts, self._split(y), self._split(low), strict=True):
@@ -177,7 +183,7 @@ class StackedSlots:
     rows = slice(None)
 
     def __init__(self, operands: ExpertOperands) -> None:
-        self.n, rank, width = operands.down_A.shape
+        self.n, rank, self.width = operands.down_A.shape
         self.rank, self.dtype = self.n * rank, compute_dtype(operands.low.dtype)
         valid, ids = valid_tokens(operands.expert_ids, self.n)
         self.slots = ids.shape[1]
@@ -188,7 +194,7 @@ class StackedSlots:
         self.mask: Tensor | None = None
         if operands.dropout is not None:
             rate, seed = operands.dropout
-            mask = dropout_mask(seed.to(ids.device), rate, ids, width)  # [N, k, F]
+            mask = dropout_mask(seed.to(ids.device), rate, ids, self.width)  # [N, k, F]
             self.mask = cast_tensor(mask.transpose(0, 1).flatten(0, 1), self.dtype)
 
     def blocks(self) -> Iterator[Block]:
@@ -214,7 +220,10 @@ class StackedSlots:
         mine = self.chosen[:, :, None]
         return x.view(x.shape[0], self.n, self.rank // self.n).masked_fill_(~mine, 0).flatten(1)
 
-    def spread(self, x: Tensor) -> Tensor:
+    def wide(self, name: str) -> Tensor:
+        return self.weights.new_empty(len(self.expert), self.width)
+
+    def spread(self, x: Tensor, name: str) -> Tensor:
         return cast_tensor(x, self.dtype).repeat(self.slots, 1)
 
     def add_to(self, total: Tensor, x: Tensor) -> None:

@@ -19,8 +19,12 @@ class Run(Protocol):
     rows: slice
     mask: Tensor | None
 
-    def spread(self, x: Tensor) -> Tensor:
-        """Give every pair its token's row of x [b, F], in memory of its own: [m, F]."""
+    def wide(self, name: str) -> Tensor:
+        """Give memory for [m, F], on a CPU where the tensor of that name of the run before lay."""
+        ...
+
+    def spread(self, x: Tensor, name: str) -> Tensor:
+        """Give every pair its token's row of x [b, F], in memory of its own (`wide`): [m, F]."""
         ...
 
     def add_to(self, total: Tensor, x: Tensor) -> None:
