@@ -58,8 +58,8 @@ def blocks(gate: Tensor) -> Iterator[slice]:
 def scratch(name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     """Give memory on the CPU for [rows, width], where this thread's last tensor of that name lay.
 
-    It stays with the thread, up to `BLOCK_BYTES` for each of a block's names and `RUN_BYTES` for each of a run's: handing
-    it back to the system and getting it again, page by page, takes longer than what is computed in it.
+    It stays with the thread, up to `BLOCK_BYTES` for each name of a block and `RUN_BYTES` for each of a run: handing it
+    back to the system and getting it again, page by page, takes longer than what is computed in it.
     """
     held: Any = vars(_held)
     flat = held.get((name, dtype))
