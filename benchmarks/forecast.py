@@ -30,9 +30,9 @@ OTHERS = (
     ("peer_mixlora, inference, 8192 tokens, T=3", "peers", 8192, 3, False, 36008.66),
     ("peer_mixlora, training step, 8192 tokens, T=3", "peers", 8192, 3, True, 96464.27),
 )
-# Seconds of the host for each thing that is started eagerly: 1,172.8 us for the 19 of T = 3 at one token, 141.7 us for
+# Seconds of the host for each thing that is started eagerly: 1,172.8 us for the 17 of T = 3 at one token, 141.7 us for
 # the four of the dense MLP (results/cpu-2026-11-26T093120-e2212af28f.json, launches stubbed at the driver).
-HOST = {"ours": 1172.8e-6 / 19, "dense": 141.7e-6 / 4}
+HOST = {"ours": 1172.8e-6 / 17, "dense": 141.7e-6 / 4}
 
 
 class Part(NamedTuple):

@@ -7,13 +7,26 @@ of its own or without data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, nn.Parameter)
+_followed = False
+
+
+@contextmanager
+def followed_inside() -> Iterator[None]:
+    """Have calls without gradients run as they do unseen, below a mode that sees what an implementation starts."""
+    global _followed
+    before, _followed = _followed, True
+    try:
+        yield
+    finally:
+        _followed = before
 
 
 def seen_from_outside(*tensors: Tensor | None) -> bool:
@@ -22,6 +35,8 @@ def seen_from_outside(*tensors: Tensor | None) -> bool:
     Raises:
         NotImplementedError: a tensor carries a forward-mode derivative, which the operator would lose.
     """
+    if _followed and not torch.is_grad_enabled():
+        return False
     if forward_ad._current_level >= 0:
         _check_no_tangent(tensors)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:

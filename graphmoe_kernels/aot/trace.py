@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from graphmoe_kernels.backend import standing_for
 from graphmoe_kernels.launching import Launch, recorded, stubbed
+from graphmoe_kernels.registration import followed_inside
 
 # Products of two matrices, by the places of those among their arguments.
 PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2), "matmul": (0, 1)}
@@ -115,9 +116,9 @@ def traced(device_class: str) -> Iterator[list[Step]]:
     """Enter what is started inside in the list that this yields: operations of PyTorch, and launches of our kernels.
 
     Tensors on meta stand for those of a GPU of ``device_class``. Host code that asks for a tensor's values
-    (``.item()``) gets PyTorch's error.
+    (``.item()``) gets PyTorch's error. Without gradients the operators run as they do where nobody looks on.
     """
-    with standing_for(device_class), stubbed(), recorded() as launches:
+    with standing_for(device_class), stubbed(), followed_inside(), recorded() as launches:
         watch = _Watch(launches)
         with watch:
             yield watch.steps
