@@ -143,8 +143,8 @@ class GRUWeights(NamedTuple):
         width = self.width
         extra = padded(width) - width
         gates = self.update, self.reset, self.candidate
-        columns = [w[:, width:] for w in gates]
-        recurrent = [w[:, :width] for w in gates]
+        parts = [w.split_with_sizes((width, w.shape[1] - width), dim=1) for w in gates]  # one backward for both
+        recurrent, columns = [own for own, _ in parts], [own for _, own in parts]
         if extra == 0:
             return PaddedGRU(
                 torch.cat(columns), torch.cat(recurrent[:2]), recurrent[2], self.candidate_bias, self.output
