@@ -10,6 +10,12 @@ def as_written(value: object) -> str:
     return repr(sorted(value) if isinstance(value, set) else value)
 
 
+def shortened(value: object, most: int = 60) -> str:
+    """Write a value for a message, with the end of a long one left out."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def some(items: Sequence[str], most: int = 8) -> str:
     """List the first items for a message, and how many more there are."""
     return ", ".join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")

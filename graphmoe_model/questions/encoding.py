@@ -55,13 +55,25 @@ class QuestionEncoder:
         return self._labels[label]
 
     def check_labels(self, questions: Iterable[Question]) -> None:
-        """`ValueError` unless every label is one token, and no two labels of a question are the same one."""
-        for answers in dict.fromkeys(question.answers for question in questions):
-            tokens: dict[int, str] = {}
-            for label in answers:
-                other = tokens.setdefault(self.label_token(label), label)
-                if other != label:
-                    raise ValueError(f"the labels {other!r} and {label!r} are the same token for this tokenizer")
+        """`ValueError` unless every label is one token, and no two labels of a question are the same one.
+
+        It names the place of the first question that has such a label.
+        """
+        seen: set[tuple[str, ...]] = set()
+        for question in questions:
+            if question.answers not in seen:
+                seen.add(question.answers)
+                try:
+                    self._check_answers(question.answers)
+                except ValueError as error:
+                    raise ValueError(f"{question.place}: {error}" if question.place else str(error)) from error
+
+    def _check_answers(self, answers: tuple[str, ...]) -> None:
+        tokens: dict[int, str] = {}
+        for label in answers:
+            other = tokens.setdefault(self.label_token(label), label)
+            if other != label:
+                raise ValueError(f"the labels {other!r} and {label!r} are the same token for this tokenizer")
 
     def label_tokens(self, question: Question) -> list[int]:
         """Return the token of each choice's label, in the choices' order."""

