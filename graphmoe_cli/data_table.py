@@ -30,7 +30,7 @@ def print_tasks(console: Console) -> None:
         console.print(shown)
     console.print(
         Text(
-            "Those from the hub are downloaded when they are named; those from the package index by graphmoe data fetch, "
+            "Those from the hub come when they are named, those from the package index by graphmoe data fetch: "
             f"into {data_folder()}.\nA file of your own is named by its path: docs/questions.md has its form."
         ),
         soft_wrap=True,

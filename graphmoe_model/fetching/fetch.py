@@ -110,7 +110,8 @@ def _readme(row: Task | PackagedModel) -> str:
         counts = ", ".join(f"{split} {count:,}" for split, count in row.splits.items())
         what = f"Changed: put into JSON lines and split by graphmoe ({counts} questions; docs/questions.md says how)."
     return (
-        f"# {row.title}\n\n{row.origin}\n\nLicence: {row.licence}. `LICENSE-{source.package}` is that of the package.\n\n"
+        f"# {row.title}\n\n{row.origin}\n\n"
+        f"Licence: {row.licence}. `LICENSE-{source.package}` is that of the package.\n\n"
         f"Fetched from the Python package index: `{source.member}` of {source.package} {source.version} "
         f"(SHA-256 {source.sha256}). {what}\n"
     )

@@ -1,4 +1,4 @@
-"""Splits of our own: questions that are nearly the same never stand in two of them, and any machine makes the same ones."""
+"""Splits of our own: questions that are nearly the same stand in one of them, and every machine makes the same ones."""
 
 from __future__ import annotations
 

@@ -44,8 +44,7 @@ def _task_questions(name: str, asked: str) -> QuestionSet:
     path = folder / name / f"{split}.jsonl"
     if not path.is_file():
         raise ValueError(
-            f"{name} is not in {folder}: run graphmoe data fetch {name}, or set {DATA_FOLDER} to the folder that it was "
-            "fetched to"
+            f"{name} is not in {folder}: run graphmoe data fetch {name}, or set {DATA_FOLDER} to the folder where it is"
         )
     questions = read_questions(path)
     if len(questions) != task.splits[split]:
