@@ -36,7 +36,8 @@ def read_hub_task(name: str, split: str) -> QuestionSet:
     folder, files = _downloaded(name, source, split)
     try:
         # As a stream: without one, every split is written once more, into another cache.
-        rows = list(load_dataset("parquet", data_files={split: files}, split=split, streaming=True))
+        stream = load_dataset("parquet", data_files={split: files}, split=split, streaming=True).with_format("arrow")
+        rows = [row for table in stream.iter(batch_size=1000) for row in table.to_pylist()]
     except Exception as error:  # pyarrow and datasets have errors of their own for files that are no Parquet
         raise ValueError(
             f"{some(files)} cannot be read as Parquet ({first_line(error)}); delete it and try again"
