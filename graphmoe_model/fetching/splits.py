@@ -36,11 +36,12 @@ def own_splits(questions: Sequence[Question]) -> dict[str, list[Question]]:
 def groups_of_alike(texts: Sequence[str]) -> list[int]:
     """Return a group's number for each text: those that share `ALIKE` of their words, and chains of these.
 
-    Texts are compared as sets of words (Jaccard). Two sets that share half of their words share one of the rarest half
-    of either, so that only texts with such a word in common are compared (prefix filter: Chaudhuri et al. 2006).
+    Texts are compared as sets of words (Jaccard); one without any is a word itself. Two sets that share half of their
+    words share one of the rarest half of either, so that only texts with such a word in common are compared (prefix
+    filter: Chaudhuri et al. 2006).
     """
     part, whole = ALIKE
-    words = [frozenset(re.findall(r"\w+", text.lower())) for text in texts]
+    words = [frozenset(re.findall(r"\w+", text.lower())) or frozenset([text]) for text in texts]
     frequency = Counter(word for own in words for word in own)
     group = list(range(len(texts)))
 
