@@ -23,14 +23,13 @@ def read_hub_task(name: str, split: str) -> QuestionSet:
     """Return a split of a task whose source is the hub; what was downloaded once is read from the hub's cache.
 
     Raises:
-        ValueError: the hub cannot be reached and the split is not in its cache, or a row is not as the dataset's card
-            has it; dataset, split and row (from 0) are named.
-        ImportError: the package ``datasets`` is not installed.
+        ValueError: the hub cannot be reached and the split is not in its cache; a row is not as the dataset's card has
+            it (dataset, split and row, from 0, are named); or the package ``datasets`` is not installed.
     """
     source = TASKS[name].source
     assert isinstance(source, HubSource)
     if importlib.util.find_spec("datasets") is None:
-        raise ImportError(f"the task {name} is read by the package datasets: pip install 'graphmoe[train]'")
+        raise ValueError(f"the task {name} is read by the package datasets: pip install 'graphmoe[train]'")
     from datasets import load_dataset
 
     folder, files = _downloaded(name, source, split)

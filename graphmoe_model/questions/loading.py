@@ -22,9 +22,9 @@ def load_questions(data: str | os.PathLike[str], split: str = EVALUATION) -> Que
             ``"evaluation"`` for the one that results of the task are reported on. A file is one split, whole.
 
     Raises:
-        ValueError: no such task, split or file; data that was not fetched yet or cannot be reached; a fault in a row,
-            with the file and its line, or the dataset and its row.
-        ImportError: a task of the hub, and the package ``datasets`` is not installed.
+        ValueError: no such task, split or file; data that was not fetched yet or cannot be reached; the package
+            ``datasets`` is needed and missing; a fault in a row, with the file and its line, or the dataset and its
+            row.
     """
     text = os.fspath(data)
     name, _, own = text.partition(":")

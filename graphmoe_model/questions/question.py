@@ -28,7 +28,7 @@ class Question:
 
     Raises:
         ValueError: no question, fewer than 2 choices or more than 26, an empty choice, an answer that is none of them,
-            or not as many labels as choices, or the same one twice.
+            a label that is empty or has space around it, not as many labels as choices, or the same one twice.
     """
 
     question: str
@@ -49,8 +49,8 @@ class Question:
         if not 0 <= self.answer < len(self.choices):
             raise ValueError(f"the answer must be 0 to {len(self.choices) - 1}, got {self.answer}")
         for label in self.labels or ():
-            if not label.strip():
-                raise ValueError("a label is empty")
+            if not label or label != label.strip():  # a space and the label are one token
+                raise ValueError(f"the label {label!r} is empty or has space around it")
         if self.labels is not None and not len(self.choices) == len(self.labels) == len(set(self.labels)):
             raise ValueError(f"{len(self.choices)} choices need as many different labels, got {list(self.labels)}")
 

@@ -43,13 +43,15 @@ MEMORY: dict[str, list[str]] = {
     "--r": ["4", "0", str(10**18)],
     "--rounds": ["1", "0", str(10**30)],
 }
+DATA: dict[str, list[str]] = {"--to": ["TMP/new", "FILE", "EMPTY", "FILE/new", ".", ""]}
 FLAGS = {
+    "data": ["--to", "--nothing", "--help", "extra", "--"],
     "memory": ["--json", "--no-checkpointing", "--help", "--nothing", "--", "extra"],
     "params": ["--json", "--dora", "--no-dora", "--help", "--nothing", "--", "extra"],
     "convert": ["--overwrite", "--nothing", "--help", "extra"],
     "profile": ["--no-plot", "--plot", "--nothing", "--help", "extra", "--"],
 }
-VALUES = {"params": PARAMS, "convert": CONVERT, "profile": PROFILE, "memory": MEMORY}
+VALUES = {"params": PARAMS, "convert": CONVERT, "profile": PROFILE, "memory": MEMORY, "data": DATA}
 PLACES = ["ADAPTER", "PEER", "LORA", "BASE", "BROKEN", "NAN", "EMPTY", "FILE", "./nowhere", "TMP/new", "TMP/new/er", ""]
 WILD = [
     "",
@@ -81,6 +83,9 @@ def lines(draw: Any, command: str) -> list[str]:
     words: list[str] = []
     if command == "convert":
         words += [draw(st.sampled_from(PLACES)) for _ in range(draw(st.sampled_from([2, 2, 2, 2, 1, 3])))]
+    elif command == "data":
+        words += [draw(st.sampled_from(["fetch"] * 4 + ["list", "get"]))]
+        words += draw(st.lists(st.sampled_from(["quartz", "smollm2", "boolq", "quarz", *WILD]), max_size=2))
     elif command == "params" and draw(st.integers(0, 3)):  # most of what is drawn would else name nothing to count
         words += draw(st.sampled_from([["--preset", "mixlora"], ["--method", "mola"], ["--adapter", "ADAPTER"]]))
         words += ["--model", "tiny"]

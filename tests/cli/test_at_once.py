@@ -12,8 +12,10 @@ from importlib.metadata import version
 
 import pytest
 
+from graphmoe_tables.tasks import MODELS, TASKS
+
 HEAVY = ("torch", "transformers", "peft", "matplotlib", "graphmoe_kernels", "graphmoe_model")
-HELP = ["", "--help", *(f"{name} --help" for name in ("profile", "params", "memory", "convert"))]
+HELP = ["", "--help", *(f"{name} --help" for name in ("profile", "params", "memory", "convert", "data", "data fetch"))]
 # Command line -> what the refusal says. What a model, a file or a configuration has to be asked for comes later.
 WRONG = {
     "prams": "No such command 'prams'",
@@ -39,6 +41,11 @@ WRONG = {
     "memory --model tiny --preset mixlor": "unknown preset 'mixlor'",
     "memory --model tiny --gpus 0": "gpus must be at least 1, got 0",
     "memory --model tiny --tokens 1": "tokens must be at least 2, got 1",
+    "data nothing": "No such command 'nothing'",
+    "data fetch": "Missing argument",
+    "data fetch quarz": "nothing to fetch is called 'quarz', did you mean 'quartz'?",
+    "data fetch quartz piqa": "piqa comes from the hub, when it is named",
+    "data fetch quartz --to=": "name a folder",
     "convert a": "Missing argument",
     "convert a b --to gguf": "'gguf' is not one of 'graphmoe'",
     "convert a b --rounds 0": "rounds must be at least 1, got 0",
@@ -64,7 +71,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def answers() -> dict[str, tuple[int, str, list[str]]]:
     """Command line -> its status, what it printed, and what was loaded by then, all in one fresh process."""
-    lines = [*HELP, "--version", *WRONG]
+    lines = [*HELP, "--version", "data list", *WRONG]
     command = [sys.executable, "-c", RUN, json.dumps(lines), json.dumps(HEAVY)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -86,6 +93,12 @@ def test_help_loads_no_model_library(line, answers):
 
 def test_the_version_is_the_distributions(answers):
     assert answers["--version"] == [0, f"graphmoe {version('graphmoe')}\n", []]
+
+
+def test_the_list_of_tasks_loads_no_model_library(answers):
+    status, text, loaded = answers["data list"]
+    assert (status, loaded) == (0, [])
+    assert all(name in text for name in (*TASKS, *MODELS))
 
 
 @pytest.mark.parametrize("line", WRONG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from tests.model.peer_format import peer_settings, write_peer
 from tests.model.tiny_models import tiny_model, tiny_peft_model
 
 WEIGHTS = "adapter_model.safetensors"
-COMMANDS = ["params", "convert", "profile", "memory"]
+COMMANDS = ["params", "convert", "profile", "memory", "data"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,14 @@ def _no_profiles(monkeypatch, tmp_path):
     """Only the command line is drawn here; what follows takes seconds. What is written goes to a folder of its own."""
     monkeypatch.setattr(profile, "run", lambda options, console: [])
     monkeypatch.setattr(per_gpu, "step_activations", lambda build, tokens, checkpointing: Activations(1, 2, 3))
+    monkeypatch.setattr(importlib.import_module("graphmoe_model.fetching.fetch"), "download", no_download)
+    monkeypatch.setenv("GRAPHMOE_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
+
+
+def no_download(source, folder):
+    """As pip where it reaches no index."""
+    raise ValueError(f"pip cannot download {source.package}")
 
 
 def check(name: str, words: list[str], places: Path) -> None:
@@ -63,7 +71,8 @@ def check(name: str, words: list[str], places: Path) -> None:
         result = CliRunner().invoke(app, [name, *arguments])
         if result.exit_code == 2:
             assert isinstance(result.exception, SystemExit)
-            own = result.stderr.startswith(f"graphmoe {name}: error: ")
+            command = "data fetch" if name == "data" else name
+            own = result.stderr.startswith(f"graphmoe {command}: error: ")
             assert own or "─ Error ─" in result.stderr, result.stderr  # what Typer itself refuses
             assert result.stdout == ""
             assert files(temporary) == before, "a refused command must leave what was there"

@@ -100,7 +100,8 @@ def test_written_questions_are_read_back(tmp_path):
         ({**GOOD, "labels": ["x", "y"], "answer": "A"}, "one of x, y, got 'A'"),
         ({**GOOD, "labels": ["x"]}, "2 choices need as many different labels, got ['x']"),
         ({**GOOD, "labels": ["x", "x"]}, "2 choices need as many different labels, got ['x', 'x']"),
-        ({**GOOD, "labels": ["x", " "]}, "a label is empty"),
+        ({**GOOD, "labels": ["x", ""]}, "the label '' is empty or has space around it"),
+        ({**GOOD, "labels": ["x", " y"]}, "the label ' y' is empty or has space around it"),
         ({**GOOD, "labels": "xy"}, "'labels' must be a list of strings, got 'xy'"),
     ],
 )
