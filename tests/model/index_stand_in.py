@@ -72,11 +72,12 @@ def make_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_wheel(folder: Path, package: str, version: str, files: dict[str, bytes]) -> Path:
-    """Write a wheel that pip accepts."""
+    """Write a wheel that pip accepts, and that depends on one which is nowhere."""
     name = f"{package.replace('-', '_')}-{version}"
     wheel = b"Wheel-Version: 1.0\nGenerator: made-up\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\nRequires-Dist: nowhere-to-be-found\n"
     about = {
-        f"{name}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n".encode(),
+        f"{name}.dist-info/METADATA": metadata.encode(),
         f"{name}.dist-info/WHEEL": wheel,
         f"{name}.dist-info/RECORD": b"",
     }

@@ -113,7 +113,6 @@ def test_a_second_fetch_asks_nobody(name, own, monkeypatch):
 
 @pytest.mark.parametrize("spoilt", ["train.jsonl", "README.md"])
 def test_damage_is_mended(spoilt, own, fetched):
-    """README.md: also what another version of the package had fetched, with splits of its own."""
     path = own / "quartz" / spoilt
     path.write_bytes(path.read_bytes()[:-10])
     told: list[str] = []
@@ -121,6 +120,14 @@ def test_damage_is_mended(spoilt, own, fetched):
     assert any("is damaged or of another version and is made again" in text for text in told)
     assert content(own / "quartz") == content(fetched / "quartz")  # and two fetches give the same bytes
     assert [path.name for path in own.glob(".*")] == []
+
+
+def test_what_another_version_fetched_is_made_again(own, monkeypatch):
+    """Else its splits, whole by their sums, would be refused when they are loaded, and never replaced."""
+    row = TASKS["quartz"]
+    monkeypatch.setitem(TASKS, "quartz", row._replace(licence="another"))
+    assert fetch("quartz", own).new
+    assert "Licence: another." in (own / "quartz" / "README.md").read_text()
 
 
 def test_a_task_that_was_edited_is_not_taken_for_the_task(own, monkeypatch):
