@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from lm_eval.api import task as lm_eval_task
+from lm_eval import evaluator
+from lm_eval.api import task
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -82,13 +83,14 @@ class QuestionLM(InMemoryLM):
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Silence what lm-eval logs at each start, and its progress bars over work of milliseconds."""
+    """Leave out what lm-eval logs at each start, its progress bars over work of milliseconds, and its description of
+    the machine (seconds of ``pip list`` and ``nvidia-smi``), which nothing here reads."""
     logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, lm_eval_task.tqdm
+    level, bar, describe = logger.level, task.tqdm, evaluator.add_env_info
     logger.setLevel(logging.ERROR)
-    lm_eval_task.tqdm = partial(bar, disable=True)
+    task.tqdm, evaluator.add_env_info = partial(bar, disable=True), lambda results: None
     try:
         yield
     finally:
         logger.setLevel(level)
-        lm_eval_task.tqdm = bar
+        task.tqdm, evaluator.add_env_info = bar, describe

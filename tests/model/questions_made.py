@@ -45,7 +45,7 @@ def byte_level(special_first: bool = True) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return _trained(tokenizer, trainers.BpeTrainer, special_first, pre_tokenizers.ByteLevel.alphabet())
+    return _trained(tokenizer, special_first)
 
 
 def smollm2_like() -> PreTrainedTokenizerFast:
@@ -54,25 +54,36 @@ def smollm2_like() -> PreTrainedTokenizerFast:
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    return _trained(tokenizer, trainers.BpeTrainer, False, pre_tokenizers.ByteLevel.alphabet())
+    return _trained(tokenizer, special_first=False)
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """As SentencePiece's unigram models: spaces are part of the pieces, and one stands before a text."""
-    tokenizer = Tokenizer(models.Unigram())
+    """As SentencePiece's unigram models: pieces with scores, a space is part of the piece after it, and one is put
+    before a text."""
+    texts = " ".join(_texts())
+    characters = sorted(set(texts) - {" "})
+    pieces = {f"▁{word}" for word in texts.split()} | {"Question", "Answer", "▁Answer:", "\nA", "\nQuestion:", "er", "▁s"}
+    scored = [(piece, -9.0) for piece in ["▁", *characters]]
+    scored += [(piece, -4.0 - len(piece) / 10) for piece in sorted(pieces) if len(piece) > 1]
+    tokenizer = Tokenizer(models.Unigram([*((special, 0.0) for special in SPECIAL), *scored], unk_id=3))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    return _trained(tokenizer, trainers.UnigramTrainer, True, [], unk_token="<unk>")
+    return _finished(tokenizer, special_first=True)
 
 
 TOKENIZERS = {"byte-level": byte_level, "smollm2": smollm2_like, "sentencepiece": sentencepiece_like}
 
 
-def _trained(tokenizer, trainer, special_first, alphabet, **settings) -> PreTrainedTokenizerFast:
-    how = trainer(
-        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False, **settings
+def _trained(tokenizer: Tokenizer, special_first: bool) -> PreTrainedTokenizerFast:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    how = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(_texts(), how)
+    return _finished(tokenizer, special_first)
+
+
+def _finished(tokenizer: Tokenizer, special_first: bool) -> PreTrainedTokenizerFast:
     if special_first:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     pad, bos, eos, unknown = SPECIAL
