@@ -9,6 +9,7 @@ import typer
 
 from graphmoe_cli.arguments import ListCommand
 from graphmoe_cli.convert import convert
+from graphmoe_cli.evaluate import compare, evaluate
 from graphmoe_cli.memory import memory
 from graphmoe_cli.params import params
 from graphmoe_cli.profile import profile
@@ -24,6 +25,8 @@ app.command(cls=ListCommand)(profile)
 app.command(cls=ListCommand)(params)
 app.command(cls=ListCommand)(memory)
 app.command()(convert)
+app.command(name="eval", cls=ListCommand)(evaluate)
+app.command()(compare)
 
 
 def _show_version(asked: bool) -> None:

@@ -64,9 +64,7 @@ def evaluate_questions(
     seconds = time.perf_counter() - start
     total = sum(len(task.questions) for task in tasks)
     return [
-        _task_result(
-            task, samples[task.name(FIRST_TOKEN)], samples[task.name(TEXT)], self_consistency, seconds / total
-        )
+        _task_result(task, samples[task.name(FIRST_TOKEN)], samples[task.name(TEXT)], self_consistency, seconds / total)
         for task in encoded
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -84,9 +85,12 @@ class QuestionLM(InMemoryLM):
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
     """Leave out what lm-eval logs at each start, its progress bars over work of milliseconds, and its description of
-    the machine (seconds of ``pip list`` and ``nvidia-smi``), which nothing here reads."""
+    the machine (seconds of ``pip list`` and ``nvidia-smi``), which nothing here reads.
+
+    Python's random numbers are put back: lm-eval draws names for tasks whether it needs them or not.
+    """
     logger = logging.getLogger("lm_eval")
-    level, bar, describe = logger.level, task.tqdm, evaluator.add_env_info
+    level, bar, describe, state = logger.level, task.tqdm, evaluator.add_env_info, random.getstate()
     logger.setLevel(logging.ERROR)
     task.tqdm, evaluator.add_env_info = partial(bar, disable=True), lambda results: None
     try:
@@ -94,3 +98,4 @@ def quiet_lm_eval() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         task.tqdm, evaluator.add_env_info = bar, describe
+        random.setstate(state)

@@ -30,7 +30,9 @@ class SelfConsistency:
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}; without samples the best label counts")
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}; without samples the best label counts"
+            )
 
     def draw(self, logprobs: Sequence[float], key: str) -> list[int]:
         """Draw labels by ``softmax(logprobs / temperature)``; ``key`` names the question, so that its draws depend on

@@ -106,7 +106,9 @@ class QuestionEncoder:
         ids = self._text_ids(f"{CUE} {answer}")
         if ids[: len(self._cue)] != self._cue or len(ids) == len(self._cue):
             pieces = self.tokenizer.convert_ids_to_tokens(ids)
-            raise ValueError(f"the answer {answer!r} has no tokens of its own after {CUE!r} for this tokenizer: {pieces}")
+            raise ValueError(
+                f"the answer {answer!r} has no tokens of its own after {CUE!r} for this tokenizer: {pieces}"
+            )
         return ids[len(self._cue) :]
 
     def training_row(self, question: Question, whole_sequence: bool = False) -> dict[str, list[int]]:

@@ -12,7 +12,26 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from graphmoe_model.questions import Question
 
-WORDS = "red blue cat dog saw river seven 12 stone grows falls warmer colder near far metal glass été".split()
+WORDS = [
+    "red",
+    "blue",
+    "cat",
+    "dog",
+    "saw",
+    "river",
+    "seven",
+    "12",
+    "stone",
+    "grows",
+    "falls",
+    "warmer",
+    "colder",
+    "near",
+    "far",
+    "metal",
+    "glass",
+    "été",
+]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
@@ -62,7 +81,15 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     before a text."""
     texts = " ".join(_texts())
     characters = sorted(set(texts) - {" "})
-    pieces = {f"▁{word}" for word in texts.split()} | {"Question", "Answer", "▁Answer:", "\nA", "\nQuestion:", "er", "▁s"}
+    pieces = {f"▁{word}" for word in texts.split()} | {
+        "Question",
+        "Answer",
+        "▁Answer:",
+        "\nA",
+        "\nQuestion:",
+        "er",
+        "▁s",
+    }
     scored = [(piece, -9.0) for piece in ["▁", *characters]]
     scored += [(piece, -4.0 - len(piece) / 10) for piece in sorted(pieces) if len(piece) > 1]
     tokenizer = Tokenizer(models.Unigram([*((special, 0.0) for special in SPECIAL), *scored], unk_id=3))
@@ -76,9 +103,7 @@ TOKENIZERS = {"byte-level": byte_level, "smollm2": smollm2_like, "sentencepiece"
 
 def _trained(tokenizer: Tokenizer, special_first: bool) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    how = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
+    how = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_texts(), how)
     return _finished(tokenizer, special_first)
 

@@ -9,11 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-pytest.importorskip("lm_eval", reason="needs the extra graphmoe[eval]")
-
-from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, evaluate_questions  # noqa: E402
-from graphmoe_model.questions import Question  # noqa: E402
-from tests.model.questions_made import (  # noqa: E402
+from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, evaluate_questions
+from graphmoe_model.questions import Question
+from tests.model.questions_made import (
     TOKENIZERS,
     byte_level,
     label_logits,
@@ -21,7 +19,7 @@ from tests.model.questions_made import (  # noqa: E402
     small_llama,
     text_logprob,
 )
-from tests.model.tiny_models import tiny_config  # noqa: E402
+from tests.model.tiny_models import tiny_config
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
