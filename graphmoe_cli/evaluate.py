@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -68,6 +70,8 @@ def evaluate(
 
     Example: graphmoe eval --model my-llama --adapter my-adapter --data arc_easy boolq
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # Transformers' bars: a file is no place for them
     with one_line_errors("eval"):
         options = EvaluateOptions(
             model=model,

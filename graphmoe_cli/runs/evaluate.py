@@ -51,7 +51,7 @@ def run(options: EvaluateOptions, console: Console) -> list[TaskResult]:
     start = time.perf_counter()
     device = _device(options.device)
     bits = 4 if options.load_in_4bit else 8 if options.load_in_8bit else None
-    source = ModelSource(options.model, options.gguf_file, bits, DTYPES.get(options.dtype), device)
+    source = ModelSource(options.model, options.gguf_file, bits, DTYPES.get(options.dtype), str(device))
     config = None if options.adapter is None else saved_config(options.adapter)
     if config is not None and not options.allow_other_base:
         check_base(config, str(options.adapter), options.model)
@@ -100,7 +100,10 @@ def _device(name: str) -> torch.device:
 
 
 def _tasks(options: EvaluateOptions) -> tuple[list[EvaluationTask], dict[str, str]]:
-    """The tasks with their examples, and where each was read; a name that two would have is replaced by what was given."""
+    """The tasks with their examples, and where each was read.
+
+    Sets that would have one name are called as they were given.
+    """
     sets = {given: load_questions(given, options.split) for given in options.data}
     names = [found.name for found in sets.values()]
     tasks, sources = [], {}
@@ -118,8 +121,8 @@ def _examples(options: EvaluateOptions, given: str) -> QuestionSet:
     task = given.partition(":")[0]
     if task not in TASKS:
         raise ValueError(
-            f"--shots {options.shots}: {given} is a file, which has no training split; name where examples come from by "
-            "--examples"
+            f"--shots {options.shots}: {given} is a file, which has no training split; name where examples come from "
+            "by --examples"
         )
     return load_questions(f"{task}:train")
 

@@ -1,4 +1,4 @@
-"""Base models and their tokenizers, loaded from a folder, a GGUF file or the hub; what cannot be loaded is said at once."""
+"""Base models and their tokenizers, from a folder, a GGUF file or the hub."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ModelSource:
     gguf_file: str | None = None
     bits: Bits | None = None
     dtype: torch.dtype | None = None
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.gguf_file is not None and self.bits is not None:

@@ -48,7 +48,8 @@ def evaluate_questions(
         One result per task, in the order of ``tasks``.
 
     Raises:
-        ValueError: no tasks, two of one name, fewer examples than ``shots``, or a label that is not one token.
+        ValueError: no tasks, two of one name, fewer examples than ``shots``, a label that is not one token, or a
+            tokenizer of another model.
     """
     if shots < 0 or batch_size < 1:
         raise ValueError(f"shots must be at least 0 and batch_size at least 1, got {shots} and {batch_size}")
@@ -60,6 +61,7 @@ def evaluate_questions(
         lm = QuestionLM(model, tokenizer, batch_size, max_length, progress)
         encoder = QuestionEncoder(tokenizer, lm.max_length)
         encoded = [EncodedTask(task, encoder, shots, seed) for task in tasks]
+        _check_vocabulary(model, encoded)
         samples = _run(lm, [task.config(scoring) for task in encoded for scoring in (FIRST_TOKEN, TEXT)])
     seconds = time.perf_counter() - start
     total = sum(len(task.questions) for task in tasks)
@@ -67,6 +69,17 @@ def evaluate_questions(
         _task_result(task, samples[task.name(FIRST_TOKEN)], samples[task.name(TEXT)], self_consistency, seconds / total)
         for task in encoded
     ]
+
+
+def _check_vocabulary(model: Any, encoded: Sequence[EncodedTask]) -> None:
+    """Refuse tokens that the model has no embedding of: it would fail amid a batch, on a GPU without saying why."""
+    known = model.get_input_embeddings().num_embeddings
+    largest = max(task.largest_token for task in encoded)
+    if largest >= known:
+        raise ValueError(
+            f"the tokenizer makes token {largest} and the model knows {known:,}: they do not belong together; pass the "
+            "model's own tokenizer"
+        )
 
 
 def _run(lm: QuestionLM, configs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

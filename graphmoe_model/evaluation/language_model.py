@@ -17,15 +17,15 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-# Told how many of how many requests (a prompt with one of its answers) are done.
+# Told how many of how many prompts are done; one per label scoring, one per choice of texts.
 Progress = Callable[[int, int], None]
 
 
 class InMemoryLM(HFLM):
     """lm-eval's language model over a loaded model, adapters included.
 
-    Log-probabilities are taken in fp32 whatever the model's dtype: in bf16 those of two labels often are the same number
-    where their logits differ.
+    Log-probabilities are taken in fp32 whatever the model's dtype: in bf16 those of two labels often are the same
+    number where their logits differ.
 
     Args:
         model: a causal language model; it is set to evaluation mode.
@@ -43,7 +43,7 @@ class InMemoryLM(HFLM):
         max_length: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        # HFLM gives its tokenizer a padding token, and asks for one by which an empty prompt begins (no prompt here is).
+        # HFLM gives its tokenizer a padding token, and asks for one that begins empty prompts, of which there are none.
         first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
         super().__init__(
             pretrained=model,
@@ -84,18 +84,20 @@ class QuestionLM(InMemoryLM):
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Leave out what lm-eval logs at each start, its progress bars over work of milliseconds, and its description of
-    the machine (seconds of ``pip list`` and ``nvidia-smi``), which nothing here reads.
+    """Leave out what nothing here reads: what lm-eval logs at each start, its progress bars over work of milliseconds,
+    and its description of the machine (seconds of ``pip list``, ``nvidia-smi`` and ``git``).
 
     Python's random numbers are put back: lm-eval draws names for tasks whether it needs them or not.
     """
     logger = logging.getLogger("lm_eval")
-    level, bar, describe, state = logger.level, task.tqdm, evaluator.add_env_info, random.getstate()
+    level, bar, state = logger.level, task.tqdm, random.getstate()
+    describe, commit = evaluator.add_env_info, evaluator.get_git_commit_hash
     logger.setLevel(logging.ERROR)
-    task.tqdm, evaluator.add_env_info = partial(bar, disable=True), lambda results: None
+    task.tqdm = partial(bar, disable=True)
+    evaluator.add_env_info, evaluator.get_git_commit_hash = lambda results: None, lambda: None
     try:
         yield
     finally:
         logger.setLevel(level)
-        task.tqdm, evaluator.add_env_info = bar, describe
+        task.tqdm, evaluator.add_env_info, evaluator.get_git_commit_hash = bar, describe, commit
         random.setstate(state)

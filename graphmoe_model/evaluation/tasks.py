@@ -66,6 +66,15 @@ class EncodedTask:
             self._rows[TEXT].append(_row(question, texts, cloze_after(before, question), encoder, answers))
         self.truncated = encoder.truncated - cut_before
 
+    @property
+    def largest_token(self) -> int:
+        """The largest id of all prompts and answers."""
+        return max(
+            max(*row["prompt_ids"], *(token for ids in row["choice_ids"] for token in ids))
+            for rows in self._rows.values()
+            for row in rows
+        )
+
     def name(self, scoring: str) -> str:
         """Return what lm-eval calls the task in a scoring."""
         return f"{self.task.name} ({scoring})"
