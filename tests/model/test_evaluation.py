@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, evaluate_questions
-from graphmoe_model.questions import Question
+from graphmoe_model.evaluation.language_model import InMemoryLM
+from graphmoe_model.questions import Question, QuestionEncoder
 from tests.model.questions_made import (
     TOKENIZERS,
     byte_level,
@@ -57,6 +58,17 @@ def test_text_is_scored_by_its_log_likelihood(kind):
         assert (record.text == record.answer, record.text_norm == record.answer) == (best[-1], best_norm[-1])
     assert (result.acc, result.acc_norm) == (np.mean(best), np.mean(best_norm))
     assert best != best_norm
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_lm_eval_by_itself_would_read_the_same_tokens(kind):
+    """So whoever runs these prompts by lm-eval alone gets the same scores, as long as no prompt is too long."""
+    tokenizer = TOKENIZERS[kind]()
+    lm, encoder = InMemoryLM(small_llama(tokenizer), tokenizer, batch_size=1), QuestionEncoder(tokenizer, 512)
+    for question in made_questions(100):
+        ids, tokens = encoder.prompt_ids(question), encoder.label_tokens(question)
+        found = [lm._encode_pair(question.prompt, f" {label}") for label in question.answers]
+        assert found == [(ids, [token]) for token in tokens]
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
