@@ -19,7 +19,7 @@ from rich.text import Text
 from transformers.utils import logging
 
 from graphmoe_cli.evaluate_options import EvaluateOptions
-from graphmoe_model.base_models import ModelSource, load_base_model, load_tokenizer
+from graphmoe_model.base_models import Bits, ModelSource, load_base_model, load_tokenizer
 from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, TaskResult, evaluate_questions
 from graphmoe_model.evaluation.adapters import attach_adapter, check_base, saved_config
 from graphmoe_model.evaluation.document import (
@@ -50,7 +50,7 @@ def run(options: EvaluateOptions, console: Console) -> list[TaskResult]:
         logging.disable_progress_bar()  # of loading: a file is no place for bars
     start = time.perf_counter()
     device = _device(options.device)
-    bits = 4 if options.load_in_4bit else 8 if options.load_in_8bit else None
+    bits: Bits | None = 4 if options.load_in_4bit else 8 if options.load_in_8bit else None
     source = ModelSource(options.model, options.gguf_file, bits, DTYPES.get(options.dtype), str(device))
     config = None if options.adapter is None else saved_config(options.adapter)
     if config is not None and not options.allow_other_base:

@@ -100,11 +100,12 @@ def load_base_model(source: ModelSource) -> PreTrainedModel:
     if source.bits is not None:
         loading |= {"quantization_config": _quantisation(source), "device_map": {"": source.device}}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name, trust_remote_code=False, output_loading_info=True, **loading
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ValueError(_not_loaded("model", source, loading, error)) from error
+    model, found = loaded
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise ValueError(f"the files of the model {source.name!r} lack weights: {some(missing, 4)}; fetch it again")

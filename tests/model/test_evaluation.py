@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedTokenizerBase
 
+from graphmoe_model.base_models import ModelSource, load_tokenizer
 from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, evaluate_questions
 from graphmoe_model.evaluation.language_model import InMemoryLM
 from graphmoe_model.questions import Question, QuestionEncoder
+from graphmoe_tables.tasks import data_folder
 from tests.model.questions_made import (
     TOKENIZERS,
     byte_level,
@@ -23,9 +26,8 @@ from tests.model.questions_made import (
 from tests.model.tiny_models import tiny_config
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_first_token_is_that_of_raw_logits_question_by_question(kind):
-    tokenizer = TOKENIZERS[kind]()
+def check_first_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Of 200 questions, each by a forward of its prompt alone."""
     model, questions = small_llama(tokenizer), made_questions(200)
     (result,) = evaluate_questions(model, tokenizer, [EvaluationTask("made", questions)])
     right = []
@@ -39,6 +41,21 @@ def test_first_token_is_that_of_raw_logits_question_by_question(kind):
     assert result.stderr == pytest.approx(np.std(right, ddof=1) / 200**0.5)
     assert 0.15 < result.first_token_accuracy < 0.85  # a scorer that always says the same would not be told
     assert len({record.first_token for record in result.records}) > 3
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_first_token_is_that_of_raw_logits_question_by_question(kind):
+    check_first_tokens(TOKENIZERS[kind]())
+
+
+@pytest.mark.slow
+def test_first_token_with_the_tokenizer_of_smollm2():
+    """The real one, of 49,152 tokens, read from its GGUF file."""
+    pytest.importorskip("gguf")
+    files = sorted((data_folder() / "smollm2").glob("*.gguf"))
+    if not files:
+        pytest.skip(f"SmolLM2 is not in {data_folder()}: graphmoe data fetch smollm2")
+    check_first_tokens(load_tokenizer(ModelSource(str(files[0].parent), gguf_file=files[0].name)))
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -9,6 +9,8 @@ from collections import Counter
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from graphmoe_model.base_models import ModelSource, load_base_model, loading
 from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, evaluate_questions
@@ -18,7 +20,7 @@ from graphmoe_model.evaluation.document import averages, evaluation_document
 from graphmoe_model.evaluation.prompts import Shots, cloze_after
 from graphmoe_model.evaluation.records import TaskResult, standard_error
 from graphmoe_model.evaluation.voting import majority
-from graphmoe_model.questions import Question
+from graphmoe_model.questions import Question, QuestionEncoder
 from tests.model.questions_made import byte_level, label_logits, made_questions, small_llama
 from tests.model.tiny_models import tiny_model
 
@@ -65,6 +67,23 @@ def test_examples_are_in_the_scored_prompt():
         shots = "".join(f"{shot.solved}\n\n" for shot in Shots("made", pool, 2, 5).of(question))
         logits = label_logits(model, tokenizer, shots + question.prompt, question.answers)
         assert record.first_token == int(logits.argmax())
+
+
+def test_an_answer_that_begins_inside_the_cues_last_token_is_refused():
+    """Its log-likelihood would be that of a part of it."""
+    pieces = [("<unk>", 0.0), *((character, -9.0) for character in "Answer: cat"), (": c", -1.0)]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)))
+    encoder = QuestionEncoder(tokenizer)
+    assert encoder.answer_ids("at") == tokenizer(" at")["input_ids"]
+    with pytest.raises(ValueError, match="the answer 'cat' has no tokens of its own after 'Answer:'"):
+        encoder.answer_ids("cat")
+
+
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused():
+    tokenizer = byte_level()
+    question = Question("which?", ("cat", "stone " * 80), 0)
+    with pytest.raises(ValueError, match=r"an answer has 8\d tokens, and a prompt with it may have 64"):
+        evaluate_questions(small_llama(tokenizer, positions=64), tokenizer, [EvaluationTask("made", [question])])
 
 
 def test_votes_follow_the_temperature():
