@@ -58,7 +58,7 @@ class InMemoryLM(HFLM):
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         del disable_tqdm  # `progress` shows it
         # Those that differ in their last token alone share a forward.
-        forwards = {(tuple(context), tuple(answer[:-1])) for _, context, answer in requests}
+        forwards = {(*context, *answer[:-1]) for _, context, answer in requests}
         self._done, self._total = 0, len(forwards)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 

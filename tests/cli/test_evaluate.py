@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from graphmoe_cli.app import app
+from graphmoe_cli.evaluate_options import EvaluateOptions
 from graphmoe_model.base_models import hub_is_reachable
 from graphmoe_model.questions.json_lines import write_questions
 from tests.model.questions_made import byte_level, label_logits, made_questions, small_llama
@@ -162,6 +163,12 @@ def test_wrong_input_ends_in_one_line(saved, tmp_path, arguments, told):
     assert told in result.stderr
     assert "\n" not in result.stderr.strip()
     assert not (tmp_path / "e.json").exists()
+
+
+def test_without_lm_eval_it_says_what_installs_it(monkeypatch):
+    monkeypatch.setattr("graphmoe_cli.evaluate_options.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'graphmoe\[eval\]'"):
+        EvaluateOptions(model="m", data=("boolq",))
 
 
 def test_an_adapter_of_an_unknown_method_is_named(saved, tmp_path):
