@@ -10,6 +10,7 @@ import typer
 from graphmoe_cli.arguments import ListCommand
 from graphmoe_cli.convert import convert
 from graphmoe_cli.data import data
+from graphmoe_cli.evaluate import compare, evaluate
 from graphmoe_cli.memory import memory
 from graphmoe_cli.params import params
 from graphmoe_cli.profile import profile
@@ -26,6 +27,8 @@ app.command(cls=ListCommand)(params)
 app.command(cls=ListCommand)(memory)
 app.command()(convert)
 app.add_typer(data)
+app.command(name="eval", cls=ListCommand)(evaluate)
+app.command()(compare)
 
 
 def _show_version(asked: bool) -> None:

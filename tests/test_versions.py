@@ -37,11 +37,11 @@ def lower_bound(requirement: Requirement) -> Version:
 
 def test_the_oldest_set_is_the_lower_bounds():
     """A bound that no run has used is a guess."""
-    imported = {**requirements(), **requirements("train")}
+    imported = {**requirements(), **requirements("train"), **requirements("eval")}
     assert pins("constraints-oldest.txt") == {name: lower_bound(r) for name, r in imported.items()}
 
 
-@pytest.mark.parametrize("extra", [None, "train", "demo", "bench", "distributed", "quant", "dev"])
+@pytest.mark.parametrize("extra", [None, "train", "demo", "eval", "bench", "distributed", "quant", "dev"])
 def test_the_pinned_set_is_allowed(extra):
     """`make env` would find no solution, or one that nobody asked for."""
     pinned = pins("constraints.txt")

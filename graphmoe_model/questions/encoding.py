@@ -81,11 +81,35 @@ class QuestionEncoder:
 
     def prompt_ids(self, question: Question, shots: Sequence[Question] = ()) -> list[int]:
         """Return the ids that a model reads before its answer, at most ``max_length - 1``."""
-        ids, room = self._text_ids(prompt_after(shots, question)), self.max_length - 1 - len(self._first)
+        return self.fitted_ids(prompt_after(shots, question), answer_tokens=1)
+
+    def fitted_ids(self, text: str, answer_tokens: int) -> list[int]:
+        """Return the ids of a prompt, cut at its start where it and an answer of that many tokens would be too long.
+
+        Raises:
+            ValueError: the answer alone fills ``max_length``.
+        """
+        ids, room = self._text_ids(text), self.max_length - answer_tokens - len(self._first)
+        if room < 1:
+            raise ValueError(f"an answer has {answer_tokens} tokens, and a prompt with it may have {self.max_length}")
         if len(ids) > room:
             self.truncated += 1
             ids = ids[-room:]
         return [*self._first, *ids]
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Return the ids that a space and ``answer`` are after the cue.
+
+        Raises:
+            ValueError: the tokenizer makes one token of the cue's end and the answer's start.
+        """
+        ids = self._text_ids(f"{CUE} {answer}")
+        if ids[: len(self._cue)] != self._cue or len(ids) == len(self._cue):
+            pieces = self.tokenizer.convert_ids_to_tokens(ids)
+            raise ValueError(
+                f"the answer {answer!r} has no tokens of its own after {CUE!r} for this tokenizer: {pieces}"
+            )
+        return ids[len(self._cue) :]
 
     def training_row(self, question: Question, whole_sequence: bool = False) -> dict[str, list[int]]:
         """Return ``input_ids`` of prompt and right answer, and ``labels``: the loss is on the answer alone, or with

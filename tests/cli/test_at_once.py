@@ -15,7 +15,8 @@ import pytest
 from graphmoe_tables.tasks import MODELS, TASKS
 
 HEAVY = ("torch", "transformers", "peft", "matplotlib", "graphmoe_kernels", "graphmoe_model")
-HELP = ["", "--help", *(f"{name} --help" for name in ("profile", "params", "memory", "convert", "data", "data fetch"))]
+COMMANDS = ("profile", "params", "memory", "convert", "data", "data fetch", "eval", "compare")
+HELP = ["", "--help", *(f"{name} --help" for name in COMMANDS)]
 # Command line -> what the refusal says. What a model, a file or a configuration has to be asked for comes later.
 WRONG = {
     "prams": "No such command 'prams'",
@@ -46,6 +47,24 @@ WRONG = {
     "data fetch quarz": "nothing to fetch is called 'quarz', did you mean 'quartz'?",
     "data fetch quartz piqa": "piqa comes from the hub, when it is named",
     "data fetch quartz --to=": "name a folder",
+    "eval --data boolq": "Missing option '--model'",
+    "eval --model m": "name what to evaluate on: --data",
+    "eval --model m --data": "it needs at least one value",
+    "eval --model m --data boolq boolq": "--data names boolq twice",
+    "eval --model m --data boolq --limit 0": "--limit must be at least 1, got 0",
+    "eval --model m --data boolq --batch-size 0": "--batch-size must be at least 1, got 0",
+    "eval --model m --data boolq --shots -1": "--shots must be at least 0, got -1",
+    "eval --model m --data boolq --samples 0": "--samples must be at least 1, got 0",
+    "eval --model m --data boolq --temperature 1": "say how many by --samples",
+    "eval --model m --data boolq --samples 2 --temperature 0": "--temperature must be above 0, got 0.0",
+    "eval --model m --data boolq --examples boolq:train": "say how many by --shots",
+    "eval --model m --data boolq --max-length 8": "--max-length must be at least 16, got 8",
+    "eval --model m --tasks arc_easy --samples 3": "--samples is about --data",
+    "eval --model m --data boolq --load-in-4bit --load-in-8bit": "exclude each other",
+    "eval --model m --data boolq --allow-other-base": "none was given",
+    "eval --model m --data boolq --output /no/such/e.json": "there is no folder /no/such",
+    "eval --model m --data boolq --output /tmp": "is a folder; name a file",
+    "eval --model m --data boolq --dtype int8": "'int8' is not one of",
     "convert a": "Missing argument",
     "convert a b --to gguf": "'gguf' is not one of 'graphmoe'",
     "convert a b --rounds 0": "rounds must be at least 1, got 0",

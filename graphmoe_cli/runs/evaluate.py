@@ -1,0 +1,215 @@
+"""What ``graphmoe eval`` does: read the questions, load the model, score it, print and write the scores."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from transformers.utils import logging
+
+from graphmoe_cli.evaluate_options import EvaluateOptions
+from graphmoe_model.base_models import Bits, ModelSource, load_base_model, load_tokenizer
+from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, TaskResult, evaluate_questions
+from graphmoe_model.evaluation.adapters import attach_adapter, check_base, saved_config
+from graphmoe_model.evaluation.document import (
+    adapter_settings,
+    averages,
+    conditions_of,
+    evaluation_document,
+    training_result,
+    write_document,
+    write_records,
+)
+from graphmoe_model.evaluation.language_model import Progress as Told
+from graphmoe_model.evaluation.standard import check_reachable, evaluate_standard
+from graphmoe_model.questions import QuestionSet, load_questions
+from graphmoe_tables.tasks import TASKS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def run(options: EvaluateOptions, console: Console) -> list[TaskResult]:
+    """Evaluate, print the table and write the files.
+
+    Raises:
+        ValueError: whatever is wrong with an option, the questions, the model or the adapter; all but what only the
+            tokenizer and the weights can show before the model is loaded.
+    """
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # of loading: a file is no place for bars
+    start = time.perf_counter()
+    device = _device(options.device)
+    bits: Bits | None = 4 if options.load_in_4bit else 8 if options.load_in_8bit else None
+    source = ModelSource(options.model, options.gguf_file, bits, DTYPES.get(options.dtype), str(device))
+    config = None if options.adapter is None else saved_config(options.adapter)
+    if config is not None and not options.allow_other_base:
+        check_base(config, str(options.adapter), options.model)
+    training = None if options.adapter is None else training_result(options.adapter)
+    check_reachable(options.tasks)
+    tasks, sources = _tasks(options)
+    tokenizer = load_tokenizer(source)
+    model: Any = load_base_model(source)
+    if config is not None:
+        model = attach_adapter(model, str(options.adapter), config)
+    results: list[TaskResult] = []
+    standard: dict[str, dict[str, Any]] = {}
+    common: dict[str, Any] = {"batch_size": options.batch_size, "max_length": options.max_length, "seed": options.seed}
+    if tasks:
+        with _progress(console, "questions") as told:
+            results = evaluate_questions(
+                model,
+                tokenizer,
+                tasks,
+                shots=options.shots,
+                self_consistency=_sampling(options),
+                progress=told,
+                **common,
+            )
+    if options.tasks:
+        shots = options.shots or None
+        with _progress(console, "lm-eval's tasks") as told:
+            standard = evaluate_standard(
+                model, tokenizer, options.tasks, shots=shots, limit=options.limit, progress=told, **common
+            )
+    conditions = {**conditions_of(model, device), **_asked(options, config, sources)}
+    conditions["seconds"] = round(time.perf_counter() - start, 2)
+    write_document(evaluation_document(results, standard, conditions, training), options.output)
+    if options.records is not None:
+        write_records(results, options.records)
+    _print(options, results, standard, console)
+    return results
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+def _tasks(options: EvaluateOptions) -> tuple[list[EvaluationTask], dict[str, str]]:
+    """The tasks with their examples, and where each was read.
+
+    Sets that would have one name are called as they were given.
+    """
+    sets = {given: load_questions(given, options.split) for given in options.data}
+    names = [found.name for found in sets.values()]
+    tasks, sources = [], {}
+    for given, found in sets.items():
+        name = found.name if names.count(found.name) == 1 else given
+        examples = _examples(options, given).questions if options.shots else ()
+        tasks.append(EvaluationTask(name, found.questions[: options.limit], examples))
+        sources[name] = found.source
+    return tasks, sources
+
+
+def _examples(options: EvaluateOptions, given: str) -> QuestionSet:
+    if options.examples is not None:
+        return load_questions(options.examples, "train")
+    task = given.partition(":")[0]
+    if task not in TASKS:
+        raise ValueError(
+            f"--shots {options.shots}: {given} is a file, which has no training split; name where examples come from "
+            "by --examples"
+        )
+    return load_questions(f"{task}:train")
+
+
+def _sampling(options: EvaluateOptions) -> SelfConsistency | None:
+    if options.samples is None:
+        return None
+    given = {} if options.temperature is None else {"temperature": options.temperature}
+    return SelfConsistency(options.samples, seed=options.seed, **given)
+
+
+def _asked(options: EvaluateOptions, config: PeftConfig | None, sources: dict[str, str]) -> dict[str, Any]:
+    """What the command was asked for, for the JSON's conditions."""
+    sampling = _sampling(options)
+    return {
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": options.model,
+        "gguf_file": options.gguf_file,
+        "load_in_4bit": options.load_in_4bit,
+        "load_in_8bit": options.load_in_8bit,
+        "adapter": options.adapter,
+        "adapter_settings": None if config is None else adapter_settings(config),
+        "data": sources,
+        "shots": options.shots,
+        "examples": options.examples,
+        "samples": options.samples,
+        "temperature": None if sampling is None else sampling.temperature,
+        "batch_size": options.batch_size,
+        "limit": options.limit,
+        "max_length": options.max_length,
+        "seed": options.seed,
+    }
+
+
+@contextmanager
+def _progress(console: Console, what: str) -> Iterator[Told]:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn(what), *columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print(
+    options: EvaluateOptions, results: list[TaskResult], standard: dict[str, dict[str, Any]], console: Console
+) -> None:
+    what = options.model if options.adapter is None else f"{options.adapter} on {options.model}"
+    if results:
+        console.print(Text(f"{what}, accuracy in percent"), soft_wrap=True)
+        console.print(_table(results, options.samples))
+        cut = sum(result.truncated_prompts for result in results)
+        if cut:
+            console.print(Text(f"{cut:,} prompts were too long and lost their start"), soft_wrap=True)
+    if standard:
+        console.print(Text(f"{what}, by lm-eval's own tasks"), soft_wrap=True)
+        console.print(_standard_table(standard))
+    console.print(Text(f"JSON: {options.output}"), soft_wrap=True)
+
+
+def _table(results: list[TaskResult], samples: int | None) -> Table:
+    table = Table(box=box.SIMPLE)
+    table.add_column("task")
+    for name in ("questions", "first token", "± stderr", "acc", "acc_norm"):
+        table.add_column(name, justify="right")
+    if samples is not None:
+        table.add_column(f"majority of {samples}", justify="right")
+    rows: list[tuple[str, str, dict[str, Any]]] = [(r.task, f"{r.questions:,}", r.as_dict()) for r in results]
+    if len(results) > 1:
+        rows.append(("average", "", averages(results)))
+    for name, questions, scores in rows:
+        keys = ["first_token_accuracy", "stderr", "acc", "acc_norm"]
+        keys += [] if samples is None else ["self_consistency_accuracy"]
+        table.add_row(Text(name), questions, *(_percent(scores[key]) for key in keys))
+    return table
+
+
+def _standard_table(standard: dict[str, dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE)
+    for name, justify in (("task", "left"), ("metric", "left"), ("value", "right"), ("± stderr", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for task, metrics in standard.items():
+        for name, value in metrics.items():
+            if name != "questions" and "_stderr" not in name:
+                metric, comma, filtered = name.partition(",")
+                error = metrics.get(f"{metric}_stderr{comma}{filtered}")
+                table.add_row(Text(task), Text(name), f"{value:.4f}", "–" if error is None else f"{error:.4f}")
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,121 @@
+"""Runs side by side, in the form of PEFT's ``method_comparison``: one record per run, and a page that compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from graphmoe_model.presentation import markdown_table
+
+
+def method_record(evaluation: dict[str, Any], training: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Make one record of an evaluation and of the training before it, with the sections and names that PEFT's results
+    have: ``run_info``, ``train_info``, ``meta_info``.
+
+    Args:
+        evaluation: what `evaluation_document` returns.
+        training: what `graphmoe train` wrote (``train_result.json``); None: what the evaluation holds of it, if any.
+
+    Raises:
+        ValueError: it is no evaluation's.
+    """
+    tasks, conditions = evaluation.get("tasks"), evaluation.get("conditions")
+    if not isinstance(tasks, dict) or not isinstance(conditions, dict):
+        raise ValueError(f"an evaluation has tasks and conditions, this has {', '.join(evaluation) or 'nothing'}")
+    training = evaluation.get("training") if training is None else training
+    metrics = [{"split": "test", "task": name, **scores} for name, scores in tasks.items()]
+    train_info: dict[str, Any] = {"status": "success" if training else "no training known"}
+    if training:
+        train_info |= {
+            "train_time": training.get("seconds"),
+            "accelerator_memory_max": training.get("peak_memory"),
+            "num_trainable_params": training.get("trainable_parameters"),
+            "file_size": training.get("adapter_bytes"),
+            "train_loss": training.get("last_loss"),
+            "steps": training.get("steps"),
+        }
+    return {
+        "run_info": {
+            "experiment_name": conditions.get("name"),
+            "created_at": conditions.get("created_at"),
+            "peft_config": conditions.get("adapter_settings"),
+            "seed": (training or {}).get("conditions", {}).get("seed"),
+        },
+        "train_info": {**train_info, "num_total_params": conditions.get("parameters"), "metrics": metrics},
+        "meta_info": {
+            "model_info": {"model_id": conditions.get("model"), "sha": conditions.get("model_revision")},
+            "package_info": conditions.get("versions"),
+            "system_info": {"device": conditions.get("device"), "threads": conditions.get("threads")},
+            "commit": conditions.get("commit"),
+        },
+    }
+
+
+def comparison_page(evaluations: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown page: accuracies of each run by task, then what its training took.
+
+    Raises:
+        ValueError: fewer than two runs, or runs without a common task.
+    """
+    if len(evaluations) < 2:
+        raise ValueError(f"a comparison needs at least two evaluations, got {len(evaluations)}")
+    records = [method_record(evaluation) for evaluation in evaluations]
+    by_task = [{metric["task"]: metric for metric in record["train_info"]["metrics"]} for record in records]
+    tasks = [task for task in by_task[0] if all(task in own for own in by_task)]
+    if not tasks:
+        raise ValueError(
+            "the evaluations have no task in common: " + "; ".join(", ".join(own) or "none" for own in by_task)
+        )
+    names = [str(record["run_info"]["experiment_name"]) for record in records]
+    lines = ["# Comparison", "", "First-token accuracy in percent, with its standard error.", ""]
+    rows = [
+        [name, *(_accuracy(own[task]) for task in tasks), _mean([own[task]["first_token_accuracy"] for task in tasks])]
+        for name, own in zip(names, by_task, strict=True)
+    ]
+    lines += markdown_table(["run", *tasks, "average"], rows)
+    lines += ["", "Log-likelihood of the choices' texts: acc / acc_norm in percent.", ""]
+    rows = [
+        [name, *(f"{100 * own[task]['acc']:.1f} / {100 * own[task]['acc_norm']:.1f}" for task in tasks)]
+        for name, own in zip(names, by_task, strict=True)
+    ]
+    lines += markdown_table(["run", *tasks], rows)
+    lines += ["", "What training took.", ""]
+    header = ["run", "seconds", "peak memory, GB", "trainable parameters", "adapter, MB", "last loss"]
+    lines += markdown_table(header, [[name, *_costs(r["train_info"])] for name, r in zip(names, records, strict=True)])
+    lines += ["", "Conditions.", ""]
+    lines += markdown_table(
+        ["run", "base model", "device", "questions"],
+        [
+            [
+                name,
+                str(r["meta_info"]["model_info"]["model_id"]),
+                str(r["meta_info"]["system_info"]["device"]),
+                ", ".join(f"{own[task]['questions']:,}" for task in tasks),
+            ]
+            for name, r, own in zip(names, records, by_task, strict=True)
+        ],
+    )
+    left_out = sorted({task for own in by_task for task in own} - set(tasks))
+    if left_out:
+        lines += ["", f"Not in every evaluation, so left out: {', '.join(left_out)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _accuracy(metric: dict[str, Any]) -> str:
+    error = metric.get("stderr")
+    return f"{100 * metric['first_token_accuracy']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{100 * sum(values) / len(values):.1f}"
+
+
+def _costs(info: dict[str, Any]) -> list[str]:
+    shown = {
+        "train_time": lambda value: f"{value:,.0f}",
+        "accelerator_memory_max": lambda value: f"{value / 1e9:.2f}",
+        "num_trainable_params": lambda value: f"{value:,}",
+        "file_size": lambda value: f"{value / 1e6:.1f}",
+        "train_loss": lambda value: f"{value:.4g}",
+    }
+    return ["–" if info.get(name) is None else show(info[name]) for name, show in shown.items()]

@@ -1,0 +1,159 @@
+"""An evaluation as JSON: the scores, and under which conditions they were found."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import nn
+
+from graphmoe_model.evaluation.records import TaskResult
+
+PACKAGES = ("graphmoe", "torch", "triton", "transformers", "peft", "lm_eval", "tokenizers", "datasets", "bitsandbytes")
+# What train_result.json is called beside an adapter that `graphmoe train` made.
+TRAINING_RESULT = "train_result.json"
+
+
+def evaluation_document(
+    results: Sequence[TaskResult],
+    standard: dict[str, dict[str, Any]],
+    conditions: dict[str, Any],
+    training: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return an evaluation's JSON.
+
+    Args:
+        results: of our own tasks.
+        standard: of lm-eval's, by `evaluate_standard`.
+        conditions: by `conditions_of`, with what the command was asked for.
+        training: what `graphmoe train` wrote beside the adapter, if it made it.
+    """
+    document: dict[str, Any] = {"tasks": {result.task: result.as_dict() for result in results}}
+    if len(results) > 1:
+        document["average"] = averages(results)
+    if standard:
+        document["lm_eval_tasks"] = standard
+    document["conditions"] = conditions
+    if training is not None:
+        document["training"] = training
+    return document
+
+
+def averages(results: Sequence[TaskResult]) -> dict[str, float | None]:
+    """Return the mean of each score over the tasks, each task counting once, and the standard error of the first."""
+    count = len(results)
+    names = ("first_token_accuracy", "acc", "acc_norm", "self_consistency_accuracy")
+    found: dict[str, float | None] = {}
+    for name in names:
+        values = [getattr(result, name) for result in results]
+        if None not in values:
+            found[name] = sum(values) / count
+    errors = [result.stderr for result in results]
+    known = [error for error in errors if error is not None]
+    found["stderr"] = sum(error**2 for error in known) ** 0.5 / count if len(known) == count else None
+    return found
+
+
+def conditions_of(model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Say where and with what a model is evaluated: device, dtype, threads, versions, commit."""
+    dtypes = [parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()]
+    return {
+        "device": _device_name(device),
+        "dtype": str(max(set(dtypes), key=dtypes.count)).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "model_revision": getattr(model.config, "_commit_hash", None),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: found for package in PACKAGES if (found := _version(package)) is not None},
+        "commit": checked_out_commit(),
+    }
+
+
+def adapter_settings(config: PeftConfig) -> dict[str, Any]:
+    """Return an adapter's settings as JSON takes them, those that are not set left out."""
+    settings = {name: value for name, value in config.to_dict().items() if value not in (None, [], {}, ())}
+    return json.loads(
+        json.dumps(settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    )
+
+
+def training_result(adapter: str) -> dict[str, Any] | None:
+    """Return what `graphmoe train` wrote beside an adapter; None if it wrote nothing.
+
+    Raises:
+        ValueError: the file is no JSON object.
+    """
+    path = Path(adapter) / TRAINING_RESULT
+    return read_document(path, "a result of graphmoe train") if path.is_file() else None
+
+
+def read_document(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object from a file that should be ``what``; ``ValueError`` if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; name {what}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); name {what}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}; name {what}")
+    return found
+
+
+def write_document(document: dict[str, Any], path: Path) -> None:
+    """Write JSON, whole or not at all."""
+    _replace(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_records(results: Iterable[TaskResult], path: Path) -> None:
+    """Write one JSON line per question, with its task."""
+    lines = [
+        json.dumps({"task": result.task, **record.as_dict()}, ensure_ascii=False)
+        for result in results
+        for record in result.records
+    ]
+    _replace(path, "\n".join(lines) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def checked_out_commit() -> str | None:
+    """Return the commit of the checkout that this package runs from, with ``+`` if files differ; None outside one."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).resolve().parents[2]
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        if git("ls-files", "--error-unmatch", "pyproject.toml") != "pyproject.toml":
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return f"{device.type} ({name})"

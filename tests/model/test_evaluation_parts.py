@@ -1,0 +1,301 @@
+"""Examples before a question, votes, adapters' base models, loading, and runs side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from graphmoe_model.base_models import ModelSource, load_base_model, loading
+from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, evaluate_questions
+from graphmoe_model.evaluation.adapters import attach_adapter, check_base, saved_config
+from graphmoe_model.evaluation.comparison import comparison_page, method_record
+from graphmoe_model.evaluation.document import averages, evaluation_document
+from graphmoe_model.evaluation.prompts import Shots, cloze_after
+from graphmoe_model.evaluation.records import TaskResult, standard_error
+from graphmoe_model.evaluation.voting import majority
+from graphmoe_model.questions import Question, QuestionEncoder
+from tests.model.questions_made import byte_level, label_logits, made_questions, small_llama
+from tests.model.tiny_models import tiny_model
+
+
+def test_examples_depend_on_seed_and_question_alone():
+    pool, questions = made_questions(30, seed=3), made_questions(10)
+    choose = Shots("made", pool, 4, seed=0)
+    all_of_them = [choose.of(question) for question in questions]
+    assert [Shots("made", pool, 4, seed=0).of(question) for question in reversed(questions)][::-1] == all_of_them
+    assert [Shots("made", pool, 4, seed=1).of(question) for question in questions] != all_of_them
+    assert len({tuple(shots) for shots in all_of_them}) > 1
+    assert all(len(set(shots)) == 4 for shots in all_of_them)
+
+
+def test_a_question_is_no_example_of_itself():
+    """Nor is the same question with another answer, and one that occurs twice counts once."""
+    pool = made_questions(5)
+    other = Question(pool[0].question, pool[0].choices, 1 - pool[0].answer % 2, pool[0].context)
+    choose = Shots("made", [*pool, other, *pool], 4, seed=0)
+    for _ in range(3):
+        assert set(choose.of(pool[0])) == set(pool[1:])
+
+
+def test_more_examples_than_there_are():
+    pool = made_questions(5)
+    with pytest.raises(ValueError, match=r"6 examples \(shots\).*training split of made has 5$"):
+        Shots("made", pool, 6, seed=0).of(made_questions(1, seed=9)[0])
+    with pytest.raises(ValueError, match=r"5 examples.*training split of made has 4 besides the question itself"):
+        Shots("made", pool, 5, seed=0).of(pool[0])
+
+
+def test_solved_texts_stand_before_a_cloze_prompt():
+    shot = Question("Which?", ("a cat", " a saw "), 1, context="Red.")
+    question = Question("What?", ("x", "y"), 0)
+    assert cloze_after([shot], question) == "Red.\nQuestion: Which?\nAnswer: a saw\n\nQuestion: What?\nAnswer:"
+
+
+def test_examples_are_in_the_scored_prompt():
+    tokenizer = byte_level()
+    model, questions, pool = small_llama(tokenizer), made_questions(12), made_questions(20, seed=3)
+    (result,) = evaluate_questions(model, tokenizer, [EvaluationTask("made", questions, pool)], shots=2, seed=5)
+    assert result.truncated_prompts == 0
+    for question, record in zip(questions, result.records, strict=True):
+        shots = "".join(f"{shot.solved}\n\n" for shot in Shots("made", pool, 2, 5).of(question))
+        logits = label_logits(model, tokenizer, shots + question.prompt, question.answers)
+        assert record.first_token == int(logits.argmax())
+
+
+def test_an_answer_that_begins_inside_the_cues_last_token_is_refused():
+    """Its log-likelihood would be that of a part of it."""
+    pieces = [("<unk>", 0.0), *((character, -9.0) for character in "Answer: cat"), (": c", -1.0)]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)))
+    encoder = QuestionEncoder(tokenizer)
+    assert encoder.answer_ids("at") == tokenizer(" at")["input_ids"]
+    with pytest.raises(ValueError, match="the answer 'cat' has no tokens of its own after 'Answer:'"):
+        encoder.answer_ids("cat")
+
+
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused():
+    tokenizer = byte_level()
+    question = Question("which?", ("cat", "stone " * 80), 0)
+    with pytest.raises(ValueError, match=r"an answer has 8\d tokens, and a prompt with it may have 64"):
+        evaluate_questions(small_llama(tokenizer, positions=64), tokenizer, [EvaluationTask("made", [question])])
+
+
+def test_votes_follow_the_temperature():
+    logprobs = [math.log(0.6), math.log(0.3), math.log(0.1)]
+    drawn = Counter(SelfConsistency(20_000, temperature=1.0).draw(logprobs, "key"))
+    assert [drawn[i] / 20_000 for i in range(3)] == pytest.approx([0.6, 0.3, 0.1], abs=0.02)
+    cold = SelfConsistency(500, temperature=0.05).draw(logprobs, "key")
+    assert set(cold) == {0}
+    assert SelfConsistency(9, seed=1).draw(logprobs, "key") == SelfConsistency(9, seed=1).draw(logprobs, "key")
+    assert SelfConsistency(9, seed=1).draw(logprobs, "key") != SelfConsistency(9, seed=2).draw(logprobs, "key")
+    assert SelfConsistency(9, seed=1).draw(logprobs, "key") != SelfConsistency(9, seed=1).draw(logprobs, "other")
+    assert SelfConsistency(3, temperature=1e-300).draw([-1.0, -2.0], "key") == [0, 0, 0]  # no overflow
+
+
+def test_majority_is_the_first_seen_of_equal_ones():
+    assert majority([2, 0, 0, 2, 1]) == 2
+    assert majority([0, 2, 2, 0, 1]) == 0
+    assert majority([1, 2, 2]) == 2
+
+
+def test_self_consistency_is_in_the_result():
+    tokenizer, questions = byte_level(), made_questions(40)
+    model = small_llama(tokenizer)
+    sampling = SelfConsistency(5, temperature=5.0, seed=2)
+    tasks = [EvaluationTask("made", questions)]
+    (result,) = evaluate_questions(model, tokenizer, tasks, self_consistency=sampling)
+    assert all(sum(record.votes) == 5 for record in result.records)
+    assert all(record.votes[record.voted] == max(record.votes) for record in result.records)
+    right = sum(record.voted == record.answer for record in result.records)
+    assert result.self_consistency_accuracy == right / 40
+    assert any(record.voted != record.first_token for record in result.records)
+    (part,) = evaluate_questions(
+        model, tokenizer, [EvaluationTask("part", questions[30:])], self_consistency=sampling, batch_size=3
+    )
+    assert [record.votes for record in part.records] == [record.votes for record in result.records[30:]]
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"samples": 2, "temperature": 0.0}, "temperature must be above 0"),
+        ({"samples": 2, "temperature": math.nan}, "temperature must be above 0"),
+        ({"samples": 2, "temperature": math.inf}, "temperature must be above 0"),
+    ],
+)
+def test_wrong_sampling_is_refused(settings, told):
+    with pytest.raises(ValueError, match=told):
+        SelfConsistency(**settings)
+
+
+def test_tasks_without_questions_or_of_one_name_are_refused():
+    tokenizer = byte_level()
+    model = small_llama(tokenizer)
+    with pytest.raises(ValueError, match="made has no questions"):
+        EvaluationTask("made", [])
+    task = EvaluationTask("made", made_questions(2))
+    for tasks in ([], [task, task]):
+        with pytest.raises(ValueError, match="at least one, each with a name of its own"):
+            evaluate_questions(model, tokenizer, tasks)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused():
+    """Else an index outside the embedding: a crash on a CPU, a poisoned context on a GPU."""
+    with pytest.raises(ValueError, match=r"token \d+ and the model knows 64"):
+        evaluate_questions(tiny_model(), byte_level(), [EvaluationTask("made", made_questions(2))])
+
+
+# --- Adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora(tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.peft_config["default"].base_model_name_or_path = "org/base"
+    model.save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def test_another_base_is_refused_with_both_named(lora, tmp_path):
+    config = saved_config(str(lora))
+    check_base(config, str(lora), "org/base")
+    with pytest.raises(ValueError, match=r"'org/base', and 'org/other' would be evaluated.*--allow-other-base"):
+        check_base(config, str(lora), "org/other")
+    config.base_model_name_or_path = str(tmp_path)
+    check_base(config, str(lora), f"{tmp_path}/./")  # the same folder
+    config.base_model_name_or_path = None
+    check_base(config, str(lora), "org/other")
+
+
+def test_an_adapter_that_lacks_weights_is_refused(lora):
+    """PEFT warns, and would evaluate the untrained ones."""
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    settings["target_modules"] = ["q_proj", "v_proj"]
+    (lora / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"cannot attach the adapter .*missing adapter keys"):
+        attach_adapter(tiny_model(), str(lora), saved_config(str(lora)))
+
+
+def test_an_adapter_of_other_sizes_is_refused_in_one_line(lora):
+    with pytest.raises(ValueError, match=r"does not fit the model: .*size mismatch") as refusal:
+        attach_adapter(tiny_model(hidden_size=64), str(lora), saved_config(str(lora)))
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_adapter_of_another_kind_of_model_is_refused(lora):
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps({**settings, "task_type": "SEQ_CLS"}))
+    with pytest.raises(ValueError, match="is an adapter for SEQ_CLS"):
+        attach_adapter(tiny_model(), str(lora), saved_config(str(lora)))
+
+
+# --- Loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_base_whose_files_lack_weights_is_refused(tmp_path):
+    """Transformers makes them up and warns; every score would be noise."""
+    model = tiny_model()
+    state = {name: value for name, value in model.state_dict().items() if "layers.1.mlp" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lack weights: model\.layers\.1\.mlp"):
+        load_base_model(ModelSource(str(tmp_path)))
+
+
+def test_a_base_is_loaded_in_the_dtype_that_is_asked_for(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    assert load_base_model(ModelSource(str(tmp_path))).dtype == torch.float32
+    assert load_base_model(ModelSource(str(tmp_path), dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_folders_without_a_model_are_told_apart(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json.*name the folder of a saved model"):
+        ModelSource(str(tmp_path))
+    with pytest.raises(ValueError, match=r"has no file b\.gguf; it has no \.gguf file"):
+        ModelSource(str(tmp_path), gguf_file="b.gguf")
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(ValueError, match=r"it has a\.gguf: name it by --gguf-file"):
+        ModelSource(str(tmp_path))
+    with pytest.raises(ValueError, match=r"has no file b\.gguf; it has a\.gguf"):
+        ModelSource(str(tmp_path), gguf_file="b.gguf")
+    with pytest.raises(ValueError, match="quantised already"):
+        ModelSource(str(tmp_path), gguf_file="a.gguf", bits=4)
+    with pytest.raises(ValueError, match="there is no folder /no/such"):
+        ModelSource("/no/such")
+
+
+def test_a_hub_that_does_not_answer_is_said_at_once(monkeypatch):
+    """Transformers tries for more than a minute."""
+    monkeypatch.setattr(loading, "hub_is_reachable", lambda: False)
+    with pytest.raises(ValueError, match=r"'org/none'.*neither a folder here nor in the cache.*cannot be reached"):
+        load_base_model(ModelSource("org/none"))
+    with pytest.raises(ValueError, match=r"'org/none'.*cannot be reached"):
+        loading.load_tokenizer(ModelSource("org/none"))
+
+
+# --- Documents -------------------------------------------------------------------------------------------------------
+
+
+def scored(task: str, accuracy: float, stderr: float | None = 0.03) -> TaskResult:
+    return TaskResult(task, 100, accuracy, stderr, 0.4, 0.5, None, 0, 1.0, [])
+
+
+def test_average_counts_each_task_once():
+    found = averages([scored("a", 0.5, 0.03), scored("b", 0.7, 0.04)])
+    assert found == {"first_token_accuracy": pytest.approx(0.6), "acc": 0.4, "acc_norm": 0.5, "stderr": 0.025}
+    assert averages([scored("a", 0.5, None), scored("b", 0.7)])["stderr"] is None
+
+
+def test_standard_error_of_one_answer_is_unknown():
+    assert standard_error([True]) is None
+    assert standard_error([True, False, True, False]) == pytest.approx((1 / 3) ** 0.5 / 2)
+
+
+TRAINING = {
+    "seconds": 120.0,
+    "peak_memory": 2_500_000_000,
+    "trainable_parameters": 1234,
+    "adapter_bytes": 3_000_000,
+    "last_loss": 0.25,
+    "steps": 10,
+    "conditions": {"seed": 3},
+}
+
+
+def evaluation(name: str, *results: TaskResult, training: dict | None = None) -> dict:
+    conditions = {"name": name, "model": "base", "device": "cpu (x)", "parameters": 10, "versions": {"torch": "2"}}
+    return evaluation_document(results, {}, conditions, training)
+
+
+def test_a_record_has_the_sections_of_pefts_results():
+    record = method_record(evaluation("run", scored("a", 0.5), training=TRAINING))
+    assert set(record) == {"run_info", "train_info", "meta_info"}
+    info = record["train_info"]
+    assert (info["train_time"], info["accelerator_memory_max"]) == (120.0, 2_500_000_000)
+    assert (info["num_trainable_params"], info["num_total_params"], info["file_size"]) == (1234, 10, 3_000_000)
+    assert info["metrics"][0]["first_token_accuracy"] == 0.5
+    assert record["run_info"]["seed"] == 3
+    assert json.loads(json.dumps(record)) == record
+    with pytest.raises(ValueError, match="an evaluation has tasks and conditions, this has loss"):
+        method_record({"loss": 1})
+
+
+def test_the_page_compares_what_all_have():
+    base = evaluation("base", scored("a", 0.5), scored("b", 0.25))
+    tuned = evaluation("tuned", scored("a", 0.75), scored("c", 0.1), training=TRAINING)
+    page = comparison_page([base, tuned])
+    assert "| base | 50.0 ± 3.0 | 50.0 |" in page
+    assert "| tuned | 75.0 ± 3.0 | 75.0 |" in page
+    assert "| tuned | 120 | 2.50 | 1,234 | 3.0 | 0.25 |" in page
+    assert "| base | – | – | – | – | – |" in page
+    assert "left out: b, c." in page
+    with pytest.raises(ValueError, match="at least two evaluations, got 1"):
+        comparison_page([base])
+    with pytest.raises(ValueError, match="no task in common: a, b; d"):
+        comparison_page([base, evaluation("other", scored("d", 0.1))])
