@@ -128,6 +128,8 @@ def _main_passes(launch: Launch, sizes: Sizes) -> tuple[float, float]:
             return math.ceil(a["width"] / c["BLOCK_K"]), 1.0
         case "routing_forward":
             return math.ceil(a["hidden"] / c["BLOCK_D"]), 1.0
+        case "routing_backward_products":
+            return a["tiles"], 1.0
     raise LookupError(
         f"{launch.name} has loops, and benchmarks/latency.py does not know how often they run; say it in _main_passes"
     )

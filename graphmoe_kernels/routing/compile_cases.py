@@ -16,6 +16,12 @@ GRU_WIDTH = 416  # what a folded round's router reads: a half of the states and 
 # Experts, and experts per token: one, a prime, the most, and two that fill a block.
 LIMITS = ((1, 1), (37, 3), (64, 6), (128, 8), (launch.MAX_EXPERTS, 8), (launch.MAX_EXPERTS, launch.MAX_EXPERTS))
 
+_PRODUCTS = [
+    *[(dtype, router, n, "both") for dtype in DTYPES for router in sorted({dtype, "fp32"}) for n in (8, 64)],
+    *[(dtype, "fp32", n, "both") for dtype in ("bf16", "fp32") for n in (1, 37, 128, launch.MAX_EXPERTS)],
+    *[(dtype, "fp32", 8, case) for dtype in ("bf16", "fp32") for case in ("x alone", "router alone")],
+]
+
 
 def variants() -> Iterator[Variant]:
     """Every kernel with every configuration."""
@@ -30,6 +36,8 @@ def variants() -> Iterator[Variant]:
             yield _given_logits(size, tokens, n, k)
             yield _backward(size, tokens, n, k, normalize=n == 8)
         yield _backward(size, tokens, 8, 2, normalize=True, logits=False)
+        for dtype, router, n, case in _PRODUCTS:
+            yield _products(size, tokens, dtype, router, n, case)
     odd = empty(SKINNY_TOKENS, 37, dtype=torch.bfloat16), empty(8, 37)
     yield Variant("skinny bf16, rows that are not aligned", partial(launch.route, *odd, None, 2, True))
 
@@ -51,3 +59,10 @@ def _backward(size: str, tokens: int, n: int, k: int, normalize: bool, logits: b
     ids = empty(tokens, k, dtype=torch.int32)
     call = partial(launch.backward, empty(tokens, k), d_logits, empty(tokens, n), ids, normalize)
     return Variant(f"{size} n={n} k={k} normalize={normalize} logits' own gradient={logits}", call)
+
+
+def _products(size: str, tokens: int, dtype: str, router: str, n: int, case: str) -> Variant:
+    x, weight = empty(tokens, HIDDEN, dtype=DTYPES[dtype]), empty(n, HIDDEN, dtype=DTYPES[router])
+    given = None if case == "x alone" else x, None if case == "router alone" else weight
+    call = partial(launch.products, empty(tokens, n), *given, DTYPES[dtype])
+    return Variant(f"{size} x={dtype} router={router} n={n} gradients of {case}", call)

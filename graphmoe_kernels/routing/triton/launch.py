@@ -8,23 +8,34 @@ import torch
 from torch import Tensor
 
 from graphmoe_kernels.backend import per_device
-from graphmoe_kernels.launching import SKINNY_TOKENS, Config, kernel_config, launch, power_of_two, with_row_stride
+from graphmoe_kernels.experts.triton.sizes import cut, program_slots
+from graphmoe_kernels.launching import (
+    SKINNY_TOKENS,
+    Config,
+    kernel_config,
+    launch,
+    multiprocessors,
+    power_of_two,
+    with_row_stride,
+)
 
 MAX_EXPERTS = 256  # a row's experts are handled in registers, all at once
+# What `routing_backward_products` holds of experts by tokens, and of experts by columns.
+PRODUCT_ELEMENTS = 4096
 # A kernel, and everything that is the same in all its launches of a kind: constants, blocks, warps and stages.
 Kind = tuple[Any, dict[str, Any]]
 
 
-def blocks(config: Config, num_experts: int) -> Config:
+def blocks(config: Config, num_experts: int, elements: int = 2048) -> Config:
     """A kernel's configuration with BLOCK_E, which holds all experts.
 
-    Beside it a block over tokens has no more than 2048 elements, but 16 rows, as matrix instructions take; so with more
-    than 128 experts eight warps share what four cannot hold. A program of one token multiplies without them, and has a
-    block over columns of 16,384 elements.
+    Beside it a block over tokens or columns has no more than ``elements``, but 16 rows, as matrix instructions take; so
+    with more than 128 experts eight warps share what four cannot hold. A program of one token multiplies without them,
+    and has a block over columns of 16,384 elements.
     """
     alone = config["BLOCK_M"] == 1
     block_experts = max(1 if alone else 16, power_of_two(num_experts))
-    largest = max(1 if alone else 16, (16384 if alone else 2048) // block_experts)
+    largest = max(1 if alone else 16, (16384 if alone else elements) // block_experts)
     bounded = {name: min(size, largest) for name, size in config.items() if name.startswith("BLOCK_")}
     warps = max(config["num_warps"], 8) if block_experts > 128 else config["num_warps"]
     return {**config, **bounded, "BLOCK_E": block_experts, "num_warps": warps}
@@ -103,6 +114,17 @@ def topk_softmax(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, T
     return routing_weights, expert_ids
 
 
+@per_device
+def _products_kind(num_tokens: int, dtype: torch.dtype, device: torch.device, num_experts: int) -> tuple[Kind, int]:
+    """The kernel of the products, the constants of its launches, and how many of its programs run at once."""
+    from graphmoe_kernels.routing.triton.products import routing_backward_products
+
+    config = kernel_config("routing_backward_products", num_tokens, dtype, device)
+    constants = blocks(config, num_experts, PRODUCT_ELEMENTS)
+    slots = program_slots(constants, multiprocessors(device))
+    return (routing_backward_products, {"NUM_EXPERTS": num_experts, **constants}), slots
+
+
 def backward(
     d_routing_weights: Tensor, d_logits: Tensor | None, logits: Tensor, expert_ids: Tensor, normalize: bool
 ) -> Tensor:
@@ -124,3 +146,45 @@ def backward(
         **constants,
     )
     return total
+
+
+def products(
+    total: Tensor, x: Tensor | None, router: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return d_x = total R [N, D] in ``dtype``, x's, for a ``router`` [n, D], and d_router = total^T x [n, D] in fp32
+    for an ``x`` [N, D]; of total [N, n], the gradient of the logits in fp32. One launch, and where the tokens are split
+    a sum over the splits.
+    """
+    (num_tokens, num_experts), device = total.shape, total.device
+    given = x if router is None else router
+    assert given is not None
+    hidden = given.shape[1]
+    size = num_tokens if num_tokens <= SKINNY_TOKENS else SKINNY_TOKENS + 1
+    (kernel, constants), slots = _products_kind(size, dtype, device, num_experts)
+    stripes = -(-hidden // constants["BLOCK_D"])
+    splits, tiles = cut(-(-num_tokens // constants["BLOCK_M"]), max(stripes, 1), slots)
+    stride_x = 0
+    d_x = d_router = None
+    if x is not None:
+        x, stride_x = with_row_stride(x)
+        d_router = torch.empty(splits, num_experts, hidden, dtype=torch.float32, device=device)
+    if router is not None:
+        router, d_x = router.contiguous(), torch.empty(num_tokens, hidden, dtype=dtype, device=device)
+    launch(
+        kernel,
+        (stripes, splits),
+        total.contiguous(),
+        x,
+        router,
+        d_x,
+        d_router,
+        num_tokens,
+        hidden,
+        stride_x,
+        tiles,
+        device=device,
+        **constants,
+    )
+    if d_router is not None:
+        d_router = d_router[0] if splits == 1 else d_router.sum(dim=0)
+    return d_x, d_router

@@ -1,0 +1,45 @@
+"""Products as accurate as in fp32 on matrix units that multiply bf16: a number as several of 8 bits.
+
+One bf16 number holds itself, two hold an fp16 number and three an fp32 one, so all products of parts are exact in fp32.
+Those that are 2^-24 of the largest, or less, are below the rounding of an fp32 product and left out.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def parts(x):
+    """The bf16 tensors that add up to x, the largest first."""
+    if x.dtype == tl.bfloat16:
+        return (x,)
+    wide = x.to(tl.float32)
+    high = wide.to(tl.bfloat16)
+    rest = wide - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    if x.dtype == tl.float16:
+        return high, middle
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def dot_of_parts(a, b):
+    """The product of two matrices given as `parts`, [M, K] and [K, N]; the smallest products are added up first."""
+    acc = tl.zeros([a[0].shape[0], b[0].shape[1]], tl.float32)
+    for smaller in tl.static_range(2, -1, -1):  # times 2^-8
+        for i in tl.static_range(len(a)):
+            if smaller - i >= 0 and smaller - i < len(b):
+                acc = tl.dot(a[i], b[smaller - i], acc)
+    return acc
+
+
+@triton.jit
+def exact_dot(x, router):
+    """x router, accurate as in fp32, whatever the two dtypes are."""
+    if x.dtype == router.dtype:  # two fp16 or bf16 numbers have an exact product in fp32
+        acc = tl.dot(x, router, input_precision="ieee")
+    elif x.dtype == tl.float32:
+        acc = tl.dot(x, router.to(tl.float32), input_precision="ieee")
+    else:
+        acc = dot_of_parts(parts(x), parts(router))
+    return acc
