@@ -154,9 +154,8 @@ def _passes_of_few(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[
 
 def _passes_of_routing_backward(launch: Launch, loops: Sequence[Loop]) -> list[float]:
     """Those of a loop over a token's slots, unless it is unrolled, and of the last, over columns of x's gradient."""
-    a, c = launch.arguments, launch.constants
-    columns = [math.ceil(a["hidden"] / c["BLOCK_D"])] if a["router"] is not None else []
-    return [1.0, *[float(c["TOP_K"])] * (len(loops) - 1 - len(columns)), *map(float, columns)]
+    columns = [float(launch.arguments["blocks"])] if launch.arguments["router"] is not None else []
+    return [1.0, *[float(launch.constants["TOP_K"])] * (len(loops) - 1 - len(columns)), *columns]
 
 
 def launched_tiles(block: int, constants: dict[str, Any], sizes: Sizes) -> float:

@@ -15,16 +15,16 @@ MAX_EXPERTS = 256  # a row's experts are handled in registers, all at once
 Kind = tuple[Any, dict[str, Any]]
 
 
-def blocks(config: Config, num_experts: int) -> Config:
+def blocks(config: Config, num_experts: int, elements: int = 2048) -> Config:
     """A kernel's configuration with BLOCK_E, which holds all experts.
 
-    Beside it a block over tokens or columns has no more than 2048 elements, but 16 rows, as matrix instructions take; so
+    Beside it a block over tokens or columns has no more than ``elements``, but 16 rows, as matrix instructions take; so
     with more than 128 experts eight warps share what four cannot hold. A program of one token multiplies without them,
     and has a block over columns of 16,384 elements.
     """
     alone = config["BLOCK_M"] == 1
     block_experts = max(1 if alone else 16, power_of_two(num_experts))
-    largest = max(1 if alone else 16, (16384 if alone else 2048) // block_experts)
+    largest = max(1 if alone else 16, (16384 if alone else elements) // block_experts)
     bounded = {name: min(size, largest) for name, size in config.items() if name.startswith("BLOCK_")}
     warps = max(config["num_warps"], 8) if block_experts > 128 else config["num_warps"]
     return {**config, **bounded, "BLOCK_E": block_experts, "num_warps": warps}

@@ -17,6 +17,9 @@ from graphmoe_kernels.routing.triton.launch import blocks, class_tokens
 # spills, or its blocks are so small that the router or the gradient of the logits is read hundreds of times: cuBLAS,
 # which needs x and its gradient in fp32 too, is no slower then.
 PRODUCT_EXPERTS = 64
+# Elements of a block of tokens, and of one of columns, beside all experts in `routing_backward`, whose eight warps hold
+# neither from pass to pass of a loop: with half of them each program would split the same router for half the tokens.
+TOKEN_ELEMENTS = 4096
 
 
 class Kind(NamedTuple):
@@ -136,7 +139,7 @@ def _tokens_kind(
 ) -> Kind:
     from graphmoe_kernels.routing.triton.backward import routing_backward
 
-    config = blocks(kernel_config("routing_backward", num_tokens, dtype, device), num_experts)
+    config = blocks(kernel_config("routing_backward", num_tokens, dtype, device), num_experts, TOKEN_ELEMENTS)
     constants = {"NORMALIZE": normalize, "NUM_EXPERTS": num_experts, "TOP_K": top_k} | config
     return Kind(routing_backward, constants, program_slots(config, multiprocessors(device)))
 
