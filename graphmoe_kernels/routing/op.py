@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphmoe_kernels.backend import without_autocast
+from graphmoe_kernels.exact_linear import exact_linear
 from graphmoe_kernels.routing.triton import launch, launch_backward
 
 
@@ -87,14 +89,20 @@ def _route_backward(ctx: Any, d_logits: Any, d_routing_weights: Any, _: Any) -> 
         return (None,) * 5
     x, router, logits, expert_ids = ctx.saved_tensors
     needs_x, needs_router, needs_offset, *_ = ctx.needs_input_grad
+    within = logits.shape[1] <= launch_backward.PRODUCT_EXPERTS
+    read = (x, router) if within else (None, None)
     total, d_x, d_router = d_logits, None, None  # [N, n], [N, D], [n, D]
-    if d_routing_weights is not None or needs_x or needs_router:
-        found, d_x, d_router = routing_backward_op(
-            d_routing_weights, d_logits, logits, expert_ids, x, router, ctx.normalize, ctx.x_dtype, needs_offset
-        )
+    if d_routing_weights is not None or (within and (needs_x or needs_router)):
+        wants_total = needs_offset or not within
+        given = d_routing_weights, d_logits, logits, expert_ids
+        found, d_x, d_router = routing_backward_op(*given, *read, ctx.normalize, ctx.x_dtype, wants_total)
         total = d_logits if d_routing_weights is None else found
+    if not within:
+        with without_autocast(total):  # whoever calls backward() inside autocast
+            d_x = exact_linear(total, router.T) if needs_x else None
+            d_router = exact_linear(total.T, x.T) if needs_router else None
     return (
-        d_x if needs_x else None,
+        d_x.to(ctx.x_dtype) if needs_x else None,
         d_router.to(ctx.router_dtype) if needs_router else None,
         total.to(ctx.offset_dtype) if needs_offset else None,
         None,

@@ -46,7 +46,12 @@ def _kind(
 ) -> Kind:
     from graphmoe_kernels.routing.triton import forward
 
-    constants = {"NORMALIZE": normalize, "NUM_EXPERTS": num_experts, "TOP_K": top_k, "TOP_K_PADDED": power_of_two(top_k)}
+    constants = {
+        "NORMALIZE": normalize,
+        "NUM_EXPERTS": num_experts,
+        "TOP_K": top_k,
+        "TOP_K_PADDED": power_of_two(top_k),
+    }
     config = kernel_config(name, num_tokens, dtype, device)
     return getattr(forward, name), constants | blocks(config, num_experts)
 

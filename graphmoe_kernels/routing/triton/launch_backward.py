@@ -7,19 +7,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from graphmoe_kernels.backend import per_device, without_autocast
-from graphmoe_kernels.exact_linear import exact_linear
+from graphmoe_kernels.backend import per_device
 from graphmoe_kernels.experts.triton.sizes import cut, program_slots
 from graphmoe_kernels.launching import kernel_config, launch, multiprocessors, with_row_stride
 from graphmoe_kernels.routing.triton.launch import blocks, class_tokens
 
-# Up to so many experts the kernels multiply with the router. With twice as many, what a program holds of all experts
-# spills, or its blocks are so small that the router or the gradient of the logits is read hundreds of times: cuBLAS,
-# which needs x and its gradient in fp32 too, is no slower then.
+# Up to so many experts the kernels multiply with router and x. With more, what a program holds of all experts spills, or
+# its blocks are so small that the router and the logits' gradient are read hundreds of times: compiled so for 256
+# experts, they were predicted to take 4 times the products of cuBLAS, casts of x and of its gradient included.
 PRODUCT_EXPERTS = 64
-# Elements of a block of tokens, and of one of columns, beside all experts in `routing_backward`, whose eight warps hold
-# neither from pass to pass of a loop: with half of them each program would split the same router for half the tokens.
+# Elements of a block of `routing_backward` where it multiplies. Its eight warps hold no sums from pass to pass, so that
+# twice the other kernels' fit; with half, each program would split the same router for half as many tokens.
 TOKEN_ELEMENTS = 4096
+# Up to so many tiles of tokens one program sums up: the launch that adds up splits takes as long as four tiles.
+UNSPLIT_TILES = 4
 
 
 class Kind(NamedTuple):
@@ -43,29 +44,20 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of the logits [N, n] in fp32, of x [N, D] in ``dtype`` and of the router [n, D] in fp32.
 
-    One launch for the first two; another for the third, and where its tokens are split a sum over the splits. Of more
-    than `PRODUCT_EXPERTS` experts, the last two are products of PyTorch.
+    One launch for the first two; another for the third, with a sum over its splits of the tokens if it has several.
 
     Args:
         d_routing_weights, d_logits: [N, k] and [N, n] fp32; one of them may be None.
         logits, expert_ids: what `route` gave: [N, n] and [N, k].
-        x: [N, D], or None where the router needs no gradient; router: [n, D], or None where x needs none.
+        x: [N, D], or None where the router needs no gradient; router: [n, D], or None where x needs none. Both are for
+            `PRODUCT_EXPERTS` experts at most.
         normalize: as in `route`.
         dtype: of x.
-        wants_total: whether the logits' own gradient is asked for. It is also given where another needs it.
+        wants_total: whether the logits' own gradient is asked for. It is also given where the router's needs it.
     """
-    within = logits.shape[1] <= PRODUCT_EXPERTS
-    wants_total = wants_total or x is not None or (router is not None and not within)
-    total, d_x = _of_tokens(
-        d_routing_weights, d_logits, logits, expert_ids, router if within else None, normalize, dtype, wants_total
-    )
-    d_router = None
-    with without_autocast(logits):  # whoever calls backward() inside autocast
-        if router is not None and not within:
-            d_x = exact_linear(total, router.T).to(dtype)  # [N, D]
-        if x is not None:
-            d_router = _of_router(total, x) if within else exact_linear(total.T, x.T)  # [n, D]
-    return total, d_x, d_router
+    wants_total = wants_total or x is not None
+    total, d_x = _of_tokens(d_routing_weights, d_logits, logits, expert_ids, router, normalize, dtype, wants_total)
+    return total, d_x, None if x is None else _of_router(total, x)
 
 
 def _of_tokens(
@@ -110,11 +102,13 @@ def _of_tokens(
 
 
 def _of_router(total: Tensor, x: Tensor) -> Tensor:
-    """total^T x [n, D] fp32, of the logits' gradient [N, n] in fp32 and x [N, D]. Splits are summed in a fixed order."""
+    """total^T x [n, D] in fp32, of the logits' gradient [N, n] in fp32 and x [N, D]; splits summed in a fixed order."""
     (num_tokens, num_experts), hidden, device = total.shape, x.shape[1], x.device
     kernel, constants, slots = _router_kind(class_tokens(num_tokens), x.dtype, device, num_experts)
     stripes = -(-hidden // constants["BLOCK_D"])
-    splits, tiles = cut(-(-num_tokens // constants["BLOCK_M"]), max(stripes, 1), slots)
+    splits, tiles = 1, -(-num_tokens // constants["BLOCK_M"])
+    if tiles > UNSPLIT_TILES:
+        splits, tiles = cut(tiles, max(stripes, 1), slots)
     x, stride_x = with_row_stride(x)
     d_router = torch.empty(splits, num_experts, hidden, dtype=torch.float32, device=device)
     launch(
@@ -139,7 +133,9 @@ def _tokens_kind(
 ) -> Kind:
     from graphmoe_kernels.routing.triton.backward import routing_backward
 
-    config = blocks(kernel_config("routing_backward", num_tokens, dtype, device), num_experts, TOKEN_ELEMENTS)
+    config = kernel_config("routing_backward", num_tokens, dtype, device)
+    multiplies = num_experts <= PRODUCT_EXPERTS
+    config = blocks(config, num_experts, TOKEN_ELEMENTS) if multiplies else blocks(config, num_experts)
     constants = {"NORMALIZE": normalize, "NUM_EXPERTS": num_experts, "TOP_K": top_k} | config
     return Kind(routing_backward, constants, program_slots(config, multiprocessors(device)))
 
