@@ -91,7 +91,9 @@ def _route_backward(ctx: Any, d_logits: Any, d_routing_weights: Any, _: Any) -> 
     needs_x, needs_router, needs_offset, *_ = ctx.needs_input_grad
     within = logits.shape[1] <= launch_backward.PRODUCT_EXPERTS
     read = (x, router) if within else (None, None)
-    total, d_x, d_router = d_logits, None, None  # [N, n], [N, D], [n, D]
+    total: Any = d_logits  # [N, n]
+    d_x: Any = None  # [N, D]
+    d_router: Any = None  # [n, D]
     if d_routing_weights is not None or (within and (needs_x or needs_router)):
         wants_total = needs_offset or not within
         given = d_routing_weights, d_logits, logits, expert_ids

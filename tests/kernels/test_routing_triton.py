@@ -191,7 +191,7 @@ def test_repetition_is_bit_equal():
 @pytest.mark.parametrize("dtype, router_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)])
 @pytest.mark.parametrize("tokens, width, experts", [(330, 72, 8), (40, 1040, 1), (170, 40, 64), (3, 130, 65)])
 def test_gradients_of_many_tokens_and_columns(tokens, width, experts, dtype, router_dtype):
-    """Tokens in several splits, whose sums are added up; columns in several programs; more experts than the kernels'."""
+    """Tokens in several splits, which are added up; columns in several programs; more experts than the kernels take."""
     given = arguments(tokens, width, experts, dtype, router_dtype, offset=False)
     top_k, upstream = min(experts, 8), ("logits", "routing_weights")
     found = run(given, top_k, upstream, backend="triton")

@@ -12,8 +12,8 @@ from graphmoe_kernels.experts.triton.sizes import cut, program_slots
 from graphmoe_kernels.launching import kernel_config, launch, multiprocessors, with_row_stride
 from graphmoe_kernels.routing.triton.launch import blocks, class_tokens
 
-# Up to so many experts the kernels multiply with router and x. With more, what a program holds of all experts spills, or
-# its blocks are so small that the router and the logits' gradient are read hundreds of times: compiled so for 256
+# Up to so many experts the kernels multiply with router and x. With more, what a program holds of all experts spills,
+# or its blocks are so small that the router and the logits' gradient are read hundreds of times: compiled so for 256
 # experts, they were predicted to take 4 times the products of cuBLAS, casts of x and of its gradient included.
 PRODUCT_EXPERTS = 64
 # Elements of a block of `routing_backward` where it multiplies. Its eight warps hold no sums from pass to pass, so that
@@ -57,7 +57,7 @@ def backward(
     """
     wants_total = wants_total or x is not None
     total, d_x = _of_tokens(d_routing_weights, d_logits, logits, expert_ids, router, normalize, dtype, wants_total)
-    return total, d_x, None if x is None else _of_router(total, x)
+    return total, d_x, None if x is None or total is None else _of_router(total, x)
 
 
 def _of_tokens(
