@@ -31,15 +31,3 @@ def dot_of_parts(a, b):
             if smaller - i >= 0 and smaller - i < len(b):
                 acc = tl.dot(a[i], b[smaller - i], acc)
     return acc
-
-
-@triton.jit
-def exact_dot(x, router):
-    """x router, accurate as in fp32, whatever the two dtypes are."""
-    if x.dtype == router.dtype:  # two fp16 or bf16 numbers have an exact product in fp32
-        acc = tl.dot(x, router, input_precision="ieee")
-    elif x.dtype == tl.float32:
-        acc = tl.dot(x, router.to(tl.float32), input_precision="ieee")
-    else:
-        acc = dot_of_parts(parts(x), parts(router))
-    return acc

@@ -3,8 +3,34 @@
 import triton
 import triton.language as tl
 
-from graphmoe_kernels.routing.triton.exact import exact_dot
 from graphmoe_kernels.routing.triton.primitives import store_routing
+
+
+@triton.jit
+def exact_dot(x, router):
+    """x router, accurate as in fp32, whatever the two dtypes are."""
+    if x.dtype == router.dtype:  # two fp16 or bf16 numbers have an exact product in fp32
+        acc = tl.dot(x, router, input_precision="ieee")
+    elif x.dtype == tl.float32:
+        acc = tl.dot(x, router.to(tl.float32), input_precision="ieee")
+    else:
+        # Three bf16 numbers hold the 24 bits of an fp32 one, and two those of an fp16 one: so all products are exact,
+        # on matrix units that do not multiply fp32.
+        wide = router.to(tl.float32)
+        high = wide.to(tl.bfloat16)
+        rest = wide - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        x_high = x.to(tl.float32).to(tl.bfloat16)
+        acc = tl.dot(x_high, low)
+        if x.dtype == tl.float16:
+            x_low = (x.to(tl.float32) - x_high.to(tl.float32)).to(tl.bfloat16)
+            acc = tl.dot(x_low, low, acc)
+            acc = tl.dot(x_low, middle, acc)
+            acc = tl.dot(x_low, high, acc)
+        acc = tl.dot(x_high, middle, acc)
+        acc = tl.dot(x_high, high, acc)
+    return acc
 
 
 @triton.jit
