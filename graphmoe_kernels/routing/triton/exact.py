@@ -12,14 +12,16 @@ import triton.language as tl
 def parts(x):
     """The bf16 tensors that add up to x, the largest first."""
     if x.dtype == tl.bfloat16:
-        return (x,)
-    wide = x.to(tl.float32)
-    high = wide.to(tl.bfloat16)
-    rest = wide - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    if x.dtype == tl.float16:
-        return high, middle
-    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        found = (x,)
+    else:
+        wide = x.to(tl.float32)
+        high = wide.to(tl.bfloat16)
+        rest = wide - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        found = (high, middle)
+        if x.dtype == tl.float32:
+            found = (high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16))
+    return found  # once: Triton 3.6 wants all returns of a function to be of one type
 
 
 @triton.jit
