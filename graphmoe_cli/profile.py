@@ -68,7 +68,10 @@ def profile(
     out: Annotated[Path, typer.Option(help="The report's folder: JSON, Markdown, PNG, traces.", parser=folder)] = Path(
         "profile_report"
     ),
-    plot: Annotated[bool, typer.Option(help="Whether to draw profile.png (needs matplotlib).")] = True,
+    plot: Annotated[
+        bool | None,
+        typer.Option("--plot/--no-plot", help="Whether to draw profile.png.", show_default="where matplotlib is"),
+    ] = None,
 ) -> None:
     """Where a model's time goes: attention, MLP, experts, routing and GRU.
 
