@@ -77,6 +77,8 @@ def check_spec(spec: RethinkingSpec, weights: LayerWeights) -> None:
     check_positive("rounds", spec.rounds)
     if spec.rounds > 1 and weights.gru is None:
         raise ValueError(f"rounds={spec.rounds} needs GRU weights; there are none (rounds=1 needs none)")
+    if spec.rounds == 1 and weights.gru is not None:
+        raise ValueError("rounds=1 has no step between rounds and would ignore the GRU weights; pass gru=None with it")
     check_number("scale", spec.scale)
     check_flag("normalize", spec.normalize)
     check_choice("candidate_input", spec.candidate_input, CANDIDATE_INPUTS)

@@ -270,6 +270,8 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
     def _check_x(self, x: Tensor, linear: nn.Module) -> None:
         """`TypeError` or `ValueError` for an x that the base layer, with this ``linear`` in it, does not take."""
         width = self.in_features
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor of hidden states [..., {width}], got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"x must be floating point, got {x.dtype}; pass hidden states, not token ids")
         if x.shape[-1] != width:

@@ -164,13 +164,19 @@ UPDATE = LowRankUpdate(torch.zeros(9, 6), torch.zeros(21, 6), torch.zeros(21, 6)
 def test_operands_of_another_type_are_refused(change, message):
     """What belongs together comes together, under its own names."""
     with pytest.raises(TypeError, match=message):
-        expert_swiglu(packed(cast(operands(inner=6), torch.float32))._replace(**change))
+        expert_swiglu(packed(cast(operands(inner=6), torch.float32))._replace(**change), scale=1.0)
 
 
 def test_what_is_no_operands_is_refused():
     """A dict of the same tensors, as the operator's flat form might suggest."""
     with pytest.raises(TypeError, match="operands must be ExpertOperands, got dict"):
-        expert_swiglu(operands())
+        expert_swiglu(operands(), scale=1.0)
+
+
+def test_a_forgotten_scale_is_refused():
+    """It was 1 by default, which is another adapter's result, without a word."""
+    with pytest.raises(TypeError, match="scale"):
+        expert_swiglu(packed(operands()))
 
 
 SWIGLU_REFUSALS = [
@@ -217,7 +223,8 @@ from graphmoe_kernels import ExpertOperands, GateUp, expert_swiglu
 gate, low, B = torch.zeros(2, 16), torch.zeros(2, 8), torch.zeros(2, 16, 2)
 ones, ids = torch.ones(2, 1), torch.zeros(2, 1).long()
 try:
-    expert_swiglu(ExpertOperands(GateUp(gate, gate), low, GateUp(B, B), B.mT, ones, ids), backend="triton")
+    operands = ExpertOperands(GateUp(gate, gate), low, GateUp(B, B), B.mT, ones, ids)
+    expert_swiglu(operands, scale=1.0, backend="triton")
 except ValueError as error:
     print(error)
 """

@@ -18,6 +18,7 @@ def tokens(count: int) -> torch.Tensor:
 REFUSALS = [
     ({"rounds": 0}, {}, "rounds must be at least 1, got 0"),
     ({"rounds": 3}, {"gru": None}, r"rounds=3 needs GRU weights; there are none \(rounds=1 needs none\)"),
+    ({"rounds": 1}, {}, "rounds=1 has no step between rounds and would ignore the GRU weights; pass gru=None"),
     ({"candidate_input": "y"}, {}, "candidate_input 'y'; expected one of 'expert_output', 'hidden_state'"),
     ({"candidate_activation": "relu"}, {}, "candidate_activation 'relu'; expected one of 'sigmoid', 'tanh'"),
     ({"activation": "swoosh"}, {}, "unknown activation 'swoosh'; known are"),

@@ -35,6 +35,7 @@ def test_merging_is_refused(refused):
             TypeError,
             "x is torch.bfloat16, the layer's weights are torch.float32",
         ),
+        ([1, 2], TypeError, rf"x must be a tensor of hidden states \[..., {D}\], got list"),
         (torch.zeros(2, D, dtype=torch.long), TypeError, "x must be floating point, got torch.int64; pass hidden"),
         (torch.zeros(2, D + 1), ValueError, rf"hidden size {D} as its last dimension, got \[2, {D + 1}\]"),
         (torch.zeros(D, 2), ValueError, rf"hidden size {D} as its last dimension, got \[{D}, 2\]"),
