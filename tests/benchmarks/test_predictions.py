@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.latency import DEVICES, calibration, chain_seconds, passes_of
 from benchmarks.operators import find_operator
-from benchmarks.predictions import PAGE, beside, predicted
+from benchmarks.predictions import PAGE, beside, main, predicted
 from benchmarks.tuning import cells
 from benchmarks.work import KERNELS, Work, kernel_work, layer_work, operator_work
 from graphmoe_kernels.aot.cycles import issue_cycles, program_cycles
@@ -172,3 +172,14 @@ def test_the_break_even_is_that_of_the_layers_kind():
     assert layer_work("folded", between, True) == layer_work("literal" if plain < dora else "folded", between, True)
     beyond = replace(sizes, tokens=int(max(plain, dora)) + 1)
     assert layer_work("folded", beyond, True) != layer_work("literal", beyond, True)
+
+
+def test_help_says_what_the_command_does(capsys):
+    """It printed a usage line and ended with status 1."""
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert "--write" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["--wirte"])
+    assert end.value.code == 2
