@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from graphmoe_cli.arguments import MODEL_NAMES, NO_MODEL, PRESET_NAMES, expert_counts, one_line_errors, one_of, tell_of_the_hub
+from graphmoe_cli.arguments import (
+    MODEL_NAMES,
+    NO_MODEL,
+    PRESET_NAMES,
+    expert_counts,
+    one_line_errors,
+    one_of,
+    tell_of_the_hub,
+)
 from graphmoe_tables.methods import METHODS, PRESETS, preset_settings
 
 

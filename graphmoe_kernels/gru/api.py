@@ -86,4 +86,11 @@ def _check(*tensors: Any) -> None:
     G = agreed((bias, 0), (weight, 0), (weight, 1))
     later = (None, None, None) if missing else ((N, 2 * G), (N, G), (N, G))
     shapes = ((N, 3 * G), *later, (G, G), (G,))
-    check_shapes("", _NAMES, tensors, shapes, lambda: f"a GRU of width {G} (by candidate_bias and candidate_weight)", ("inputs", inputs))
+    check_shapes(
+        "",
+        _NAMES,
+        tensors,
+        shapes,
+        lambda: f"a GRU of width {G} (by candidate_bias and candidate_weight)",
+        ("inputs", inputs),
+    )

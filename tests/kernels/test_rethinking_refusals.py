@@ -5,7 +5,15 @@ import functools
 import pytest
 import torch
 
-from graphmoe_kernels import ExpertWeights, FoldCache, LayerWeights, RethinkingSpec, rethink, rethink_folded, rethink_literal
+from graphmoe_kernels import (
+    ExpertWeights,
+    FoldCache,
+    LayerWeights,
+    RethinkingSpec,
+    rethink,
+    rethink_folded,
+    rethink_literal,
+)
 from tests.kernels.cases import ODD, layer
 
 BASE = RethinkingSpec(rounds=3, top_k=2, scale=1.5)

@@ -153,11 +153,13 @@ def test_merging_is_refused_before_anything_is_merged(merge):
 
 @pytest.mark.parametrize("of", ["model", "layer"])
 def test_a_plain_lora_is_told_first_how_it_is_merged(of):
-    """"Which experts run depends on the input" is untrue of it; `test_a_lora_that_was_trained_here_is_merged_as_pefts`
+    """ "Which experts run depends on the input" is untrue of it; `test_a_lora_that_was_trained_here_is_merged_as_pefts`
     goes the way that is named."""
     model = get_peft_model(tiny_model(), tiny_config(method="lora", rounds=1, num_experts=None))
     with pytest.raises(NotImplementedError) as refused:
-        model.merge_and_unload() if of == "model" else model.get_submodule("base_model.model.model.layers.0.mlp").merge()
+        model.merge_and_unload() if of == "model" else model.get_submodule(
+            "base_model.model.model.layers.0.mlp"
+        ).merge()
     text = str(refused.value)
     assert "depends on the input" not in text
     steps = ["save_pretrained", "graphmoe convert ADAPTER TARGET --to peft", "PeftModel.from_pretrained", "merge_and_"]
