@@ -69,7 +69,8 @@ def write(sources: Sequence[Source], folder: Path) -> list[str]:
         path.write_text(page(sources, plots), encoding="utf-8")
     except OSError as error:
         raise ResultError(f"{folder} cannot be written to: {error.strerror}; name another folder by --out") from error
-    lines, without = [], {}
+    lines: list[str] = []
+    without: dict[str, list[str]] = {}
     for source in sources:
         rows, failed = source.content["rows"], sum(not check["passed"] for check in source.content["checks"])
         lines.append(f"{source.path}: {conditions_line(source.content)}")

@@ -56,8 +56,8 @@ def tell_of_the_hub(*, model: str | None = None, adapter: str | None = None) -> 
     if adapter and not Path(adapter).exists():
         if is_path(adapter) or "/" not in adapter:
             raise ValueError(
-                f"cannot load the adapter {adapter!r}: there is no such folder here, and on the hub an adapter is called "
-                "owner/name"
+                f"cannot load the adapter {adapter!r}: there is no such folder here, and on the hub an adapter is "
+                "called owner/name"
             )
         typer.echo(f"There is no folder {adapter} here: asking the hub for that adapter.", err=True)
     if not model or model.endswith(".json") or is_path(model):  # refused, with what to name, where it is not here

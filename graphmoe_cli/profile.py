@@ -48,9 +48,7 @@ def profile(
     seq: Annotated[list[int], typer.Option(help="Sequence lengths in tokens.")] = LENGTHS,
     phase: Annotated[
         list[Phase],
-        typer.Option(
-            help="prefill: all tokens at once. decode: one token with a cache of that many. Several are separated by spaces."
-        ),
+        typer.Option(help="prefill: all tokens at once. decode: one token with a cache of that many. Apart by spaces."),
     ] = PHASES,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     repetitions: Annotated[int, typer.Option(help="Calls of which medians are taken; thrice for short ones.")] = 5,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from graphmoe_tables.models import MODEL_SHAPES, PHASES, check_layers, check_lengths, model_shape
 
-
 NO_MATPLOTLIB = "matplotlib is not installed; it comes with pip install 'graphmoe[bench]'"
 
 

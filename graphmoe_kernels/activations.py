@@ -53,7 +53,7 @@ class Activation(NamedTuple):
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two functions are one, or what one piece of code made at two times, as a notebook's cell run twice does."""
+    """Whether two functions are one, or made at two times by one piece of code, as by a notebook's cell run twice."""
     if one is other:
         return True
     code = getattr(one, "__code__", None)
@@ -132,8 +132,8 @@ def register_activation(
     """Make ``function`` available to the operators as ``activation=name``.
 
     Args:
-        name: a new name (a registered activation never changes meaning). The same functions under it again, or functions
-            of the same code, as where a notebook's cell is run again, change nothing.
+        name: a new name (a registered activation never changes meaning). The same functions under it again, or
+            functions of the same code, as where a notebook's cell is run again, change nothing.
         function: pointwise; takes and returns a tensor of any shape and float dtype.
         derivative: the pointwise derivative of ``function``, same contract.
         triton, triton_derivative: the same two as ``@triton.jit`` functions that take one fp32 tile and return one of

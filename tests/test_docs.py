@@ -139,8 +139,8 @@ def adapter_parameters(model):
 
 
 def test_the_readme_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
-    """One block after the other, in an empty folder, and then what docs/checkpoints.md says to train on. Of the text only
-    the base model's name is another, as the one that stands there is downloaded."""
+    """One block after the other, in an empty folder, and then what docs/checkpoints.md says to train on. Of the text
+    only the base model's name is another, as the one that stands there is downloaded."""
     monkeypatch.chdir(tmp_path)
     tokenizer = make_tokenizer(seed=0)
     make_base(tokenizer).save_pretrained("base")

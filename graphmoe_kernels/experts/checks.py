@@ -79,9 +79,9 @@ def check_shared(pre_activations: GateUp, update: LowRankUpdate | None) -> None:
     check_floats(_MAIN, gate)
     if gate.dim() != 2:
         raise ValueError(f"expected {_MAIN} [tokens, F]; got {list(gate.shape)}")
-    up, state, M_gate, M_up = pre_activations.up, *(update or (None, None, None))
-    N = agreed((gate, 0), (up, 0), (state, 0))
-    F = agreed((gate, 1), (up, 1), (M_gate, 0), (M_up, 0))
+    own = () if update is None else ((update.gate, 0), (update.up, 0))
+    N = agreed((gate, 0), (pre_activations.up, 0), (update and update.state, 0))
+    F = agreed((gate, 1), (pre_activations.up, 1), *own)
     _check_shared(pre_activations, update, (N, F), lambda: f"{N} tokens and F={F}")
 
 

@@ -86,6 +86,10 @@ def _check(*tensors: Any) -> None:
     G = agreed((bias, 0), (weight, 0), (weight, 1))
     later = (None, None, None) if missing else ((N, 2 * G), (N, G), (N, G))
     shapes = ((N, 3 * G), *later, (G, G), (G,))
+
+    def told() -> str:
+        return f"a GRU of width {G} (by candidate_bias and candidate_weight)"
+
     check_shapes(
         "",
         _NAMES,

@@ -149,8 +149,8 @@ def _check_tensors(lora: ExpertWeights, base: DenseMLP, gru: GRUWeights | None) 
             found = list(gru.candidate_bias.shape)
             raise ValueError(f"gru.candidate_bias must be [G] with G of at least 1, got {found}")
         G = agreed((gru.candidate_bias, 0), (gru.output, 1), (gru.update, 0), (gru.reset, 0), (gru.candidate, 0))
-        shapes = ((G, G + D), (G, G + D), (G, G + D), (G,), (D, G))
-        check_shapes("gru.", GRUWeights._fields, gru, shapes, lambda: f"a GRU of width {G} and {told()}", main)
+        gate, named = (G, G + D), lambda: f"a GRU of width {G} and {told()}"
+        check_shapes("gru.", GRUWeights._fields, gru, (gate, gate, gate, (G,), (D, G)), named, main)
 
 
 def _check_together(magnitudes: Magnitudes) -> None:

@@ -66,8 +66,8 @@ def register_mlp_layout(layout: MLPLayout) -> None:
     """Have MLPs with these names adapted: found when an adapter is attached, counted by profiles, saved as all others.
 
     What an MLP of the layout computes is still compared with down(act(gate(x)) * up(x)) when it is adapted. Of several
-    layouts that fit an MLP the latest counts, so that a wrong one is put right by registering the right one. One that is
-    there already becomes the latest.
+    layouts that fit an MLP the latest counts, so that a wrong one is put right by registering the right one. One
+    that is there already becomes the latest.
 
     Raises:
         TypeError: it is no `MLPLayout`, or a field is of another type.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from graphmoe_model.config import GraphMoEConfig
 
-
-def not_mergeable(configs: Iterable[GraphMoEConfig]) -> str:
-    """Return why these adapters are not merged here, and what to do: a plain LoRA is merged by PEFT."""
+def not_mergeable(configs: Iterable[Any]) -> str:
+    """Return why adapters of these `GraphMoEConfig` are not merged here, and what to do: PEFT merges a plain LoRA."""
     if all(config.method == "lora" and config.rounds == 1 for config in configs):
         return (
             "this adapter is a plain LoRA (method='lora', one round), which is merged as PEFT's own, not here: save it "

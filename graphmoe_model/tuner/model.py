@@ -174,7 +174,7 @@ class GraphMoEModel(LoraModel):
 
     def _check_merge_allowed(self) -> None:
         """Refuse to merge, where PEFT asks before it merges the first layer."""
-        raise NotImplementedError(not_mergeable(self.peft_config[name] for name in self.active_adapters))
+        raise NotImplementedError(not_mergeable([self.peft_config[name] for name in self.active_adapters]))
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("adapter_names") is not None:
