@@ -151,22 +151,6 @@ def test_merging_is_refused_before_anything_is_merged(merge):
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("of", ["model", "layer"])
-def test_a_plain_lora_is_told_first_how_it_is_merged(of):
-    """ "Which experts run depends on the input" is untrue of it; `test_a_lora_that_was_trained_here_is_merged_as_pefts`
-    goes the way that is named."""
-    model = get_peft_model(tiny_model(), tiny_config(method="lora", rounds=1, num_experts=None))
-    with pytest.raises(NotImplementedError) as refused:
-        model.merge_and_unload() if of == "model" else model.get_submodule(
-            "base_model.model.model.layers.0.mlp"
-        ).merge()
-    text = str(refused.value)
-    assert "depends on the input" not in text
-    steps = ["save_pretrained", "graphmoe convert ADAPTER TARGET --to peft", "PeftModel.from_pretrained", "merge_and_"]
-    places = [text.index(step) for step in steps]
-    assert places == sorted(places)
-
-
 def test_weighted_sums_are_refused():
     model = two_adapters()
     with pytest.raises(NotImplementedError, match="cannot be combined by weights"):
