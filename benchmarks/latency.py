@@ -98,6 +98,8 @@ def passes_of(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[float
         return [1.0]
     if launch.name in ("experts_forward", "experts_forward_token"):
         return _passes_of_few(launch, loops, sizes)
+    if launch.name == "routing_backward":
+        return _passes_of_routing_backward(launch, loops)
     main, inner = _main_passes(launch, sizes)
     # The loop that has loops in it, or loads the most, is the main one: others are prologues of few passes.
     outer = [loop for loop in loops if loop.depth == 1]
@@ -128,6 +130,8 @@ def _main_passes(launch: Launch, sizes: Sizes) -> tuple[float, float]:
             return math.ceil(a["width"] / c["BLOCK_K"]), 1.0
         case "routing_forward":
             return math.ceil(a["hidden"] / c["BLOCK_D"]), 1.0
+        case "routing_backward_router":
+            return a["tiles"], 1.0
     raise LookupError(
         f"{launch.name} has loops, and benchmarks/latency.py does not know how often they run; say it in _main_passes"
     )
@@ -146,6 +150,12 @@ def _passes_of_few(launch: Launch, loops: Sequence[Loop], sizes: Sizes) -> list[
         counts += 2 * [math.ceil(drawn / c["AT_ONCE"])]
     left = iter(counts)
     return [1.0] + [float(next(left, 1)) if loop.loads else 1.0 for loop in loops[1:]]
+
+
+def _passes_of_routing_backward(launch: Launch, loops: Sequence[Loop]) -> list[float]:
+    """Those of a loop over a token's slots, unless it is unrolled, and of the last, over columns of x's gradient."""
+    columns = [float(launch.arguments["blocks"])] if launch.arguments["router"] is not None else []
+    return [1.0, *[float(launch.constants["TOP_K"])] * (len(loops) - 1 - len(columns)), *columns]
 
 
 def launched_tiles(block: int, constants: dict[str, Any], sizes: Sizes) -> float:

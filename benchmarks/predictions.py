@@ -6,6 +6,7 @@ of their code; without it, the page is printed. PREDICTIONS.md is an older one.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -62,17 +63,20 @@ def beside(content: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
     return ("", "predicted", "limit", "measured", "measured / predicted"), lines
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the page, or write it to its file."""
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.predictions", description="What kernels and layers should take, by their code."
+    )
+    p.add_argument("--write", action="store_true", help=f"write the page to {PAGE.name} in place of printing it")
+    write = p.parse_args(arguments).write
     from benchmarks.forecast_page import page  # takes a minute's imports and readings, which `beside` does without
 
-    if list(arguments) == ["--write"]:
+    if write:
         PAGE.write_text(page(), encoding="utf-8")
-    elif not arguments:
-        sys.stdout.write(page())
     else:
-        sys.exit("usage: python -m benchmarks.predictions [--write]")
+        sys.stdout.write(page())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -69,13 +69,18 @@ def write(sources: Sequence[Source], folder: Path) -> list[str]:
         path.write_text(page(sources, plots), encoding="utf-8")
     except OSError as error:
         raise ResultError(f"{folder} cannot be written to: {error.strerror}; name another folder by --out") from error
-    lines = []
+    lines: list[str] = []
+    without: dict[str, list[str]] = {}
     for source in sources:
         rows, failed = source.content["rows"], sum(not check["passed"] for check in source.content["checks"])
         lines.append(f"{source.path}: {conditions_line(source.content)}")
         lines.append(f"  {plural(len(rows), 'row')}, {plural(failed, 'failed check')}")
         for plot in plots[source.path]:
-            lines.append(f"  {plot.path}" if plot.path else f"  no plot of {plot.name}: {plot.reason}")
+            if plot.path:
+                lines.append(f"  {plot.path}")
+            else:
+                without.setdefault(f"no plot of {plot.name}: {plot.reason}", []).append(source.path.name)
+    lines += [f"{what} ({plural(len(names), 'file')}: {', '.join(names)})" for what, names in without.items()]
     return [*lines, f"written to {path}"]
 
 

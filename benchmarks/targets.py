@@ -12,7 +12,7 @@ from benchmarks.document import Ratio, Source, conditions_line, turn_ratio
 
 Row = dict[str, Any]
 HEADER = ("target", "wanted", "found", "verdict", "measured on")
-MISSING, ELSEWHERE = "not measured", "not measured on an H200"
+MISSING = "not measured"
 BOUNDS = {"<=": operator.le, ">=": operator.ge}
 
 
@@ -177,7 +177,7 @@ TARGETS = (
 def target_rows(sources: Sequence[Source]) -> list[list[str]]:
     """A row of `HEADER` for every target of the design, from the newest result of its kind of device that measured it.
 
-    A result of an H200 goes before one of another GPU, whose figure is shown but meets or misses nothing.
+    A result of an H200 goes before one of another GPU, whose figure is shown, and meets nothing: the verdict names it.
     """
     newest_first = sorted(sources, key=lambda s: s.content["conditions"]["date"], reverse=True)
     newest_first.sort(key=lambda s: not _is_h200(s.content))  # stable
@@ -188,7 +188,9 @@ def _target_row(target: Target, contents: Sequence[dict[str, Any]]) -> list[str]
     for content in contents:
         if content["conditions"]["device"]["kind"] == target.device and (found := target.find(content)) is not None:
             verdict = "met" if target.met(found[0].value) else "missed"
-            verdict = ELSEWHERE if target.device == "cuda" and not _is_h200(content) else verdict
+            if target.device == "cuda" and not _is_h200(content):
+                name = content["conditions"]["device"]["name"].removeprefix("NVIDIA ")
+                verdict = f"missed (on {name})" if verdict == "missed" else f"not measured on an H200 (kept on {name})"
             return [target.what, target.wanted, f"{found[0]}{found[1]}", verdict, conditions_line(content)]
     return [target.what, target.wanted, "-", MISSING, "-"]
 

@@ -32,6 +32,8 @@ OPERATORS = {
 # gets H M^T as a tensor, forward and backward.
 KERNELS: dict[str, tuple[int, tuple[str, ...]]] = {
     "routing_forward": (1, OPERATORS["routing"]),
+    "routing_backward": (1, OPERATORS["routing"]),
+    "routing_backward_router": (1, OPERATORS["routing"]),
     "experts_forward": (1, OPERATORS["expert_swiglu"]),
     "experts_forward_token": (1, OPERATORS["expert_swiglu"]),
     "experts_stream": (1, LOW_RANK),

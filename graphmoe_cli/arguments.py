@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from graphmoe_tables.methods import PRESETS
-from graphmoe_tables.models import MODEL_SHAPES
+from graphmoe_tables.models import MODEL_SHAPES, is_path, known_model
 
 _WITHOUT_GRAPH = [name for name in PRESETS if f"graphmoe-{name}" not in PRESETS and not name.startswith("graphmoe-")]
 PRESET_NAMES = (
@@ -47,6 +47,25 @@ def folder(given: str | Path) -> Path:
     return Path(text)
 
 
+def tell_of_the_hub(*, model: str | None = None, adapter: str | None = None) -> None:
+    """Say on stderr what is not here and is asked for on the hub, whose answer may take half a minute.
+
+    Raises:
+        ValueError: an adapter that is no folder, by a name that none on the hub has.
+    """
+    if adapter and not Path(adapter).exists():
+        if is_path(adapter) or "/" not in adapter:
+            raise ValueError(
+                f"cannot load the adapter {adapter!r}: there is no such folder here, and on the hub an adapter is "
+                "called owner/name"
+            )
+        typer.echo(f"There is no folder {adapter} here: asking the hub for that adapter.", err=True)
+    if not model or model.endswith(".json") or is_path(model):  # refused, with what to name, where it is not here
+        return
+    if not Path(model).exists() and known_model(model) is None:
+        typer.echo(f"There is no folder {model} here: asking the hub for that model.", err=True)
+
+
 def expert_counts(text: str) -> int | list[int] | str:
     """Return a number or a list of them; anything else is a pattern, or for the configuration to refuse."""
     parts = text.split(",")
@@ -66,6 +85,7 @@ class ListCommand(TyperCommand):
         waiting: str | None = None  # a list option that no value has followed yet
         for arg in [*args, "--"]:
             if not arg.startswith("--"):
+                _no_commas(ctx, current, arg)
                 spread += [arg] if current is None else [current, arg]
                 waiting = None
                 continue
@@ -74,8 +94,17 @@ class ListCommand(TyperCommand):
             name, _, value = arg.partition("=")
             current = name if name in lists else None
             waiting = None if value else current
+            _no_commas(ctx, current, value)
             spread += [arg] if value or current is None else []
         return super().parse_args(ctx, spread[:-1])
+
+
+def _no_commas(ctx: Any, option: str | None, value: str) -> None:
+    """Refuse several values of a list option in one word."""
+    if option is not None and "," in value:
+        apart = " ".join(part for part in value.split(",") if part)
+        hint = f"{value!r} has commas; values are separated by spaces: {option} {apart}"
+        raise typer.BadParameter(hint, ctx=ctx, param_hint=f"'{option}'")
 
 
 @contextmanager

@@ -22,7 +22,10 @@ def convert(
     ] = "graphmoe",
     rounds: Annotated[
         int | None,
-        typer.Option(help="Rounds T of the GraphMoE adapter to write, with fresh GRUs.", show_default="the source's"),
+        typer.Option(
+            help="Rounds T of the GraphMoE adapter to write, with fresh GRUs; for a source of one round alone.",
+            show_default="the source's",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that exists.")] = False,
 ) -> None:

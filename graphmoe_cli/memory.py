@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from graphmoe_cli.arguments import MODEL_NAMES, one_line_errors
+from graphmoe_cli.arguments import MODEL_NAMES, PRESET_NAMES, one_line_errors, tell_of_the_hub
 from graphmoe_tables.methods import preset_settings
 from graphmoe_tables.strategies import STRATEGIES, check_run, check_strategies
 
@@ -26,8 +26,11 @@ def memory(
     gpus: Annotated[int, typer.Option(help="How many, one process on each; single has one.")] = 8,
     tokens: Annotated[int, typer.Option(help="Tokens on each GPU in one forward.")] = 4096,
     preset: Annotated[
-        str | None,
-        typer.Option(help="The papers' settings, as in graphmoe params.", show_default="GraphMoEConfig's defaults"),
+        list[str] | None,
+        typer.Option(
+            help=f"The papers' settings: {PRESET_NAMES}; several of them, or all.",
+            show_default="GraphMoEConfig's defaults",
+        ),
     ] = None,
     r: Annotated[int | None, typer.Option("--r", help="LoRA rank.", show_default="the preset's")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds T.", show_default="the preset's")] = None,
@@ -47,8 +50,10 @@ def memory(
     with one_line_errors("memory"):
         check_strategies(strategy or [])
         check_run(gpus, tokens)
-        if preset is not None:
-            preset_settings(preset)
+        for name in preset or ():
+            if name != "all":
+                preset_settings(name)
+        tell_of_the_hub(model=model)
         from rich.console import Console
 
         from graphmoe_cli.runs import memory as runs
@@ -57,7 +62,7 @@ def memory(
             Console(),
             model=model,
             strategies=strategy or (),
-            preset=preset,
+            presets=preset or (),
             settings={name: value for name, value in {"r": r, "rounds": rounds}.items() if value is not None},
             gpus=gpus,
             tokens=tokens,

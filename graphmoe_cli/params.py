@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from graphmoe_cli.arguments import MODEL_NAMES, NO_MODEL, PRESET_NAMES, expert_counts, one_line_errors, one_of
+from graphmoe_cli.arguments import (
+    MODEL_NAMES,
+    NO_MODEL,
+    PRESET_NAMES,
+    expert_counts,
+    one_line_errors,
+    one_of,
+    tell_of_the_hub,
+)
 from graphmoe_tables.methods import METHODS, PRESETS, preset_settings
 
 
@@ -62,6 +70,7 @@ def params(
         }
         settings = {name: value for name, value in settings.items() if value is not None}
         check_params(preset or [], adapter, model, settings)
+        tell_of_the_hub(model=model, adapter=adapter)
         from rich.console import Console
 
         from graphmoe_cli.runs import params as runs

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from graphmoe_cli.arguments import folder, one_line_errors
+from graphmoe_cli.arguments import folder, one_line_errors, tell_of_the_hub
 from graphmoe_cli.profile_options import ProfileOptions
 from graphmoe_tables.models import MODEL_SHAPES
 
@@ -47,7 +47,8 @@ def profile(
     ] = None,
     seq: Annotated[list[int], typer.Option(help="Sequence lengths in tokens.")] = LENGTHS,
     phase: Annotated[
-        list[Phase], typer.Option(help="prefill: all tokens at once. decode: one token with a cache of that many.")
+        list[Phase],
+        typer.Option(help="prefill: all tokens at once. decode: one token with a cache of that many. Apart by spaces."),
     ] = PHASES,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     repetitions: Annotated[int, typer.Option(help="Calls of which medians are taken; thrice for short ones.")] = 5,
@@ -68,7 +69,10 @@ def profile(
     out: Annotated[Path, typer.Option(help="The report's folder: JSON, Markdown, PNG, traces.", parser=folder)] = Path(
         "profile_report"
     ),
-    plot: Annotated[bool, typer.Option(help="Whether to draw profile.png (needs matplotlib).")] = True,
+    plot: Annotated[
+        bool | None,
+        typer.Option("--plot/--no-plot", help="Whether to draw profile.png.", show_default="where matplotlib is"),
+    ] = None,
 ) -> None:
     """Where a model's time goes: attention, MLP, experts, routing and GRU.
 
@@ -98,6 +102,7 @@ def profile(
             out=out,
             plot=plot,
         )
+        tell_of_the_hub(model=model, adapter=adapter)
         from rich.console import Console
 
         from graphmoe_cli.runs import profile as runs

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from graphmoe_tables.models import MODEL_SHAPES, PHASES, check_layers, check_lengths, model_shape
 
+NO_MATPLOTLIB = "matplotlib is not installed; it comes with pip install 'graphmoe[bench]'"
+
 
 @dataclass(frozen=True)
 class ProfileOptions:
@@ -32,7 +34,7 @@ class ProfileOptions:
     fold: str | None = None
     threads: int | None = None
     out: Path = Path("profile_report")
-    plot: bool = True
+    plot: bool | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.preset is None):
@@ -53,8 +55,13 @@ class ProfileOptions:
             raise ValueError(f"--threads must be at least 1, got {self.threads}")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file; it must be a folder")
-        if self.plot and importlib.util.find_spec("matplotlib") is None:  # said now, not after the measuring
-            raise ValueError("the plot needs matplotlib: pip install 'graphmoe[bench]', or leave it out by --no-plot")
+        if self.plot and not self.drawn:  # said now, not after the measuring
+            raise ValueError(f"--plot: {NO_MATPLOTLIB}, or leave the plot out by --no-plot")
+
+    @property
+    def drawn(self) -> bool:
+        """Whether profile.png is drawn: where it is not ruled out, and matplotlib is installed."""
+        return self.plot is not False and importlib.util.find_spec("matplotlib") is not None
 
     @property
     def variants(self) -> list[int | str]:

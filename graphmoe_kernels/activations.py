@@ -42,6 +42,25 @@ class Activation(NamedTuple):
         """Return value and derivative of x."""
         return (self.function(x), self.derivative(x)) if self.both is None else self.both(x)
 
+    def is_function(self, held: object) -> bool:
+        """Tell whether what an MLP holds is this activation's function, or one of the same code."""
+        return _same(self.function, held)
+
+    def same_as(self, other: Activation) -> bool:
+        """Tell whether another one has the same functions, or functions of the same code."""
+        pairs = zip(self[:4], other[:4], strict=True)
+        return all(_same(getattr(one, "fn", one), getattr(another, "fn", another)) for one, another in pairs)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two functions are one, or made at two times by one piece of code, as by a notebook's cell run twice."""
+    if one is other:
+        return True
+    code = getattr(one, "__code__", None)
+    if code is None or code != getattr(other, "__code__", None) or one.__globals__ is not other.__globals__:
+        return False
+    return not any((f.__closure__, f.__defaults__, f.__kwdefaults__) != (None, None, None) for f in (one, other))
+
 
 def _backward(operator: Callable[..., Tensor], *settings: Any, **options: Any) -> Callable[[Tensor], Tensor]:
     """Make a derivative of PyTorch's own backward operator, by an upstream gradient of one."""
@@ -113,20 +132,24 @@ def register_activation(
     """Make ``function`` available to the operators as ``activation=name``.
 
     Args:
-        name: a new name (a registered activation never changes meaning).
+        name: a new name (a registered activation never changes meaning). The same functions under it again, or
+            functions of the same code, as where a notebook's cell is run again, change nothing.
         function: pointwise; takes and returns a tensor of any shape and float dtype.
         derivative: the pointwise derivative of ``function``, same contract.
         triton, triton_derivative: the same two as ``@triton.jit`` functions that take one fp32 tile and return one of
             its shape; both or none. Without them the activation runs on PyTorch, and ``backend="triton"`` refuses it.
 
     Raises:
-        ValueError: ``name`` is taken, or one of the Triton functions comes without the other.
+        ValueError: ``name`` is another activation's, or one of the Triton functions comes without the other.
         TypeError: ``name`` is no string, a function cannot be called, or a Triton function is not ``@triton.jit``.
     """
     if not isinstance(name, str):
         raise TypeError(f"an activation's name must be a string, got {shown(name)}")
+    given = Activation(function, derivative, triton, triton_derivative)
+    if name in ACTIVATIONS and ACTIVATIONS[name].same_as(given):
+        return
     if name in ACTIVATIONS or name in ALIASES:
-        raise ValueError(f"activation {name!r} is registered already; choose another name")
+        raise ValueError(f"activation {name!r} is registered already, with other functions; choose another name")
     for argument, value in (("function", function), ("derivative", derivative)):
         if not callable(value):
             raise TypeError(f"{argument} must be a function of a tensor, got {shown(value)}")
@@ -138,7 +161,7 @@ def register_activation(
             raise TypeError(f"{argument} must be a function decorated with @triton.jit, got {shown(value)}")
         if value is not None and len(value.arg_names) != 1:
             raise TypeError(f"{argument} must take one tile, and takes {', '.join(value.arg_names) or 'nothing'}")
-    ACTIVATIONS[name] = Activation(function, derivative, triton, triton_derivative)
+    ACTIVATIONS[name] = given
 
 
 def get_activation(name: str) -> Activation:

@@ -17,6 +17,7 @@ from graphmoe_kernels.rethinking.folding import FoldSettings
 from graphmoe_kernels.rethinking.weights import RouterSettings
 from graphmoe_kernels.routing import Routing, route_tokens
 from graphmoe_kernels.structures import cast, tensors_in
+from graphmoe_kernels.validation import check_type
 
 
 class LinearExperts(NamedTuple):
@@ -60,8 +61,11 @@ def prepare_linear(experts: LinearExperts, settings: FoldSettings, copy: bool = 
     """Casts and joins, differentiably; with ``copy`` nothing is shared with the experts' tensors.
 
     Raises:
+        TypeError: ``experts`` are no `LinearExperts`, or ``settings`` no `FoldSettings`.
         ValueError: a magnitude without the linear's weight, or the other way about: DoRA needs both.
     """
+    check_type("experts", experts, LinearExperts)
+    check_type("settings", settings, FoldSettings)
     if (experts.magnitude is None) != (experts.weight is None):
         raise ValueError("DoRA's magnitude and the linear's weight belong together: pass both or none")
     dtype, scale, vectors, change = settings.dtype, settings.scale, None, None
@@ -97,7 +101,14 @@ def mix_linear(
 
     Returns:
         [N, out] in the dtype of ``y``, and the routing.
+
+    Raises:
+        TypeError: ``experts`` are not of `prepare_linear`, or ``settings`` no `RouterSettings`; and what `route_tokens`
+            refuses.
     """
+    if not isinstance(experts, PreparedLinear):
+        raise TypeError(f"experts must be a PreparedLinear, as prepare_linear makes it, got {type(experts).__name__}")
+    check_type("settings", settings, RouterSettings)
     with named_range("routing"):
         top_k, normalize = settings
         routing = route_tokens(x, router, top_k, normalize=normalize, backend=backend)

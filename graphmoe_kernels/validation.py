@@ -79,6 +79,22 @@ def check_shapes(
         raise ValueError(f"{name} must be {list(shape)} for {told()}; got {list(tensor.shape)}")
 
 
+def agreed(*sizes: tuple[object, int]) -> int:
+    """Return the size in which two of these tensors agree, else the first's: one wrong tensor is then itself named.
+
+    Args:
+        sizes: a tensor and the dimension that has the size; what is no tensor, or lacks the dimension, says nothing.
+    """
+    seen: list[int] = []
+    for value, dimension in sizes:
+        if isinstance(value, Tensor) and value.dim() > dimension:
+            size = value.shape[dimension]
+            if size in seen:
+                return size
+            seen.append(size)
+    return seen[0] if seen else 0
+
+
 def check_device(name: str, tensor: Tensor, main_name: str, main: Tensor) -> None:
     """`ValueError` for a tensor that is not where the main one is."""
     if tensor.device != main.device:

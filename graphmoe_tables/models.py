@@ -53,6 +53,11 @@ def known_model(name: str) -> str | None:
     return name.casefold() if name.casefold() in MODEL_SHAPES else None
 
 
+def is_path(name: str) -> bool:
+    """Tell whether a name can be a path alone: on the hub a name is ``owner/name``, or one word."""
+    return name.startswith(("/", ".", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1
+
+
 def model_shape(name: str) -> ModelShape:
     """Return a known model's shape; ``ValueError`` for an unknown one."""
     known = known_model(name)

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from graphmoe_model.demo.base import make_base, make_tokenizer
@@ -137,9 +138,13 @@ def test_names_that_are_imported_are_there(page):
         exec("\n".join(lines), {})
 
 
+def adapter_parameters(model):
+    return [(name, p) for name, p in model.named_parameters() if "lora_" in name]
+
+
 def test_the_readme_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
-    """One block after the other, in an empty folder; of the text only the base model's name is another, as the one that
-    stands there is downloaded."""
+    """One block after the other, in an empty folder, and then what docs/checkpoints.md says to train on. Of the text
+    only the base model's name is another, as the one that stands there is downloaded."""
     monkeypatch.chdir(tmp_path)
     tokenizer = make_tokenizer(seed=0)
     make_base(tokenizer).save_pretrained("base")
@@ -158,6 +163,12 @@ def test_the_readme_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "trainable params" in printed
     assert "The capital of France is" in printed
+    (train_on,) = blocks(ROOT / "docs/checkpoints.md", "python")
+    before = {name: p.detach().clone() for name, p in adapter_parameters(names["model"])}
+    exec(compile(train_on, "checkpoints.md", "exec"), names)
+    after = dict(adapter_parameters(names["model"]))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before), "it trained nothing"
 
 
 def test_the_layers_page_runs_as_it_is_written():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -48,6 +51,29 @@ def test_the_pinned_set_is_allowed(extra):
     for name, requirement in requirements(extra).items():
         if name in pinned:  # Triton has no line off Linux
             assert requirement.specifier.contains(pinned[name]), f"{requirement}, but {name}=={pinned[name]}"
+
+
+def test_the_bench_extra_brings_what_pytest_is_configured_with(tmp_path):
+    """`pytest benchmarks` reads the configuration that is written for the tests: where an option's or a marker's plugin
+    came with `dev` alone, it ended before it began."""
+    plugins = [
+        entry.name
+        for name in requirements("bench")
+        for entry in metadata.distribution(name).entry_points
+        if entry.group == "pytest11"
+    ]
+    assert "benchmark" in plugins
+    chosen = [part for plugin in plugins for part in ("-p", plugin)]
+    (tmp_path / "test_it.py").write_text("import pytest\n@pytest.mark.timeout(60)\ndef test_it(): pass\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *chosen, "-c", str(ROOT / "pyproject.toml"), "-q", str(tmp_path)],
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_transformers_takes_the_peft_that_is_installed():

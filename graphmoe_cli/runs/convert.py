@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graphmoe_model.checkpoints import read_config
+from graphmoe_model.checkpoints import in_use, read_config
 from graphmoe_model.config import GraphMoEPeftType
 from graphmoe_model.conversion.adapter import Adapter, read_adapter, write_adapter
 from graphmoe_model.conversion.exports import attention_lora, to_moe_peft, to_peft
@@ -19,6 +20,10 @@ from graphmoe_model.conversion.rounds import with_rounds
 from graphmoe_model.module_names import ROOT
 from graphmoe_tables.formats import check_format
 
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+    *("chat_template*", "additional_chat_templates"),
+)
 WRITERS = {"peft": to_peft, "moe-peft": to_moe_peft, "attention-lora": attention_lora}
 
 
@@ -58,6 +63,8 @@ def run(
     notes = list(adapter.notes)
     if not other_format and rounds is None:
         notes.append("it was GraphMoE's already, and still is: --to peft or --to moe-peft writes another format")
+    if in_use(Path(target)) and not overwrite:
+        raise FileExistsError(f"{target} is not empty; name a new folder, or add --overwrite")
     if to == "graphmoe":
         write_adapter(adapter, target, overwrite)
     else:
@@ -67,8 +74,23 @@ def run(
         of_attention = tuple(f"{ROOT}{module.path}." for module in adapter.modules if not module.is_mlp)
         kept = {name: tensor for name, tensor in adapter.tensors.items() if name.startswith(of_attention)}
         written = dataclasses.replace(adapter, tensors=kept)
+    if carried := _carry_tokenizer(Path(source), Path(target)):
+        notes.append(f"copied beside it: {', '.join(carried)}")
     _print(written, notes, Path(target), to, console)
     return adapter
+
+
+def _carry_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy what a tokenizer saved beside the adapter, by the names that Transformers' tokenizers give their files."""
+    if source.resolve() == target.resolve():
+        return []
+    found = sorted({path for pattern in TOKENIZER_FILES for path in source.glob(pattern)})
+    for path in found:
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, target / path.name)
+    return [path.name for path in found]
 
 
 def _read(source: str | Path) -> Adapter:
@@ -84,15 +106,15 @@ def _read(source: str | Path) -> Adapter:
 
 
 def _print(adapter: Adapter, notes: list[str], target: Path, to: str, console: Console) -> None:
-    config, modules = adapter.config, adapter.modules
+    config, modules, plain = adapter.config, adapter.modules, to in ("peft", "attention-lora")
     table = Table(show_header=False, box=None, pad_edge=False)
     rows = {
-        "method": config.title,
-        "rounds": str(config.rounds),
+        "method": f"{'DoRA' if config.use_dora else 'LoRA'}, PEFT's" if plain else config.title,
+        "rounds": "" if plain else str(config.rounds),
         "rank, alpha": f"{config.r}, {config.lora_alpha}",
         "other ranks": ", ".join(f"{value} in {key}" for key, value in (config.rank_pattern or {}).items()),
         "other alphas": ", ".join(f"{value} in {key}" for key, value in (config.alpha_pattern or {}).items()),
-        "experts": f"{config.num_experts}, of which {config.top_k} run per token",
+        "experts": "" if plain else f"{config.num_experts}, of which {config.top_k} run per token",
         "layers": str(len({module.layer for module in modules})),
         "adapted per layer": ", ".join(dict.fromkeys(module.place for module in modules)),
         "tensors": f"{len(adapter.tensors):,}",

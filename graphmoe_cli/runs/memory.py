@@ -12,8 +12,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from graphmoe_cli.runs.configs import named_configs
 from graphmoe_model.base_models import load_config
-from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.memory import COMPONENTS, STRATEGIES, Memory, memory_per_gpu
 
 
@@ -22,7 +22,7 @@ def run(
     *,
     model: str,
     strategies: Sequence[str] = (),
-    preset: str | None = None,
+    presets: Sequence[str] = (),
     settings: dict[str, Any] | None = None,
     gpus: int = 8,
     tokens: int = 4096,
@@ -38,19 +38,25 @@ def run(
         ValueError: whatever is wrong with one of the options.
     """
     names = list(dict.fromkeys(strategies)) or list(STRATEGIES)
-    given = settings or {}
-    config = GraphMoEConfig(**given) if preset is None else GraphMoEConfig.from_preset(preset, **given)
-    found = memory_per_gpu(config, load_config(model), names, gpus=gpus, tokens=tokens, checkpointing=checkpointing)
+    configs, model_config = named_configs(presets, settings or {}), load_config(model)
+    found: list[tuple[str, str, dict[str, Memory]]] = []
+    for name, config in configs:
+        try:
+            memory = memory_per_gpu(config, model_config, names, gpus=gpus, tokens=tokens, checkpointing=checkpointing)
+        except ValueError as error:
+            raise ValueError(f"{name} on {model}: {error}" if presets else str(error)) from error
+        found.append((name, config.title, memory))
     if as_json:
         print(json.dumps(_document(model, found), indent=2))
         return
-    table = _table(found)
-    table.title = Text(
-        f"GB on each GPU, to train {config.title} on {model}: {_count(names, gpus)}, {tokens:,} tokens on each, bf16, "
-        f"AdamW, {'with' if checkpointing else 'without'} gradient checkpointing"
-    )
-    console.width = max(console.width, Measurement.get(console, console.options.update_width(1000), table).maximum)
-    console.print(table)
+    for _, title, memory in found:
+        table = _table(memory)
+        table.title = Text(
+            f"GB on each GPU, to train {title} on {model}: {_count(names, gpus)}, {tokens:,} tokens on each, bf16, "
+            f"AdamW, {'with' if checkpointing else 'without'} gradient checkpointing"
+        )
+        console.width = max(console.width, Measurement.get(console, console.options.update_width(1000), table).maximum)
+        console.print(table)
 
 
 def _count(strategies: Sequence[str], gpus: int) -> str:
@@ -74,11 +80,18 @@ def _table(found: dict[str, Memory]) -> Table:
     return table
 
 
-def _document(model: str, found: dict[str, Memory]) -> dict[str, Any]:
+def _document(model: str, found: list[tuple[str, str, dict[str, Memory]]]) -> dict[str, Any]:
     return {
         "model": model,
-        "bytes": {
-            name: {**memory.components, "total": memory.total, "folds kept in evaluation": memory.kept_folds}
-            for name, memory in found.items()
-        },
+        "adapters": [
+            {
+                "name": name,
+                "method": title,
+                "bytes": {
+                    strategy: {**own.components, "total": own.total, "folds kept in evaluation": own.kept_folds}
+                    for strategy, own in memory.items()
+                },
+            }
+            for name, title, memory in found
+        ],
     }

@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from graphmoe_cli.arguments import NO_MODEL
+from graphmoe_cli.runs.configs import named_configs
 from graphmoe_model.base_models import is_local_model, load_config
 from graphmoe_model.checkpoints import saved_adapter_config
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.parameters import COMPONENTS, AdapterParameters, adapter_parameters
-from graphmoe_tables.methods import PRESETS
 from graphmoe_tables.models import known_model
 
 
@@ -80,18 +80,7 @@ def _configs(
         if not isinstance(config, GraphMoEConfig):
             raise ValueError(f"{adapter} is an adapter of {type(config).__name__}; GraphMoE adapters are counted here")
         return [(adapter, config)], config.base_model_name_or_path
-    if presets:
-        names = list(PRESETS) if "all" in presets else list(dict.fromkeys(presets))
-        return [(name, _preset(name, settings)) for name in names], None
-    config = GraphMoEConfig(**settings)
-    return [(config.method, config)], None
-
-
-def _preset(name: str, settings: dict[str, Any]) -> GraphMoEConfig:
-    try:
-        return GraphMoEConfig.from_preset(name, **settings)
-    except ValueError as error:
-        raise ValueError(f"--preset {name}: {error}" if name in PRESETS else str(error)) from error
+    return named_configs(presets, settings), None
 
 
 def _table(model: str, rows: list[_Row]) -> Table:
@@ -103,8 +92,8 @@ def _table(model: str, rows: list[_Row]) -> Table:
     )
     for name in ("name", "method"):
         table.add_column(name, no_wrap=True)
-    for name in (*shown, "total", "share"):
-        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    for name in (*shown, "total", "share of base"):
+        table.add_column(name.replace(" ", "\n", 1), justify="right", no_wrap=True)
     for name, title, parameters in rows:
         counts = [f"{parameters.components[part]:,}" for part in shown]
         table.add_row(Text(name), title, *counts, f"{parameters.total:,}", f"{parameters.share:.3%}")

@@ -14,7 +14,7 @@ import transformers
 from rich.console import Console
 from torch import nn
 
-from graphmoe_cli.profile_options import ProfileOptions
+from graphmoe_cli.profile_options import NO_MATPLOTLIB, ProfileOptions
 from graphmoe_model.profiling.measure import profile_model
 from graphmoe_model.profiling.models import profiled_config, random_model, saved_model, with_adapter, with_rounds
 from graphmoe_model.profiling.report import describe, print_report, write_report
@@ -57,12 +57,14 @@ def run(options: ProfileOptions, console: Console) -> list[Profile]:
                     )
         conditions = _conditions(options, model, device, load)
     write_report(profiles, conditions, options.out)
-    if options.plot:
+    if options.drawn:
         from graphmoe_model.profiling.plot import draw_shares  # needs matplotlib, which is an extra
 
         draw_shares(profiles, describe(conditions), options.out / "profile.png")
     console.width = max(console.width, WIDTH)
     print_report(profiles, conditions, console)
+    if options.plot is None and not options.drawn:
+        console.print(f"No profile.png: {NO_MATPLOTLIB}.", markup=False, highlight=False, soft_wrap=True)
     return profiles
 
 

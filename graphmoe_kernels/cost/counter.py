@@ -96,14 +96,15 @@ def count_layer(sizes: Sizes) -> list[Reading]:
     routers: Any = None if s.routers == "none" else s.routers
     shape = (s.hidden, s.intermediate, s.experts, s.rank, s.gru_width)
     weights = make_layer(*shape, routers=routers, dora=s.dora, dtype=torch.float32)
+    layer = weights if s.rounds > 1 else weights._replace(gru=None)
     x = torch.randn(s.tokens, s.hidden, generator=torch.Generator().manual_seed(0))
     settings = FoldSettings(x.dtype, spec.scale, spec.candidate_input)
     literal, folded = (s.tokens * multiply_adds(form, s, "executed") for form in ("literal", "folded"))
     with torch.no_grad():
         fold = build_fold(weights, settings)
         found: dict[str, tuple[int, Callable[[], object]]] = {
-            "rethink_literal": (literal + prepare_build(s), lambda: rethink_literal(x, weights, spec)),
-            "rethink_folded": (folded, lambda: rethink_folded(x, weights, spec, fold=fold)),
+            "rethink_literal": (literal + prepare_build(s), lambda: rethink_literal(x, layer, spec)),
+            "rethink_folded": (folded, lambda: rethink_folded(x, layer, spec, fold=fold)),
             "build_fold": (sum(fold_build(s, "executed").values()), lambda: build_fold(weights, settings)),
         }
         return [Reading(code, 2 * products, count_flops(run)) for code, (products, run) in found.items()]

@@ -15,7 +15,7 @@ from graphmoe_kernels.validation import check_number
 
 
 def expert_swiglu(
-    operands: ExpertOperands, *, scale: float = 1.0, activation: str = "silu", backend: str = "auto"
+    operands: ExpertOperands, *, scale: float, activation: str = "silu", backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Return hidden = sum_j w_j act(g_j) * u_j and low_down = sum_j w_j A_D,e_j (act(g_j) * u_j) over a token's slots.
 
@@ -27,7 +27,7 @@ def expert_swiglu(
         operands: see `ExpertOperands`. As to expert ids: on a CPU ``"torch"`` and ``"reference"`` refuse those that are
             none and those that stand twice in a row. ``"torch"`` on a GPU, and Triton, do not read them: there such an
             id makes its token NaN.
-        scale: s = alpha / r.
+        scale: s = alpha / r, which is 1 for few adapters: it has no default.
         activation: a name of `graphmoe_kernels.ACTIVATIONS`.
         backend: see `graphmoe_kernels.backend`. Triton takes F * G and F * r below 2^31, and k times r (rounded up to a
             power of two, at least 16) up to 256.

@@ -10,6 +10,7 @@ from torch import Tensor
 from graphmoe_kernels.experts.operands import Dropout, ExpertOperands, GateUp, LowRankUpdate
 from graphmoe_kernels.validation import (
     Shape,
+    agreed,
     check_device,
     check_dropout,
     check_floats,
@@ -38,17 +39,22 @@ def check_operands(operands: ExpertOperands) -> None:
             f"expected {_MAIN} [tokens, F], down_A [experts, rank, F] and expert_ids [tokens, k]; "
             f"got {list(gate.shape)}, {list(down_A.shape)} and {list(ids.shape)}"
         )
-    (N, F), (n, r, _), k = gate.shape, down_A.shape, ids.shape[1]
+    pre, B, weights = operands.pre_activations, operands.B, operands.routing_weights
+    N = agreed((gate, 0), (pre.up, 0), (operands.low, 0), (ids, 0), (weights, 0))
+    F = agreed((gate, 1), (pre.up, 1), (B.gate, 1), (B.up, 1), (down_A, 2))
+    n = agreed((B.gate, 0), (B.up, 0), (down_A, 0))
+    r = agreed((B.gate, 2), (B.up, 2), (down_A, 1))
+    k = agreed((ids, 1), (weights, 1))
     main, low = (_MAIN, gate), (N, 2 * n * r)
     shapes: dict[str, Shape] = {
-        **{"low": low, "low_update": low, "B": (n, F, r), "down_A": (n, r, F)},
+        **{"down_A": (n, r, F), "B": (n, F, r), "low": low, "low_update": low},
         **{"routing_weights": (N, k), "scales": (n, F), "biases": (F,)},
     }
 
     def told() -> str:
-        return f"{N} tokens, F={F}, {n} experts of rank {r} (by down_A) and k={k}"
+        return f"{N} tokens, F={F}, {n} experts of rank {r} (by B and down_A) and k={k}"
 
-    _check_shared(operands.pre_activations, operands.update, told)
+    _check_shared(pre, operands.update, (N, F), told)
     check_shapes("", ("expert_ids",), (ids,), ((N, k),), told, main, integers=True)
     for name, shape in shapes.items():
         value = getattr(operands, name)
@@ -73,19 +79,23 @@ def check_shared(pre_activations: GateUp, update: LowRankUpdate | None) -> None:
     check_floats(_MAIN, gate)
     if gate.dim() != 2:
         raise ValueError(f"expected {_MAIN} [tokens, F]; got {list(gate.shape)}")
-    _check_shared(pre_activations, update, lambda: f"{gate.shape[0]} tokens and F={gate.shape[1]}")
+    own = () if update is None else ((update.gate, 0), (update.up, 0))
+    N = agreed((gate, 0), (pre_activations.up, 0), (update and update.state, 0))
+    F = agreed((gate, 1), (pre_activations.up, 1), *own)
+    _check_shared(pre_activations, update, (N, F), lambda: f"{N} tokens and F={F}")
 
 
-def _check_shared(pre_activations: GateUp, update: LowRankUpdate | None, told: Callable[[], str]) -> None:
-    """Check what all experts share; the gate's pre-activations are a matrix already."""
+def _check_shared(
+    pre_activations: GateUp, update: LowRankUpdate | None, sizes: tuple[int, int], told: Callable[[], str]
+) -> None:
+    """Check what all experts share, by N and F; the gate's pre-activations are a matrix already."""
     gate = pre_activations.gate
-    N, F = gate.shape
+    N, F = sizes
     if F == 0:
         raise ValueError(f"{_MAIN} must be [tokens, F] with F of at least 1, got {list(gate.shape)}")
     check_shapes("pre_activations.", GateUp._fields, pre_activations, ((N, F), (N, F)), told, (_MAIN, gate))
     if update is not None:
-        state = update.state
-        G = state.shape[-1] if isinstance(state, Tensor) and state.dim() else 0
+        G = agreed((update.state, 1), (update.gate, 1), (update.up, 1))
         check_shapes("update.", LowRankUpdate._fields, update, ((N, G), (F, G), (F, G)), told, (_MAIN, gate))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from graphmoe_kernels.backend import TRITON_DTYPES, resolve_backend, without_autocast
 from graphmoe_kernels.gru.run import run_gru_step
 from graphmoe_kernels.structures import cast
-from graphmoe_kernels.validation import check_choice, check_floats, check_shapes
+from graphmoe_kernels.validation import agreed, check_choice, check_floats, check_shapes
 
 CANDIDATE_ACTIVATIONS = ("sigmoid", "tanh")
 _NAMES = ("inputs", "recurrent", "state", "total", "candidate_weight", "candidate_bias")
@@ -72,7 +72,7 @@ def check_candidate_activation(name: object) -> None:
 
 def _check(*tensors: Any) -> None:
     """The exceptions of `gru_step` that tell of its tensors."""
-    inputs, *before, _, bias = tensors
+    inputs, *before, weight, bias = tensors
     missing = [name for name, tensor in zip(_NAMES[1:], before, strict=False) if tensor is None]
     if 0 < len(missing) < 3:
         raise ValueError(
@@ -82,7 +82,19 @@ def _check(*tensors: Any) -> None:
     check_floats("candidate_bias", bias)
     if bias.dim() != 1 or len(bias) == 0:
         raise ValueError(f"candidate_bias must be [G], the GRU's width of at least 1; got {list(bias.shape)}")
-    N, G = inputs.shape[0] if inputs.dim() else 0, bias.shape[0]
+    N = agreed((inputs, 0), *((tensor, 0) for tensor in before))
+    G = agreed((bias, 0), (weight, 0), (weight, 1))
     later = (None, None, None) if missing else ((N, 2 * G), (N, G), (N, G))
     shapes = ((N, 3 * G), *later, (G, G), (G,))
-    check_shapes("", _NAMES, tensors, shapes, lambda: f"a GRU of width {G} (candidate_bias)", ("inputs", inputs))
+
+    def told() -> str:
+        return f"a GRU of width {G} (by candidate_bias and candidate_weight)"
+
+    check_shapes(
+        "",
+        _NAMES,
+        tensors,
+        shapes,
+        lambda: f"a GRU of width {G} (by candidate_bias and candidate_weight)",
+        ("inputs", inputs),
+    )

@@ -23,6 +23,7 @@ from graphmoe_kernels.rethinking.weights import (
     padded,
 )
 from graphmoe_kernels.validation import (
+    agreed,
     check_choice,
     check_device,
     check_dropout,
@@ -76,6 +77,8 @@ def check_spec(spec: RethinkingSpec, weights: LayerWeights) -> None:
     check_positive("rounds", spec.rounds)
     if spec.rounds > 1 and weights.gru is None:
         raise ValueError(f"rounds={spec.rounds} needs GRU weights; there are none (rounds=1 needs none)")
+    if spec.rounds == 1 and weights.gru is not None:
+        raise ValueError("rounds=1 has no step between rounds and would ignore the GRU weights; pass gru=None with it")
     check_number("scale", spec.scale)
     check_flag("normalize", spec.normalize)
     check_choice("candidate_input", spec.candidate_input, CANDIDATE_INPUTS)
@@ -122,11 +125,11 @@ def check_weights(weights: LayerWeights) -> None:
 
 
 def _check_tensors(lora: ExpertWeights, base: DenseMLP, gru: GRUWeights | None) -> None:
-    n, r, D, F = _sizes(lora)
+    n, r, D, F = _sizes(lora, base)
     main = ("gate_A", lora.gate_A)
 
     def told() -> str:
-        return f"{n} experts of rank {r}, D={D} and F={F} (by gate_A and gate_B)"
+        return f"{n} experts of rank {r}, D={D} and F={F}"
 
     wide, narrow = (n, F, r), (n, r, D)
     shapes = (narrow, wide, narrow, wide, (n, r, F), (n, D, r))
@@ -145,8 +148,9 @@ def _check_tensors(lora: ExpertWeights, base: DenseMLP, gru: GRUWeights | None) 
         if gru.candidate_bias.dim() != 1 or gru.width == 0:
             found = list(gru.candidate_bias.shape)
             raise ValueError(f"gru.candidate_bias must be [G] with G of at least 1, got {found}")
-        gate = (gru.width, gru.width + D)
-        check_shapes("gru.", GRUWeights._fields, gru, (gate, gate, gate, (gru.width,), (D, gru.width)), told, main)
+        G = agreed((gru.candidate_bias, 0), (gru.output, 1), (gru.update, 0), (gru.reset, 0), (gru.candidate, 0))
+        gate, named = (G, G + D), lambda: f"a GRU of width {G} and {told()}"
+        check_shapes("gru.", GRUWeights._fields, gru, (gate, gate, gate, (G,), (D, G)), named, main)
 
 
 def _check_together(magnitudes: Magnitudes) -> None:
@@ -158,14 +162,16 @@ def _check_together(magnitudes: Magnitudes) -> None:
         )
 
 
-def _sizes(lora: ExpertWeights) -> tuple[int, int, int, int]:
-    """n, r, D and F, as the gate's experts have them."""
-    for name, tensor in (("gate_A", lora.gate_A), ("gate_B", lora.gate_B)):
+def _sizes(lora: ExpertWeights, base: DenseMLP) -> tuple[int, int, int, int]:
+    """n and r, as most experts have them, and the base MLP's D and F."""
+    for name, tensor in zip(ExpertWeights._fields, lora.pairs, strict=False):
         check_floats(name, tensor)
         if tensor.dim() != 3:
             raise ValueError(f"{name} must have three dimensions, one for the experts; got {list(tensor.shape)}")
-    n, r, D = lora.gate_A.shape
-    F = lora.gate_B.shape[1]
+    n = agreed((lora.gate_A, 0), (lora.gate_B, 0), (lora.up_A, 0))
+    r = agreed((lora.gate_A, 1), (lora.gate_B, 2), (lora.up_A, 1))
+    D = agreed((base.gate, 1), (base.up, 1), (base.down, 0), (lora.gate_A, 2))
+    F = agreed((base.gate, 0), (base.up, 0), (base.down, 1), (lora.gate_B, 1))
     if n == 0 or D == 0 or F == 0:
         raise ValueError(f"a layer has experts, a hidden and an intermediate size; got {n} experts, D={D} and F={F}")
     return n, r, D, F

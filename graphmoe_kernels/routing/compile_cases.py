@@ -10,6 +10,7 @@ import torch
 from graphmoe_kernels.aot.case import DTYPES, SIZES, Variant, empty
 from graphmoe_kernels.launching import SKINNY_TOKENS
 from graphmoe_kernels.routing.triton import launch
+from graphmoe_kernels.routing.triton.launch_backward import PRODUCT_EXPERTS, backward
 
 HIDDEN = 4096
 GRU_WIDTH = 416  # what a folded round's router reads: a half of the states and their sum, side by side
@@ -28,8 +29,13 @@ def variants() -> Iterator[Variant]:
             for dtype in ("bf16", "fp32") if n != 8 else ():
                 yield _forward(size, tokens, dtype, "fp32", True, n, k)
             yield _given_logits(size, tokens, n, k)
-            yield _backward(size, tokens, n, k, normalize=n == 8)
-        yield _backward(size, tokens, 8, 2, normalize=True, logits=False)
+            yield _backward(size, tokens, n, k, wants=("logits",))
+        for n, k in ((8, 2), *(limit for limit in LIMITS if limit[0] <= PRODUCT_EXPERTS)):
+            for dtype in DTYPES if n == 8 else ("bf16", "fp32"):
+                for router in sorted({dtype, "fp32"}):
+                    yield _backward(size, tokens, n, k, dtype, router)
+        yield _backward(size, tokens, 8, 2, given=("weights",), wants=("x",))
+        yield _backward(size, tokens, 8, 2, given=("logits",))
     odd = empty(SKINNY_TOKENS, 37, dtype=torch.bfloat16), empty(8, 37)
     yield Variant("skinny bf16, rows that are not aligned", partial(launch.route, *odd, None, 2, True))
 
@@ -46,8 +52,28 @@ def _given_logits(size: str, tokens: int, n: int, k: int) -> Variant:
     return Variant(f"{size} n={n} k={k}", partial(launch.topk_softmax, empty(tokens, n), k, True))
 
 
-def _backward(size: str, tokens: int, n: int, k: int, normalize: bool, logits: bool = True) -> Variant:
-    d_logits = empty(tokens, n) if logits else None
-    ids = empty(tokens, k, dtype=torch.int32)
-    call = partial(launch.backward, empty(tokens, k), d_logits, empty(tokens, n), ids, normalize)
-    return Variant(f"{size} n={n} k={k} normalize={normalize} logits' own gradient={logits}", call)
+def _backward(
+    size: str,
+    tokens: int,
+    n: int,
+    k: int,
+    dtype: str = "bf16",
+    router: str = "fp32",
+    given: tuple[str, ...] = ("weights", "logits"),
+    wants: tuple[str, ...] = ("logits", "x", "router"),
+) -> Variant:
+    """Gradients of what is wanted, by those of what is given."""
+    call = partial(
+        backward,
+        empty(tokens, k) if "weights" in given else None,
+        empty(tokens, n) if "logits" in given else None,
+        empty(tokens, n),
+        empty(tokens, k, dtype=torch.int32),
+        empty(tokens, HIDDEN, dtype=DTYPES[dtype]) if "router" in wants else None,
+        empty(n, HIDDEN, dtype=DTYPES[router]) if "x" in wants else None,
+        n == 8,
+        DTYPES[dtype],
+        "logits" in wants,
+    )
+    name = f"x={dtype} router={router} n={n} k={k} of {'+'.join(given)} to {'+'.join(wants)}"
+    return Variant(f"{size} {name}", call)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphmoe_kernels.backend import without_autocast
 from graphmoe_kernels.exact_linear import exact_linear
-from graphmoe_kernels.routing.triton import launch
+from graphmoe_kernels.routing.triton import launch, launch_backward
 
 
 @torch.library.custom_op("graphmoe::route", mutates_args=())
@@ -38,15 +38,40 @@ def _(logits, top_k, normalize):
 
 @torch.library.custom_op("graphmoe::routing_backward", mutates_args=())
 def routing_backward_op(
-    d_routing_weights: Tensor, d_logits: Tensor | None, logits: Tensor, expert_ids: Tensor, normalize: bool
-) -> Tensor:
-    """Return the gradient of the logits, [N, n] fp32."""
-    return launch.backward(d_routing_weights, d_logits, logits, expert_ids, normalize)
+    d_routing_weights: Tensor | None,
+    d_logits: Tensor | None,
+    logits: Tensor,
+    expert_ids: Tensor,
+    x: Tensor | None,
+    router: Tensor | None,
+    normalize: bool,
+    dtype: torch.dtype,
+    wants_total: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of logits, x and router: see `graphmoe_kernels.routing.triton.launch_backward.backward`.
+
+    What is not asked for is empty, and so is the first where the logits' gradient is ``d_logits`` itself.
+    """
+    total, d_x, d_router = launch_backward.backward(
+        d_routing_weights, d_logits, logits, expert_ids, x, router, normalize, dtype, wants_total
+    )
+    given = wants_total and d_routing_weights is not None
+    return (
+        total if given and total is not None else logits.new_empty(0),
+        logits.new_empty(0, dtype=dtype) if d_x is None else d_x,
+        logits.new_empty(0) if d_router is None else d_router,
+    )
 
 
 @routing_backward_op.register_fake
-def _(d_routing_weights, d_logits, logits, expert_ids, normalize):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _(d_routing_weights, d_logits, logits, expert_ids, x, router, normalize, dtype, wants_total):
+    num_tokens, num_experts = logits.shape
+    given = wants_total and d_routing_weights is not None
+    return (
+        logits.new_empty((num_tokens, num_experts) if given else (0,)),
+        logits.new_empty((0,) if router is None else (num_tokens, router.shape[1]), dtype=dtype),
+        logits.new_empty((0,) if x is None else (num_experts, x.shape[1])),
+    )
 
 
 def _save_route(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -63,18 +88,28 @@ def _route_backward(ctx: Any, d_logits: Any, d_routing_weights: Any, _: Any) -> 
     if d_logits is None and d_routing_weights is None:
         return (None,) * 5
     x, router, logits, expert_ids = ctx.saved_tensors
-    total = d_logits  # [N, n]
-    if d_routing_weights is not None:
-        total = routing_backward_op(d_routing_weights, d_logits, logits, expert_ids, ctx.normalize)
-    d_x = d_router = d_offset = None
-    with without_autocast(total):  # whoever calls backward() inside autocast
-        if ctx.needs_input_grad[0]:
-            d_x = exact_linear(total, router.T).to(ctx.x_dtype)  # [N, D]
-        if ctx.needs_input_grad[1]:
-            d_router = exact_linear(total.T, x.T).to(ctx.router_dtype)  # [n, D]
-        if ctx.needs_input_grad[2]:
-            d_offset = total.to(ctx.offset_dtype)  # [N, n]
-    return d_x, d_router, d_offset, None, None
+    needs_x, needs_router, needs_offset, *_ = ctx.needs_input_grad
+    within = logits.shape[1] <= launch_backward.PRODUCT_EXPERTS
+    read = (x, router) if within else (None, None)
+    total: Any = d_logits  # [N, n]
+    d_x: Any = None  # [N, D]
+    d_router: Any = None  # [n, D]
+    if d_routing_weights is not None or (within and (needs_x or needs_router)):
+        wants_total = needs_offset or not within
+        given = d_routing_weights, d_logits, logits, expert_ids
+        found, d_x, d_router = routing_backward_op(*given, *read, ctx.normalize, ctx.x_dtype, wants_total)
+        total = d_logits if d_routing_weights is None else found
+    if not within:
+        with without_autocast(total):  # whoever calls backward() inside autocast
+            d_x = exact_linear(total, router.T) if needs_x else None
+            d_router = exact_linear(total.T, x.T) if needs_router else None
+    return (
+        d_x.to(ctx.x_dtype) if needs_x else None,
+        d_router.to(ctx.router_dtype) if needs_router else None,
+        total.to(ctx.offset_dtype) if needs_offset else None,
+        None,
+        None,
+    )
 
 
 def _save_topk(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -86,7 +121,9 @@ def _save_topk(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _topk_backward(ctx: Any, d_routing_weights: Any, _: Any) -> Any:
     if d_routing_weights is None:
         return None, None, None
-    return routing_backward_op(d_routing_weights, None, *ctx.saved_tensors, ctx.normalize), None, None
+    logits, expert_ids = ctx.saved_tensors
+    given = d_routing_weights, None, logits, expert_ids, None, None
+    return routing_backward_op(*given, ctx.normalize, logits.dtype, True)[0], None, None
 
 
 route_op.register_autograd(_route_backward, setup_context=_save_route)

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from graphmoe_model.messages import first_line
-from graphmoe_tables.models import MODEL_SHAPES, check_layers, known_model, model_shape
+from graphmoe_tables.models import MODEL_SHAPES, check_layers, is_path, known_model, model_shape
 
 
 def model_config(name: str, layers: int | None = None) -> Any:
@@ -60,7 +60,7 @@ def check_is_model(name: str) -> None:
     """
     if name.endswith(".json"):
         raise ValueError(f"{name} would be a file; name the model's folder, whose config.json is read")
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+    if is_path(name) and not Path(name).is_dir():
         raise ValueError(f"there is no folder {name} to load a model from")
     if (Path(name) / "adapter_config.json").exists():
         raise ValueError(f"{name} is an adapter: pass its base model with --model and the adapter with --adapter")

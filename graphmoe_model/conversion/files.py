@@ -44,7 +44,7 @@ def write_folder(folder: str | Path, write: Callable[[Path], None], overwrite: b
     folder = Path(folder)
     check_target(folder)
     if in_use(folder) and not overwrite:
-        raise FileExistsError(f"{folder} is not empty; name a new folder, or pass overwrite=True (--overwrite)")
+        raise FileExistsError(f"{folder} is not empty; name a new folder, or pass overwrite=True")
     try:
         fill_folder(folder, write)
     except SafetensorError as error:  # its writer says so of a full disk

@@ -150,7 +150,7 @@ def activation_name(mlp: nn.Module) -> str:
     if module is None and layout.implied is not None:
         return ALIASES.get(layout.implied, layout.implied)
     for name, activation in ACTIVATIONS.items():  # plain functions, and whatever a user registered
-        if _is_function(module, activation.function):
+        if activation.is_function(module) or _is_alike(module, activation.function):
             return name
     if isinstance(module, nn.GELU):
         return "gelu" if module.approximate == "none" else "gelu_tanh"
@@ -170,9 +170,7 @@ def activation_name(mlp: nn.Module) -> str:
     )
 
 
-def _is_function(activation: object, function: object) -> bool:
-    """Whether an MLP's activation is a registered one: the same function, or a module made alike of the same class."""
-    if activation is function:
-        return True
+def _is_alike(activation: object, function: object) -> bool:
+    """Whether an MLP's activation is a module made alike of the same class as a registered one."""
     same_class = isinstance(activation, nn.Module) and type(activation) is type(function)
     return same_class and repr(activation) == repr(function)

@@ -66,12 +66,13 @@ def register_mlp_layout(layout: MLPLayout) -> None:
     """Have MLPs with these names adapted: found when an adapter is attached, counted by profiles, saved as all others.
 
     What an MLP of the layout computes is still compared with down(act(gate(x)) * up(x)) when it is adapted. Of several
-    layouts that fit an MLP the latest counts, so that a wrong one is put right by registering the right one.
+    layouts that fit an MLP the latest counts, so that a wrong one is put right by registering the right one. One
+    that is there already becomes the latest.
 
     Raises:
         TypeError: it is no `MLPLayout`, or a field is of another type.
         ValueError: a name is empty or no attribute's, the down projection is the gate or up too, there is neither a
-            name for the activation nor an implied one, the implied one is unknown, or the layout is there already.
+            name for the activation nor an implied one, or the implied one is unknown.
     """
     if not isinstance(layout, MLPLayout):
         raise TypeError(
@@ -99,7 +100,7 @@ def register_mlp_layout(layout: MLPLayout) -> None:
     if layout.implied is not None:
         get_activation(layout.implied)
     if layout in LAYOUTS:
-        raise ValueError(f"this layout is there already: {layout}")
+        LAYOUTS.remove(layout)
     LAYOUTS.insert(0, layout)
 
 

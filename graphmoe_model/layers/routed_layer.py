@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 from graphmoe_kernels import FoldCache, RethinkingSpec
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.layers.recomputation import Repeats, Run, same_run
-from graphmoe_model.layers.refusals import NO_DATA_PARALLEL, NOT_MERGEABLE
+from graphmoe_model.layers.refusals import NO_DATA_PARALLEL, not_mergeable
 from graphmoe_model.layers.scaling import ScaledLayer
 from graphmoe_model.routing.global_routing import sum_over_processes
 from graphmoe_model.routing.record import RoutingContext, RoutingRecord
@@ -95,8 +95,9 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
             self.router_loss_hooks.remove_if_unused()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused: the layer is not a linear map of its input, so no base weights can hold it."""
-        raise NotImplementedError(NOT_MERGEABLE)
+        """Refused: a layer that routes or rethinks is no linear map of its input, so no base weights can hold it."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        raise NotImplementedError(not_mergeable(self.adapter(name).config for name in names if name in self.scaling))
 
     def unmerge(self) -> None:
         """Refused, as nothing can have been merged."""
@@ -269,6 +270,8 @@ class RoutedLayer(ScaledLayer, nn.Module, BaseTunerLayer):
     def _check_x(self, x: Tensor, linear: nn.Module) -> None:
         """`TypeError` or `ValueError` for an x that the base layer, with this ``linear`` in it, does not take."""
         width = self.in_features
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor of hidden states [..., {width}], got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"x must be floating point, got {x.dtype}; pass hidden states, not token ids")
         if x.shape[-1] != width:

@@ -15,7 +15,7 @@ from graphmoe_model.checkpoints import check_source, fitting_state, loaded_in_pl
 from graphmoe_model.config import GraphMoEConfig, rank_and_alpha
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.layers.linear import RoutedLoRALinear
-from graphmoe_model.layers.refusals import NOT_MERGEABLE
+from graphmoe_model.layers.refusals import not_mergeable
 from graphmoe_model.layers.routed_layer import RoutedLayer
 from graphmoe_model.layers.scaling import scale_dora
 from graphmoe_model.routing.router_loss_hooks import (
@@ -174,7 +174,7 @@ class GraphMoEModel(LoraModel):
 
     def _check_merge_allowed(self) -> None:
         """Refuse to merge, where PEFT asks before it merges the first layer."""
-        raise NotImplementedError(NOT_MERGEABLE)
+        raise NotImplementedError(not_mergeable([self.peft_config[name] for name in self.active_adapters]))
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("adapter_names") is not None:

@@ -58,9 +58,16 @@ def test_all_plots_of_a_whole_result_are_written(tmp_path):
 def test_a_plot_without_its_rows_is_named_with_the_reason(tmp_path):
     """A missing picture must not look like a broken link, on the terminal or on the page."""
     lines = write([source(ENOUGH["latency_over_rounds"], "run.json")], tmp_path)
-    assert f"  no plot of {plots.PLOTS[plots.roofline]}: no measured limits" in lines
+    assert f"no plot of {plots.PLOTS[plots.roofline]}: no measured limits (1 file: run.json)" in lines
     assert f"No plot of {plots.PLOTS[plots.roofline]}: no measured limits." in (tmp_path / "report.md").read_text()
     assert [path.name for path in tmp_path.glob("*.png")] == ["run-latency-over-rounds.png"]
+
+
+def test_what_several_results_lack_is_said_once(tmp_path):
+    """It stood under eight of nine files, and hid the lines that say something."""
+    sources = [source(ENOUGH["latency_over_rounds"], name) for name in ("a.json", "b.json")]
+    lines = [line for line in write(sources, tmp_path) if "no plot" in line]
+    assert lines == [f"no plot of {plots.PLOTS[plots.roofline]}: no measured limits (2 files: a.json, b.json)"]
 
 
 @pytest.mark.parametrize("name, content, reason", TOO_LITTLE)

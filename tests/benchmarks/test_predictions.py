@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.latency import DEVICES, calibration, chain_seconds, passes_of
 from benchmarks.operators import find_operator
-from benchmarks.predictions import PAGE, beside, predicted
+from benchmarks.predictions import PAGE, beside, main, predicted
 from benchmarks.tuning import cells
 from benchmarks.work import KERNELS, Work, kernel_work, layer_work, operator_work
 from graphmoe_kernels.aot.cycles import issue_cycles, program_cycles
@@ -43,7 +43,7 @@ def test_a_result_stands_beside_its_prediction():
 def test_every_line_that_the_page_has_is_read():
     """One that is written otherwise would be left out in silence."""
     found = predicted()
-    assert {key[0] for key in found if len(key) == 4} >= {"routing_backward", *KERNELS}
+    assert {key[0] for key in found if len(key) == 4} >= set(KERNELS)
     for device in ("H100", "H200", "A100"):
         for n in (8, 64):
             assert {(device, "inference", tokens, 3, n) for tokens in (1, 16, 64, 512, 2048, 8192)} <= found.keys()
@@ -74,6 +74,15 @@ def test_passes_of_the_kernel_of_few_tokens(inner, passes):
     constants = {"BLOCK_M": 16, "BLOCK_K": 64, "AT_ONCE": 2, "SLOTS": 2}
     launch = Launch(SimpleNamespace(__name__="experts_forward"), (1, 224), {"inner": inner, **constants}, {}, None)
     assert passes_of(launch, loops, Sizes(4096, 14336, 409, experts=8, top_k=2, rank=16, tokens=16)) == passes
+
+
+@pytest.mark.parametrize("router, passes", [(None, [1, 6]), ("router", [1, 6, 64])])
+def test_passes_of_the_backward_of_routing(router, passes):
+    """A pass for each of a token's experts, then one for each block of columns, where x has a gradient."""
+    loops = [Loop(0, len(passes) - 1, 7, 7, 9, 0, 30, ()), *[Loop(1, 0, 9, 9, 4, 0, 99, ())] * (len(passes) - 1)]
+    kernel = SimpleNamespace(__name__="routing_backward")
+    launch = Launch(kernel, (256, 1), {"router": router, "blocks": 64, "TOP_K": 6}, {}, None)
+    assert passes_of(launch, loops, LLAMA_8B) == passes
 
 
 def test_a_program_waits_for_each_of_its_loads():
@@ -131,13 +140,13 @@ def test_a_kernels_work_is_that_of_its_tensors_and_products():
     assert kernel_work([launched("experts_stream", x)], sizes, True).operations == work.operations
     of_weights = kernel_work([launched("experts_stream_backward_weights", x)], sizes, True).operations
     assert of_weights == 2 * work.operations  # its slots again, and a gradient for each of their products
-    assert kernel_work([launched("routing_backward", x)], sizes, False) == Work(4 * 64, 0.0)
+    assert kernel_work([launched("routing_topk", x)], sizes, False) == Work(4 * 64, 0.0)
 
 
 def test_every_kernel_with_products_is_known():
     """By the names of the configurations: one that is missed would be shown as if it computed nothing."""
     names = {cell.kernel.removesuffix("_wide_rank").removesuffix("_unaligned") for cell in cells()}
-    assert names - {"routing_backward"} == set(KERNELS)
+    assert names == set(KERNELS)
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -163,3 +172,14 @@ def test_the_break_even_is_that_of_the_layers_kind():
     assert layer_work("folded", between, True) == layer_work("literal" if plain < dora else "folded", between, True)
     beyond = replace(sizes, tokens=int(max(plain, dora)) + 1)
     assert layer_work("folded", beyond, True) != layer_work("literal", beyond, True)
+
+
+def test_help_says_what_the_command_does(capsys):
+    """It printed a usage line and ended with status 1."""
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert "--write" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["--wirte"])
+    assert end.value.code == 2

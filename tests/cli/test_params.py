@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from graphmoe_cli.app import app
+from graphmoe_cli.runs import params as runs
 from graphmoe_model import GraphMoEConfig
 from graphmoe_model.base_models import MODEL_SHAPES, model_config
 from graphmoe_model.parameters import adapter_parameters
@@ -236,3 +237,15 @@ def test_the_help_of_convert_names_its_options():
         "--overwrite",
     ):
         assert word in help_text
+
+
+def test_whoever_asks_the_hub_is_told(monkeypatch):
+    """Without a network the answer takes half a minute, in which nothing was said."""
+    asked = []
+    monkeypatch.setattr(runs, "run", lambda console, **options: asked.append(options))
+    result = graphmoe("params", "--adapter", "owner/adapter", "--model", "gpt-none")
+    assert result.exit_code == 0
+    assert "There is no folder owner/adapter here: asking the hub for that adapter." in result.stderr
+    assert "There is no folder gpt-none here: asking the hub for that model." in result.stderr
+    assert graphmoe("params", "--method", "mixlora", "--model", "tiny").stderr == ""
+    assert len(asked) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -180,13 +181,44 @@ def test_a_model_larger_than_the_machine(monkeypatch, tmp_path):
     assert "the model takes 0.0 GiB in float32, cpu has 0.0 GiB; ask for fewer layers" in result.stderr
 
 
-def test_a_missing_matplotlib_is_said_before_measuring(monkeypatch, tmp_path):
-    monkeypatch.setattr(profile_options.importlib.util, "find_spec", lambda name: None)
-    result = graphmoe("profile", "--preset", "tiny", "--out", tmp_path / "out")
+@pytest.fixture
+def no_matplotlib(monkeypatch):
+    find_spec = importlib.util.find_spec
+    hidden = lambda name, *rest: None if name == "matplotlib" else find_spec(name, *rest)  # noqa: E731
+    monkeypatch.setattr(profile_options.importlib.util, "find_spec", hidden)
+
+
+def test_a_plot_that_is_asked_for_without_matplotlib_is_refused_before_measuring(no_matplotlib, tmp_path):
+    result = graphmoe("profile", "--preset", "tiny", "--plot", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "pip install 'graphmoe[bench]'" in result.stderr
     assert "--no-plot" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_a_profile_is_written_and_says_that_it_has_no_plot(no_matplotlib, tmp_path):
+    """The first command of the documentation ended in an error after `pip install '.[train]'`."""
+    size = ("--preset", "tiny", "--layers", 1, "--seq", 4, "--rounds", 0, "--phase", "prefill", "--repetitions", 1)
+    result = graphmoe("profile", *size, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "No profile.png: matplotlib is not installed; it comes with pip install 'graphmoe[bench]'." in result.stdout
+    assert (tmp_path / "profile.md").exists()
+    assert not (tmp_path / "profile.png").exists()
+    assert "profile.png" not in graphmoe("profile", *size, "--no-plot", "--out", tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--preset", "tiny", "--device", "cuda"), "PyTorch sees no CUDA device here"),
+        (("--model", "./nowhere"), "there is no folder ./nowhere"),
+    ],
+)
+def test_a_missing_matplotlib_hides_no_other_error(arguments, said, no_matplotlib, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = graphmoe("profile", *arguments, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert said in result.stderr
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):

@@ -84,7 +84,7 @@ def test_dropout_masks_on_cuda_are_those_of_the_reference(backend: str) -> None:
     def run(tensors, seed, backend):
         gate, up, low, gate_B, up_B, *rest = tensors
         operands = ExpertOperands(GateUp(gate, up), low, GateUp(gate_B, up_B), *rest, dropout=Dropout(0.5, seed))
-        return expert_swiglu(operands, backend=backend)
+        return expert_swiglu(operands, scale=1.0, backend=backend)
 
     on_cpu = run(arguments, seed, "reference")
     on_cuda = run([a.cuda() for a in arguments], seed.cuda(), backend)

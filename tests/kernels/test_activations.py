@@ -11,6 +11,7 @@ from graphmoe_kernels import (
     ACTIVATIONS,
     GateUp,
     RethinkingSpec,
+    activations,
     get_activation,
     register_activation,
     rethink_folded,
@@ -94,9 +95,30 @@ def test_registered_activation_works_end_to_end():
 def test_taken_name_is_refused(taken):
     """A registered activation never changes its meaning, whether the name is an entry or an alias."""
     before = get_activation(taken)
-    with pytest.raises(ValueError, match=f"'{taken}' is registered already; choose another"):
+    with pytest.raises(ValueError, match=f"'{taken}' is registered already, with other functions; choose another"):
         register_activation(taken, torch.sin, torch.cos)
     assert get_activation(taken) is before
+
+
+def test_the_same_functions_again_change_nothing(monkeypatch):
+    """A notebook's cell runs twice, and makes new functions of the same code; what reads another value is another."""
+    monkeypatch.setattr(activations, "ACTIVATIONS", dict(ACTIVATIONS))
+
+    def made(power):
+        namespace = {}
+        exec("f = lambda x: x**3\ndef g(x):\n    return 3 * x**2", shared, namespace)
+        return namespace["f"], namespace["g"] if power == 3 else lambda x: power * x
+
+    shared = {}
+    first, again, other = made(3), made(3), made(4)
+    register_activation("test_again", *first)
+    register_activation("test_again", *again)
+    assert first[0] is not again[0]
+    assert activations.ACTIVATIONS["test_again"][:2] == first
+    assert activations.ACTIVATIONS["test_again"].is_function(again[0])
+    assert not activations.ACTIVATIONS["test_again"].is_function(again[1])
+    with pytest.raises(ValueError, match="'test_again' is registered already, with other functions"):
+        register_activation("test_again", *other)
 
 
 def test_unknown_name_lists_the_known_ones():

@@ -170,7 +170,7 @@ def test_the_counter_refuses_what_it_cannot_see(part):
             topk_softmax_routing(low, 2, backend="triton")
         elif part == "experts":
             operands = ExpertOperands(GateUp(wide, wide), low, GateUp(e.gate_B, e.up_B), e.down_A, weights, experts)
-            expert_swiglu(operands, backend="triton")
+            expert_swiglu(operands, scale=2.0, backend="triton")
         else:
             gru_step(wide, None, None, None, torch.zeros(16, 16, device=device), low[0], backend="triton")
 

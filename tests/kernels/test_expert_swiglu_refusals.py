@@ -19,7 +19,7 @@ REFUSALS = [
     (
         {"low": torch.zeros(9, 15)},
         ValueError,
-        r"low must be \[9, 30\] for 9 tokens, F=21, 5 experts of rank 3 \(by down_A\) and k=2; got \[9, 15\]",
+        r"low must be \[9, 30\] for 9 tokens, F=21, 5 experts of rank 3 \(by B and down_A\) and k=2; got \[9, 15\]",
     ),
     ({"low": torch.zeros(8, 30)}, ValueError, r"low must be \[9, 30\].*got \[8, 30\]"),
     ({"low_update": torch.zeros(9, 15)}, ValueError, r"low_update must be \[9, 30\].*got \[9, 15\]"),
@@ -55,6 +55,13 @@ REFUSALS = [
     ({"gate_B": torch.zeros(5, 3, 21)}, ValueError, r"B.gate must be \[5, 21, 3\].*got \[5, 3, 21\]"),
     ({"up_B": torch.zeros(4, 21, 3)}, ValueError, r"B.up must be \[5, 21, 3\].*got \[4, 21, 3\]"),
     ({"down_A": torch.zeros(5, 3, 20)}, ValueError, r"down_A must be \[5, 3, 21\].*got \[5, 3, 20\]"),
+    # One tensor that is wrong is the one that is named, also where others could be measured by it.
+    ({"down_A": torch.zeros(5, 21, 3)}, ValueError, r"^down_A must be \[5, 3, 21\].*got \[5, 21, 3\]"),
+    ({"down_A": torch.zeros(4, 3, 21)}, ValueError, r"^down_A must be \[5, 3, 21\].*got \[4, 3, 21\]"),
+    ({"gate_B": torch.zeros(5, 21, 4)}, ValueError, r"^B.gate must be \[5, 21, 3\].*got \[5, 21, 4\]"),
+    ({"gate": torch.zeros(9, 20)}, ValueError, r"^pre_activations.gate must be \[9, 21\].*got \[9, 20\]"),
+    ({"gate": torch.zeros(8, 21)}, ValueError, r"^pre_activations.gate must be \[9, 21\].*got \[8, 21\]"),
+    ({"state": torch.zeros(9, 7)}, ValueError, r"^update.state must be \[9, 6\].*got \[9, 7\]"),
     ({"routing_weights": torch.zeros(9, 3)}, ValueError, r"routing_weights must be \[9, 2\].*got \[9, 3\]"),
     ({"expert_ids": torch.zeros(8, 2).long()}, ValueError, r"expert_ids must be \[9, 2\].*got \[8, 2\]"),
     ({"state": torch.zeros(8, 6)}, ValueError, r"update.state must be \[9, 6\].*got \[8, 6\]"),
@@ -116,7 +123,7 @@ REFUSALS = [
         TypeError,
         "expert_ids must be integers .*, got torch.complex64",
     ),
-    ({"state": torch.tensor(1.0)}, ValueError, r"update.state must be \[9, 0\].*got \[\]"),
+    ({"state": torch.tensor(1.0)}, ValueError, r"update.state must be \[9, 6\].*got \[\]"),
     ({"scale": float("nan")}, ValueError, "scale must be a finite number, got nan"),
     ({"scale": "1.5"}, TypeError, "scale must be a number, got '1.5'"),
     ({"dropout": "0.1"}, TypeError, "dropout.rate must be a number, got '0.1'"),
@@ -157,13 +164,19 @@ UPDATE = LowRankUpdate(torch.zeros(9, 6), torch.zeros(21, 6), torch.zeros(21, 6)
 def test_operands_of_another_type_are_refused(change, message):
     """What belongs together comes together, under its own names."""
     with pytest.raises(TypeError, match=message):
-        expert_swiglu(packed(cast(operands(inner=6), torch.float32))._replace(**change))
+        expert_swiglu(packed(cast(operands(inner=6), torch.float32))._replace(**change), scale=1.0)
 
 
 def test_what_is_no_operands_is_refused():
     """A dict of the same tensors, as the operator's flat form might suggest."""
     with pytest.raises(TypeError, match="operands must be ExpertOperands, got dict"):
-        expert_swiglu(operands())
+        expert_swiglu(operands(), scale=1.0)
+
+
+def test_a_forgotten_scale_is_refused():
+    """It was 1 by default, which is another adapter's result, without a word."""
+    with pytest.raises(TypeError, match="scale"):
+        expert_swiglu(packed(operands()))
 
 
 SWIGLU_REFUSALS = [
@@ -171,6 +184,7 @@ SWIGLU_REFUSALS = [
     (PAIR, tuple(UPDATE), TypeError, "update must be LowRankUpdate or None, got tuple"),
     (PAIR._replace(gate=torch.zeros(21)), None, ValueError, r"expected pre_activations.gate \[tokens, F\]; got \[21\]"),
     (PAIR._replace(up=torch.zeros(9, 20)), None, ValueError, r"pre_activations.up must be \[9, 21\].*got \[9, 20\]"),
+    (PAIR._replace(gate=torch.zeros(9, 20)), UPDATE, ValueError, r"pre_activations.gate must be \[9, 21\].*\[9, 20\]"),
     (PAIR._replace(up=torch.zeros(9, 21).int()), None, TypeError, "pre_activations.up must be floating point"),
     (
         PAIR._replace(up=PAIR.up.to("meta")),
@@ -209,7 +223,8 @@ from graphmoe_kernels import ExpertOperands, GateUp, expert_swiglu
 gate, low, B = torch.zeros(2, 16), torch.zeros(2, 8), torch.zeros(2, 16, 2)
 ones, ids = torch.ones(2, 1), torch.zeros(2, 1).long()
 try:
-    expert_swiglu(ExpertOperands(GateUp(gate, gate), low, GateUp(B, B), B.mT, ones, ids), backend="triton")
+    operands = ExpertOperands(GateUp(gate, gate), low, GateUp(B, B), B.mT, ones, ids)
+    expert_swiglu(operands, scale=1.0, backend="triton")
 except ValueError as error:
     print(error)
 """

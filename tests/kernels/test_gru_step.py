@@ -101,6 +101,9 @@ REFUSALS = [
     ({"state": None, "total": None}, ValueError, "state and total missing: .* or all None in the first round"),
     ({"inputs": [0.0] * 15}, TypeError, "inputs must be a tensor, got list"),
     ({"state": 0}, TypeError, "state must be a tensor, got int"),
+    # One tensor that is wrong is the one that is named, also where it is the first.
+    ({"candidate_bias": torch.zeros(4)}, ValueError, r"^candidate_bias must be \[5\].*width 5.*got \[4\]"),
+    ({"inputs": torch.zeros(3, 15)}, ValueError, r"^inputs must be \[4, 15\].*got \[3, 15\]"),
     ({"candidate_bias": None}, TypeError, "candidate_bias must be a tensor, got NoneType"),
     ({"candidate_bias": torch.zeros(0)}, ValueError, r"the GRU's width of at least 1; got \[0\]"),
     ({"candidate_activation": ["tanh"]}, ValueError, r"candidate_activation \['tanh'\]; expected one of 'sigmoid'"),

@@ -5,7 +5,15 @@ import functools
 import pytest
 import torch
 
-from graphmoe_kernels import FoldCache, LayerWeights, RethinkingSpec, rethink, rethink_folded, rethink_literal
+from graphmoe_kernels import (
+    ExpertWeights,
+    FoldCache,
+    LayerWeights,
+    RethinkingSpec,
+    rethink,
+    rethink_folded,
+    rethink_literal,
+)
 from tests.kernels.cases import ODD, layer
 
 BASE = RethinkingSpec(rounds=3, top_k=2, scale=1.5)
@@ -18,6 +26,7 @@ def tokens(count: int) -> torch.Tensor:
 REFUSALS = [
     ({"rounds": 0}, {}, "rounds must be at least 1, got 0"),
     ({"rounds": 3}, {"gru": None}, r"rounds=3 needs GRU weights; there are none \(rounds=1 needs none\)"),
+    ({"rounds": 1}, {}, "rounds=1 has no step between rounds and would ignore the GRU weights; pass gru=None"),
     ({"candidate_input": "y"}, {}, "candidate_input 'y'; expected one of 'expert_output', 'hidden_state'"),
     ({"candidate_activation": "relu"}, {}, "candidate_activation 'relu'; expected one of 'sigmoid', 'tanh'"),
     ({"activation": "swoosh"}, {}, "unknown activation 'swoosh'; known are"),
@@ -111,8 +120,25 @@ WEIGHT_REFUSALS = {
         r"up_A must be \[5, 3, 13\] .*got \[5, 2, 13\]",
     ),
     "B of one expert": (("experts.lora", {"gate_B": lambda t: t[0]}), "gate_B must have three dimensions"),
-    "no experts": (("experts.lora", {"gate_A": lambda t: t[:0]}), "got 0 experts, D=13 and F=21"),
-    "F = 0": (("experts.lora", {"gate_B": lambda t: t[:, :0]}), "got 5 experts, D=13 and F=0"),
+    "no experts": (
+        ("experts.lora", dict.fromkeys(ExpertWeights._fields[:6], lambda t: t[:0])),
+        "got 0 experts, D=13 and F=21",
+    ),
+    "F = 0": (
+        ("base", {"gate": lambda t: t[:0], "up": lambda t: t[:0], "down": lambda t: t[:, :0]}),
+        "got 5 experts, D=13 and F=0",
+    ),
+    # One tensor that is wrong is the one that is named, also where it is the first.
+    "gate_A of another D": (
+        ("experts.lora", {"gate_A": lambda t: t[:, :, 1:]}),
+        r"^gate_A must be \[5, 3, 13\] for .*D=13 and F=21; got \[5, 3, 12\]",
+    ),
+    "gate_A of another rank": (("experts.lora", {"gate_A": lambda t: t[:, 1:]}), r"^gate_A must be \[5, 3, 13\]"),
+    "gate_A of fewer experts": (("experts.lora", {"gate_A": lambda t: t[1:]}), r"^gate_A must be \[5, 3, 13\]"),
+    "gate_B of another F": (("experts.lora", {"gate_B": lambda t: t[:, 1:]}), r"^gate_B must be \[5, 21, 3\]"),
+    "gate_B without columns": (("experts.lora", {"gate_B": lambda t: t[:, :0]}), r"^gate_B must be \[5, 21, 3\]"),
+    "base.gate transposed": (("base", {"gate": lambda t: t.T}), r"^base.gate must be \[21, 13\]"),
+    "bias of a narrower GRU": (("gru", {"candidate_bias": lambda t: t[1:]}), r"^gru.candidate_bias must be \[6\]"),
     "experts as integers": (
         ("experts.lora", {"down_B": lambda t: t.long()}),
         "down_B must be floating point, got torch.int64",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from graphmoe_kernels import topk_softmax_routing
+from graphmoe_kernels.routing.triton.launch_backward import PRODUCT_EXPERTS
 from graphmoe_kernels.testing import SLACK, relative_error, within_budget
 from tests.interpreter import grid_order
 from tests.kernels.lowered_products import precision
@@ -187,14 +188,30 @@ def test_repetition_is_bit_equal():
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_gradients_stay_fp32_where_products_do_not():
-    """The kernel's product is fp32 by itself; those of its backward are PyTorch's, which obey a setting."""
-    given = arguments(65, 72, 5, torch.float32, torch.float32)
+@pytest.mark.parametrize("dtype, router_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)])
+@pytest.mark.parametrize("tokens, width, experts", [(330, 72, 8), (40, 1040, 1), (170, 40, 64), (3, 130, 65)])
+def test_gradients_of_many_tokens_and_columns(tokens, width, experts, dtype, router_dtype):
+    """Tokens in several splits, which are added up; columns in several programs; more experts than the kernels take."""
+    given = arguments(tokens, width, experts, dtype, router_dtype, offset=False)
+    top_k, upstream = min(experts, 8), ("logits", "routing_weights")
+    found = run(given, top_k, upstream, backend="triton")
+    literal = run(given, top_k, upstream, backend="reference")
+    exact = run(given, top_k, upstream, dtype=torch.float64, backend="reference")
+    for name in ("d_x", "d_router"):
+        errors = relative_error(found[name], exact[name]), relative_error(literal[name], exact[name])
+        assert found[name].dtype == literal[name].dtype
+        assert within_budget(*errors, found[name].dtype), (name, *errors)
+
+
+@pytest.mark.parametrize("experts", [5, 70])
+def test_gradients_stay_fp32_where_products_do_not(experts):
+    """The kernels' products are fp32 by themselves; those with more experts are PyTorch's, which obey a setting."""
+    given = arguments(65, 72, experts, torch.float32, torch.float32)
     exact = run(given, 2, dtype=torch.float64, backend="reference")
     plain = run(given, 2, backend="triton")
     with precision("high") as mode:
         lowered = run(given, 2, backend="triton")
-    assert mode.seen
+    assert bool(mode.seen) == (experts > PRODUCT_EXPERTS)
     for name in ("d_x", "d_router"):
         errors = relative_error(lowered[name], exact[name]), relative_error(plain[name], exact[name])
         assert errors[0] <= 2 * errors[1] + 1e-8, (name, *errors)

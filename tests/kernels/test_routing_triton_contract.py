@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphmoe_kernels import route_tokens
+from graphmoe_kernels.aot.trace import traced
 from graphmoe_kernels.launching import recorded, stubbed
 from graphmoe_kernels.routing import run
 from graphmoe_kernels.routing.triton import launch
@@ -93,9 +94,50 @@ def test_opcheck(normalize):
     torch.library.opcheck(ops.route, (given["x"], given["router"], None, 2, normalize))
     torch.library.opcheck(ops.topk_softmax, (given["offset"], 2, normalize))
     logits, weights, experts = (t.detach() for t in ops.route(*given.values(), 2, normalize))
-    for d_logits in (None, torch.randn_like(logits)):
-        upstream = (torch.randn_like(weights), d_logits)
-        torch.library.opcheck(ops.routing_backward, (*upstream, logits, experts, normalize))
+    x, router = given["x"].detach(), given["router"].detach()
+    d_weights, d_logits = torch.randn_like(weights), torch.randn_like(logits)
+    for upstream, wanted in (
+        ((d_weights, None), (x, router)),
+        ((d_weights, d_logits), (None, router)),
+        ((None, d_logits), (x, None)),
+    ):
+        settings = (normalize, x.dtype, d_weights is upstream[0])
+        torch.library.opcheck(ops.routing_backward, (*upstream, logits, experts, *wanted, *settings))
+
+
+# Gradients that arrive; inputs that need one; launches. d_logits alone is all there is of the logits' gradient.
+LAUNCHES = [
+    ("routing_weights logits", "x router offset", ["routing_backward", "routing_backward_router", "sum"]),
+    ("routing_weights", "x router", ["routing_backward", "routing_backward_router", "sum"]),
+    ("routing_weights", "x", ["routing_backward"]),
+    ("routing_weights", "router", ["routing_backward", "routing_backward_router", "sum"]),
+    ("routing_weights", "offset", ["routing_backward"]),
+    ("logits", "x router offset", ["routing_backward", "routing_backward_router", "sum"]),
+    ("logits", "x", ["routing_backward"]),
+    ("logits", "router", ["routing_backward_router", "sum"]),
+    ("logits", "offset", []),
+]
+
+
+@pytest.mark.parametrize("upstream, wanted, expected", LAUNCHES)
+def test_launches_of_a_backward(upstream, wanted, expected):
+    """No more than is asked for, and no copy or cast of x: one launch for the logits' gradient and x's, one for the
+    router's, and a sum where several programs share its tokens."""
+    x = torch.empty(8192, 96, dtype=torch.bfloat16, device="meta")
+    given = {"x": x, "router": torch.empty(8, 96, device="meta"), "offset": torch.empty(8192, 8, device="meta")}
+    for name in wanted.split():
+        given[name].requires_grad_()
+    with traced("sm_90") as steps:
+        found = dict(
+            zip(("logits", "routing_weights"), torch.ops.graphmoe.route(*given.values(), 2, True), strict=False)
+        )
+        outputs = [found[name] for name in upstream.split()]
+        grads = torch.autograd.grad(
+            outputs, [given[name] for name in wanted.split()], [torch.empty_like(output) for output in outputs]
+        )
+    assert [step.name for step in steps] == ["routing_forward", *expected]
+    for grad, name in zip(grads, wanted.split(), strict=True):
+        assert (grad.shape, grad.dtype) == (given[name].shape, given[name].dtype)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -8,9 +8,11 @@ import re
 import pytest
 from peft import PeftModel
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from graphmoe_cli.runs.convert import run
 from graphmoe_model.conversion import from_moe_peft, write_adapter
+from graphmoe_model.demo.base import make_tokenizer
 from tests.model.peer_format import peer_settings, write_peer
 from tests.model.tiny_models import logits, tiny_model
 
@@ -99,7 +101,7 @@ def test_an_adapter_is_upgraded_in_its_own_folder(tmp_path):
     """Read as a whole before anything is written."""
     folder = tmp_path / "ours"
     converted(write_peer(tmp_path / "theirs", peer_settings("MIXLORA")), folder)
-    with pytest.raises(FileExistsError, match="is not empty"):
+    with pytest.raises(FileExistsError, match=r"is not empty; name a new folder, or add --overwrite$"):
         converted(folder, folder, rounds=2)
     converted(folder, folder, rounds=2, overwrite=True)
     assert sorted(path.name for path in folder.iterdir()) == FILES
@@ -140,6 +142,27 @@ def test_the_summary_of_the_attention_counts_what_was_written(tmp_path):
     text = converted(theirs, tmp_path / "attention", to="attention-lora")
     assert re.search(r"^tensors +16 *$", text, re.MULTILINE)
     assert "mlp" not in text.split("Note:")[0]
+    assert re.search(r"^method +LoRA, PEFT's *$", text, re.MULTILINE)
+    assert "rounds" not in text
+    assert "experts" not in text
+
+
+@pytest.mark.parametrize("to", ["graphmoe", "peft"])
+def test_the_tokenizer_beside_an_adapter_comes_along(to, tmp_path):
+    """`AutoTokenizer.from_pretrained(adapter)` is what the README loads it by. A run's state stays where it was."""
+    theirs = write_peer(tmp_path / "theirs", peer_settings("LORA"))
+    make_tokenizer(seed=0).save_pretrained(theirs)
+    (theirs / "chat_template.jinja").write_text("{{ messages }}")
+    (theirs / "training_args.bin").write_text("x")
+    text = converted(theirs, tmp_path / "ours")
+    assert "copied beside it: chat_template.jinja, tokenizer" in text
+    target = tmp_path / "ours"
+    if to == "peft":
+        target = tmp_path / "peft"
+        converted(tmp_path / "ours", target, to=to)
+    assert AutoTokenizer.from_pretrained(target)("a b").input_ids
+    assert (target / "chat_template.jinja").exists()
+    assert not (target / "training_args.bin").exists()
 
 
 def test_a_pattern_is_no_markup(tmp_path):

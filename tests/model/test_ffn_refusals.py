@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from graphmoe_model import FusedGraphMoEFFN
 from tests.model.small_mlps import D, F, config, ffn, hidden_states, llama_mlp
+from tests.model.tiny_models import tiny_config, tiny_model
 
 
 def test_two_active_adapters_are_refused():
@@ -35,6 +36,7 @@ def test_merging_is_refused(refused):
             TypeError,
             "x is torch.bfloat16, the layer's weights are torch.float32",
         ),
+        ([1, 2], TypeError, rf"x must be a tensor of hidden states \[..., {D}\], got list"),
         (torch.zeros(2, D, dtype=torch.long), TypeError, "x must be floating point, got torch.int64; pass hidden"),
         (torch.zeros(2, D + 1), ValueError, rf"hidden size {D} as its last dimension, got \[2, {D + 1}\]"),
         (torch.zeros(D, 2), ValueError, rf"hidden size {D} as its last dimension, got \[{D}, 2\]"),
@@ -119,3 +121,19 @@ def test_another_methods_config_is_refused():
     """LoraConfig is the parent class, so it gets far before anything fails."""
     with pytest.raises(TypeError, match="config must be a GraphMoEConfig, got LoraConfig"):
         FusedGraphMoEFFN(llama_mlp(), LoraConfig())
+
+
+@pytest.mark.parametrize("of", ["model", "layer"])
+def test_a_plain_lora_is_told_first_how_it_is_merged(of):
+    """ "Which experts run depends on the input" is untrue of it; `test_a_lora_that_was_trained_here_is_merged_as_pefts`
+    goes the way that is named."""
+    model = get_peft_model(tiny_model(), tiny_config(method="lora", rounds=1, num_experts=None))
+    with pytest.raises(NotImplementedError) as refused:
+        model.merge_and_unload() if of == "model" else model.get_submodule(
+            "base_model.model.model.layers.0.mlp"
+        ).merge()
+    text = str(refused.value)
+    assert "depends on the input" not in text
+    steps = ["save_pretrained", "graphmoe convert ADAPTER TARGET --to peft", "PeftModel.from_pretrained", "merge_and_"]
+    places = [text.index(step) for step in steps]
+    assert places == sorted(places)

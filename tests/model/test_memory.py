@@ -202,9 +202,21 @@ def test_the_command_asks_for_what_its_options_say(asked):
     assert base.to_dict() == model_config("tiny").to_dict()
     assert given == {"gpus": 4, "tokens": 16, "checkpointing": False}
     printed = json.loads(result.stdout)
-    assert (printed["model"], list(printed["bytes"])) == ("tiny", ["ddp", "zero3"])
-    assert printed["bytes"]["ddp"]["total"] == 28 * 10**9
-    assert printed["bytes"]["ddp"]["folds kept in evaluation"] == 5 * 10**8
+    (adapter,) = printed["adapters"]
+    assert (printed["model"], adapter["name"], list(adapter["bytes"])) == ("tiny", "mixlora", ["ddp", "zero3"])
+    assert adapter["bytes"]["ddp"]["total"] == 28 * 10**9
+    assert adapter["bytes"]["ddp"]["folds kept in evaluation"] == 5 * 10**8
+
+
+def test_several_presets_have_a_table_each(asked):
+    """As in `graphmoe params`, whose --preset takes a list."""
+    result = graphmoe("--model", "tiny", "--preset", "lora", "mixlora", "--strategy", "ddp", "--r", "4")
+    assert result.exit_code == 0, result.output
+    assert [config.to_dict() for config, *_ in asked] == [
+        GraphMoEConfig.from_preset(name, r=4).to_dict() for name in ("lora", "mixlora")
+    ]
+    titles = [line for line in result.stdout.splitlines() if "to train" in line]
+    assert [title.split(" on tiny")[0].rpartition("to train ")[2] for title in titles] == ["LoRA", "MixLoRA"]
 
 
 def test_the_command_prints_a_table_of_all_strategies(asked):

@@ -15,16 +15,16 @@ MAX_EXPERTS = 256  # a row's experts are handled in registers, all at once
 Kind = tuple[Any, dict[str, Any]]
 
 
-def blocks(config: Config, num_experts: int) -> Config:
+def blocks(config: Config, num_experts: int, elements: int = 2048) -> Config:
     """A kernel's configuration with BLOCK_E, which holds all experts.
 
-    Beside it a block over tokens has no more than 2048 elements, but 16 rows, as matrix instructions take; so with more
-    than 128 experts eight warps share what four cannot hold. A program of one token multiplies without them, and has a
-    block over columns of 16,384 elements.
+    Beside it a block over tokens or columns has no more than ``elements``, but 16 rows, as matrix instructions take; so
+    with more than 128 experts eight warps share what four cannot hold. A program of one token multiplies without them,
+    and has a block over columns of 16,384 elements.
     """
     alone = config["BLOCK_M"] == 1
     block_experts = max(1 if alone else 16, power_of_two(num_experts))
-    largest = max(1 if alone else 16, (16384 if alone else 2048) // block_experts)
+    largest = max(1 if alone else 16, (16384 if alone else elements) // block_experts)
     bounded = {name: min(size, largest) for name, size in config.items() if name.startswith("BLOCK_")}
     warps = max(config["num_warps"], 8) if block_experts > 128 else config["num_warps"]
     return {**config, **bounded, "BLOCK_E": block_experts, "num_warps": warps}
@@ -32,20 +32,28 @@ def blocks(config: Config, num_experts: int) -> Config:
 
 def kind(name: str, num_tokens: int, dtype: torch.dtype, device: torch.device, *sizes: Any) -> Kind:
     """The kernel called ``name`` and the constants of its launches; ``sizes`` are n, k and whether to normalise."""
-    return _kind(name, 1 if num_tokens <= SKINNY_TOKENS else SKINNY_TOKENS + 1, dtype, device, *sizes)
+    return _kind(name, class_tokens(num_tokens), dtype, device, *sizes)
+
+
+def class_tokens(num_tokens: int) -> int:
+    """One number of tokens for all of a size class: what is kept for the class is kept once."""
+    return 1 if num_tokens <= SKINNY_TOKENS else SKINNY_TOKENS + 1
 
 
 @per_device
 def _kind(
     name: str, num_tokens: int, dtype: torch.dtype, device: torch.device, num_experts: int, top_k: int, normalize: bool
 ) -> Kind:
-    from graphmoe_kernels.routing.triton import backward, forward
+    from graphmoe_kernels.routing.triton import forward
 
-    constants = {"NORMALIZE": normalize, "NUM_EXPERTS": num_experts, "TOP_K": top_k}
-    if name != "routing_backward":
-        constants["TOP_K_PADDED"] = power_of_two(top_k)
-    kernel = getattr(backward if name == "routing_backward" else forward, name)
-    return kernel, constants | blocks(kernel_config(name, num_tokens, dtype, device), num_experts)
+    constants = {
+        "NORMALIZE": normalize,
+        "NUM_EXPERTS": num_experts,
+        "TOP_K": top_k,
+        "TOP_K_PADDED": power_of_two(top_k),
+    }
+    config = kernel_config(name, num_tokens, dtype, device)
+    return getattr(forward, name), constants | blocks(config, num_experts)
 
 
 def route(
@@ -101,26 +109,3 @@ def topk_softmax(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, T
         **constants,
     )
     return routing_weights, expert_ids
-
-
-def backward(
-    d_routing_weights: Tensor, d_logits: Tensor | None, logits: Tensor, expert_ids: Tensor, normalize: bool
-) -> Tensor:
-    """Return the gradient of fp32 ``logits`` [N, n] from that of the weights and what arrives at them directly."""
-    num_tokens, num_experts = logits.shape
-    top_k, device = expert_ids.shape[1], logits.device
-    total = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=device)
-    kernel, constants = kind("routing_backward", num_tokens, logits.dtype, device, num_experts, top_k, normalize)
-    launch(
-        kernel,
-        (-(-num_tokens // constants["BLOCK_M"]),),
-        d_routing_weights.contiguous(),
-        None if d_logits is None else d_logits.contiguous(),
-        logits.contiguous(),
-        expert_ids,
-        total,
-        num_tokens,
-        device=device,
-        **constants,
-    )
-    return total
