@@ -14,6 +14,7 @@ from graphmoe_cli.evaluate import compare, evaluate
 from graphmoe_cli.memory import memory
 from graphmoe_cli.params import params
 from graphmoe_cli.profile import profile
+from graphmoe_cli.train import train
 
 app = typer.Typer(
     name="graphmoe",
@@ -29,6 +30,7 @@ app.command()(convert)
 app.add_typer(data)
 app.command(name="eval", cls=ListCommand)(evaluate)
 app.command()(compare)
+app.command(cls=ListCommand)(train)
 
 
 def _show_version(asked: bool) -> None:

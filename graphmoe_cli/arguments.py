@@ -108,10 +108,16 @@ def _no_commas(ctx: Any, option: str | None, value: str) -> None:
 
 
 @contextmanager
-def one_line_errors(command: str) -> Iterator[None]:
-    """End what the user can mend in one line and status 2; anything else is a fault here and keeps its traceback."""
+def one_line_errors(command: str, said: bool = True) -> Iterator[None]:
+    """End what the user can mend in one line and status 2; anything else is a fault here and keeps its traceback.
+
+    Args:
+        command: its name.
+        said: whether the line is printed; of many processes that refuse the same the first alone says so.
+    """
     try:
         yield
     except (ValueError, OSError, MemoryError) as error:
-        typer.echo(f"graphmoe {command}: error: {error}", err=True)
+        if said:
+            typer.echo(f"graphmoe {command}: error: {error}", err=True)
         raise typer.Exit(2) from error

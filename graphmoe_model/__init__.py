@@ -3,6 +3,7 @@
 from graphmoe_model.config import GraphMoEConfig, GraphMoEPeftType
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.layers.mlp_layouts import MLPLayout, register_mlp_layout
+from graphmoe_model.parameters.groups import optimizer_groups
 from graphmoe_model.registration import register
 from graphmoe_model.routing.callback import RouterLossCallback
 from graphmoe_model.routing.expert_load import collect_routing
@@ -21,6 +22,7 @@ __all__ = [
     "RouterLossCallback",
     "collect_routing",
     "create_loraplus_optimizer",
+    "optimizer_groups",
     "register_mlp_layout",
     "router_loss",
 ]

@@ -1,4 +1,4 @@
-"""How many parameters an adapter trains, by component: counted on a model, or from a config without its weights."""
+"""What an adapter trains, by component: counted on a model or from a config without weights, and as optimizer groups."""
 
 from graphmoe_model.parameters.counting import (
     COMPONENTS,
@@ -6,5 +6,6 @@ from graphmoe_model.parameters.counting import (
     adapter_parameters,
     parameters_by_component,
 )
+from graphmoe_model.parameters.groups import optimizer_groups
 
-__all__ = ["COMPONENTS", "AdapterParameters", "adapter_parameters", "parameters_by_component"]
+__all__ = ["COMPONENTS", "AdapterParameters", "adapter_parameters", "optimizer_groups", "parameters_by_component"]

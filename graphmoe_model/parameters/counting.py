@@ -44,12 +44,17 @@ class AdapterParameters(NamedTuple):
 
 def parameters_by_component(model: nn.Module) -> dict[str, int]:
     """Count a model's trainable parameters by component, all of `COMPONENTS`; each is in exactly one."""
-    mlps = {name for name, module in model.named_modules() if isinstance(module, FusedGraphMoEFFN)}
     found = dict.fromkeys(COMPONENTS, 0)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            found[_component(name.split("."), mlps)] += true_shape(parameter).numel()
+    parameters = dict(model.named_parameters())
+    for name, component in components_by_name(model).items():
+        found[component] += true_shape(parameters[name]).numel()
     return found
+
+
+def components_by_name(model: nn.Module) -> dict[str, str]:
+    """Name the component, of `COMPONENTS`, of each of a model's trainable parameters."""
+    mlps = {name for name, module in model.named_modules() if isinstance(module, FusedGraphMoEFFN)}
+    return {name: _component(name.split("."), mlps) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _component(path: list[str], mlps: set[str]) -> str:

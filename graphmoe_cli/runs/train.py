@@ -1,0 +1,67 @@
+"""What ``graphmoe train`` does: read the questions, train, and say how it ended."""
+
+from __future__ import annotations
+
+import shlex
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from graphmoe_model.questions import Question, load_questions
+from graphmoe_model.training import TrainingRecipe, TrainingResult, train
+from graphmoe_model.training.callbacks import duration
+
+
+def run(recipe: TrainingRecipe, *, resume: bool, console: Console) -> TrainingResult:
+    """Train by a recipe and print a small table.
+
+    Raises:
+        ValueError: whatever is wrong with one of the options, the questions, the model or the folder.
+    """
+    questions = _questions(recipe.data, "train")
+    evaluation = _questions(recipe.eval_data or (), "validation")
+    result = train(
+        recipe, questions, evaluation, resume=resume, say=lambda line: console.print(Text(line), soft_wrap=True)
+    )
+    console.print(_table(recipe, result))
+    console.print(Text(f"Adapter, recipe.yaml and train_result.json: {recipe.output}"), soft_wrap=True)
+    console.print(Text(f"Evaluate it: {_eval_command(recipe)}"), soft_wrap=True)
+    return result
+
+
+def _questions(names: tuple[str, ...], split: str) -> list[Question]:
+    return [question for name in names for question in load_questions(name, split).questions]
+
+
+def _table(recipe: TrainingRecipe, result: TrainingResult) -> Table:
+    table = Table(box=box.SIMPLE, show_header=False)
+    rows = {
+        "steps": f"{result.steps:,}" + (f" (from {result.resumed_from:,})" if result.resumed_from else ""),
+        "questions": f"{result.questions:,}" + (f", {result.truncated:,} cut" if result.truncated else ""),
+        "loss, first and last logged": _pair(result.first_loss, result.last_loss),
+        "router loss": _number(result.last_router_loss),
+        "evaluation loss": "none" if result.eval_loss is None else f"{result.eval_loss:.4g} (step {result.best_step})",
+        "time": duration(result.seconds),
+        "peak memory": f"{result.peak_memory / 1e9:.2f} GB",
+        "trainable parameters": f"{result.trainable_parameters:,}",
+        "adapter": f"{result.adapter_bytes / 1e6:.1f} MB",
+    }
+    for name, value in rows.items():
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
+
+
+def _pair(first: float | None, last: float | None) -> str:
+    return f"{_number(first)}, {_number(last)}"
+
+
+def _eval_command(recipe: TrainingRecipe) -> str:
+    data = [shlex.quote(name) for name in recipe.eval_data or recipe.data]
+    words = ["graphmoe eval", "--model", shlex.quote(recipe.model), "--adapter", shlex.quote(recipe.output)]
+    return " ".join([*words, "--data", *data])

@@ -1,0 +1,65 @@
+"""Questions as rows of token ids, put together to batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from graphmoe_model.questions import Question, QuestionEncoder
+from graphmoe_tables.recipe import TrainingRecipe
+
+
+class Rows(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+        dataset: ``input_ids`` and ``labels``; where questions share a row, ``seq_lengths`` too.
+        questions: how many there were.
+        truncated: how many of them lost their start.
+        digest: SHA-256 of all ids and labels before packing, in their order.
+    """
+
+    dataset: Dataset
+    questions: int
+    truncated: int
+    digest: str
+
+
+def make_rows(
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, recipe: TrainingRecipe, *, packing: bool
+) -> Rows:
+    """Encode questions; ``packing`` puts several into one row, none of them cut.
+
+    Raises:
+        ValueError: there are none, or a label is not one token of this tokenizer (`QuestionEncoder.check_labels`).
+    """
+    if not questions:
+        raise ValueError("there are no questions; name a task or a file with at least one by --data (--eval-data)")
+    encoder = QuestionEncoder(tokenizer, recipe.max_length)
+    encoder.check_labels(questions)
+    rows = [encoder.training_row(question, recipe.whole_sequence) for question in questions]
+    digest = hashlib.sha256(json.dumps([[row["input_ids"], row["labels"]] for row in rows]).encode()).hexdigest()
+    columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
+    dataset = Dataset.from_dict(columns)
+    if packing:
+        dataset = pack_dataset(dataset, recipe.max_length, "bfd", {"load_from_cache_file": False})
+    return Rows(dataset, len(rows), encoder.truncated, digest)
+
+
+def make_collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool) -> Any:
+    """Return what makes batches of rows: padded on the right, or packed rows joined without any padding.
+
+    Padding has no label and is left out by the attention mask. The questions of a packed row are kept apart by their
+    position ids, and the first token of each has no label, as what stands before it is another question.
+    """
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if padding is None and not packing:
+        raise ValueError("the tokenizer has neither a padding nor an end token to fill rows with; pass --packing")
+    return DataCollatorForLanguageModeling(padding or 0, padding_free=packing)

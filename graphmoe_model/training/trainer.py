@@ -1,0 +1,112 @@
+"""Transformers' Trainer with the recipe's optimizer groups, and checkpoints that are whole or known not to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from graphmoe_model.parameters import optimizer_groups
+from graphmoe_model.training.run_folder import COMPLETE, PREFIX, complete, rotate
+from graphmoe_tables.recipe import TrainingRecipe
+
+_FSDP2 = {
+    "version": 2,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "reshard_after_forward": True,
+    "state_dict_type": "FULL_STATE_DICT",  # an adapter is saved whole
+}
+
+
+class RecipeTrainer(Trainer):
+    """Trains by a recipe.
+
+    It is Trainer and not TRL's SFTTrainer: the rows are ids and labels already, so what SFTTrainer does to texts has
+    nothing to do, while it would compute the entropy of all logits at every step, hold the adapter of a quantised base
+    in bf16, and under ZeRO-3 force the reentrant kind of checkpointing, which leaves the router loss without a
+    gradient. Packing and the joining of packed rows are TRL's.
+    """
+
+    def __init__(self, recipe: TrainingRecipe, *args: Any, **kwargs: Any) -> None:
+        self.recipe = recipe
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make AdamW over `optimizer_groups`."""
+        if self.optimizer is None:
+            trained = self.model if model is None else model
+            recipe = self.recipe
+            groups = optimizer_groups(
+                trained,
+                learning_rate=recipe.learning_rate,
+                experts=recipe.expert_learning_rate,
+                router=recipe.router_learning_rate,
+                gru=recipe.gru_learning_rate,
+                attention=recipe.attention_learning_rate,
+                weight_decay=recipe.weight_decay,
+            )
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint, mark it as whole, and only then remove older ones."""
+        folder = Path(self.args.output_dir)
+        own = folder / f"{PREFIX}{self.state.global_step}"
+        if self.args.should_save:
+            (own / COMPLETE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            complete(own)
+            rotate(folder, self.recipe.keep_checkpoints, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+
+def make_arguments(recipe: TrainingRecipe, processes: int, steps: int) -> TrainingArguments:
+    """Return Trainer's arguments for a recipe whose machine-dependent fields are set.
+
+    Args:
+        recipe: `graphmoe_model.training.run.fitted` to the machine.
+        processes: how many train together.
+        steps: of the whole run.
+
+    Raises:
+        ValueError: the batch cannot be shared out equally, or Transformers refuses something.
+    """
+    evaluates = recipe.eval_data is not None
+    return TrainingArguments(
+        output_dir=recipe.output,
+        per_device_train_batch_size=recipe.batch // processes,
+        per_device_eval_batch_size=max(1, recipe.batch // processes),
+        gradient_accumulation_steps=recipe.accumulation,
+        max_steps=steps,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        lr_scheduler_type=recipe.scheduler,
+        warmup_steps=round(recipe.warmup * steps),
+        seed=recipe.seed,
+        bf16=bool(recipe.bf16),
+        use_cpu=recipe.use_cpu or not torch.cuda.is_available(),
+        gradient_checkpointing=bool(recipe.gradient_checkpointing),
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        save_strategy="steps",
+        save_steps=recipe.save_steps,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=recipe.save_steps if evaluates else None,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model="eval_loss" if evaluates else None,
+        prediction_loss_only=True,
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,  # with it a loss that is not finite would be logged as an earlier one
+        remove_unused_columns=False,  # packed rows have one that the model does not take but the collator does
+        disable_tqdm=True,
+        report_to="none",  # the callbacks that report come after those that add to the logs
+        ddp_find_unused_parameters=False,
+        fsdp=True if recipe.fsdp else None,
+        fsdp_config=dict(_FSDP2) if recipe.fsdp else None,
+        deepspeed=recipe.deepspeed,
+    )
