@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import sys
 
+from datasets import disable_progress_bars
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers.utils import logging
 
 from graphmoe_model.questions import Question, load_questions
 from graphmoe_model.training import TrainingRecipe, TrainingResult, train
@@ -20,6 +23,9 @@ def run(recipe: TrainingRecipe, *, resume: bool, console: Console) -> TrainingRe
     Raises:
         ValueError: whatever is wrong with one of the options, the questions, the model or the folder.
     """
+    if not sys.stderr.isatty() or console.quiet:  # a file is no place for bars
+        disable_progress_bars()
+        logging.disable_progress_bar()
     questions = _questions(recipe.data, "train")
     evaluation = _questions(recipe.eval_data or (), "validation")
     result = train(
@@ -44,7 +50,7 @@ def _table(recipe: TrainingRecipe, result: TrainingResult) -> Table:
         "router loss": _number(result.last_router_loss),
         "evaluation loss": "none" if result.eval_loss is None else f"{result.eval_loss:.4g} (step {result.best_step})",
         "time": duration(result.seconds),
-        "peak memory": f"{result.peak_memory / 1e9:.2f} GB",
+        "peak memory": "unknown" if result.peak_memory is None else f"{result.peak_memory / 1e9:.2f} GB",
         "trainable parameters": f"{result.trainable_parameters:,}",
         "adapter": f"{result.adapter_bytes / 1e6:.1f} MB",
     }

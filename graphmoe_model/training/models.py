@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from graphmoe_model.base_models import check_is_model, load_config
@@ -82,7 +83,7 @@ def load_model(recipe: TrainingRecipe) -> PeftModel:
             loading["device_map"] = {"": PartialState().local_process_index}
     try:
         base = AutoModelForCausalLM.from_pretrained(recipe.model, **loading)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ValueError(f"cannot load the model {recipe.model!r}: {first_line(error)}") from error
     base.config.use_cache = False
     torch.manual_seed(recipe.seed)

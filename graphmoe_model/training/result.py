@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -33,7 +32,8 @@ class TrainingResult:
         questions: how many were trained on.
         truncated: how many of them lost their start.
         seconds: of training in this process, evaluations and checkpoints included.
-        peak_memory: bytes; on a GPU what PyTorch allocated there, on a CPU the process's.
+        peak_memory: bytes; on a GPU what PyTorch allocated there, on a CPU the process's; None where
+            the system does not tell.
         trainable_parameters: of the adapter.
         adapter_bytes: the size of its weight file.
         conditions: device, dtype, threads, processes, seed and versions.
@@ -49,7 +49,7 @@ class TrainingResult:
     questions: int
     truncated: int
     seconds: float
-    peak_memory: int
+    peak_memory: int | None
     trainable_parameters: int
     adapter_bytes: int
     conditions: dict[str, Any]
@@ -83,10 +83,14 @@ def conditions(device: torch.device, dtype: torch.dtype, processes: int, seed: i
     }
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process had so far."""
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that this process had so far; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # Windows has none
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

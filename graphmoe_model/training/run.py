@@ -134,7 +134,7 @@ def check_data(folder: Path, rows: Rows, evaluation: Rows | None, goes_on: bool)
     file = folder / DATA_FILE
     if goes_on and file.exists() and json.loads(file.read_text(encoding="utf-8")) != _digests(rows, evaluation):
         raise ValueError(
-            f"--output {folder} holds a run on other questions: what --data or --eval-data name has changed since; "
+            f"--output {folder} holds a run on other questions: what --data or --eval-data names has changed; "
             "put it back, or name another folder"
         )
 

@@ -51,6 +51,13 @@ class RecipeTrainer(Trainer):
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train nothing where a run is gone on with whose steps are all done: Trainer would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint, mark it as whole, and only then remove older ones."""
         folder = Path(self.args.output_dir)
@@ -63,6 +70,13 @@ class RecipeTrainer(Trainer):
             complete(own)
             rotate(folder, self.recipe.keep_checkpoints, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+
+def _checkpointing(enabled: bool) -> dict[str, Any]:
+    """Name checkpointing as the installed Transformers does: its newest deprecates "gradient"."""
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    name = next(name for name in names if name in TrainingArguments.__dataclass_fields__)
+    return {name: enabled, f"{name}_kwargs": {"use_reentrant": False} if enabled else None}
 
 
 def make_arguments(recipe: TrainingRecipe, processes: int, steps: int) -> TrainingArguments:
@@ -91,8 +105,7 @@ def make_arguments(recipe: TrainingRecipe, processes: int, steps: int) -> Traini
         seed=recipe.seed,
         bf16=bool(recipe.bf16),
         use_cpu=recipe.use_cpu or not torch.cuda.is_available(),
-        gradient_checkpointing=bool(recipe.gradient_checkpointing),
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        **_checkpointing(bool(recipe.gradient_checkpointing)),
         save_strategy="steps",
         save_steps=recipe.save_steps,
         eval_strategy="steps" if evaluates else "no",

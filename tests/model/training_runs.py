@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
 
 
 def make_base(folder: Path) -> Path:
-    """Save a Llama of two layers with random weights, and a tokenizer of words and letters."""
+    """Save a Llama of one layer with random weights, and a tokenizer of words and letters."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     letters = [f"{letter}." for letter in string.ascii_uppercase] + list(string.ascii_uppercase)
     vocabulary = {word: i for i, word in enumerate([*special, *WORDS, *letters])}
@@ -47,7 +47,7 @@ def make_base(folder: Path) -> Path:
         vocab_size=len(vocabulary),
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=64,
         initializer_range=0.2,
