@@ -17,6 +17,8 @@ from graphmoe_tables.tasks import MODELS, TASKS
 HEAVY = ("torch", "transformers", "peft", "matplotlib", "graphmoe_kernels", "graphmoe_model")
 COMMANDS = ("profile", "params", "memory", "convert", "data", "data fetch", "eval", "compare")
 HELP = ["", "--help", *(f"{name} --help" for name in COMMANDS)]
+HELP = ["", "--help", *(f"{name} --help" for name in ("profile", "params", "memory", "convert", "data", "data fetch"))]
+HELP = ["", "--help", *(f"{name} --help" for name in ("profile", "params", "memory", "convert", "train"))]
 # Command line -> what the refusal says. What a model, a file or a configuration has to be asked for comes later.
 WRONG = {
     "prams": "No such command 'prams'",
@@ -73,6 +75,20 @@ WRONG = {
     "convert a": "Missing argument",
     "convert a b --to gguf": "'gguf' is not one of 'graphmoe'",
     "convert a b --rounds 0": "rounds must be at least 1, got 0",
+    "train --data q --output o": "name the base model by --model, or as model in the file of --config",
+    "train --model m --output o": "name what to train on by --data",
+    "train --model m --data q": "name the adapter's folder by --output",
+    "train --model m --data --output o": "it needs at least one value",
+    "train --model m --data q --output o --learning-rate -1": "(--learning-rate) must be a number above 0 and at most 1",
+    "train --model m --data q --output o --learning-rate nan": "must be a number above 0 and at most 1, got nan",
+    "train --model m --data q --output o --batch 0": "batch (--batch) must be a whole number of at least 1, got 0",
+    "train --model m --data q --output o --scheduler step": "'step' is not one of 'linear', 'cosine', 'constant'",
+    "train --model m --data q --output o --preset mixlor": "unknown preset 'mixlor'; there are lora",
+    "train --model m --data q --output o --max-length 8": "must be a whole number of at least 16, got 8",
+    "train --model m --data q --output o --config none.yaml": "cannot read the recipe none.yaml: No such file",
+    "train --model m --data q --output o --load-in-4bit --load-in-8bit": "--load-in-4bit and --load-in-8bit exclude each",
+    "train --model m --data q --output o --start-from a --r 8": "--start-from has the adapter's own settings; leave out",
+    "train --model m --data q --output o --fsdp --deepspeed zero2.json": "--fsdp and --deepspeed exclude each other",
     "convert a b --to moe-peft --rounds 3": "goes with the format 'graphmoe' alone",
 }
 RUN = """

@@ -1,0 +1,138 @@
+"""``graphmoe train`` as it is called: options reach the run, the end is said, what is wrong ends in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+pytest.importorskip("trl")
+
+from graphmoe_cli import train as command
+from graphmoe_cli.app import app
+from graphmoe_cli.runs import train as runs
+from graphmoe_tables.recipe import TrainingRecipe
+from tests.model import training_runs
+from tests.model.training_runs import SMALL
+
+
+def graphmoe(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A folder with a base model, questions, and a file of small settings."""
+    root = tmp_path_factory.mktemp("train")
+    training_runs.make_base(root / "base")
+    training_runs.write_questions(root / "questions.jsonl", 16)
+    training_runs.write_questions(root / "held_out.jsonl", 5, seed=1)
+    (root / "small.yaml").write_text(yaml.safe_dump({**SMALL, "max_steps": 2}), encoding="utf-8")
+    return root
+
+
+def arguments(root: Path, output: Path, *more: object) -> tuple[object, ...]:
+    small, data = root / "small.yaml", root / "questions.jsonl"
+    return ("train", "--config", small, "--model", root / "base", "--data", data, "--output", output, *more)
+
+
+def test_a_run_from_the_command_line(root, tmp_path):
+    """Log lines where there is no terminal, a table at the end, and the command that evaluates."""
+    result = graphmoe(*arguments(root, tmp_path / "out", "--eval-data", root / "held_out.jsonl", "--rounds", 3))
+    assert result.exit_code == 0, result.output
+    assert "step 1/2: loss " in result.stdout
+    assert "router loss " in result.stdout
+    for name in ("steps", "evaluation loss", "time", "peak memory", "trainable parameters", "adapter"):
+        assert name in result.stdout
+    text = " ".join(result.stdout.split())
+    assert f"graphmoe eval --model {root / 'base'} --adapter {tmp_path / 'out'} --data {root / 'held_out.jsonl'}" in text
+    saved = json.loads((tmp_path / "out" / "train_result.json").read_text(encoding="utf-8"))
+    assert (saved["steps"], saved["questions"]) == (2, 16)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))["rounds"] == 3
+
+    again = graphmoe("train", "--config", tmp_path / "out" / "recipe.yaml", "--output", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "again"))
+    assert one == two
+    resumed = graphmoe("train", "--config", tmp_path / "out" / "recipe.yaml", "--resume")
+    assert resumed.exit_code == 0
+    assert "nothing is left to do" in resumed.stdout
+
+
+WRONG = {
+    "no such file": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    "no such task": (["--data", "boolk"], "boolk"),
+    "an unknown key": (["--config", "KEY"], "unknown key 'learning'; did you mean 'learning_rate'?"),
+    "no such model": (["--model", "./nowhere"], "there is no folder ./nowhere"),
+    "an adapter's settings": (["--top-k", "9"], "top_k=9 exceeds num_experts=4"),
+    "a folder of something else": (["--output", "ROOT"], "holds other files"),
+    "an adapter that is none": (["--start-from", "nowhere", "--config", "EMPTY"], "--start-from nowhere: "),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_ends_in_one_line_and_status_2(case, root, tmp_path):
+    (tmp_path / "KEY").write_text("learning: 1\n", encoding="utf-8")
+    (tmp_path / "EMPTY").write_text("use_cpu: true\n", encoding="utf-8")
+    more, message = WRONG[case]
+    places = {"KEY": tmp_path / "KEY", "EMPTY": tmp_path / "EMPTY", "ROOT": root}
+    given = [places.get(word, word) for word in more]
+    names = [word for word in given if str(word).startswith("--")]
+    kept = list(arguments(root, tmp_path / "out")[1:])
+    kept = [word for pair in zip(kept[::2], kept[1::2], strict=True) if pair[0] not in names for word in pair]
+    result = graphmoe("train", *kept, *given)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.startswith("graphmoe train: error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_every_field_is_an_option_that_reaches_the_run(monkeypatch):
+    """Each with a value of its kind; --no-... where it is true or false."""
+    seen: list[TrainingRecipe] = []
+    monkeypatch.setattr(runs, "run", lambda recipe, **_: seen.append(recipe))
+    values = {"model": "m", "data": "d", "output": "o", "scheduler": "cosine", "report_to": "none"}
+    values |= {"preset": "mixlora", "router_aux_loss_scope": "local", "max_length": 64, "epochs": 3.5, "num_experts": "4"}
+    skip = ("gguf_file", "load_in_8bit", "start_from", "deepspeed")  # exclude others
+    given: list[object] = []
+    expected = {}
+    for field in dataclasses.fields(TrainingRecipe):
+        if field.name in skip:
+            continue
+        kind = field.metadata["field"].kind
+        value = values.get(field.name, {bool: True, int: 7, float: 0.25, str: "x", tuple: "e"}[kind])
+        option = f"--{field.name.replace('_', '-')}"
+        given += [option] if kind is bool else [option, value]
+        expected[field.name] = (value,) if kind is tuple else value
+    result = graphmoe("train", *given)
+    assert result.exit_code == 0, result.output
+    assert {name: getattr(seen[0], name) for name in expected} == expected
+    for name in ("packing", "bf16", "fsdp"):
+        result = graphmoe("train", *given, f"--no-{name}")
+        assert result.exit_code == 0, result.output
+        assert getattr(seen[-1], name) is False
+
+
+def test_help_has_every_option_in_its_group():
+    result = graphmoe("train", "--help")
+    assert result.exit_code == 0
+    for field in dataclasses.fields(TrainingRecipe):
+        assert f"--{field.name.replace('_', '-')}" in result.stdout
+        assert f"─ {field.metadata['field'].panel} ─" in result.stdout
+
+
+def test_a_missing_extra_is_said(monkeypatch):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    result = graphmoe("train", "--model", "m", "--data", "d", "--output", "o")
+    assert result.exit_code == 2
+    assert "training needs trl, accelerate, datasets: pip install 'graphmoe[train]'" in result.stderr
+
+
+def test_of_many_processes_the_first_alone_says_what_is_wrong(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    result = graphmoe("train", "--data", "d", "--output", "o")
+    assert (result.exit_code, result.stderr) == (2, "")
