@@ -68,7 +68,8 @@ def _parameter(name: str, field: Field, default: Any) -> inspect.Parameter:
         show_default=shown,
         **more,
     )
-    annotation = Annotated[kinds[field.kind] | None, info]
+    optional: Any = kinds[field.kind] | None
+    annotation: Any = Annotated[optional, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -78,7 +79,9 @@ def _signature() -> inspect.Signature:
         "--resume", help="Go on with the run in --output, from its last whole checkpoint.", rich_help_panel=OUTPUT
     )
     own = [
-        inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config]),
+        inspect.Parameter(
+            "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config]
+        ),
         inspect.Parameter("resume", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, resume]),
     ]
     fields = [_parameter(f.name, field_of(f), f.default) for f in dataclasses.fields(TrainingRecipe)]

@@ -45,14 +45,19 @@ class TrainingRecipe:
     load_in_4bit: bool = option(bool, MODEL, "Hold the base in 4 bits (nf4, by bitsandbytes).", False)
     load_in_8bit: bool = option(bool, MODEL, "Hold the base in 8 bits (int8, by bitsandbytes).", False)
     start_from: str | None = option(
-        str, MODEL, "Train a saved adapter on: its folder. With --rounds, one of one round gets fresh GRUs.", unset="none"
+        str,
+        MODEL,
+        "Train a saved adapter on: its folder. With --rounds, one of one round gets fresh GRUs.",
+        unset="none",
     )
 
     data: tuple[str, ...] = option(tuple, DATA, "Questions to train on: tasks, or JSONL files; several of them.", ())
     eval_data: tuple[str, ...] | None = option(
         tuple, DATA, "Questions whose loss chooses the best checkpoint: tasks, or JSONL files.", unset="none"
     )
-    max_length: int = option(int, DATA, "Tokens of a question with its answer; longer ones lose their start.", 512, least=16)
+    max_length: int = option(
+        int, DATA, "Tokens of a question with its answer; longer ones lose their start.", 512, least=16
+    )
     whole_sequence: bool = option(bool, DATA, "Take the loss on every token instead of on the answer alone.", False)
     packing: bool = option(bool, DATA, "Put several questions into one row of --max-length tokens.", False)
 
@@ -93,17 +98,23 @@ class TrainingRecipe:
     router_learning_rate: float | None = option(
         float, OPTIMIZATION, "Of the routers.", above=0, most=1, unset="--learning-rate"
     )
-    gru_learning_rate: float | None = option(float, OPTIMIZATION, "Of the GRUs.", above=0, most=1, unset="--learning-rate")
+    gru_learning_rate: float | None = option(
+        float, OPTIMIZATION, "Of the GRUs.", above=0, most=1, unset="--learning-rate"
+    )
     attention_learning_rate: float | None = option(
         float, OPTIMIZATION, "Of what is on the attention projections.", above=0, most=1, unset="--learning-rate"
     )
     scheduler: str = option(
         str, OPTIMIZATION, "How the learning rate falls.", "linear", choices=("linear", "cosine", "constant")
     )
-    warmup: float = option(float, OPTIMIZATION, "Share of the steps in which the rate rises from 0.", 0.0, least=0, most=0.9)
+    warmup: float = option(
+        float, OPTIMIZATION, "Share of the steps in which the rate rises from 0.", 0.0, least=0, most=0.9
+    )
     weight_decay: float = option(float, OPTIMIZATION, "AdamW's.", 0.0, least=0, most=1)
     max_grad_norm: float = option(float, OPTIMIZATION, "Gradients are scaled down to it; 0: never.", 1.0, least=0)
-    seed: int = option(int, OPTIMIZATION, "Of fresh weights, dropout and the order of rows.", 0, least=0, most=2**32 - 1)
+    seed: int = option(
+        int, OPTIMIZATION, "Of fresh weights, dropout and the order of rows.", 0, least=0, most=2**32 - 1
+    )
 
     use_cpu: bool = option(bool, DEVICES, "Train on the CPU although there is a GPU.", False)
     bf16: bool | None = option(
@@ -133,7 +144,11 @@ class TrainingRecipe:
         for field in dataclasses.fields(self):
             value = checked(field.name, field_of(field), field.default, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-        for name, what in (("model", "the base model"), ("data", "what to train on"), ("output", "the adapter's folder")):
+        for name, what in (
+            ("model", "the base model"),
+            ("data", "what to train on"),
+            ("output", "the adapter's folder"),
+        ):
             if not getattr(self, name):
                 raise ValueError(f"name {what} by {flag(name)}, or as {name} in the file of --config")
         self._check_together()
@@ -145,6 +160,8 @@ class TrainingRecipe:
             ("gguf_file", "load_in_4bit", "a GGUF file's weights are made dense as they are read"),
             ("gguf_file", "load_in_8bit", "a GGUF file's weights are made dense as they are read"),
             ("fsdp", "deepspeed", "one of them splits the model"),
+            ("fsdp", "use_cpu", "models are split over GPUs"),
+            ("deepspeed", "use_cpu", "models are split over GPUs"),
             ("fsdp", "load_in_8bit", "FSDP2 splits floating dtypes only; --load-in-4bit stores them in bf16"),
         ]
         for first, second, why in both:
@@ -179,7 +196,7 @@ class TrainingRecipe:
         settings["router_aux_loss_scope"] = "global" if has_loss else None
         if given["rounds"] == 1:
             settings.pop("gru_hidden_scale", None)
-        filled = {name: settings.get(name) if value is None else value for name, value in given.items()}
+        filled: dict[str, Any] = {n: settings.get(n) if value is None else value for n, value in given.items()}
         return dataclasses.replace(self, preset=preset, **filled)
 
     def adapter_settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What an adapter trains, by component: counted on a model or from a config without weights, and as optimizer groups."""
+"""What an adapter trains, by component: counted, on a model or from a config alone, and as an optimizer's groups."""
 
 from graphmoe_model.parameters.counting import (
     COMPONENTS,

@@ -53,8 +53,10 @@ def optimizer_groups(
     rates = {"experts": experts, "router": router, "gru": gru, "attention": attention}
     for name, rate in {"learning_rate": learning_rate, **rates}.items():
         if rate is not None and not rate > 0:
-            raise ValueError(f"the learning rate {name} must be above 0, got {rate}; to freeze parameters, call "
-                             "requires_grad_(False) on them")
+            raise ValueError(
+                f"the learning rate {name} must be above 0, got {rate}; to freeze parameters, call "
+                "requires_grad_(False) on them"
+            )
     found: dict[str, list[nn.Parameter]] = {}
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, component in components_by_name(model).items():

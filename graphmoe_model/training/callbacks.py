@@ -1,4 +1,4 @@
-"""What happens beside the steps: the last step is logged and evaluated, the experts' load is counted, a line shows it."""
+"""What happens beside the steps: the last one is logged and evaluated, experts' load is counted, a line shows it."""
 
 from __future__ import annotations
 

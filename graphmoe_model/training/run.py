@@ -31,7 +31,7 @@ from graphmoe_model.training.models import (
 from graphmoe_model.training.result import TrainingResult, conditions, peak_memory, read_result, write_result
 from graphmoe_model.training.rows import Rows, make_collator, make_rows
 from graphmoe_model.training.run_folder import DATA_FILE, PREFIX, check_folder, check_space, last_whole, remove
-from graphmoe_model.training.trainer import RecipeTrainer, make_arguments
+from graphmoe_model.training.trainer import RecipeTrainer, check_processes, make_arguments
 from graphmoe_tables.recipe import TrainingRecipe
 from graphmoe_tables.recipe_files import write_recipe
 
@@ -79,9 +79,14 @@ def train(
     check_space(recipe, adapter_parameters(config, model_config(recipe)).total)
     check_data(folder, rows, evaluation, goes_on)
     if rows.truncated:
-        tell(f"{rows.truncated} of {rows.questions} questions are longer than {recipe.max_length} tokens: cut at their start")
+        tell(
+            f"{rows.truncated} of {rows.questions} questions are longer than {recipe.max_length} tokens and lose their "
+            "start; --max-length sets how many there may be"
+        )
     arguments = make_arguments(recipe, processes, steps)
+    _ = arguments.device  # starts the process group, for FSDP and DeepSpeed in their own way
     state = PartialState()
+    check_processes(recipe, state, processes)
     checkpoint, broken = last_whole(folder)
     state.wait_for_everyone()  # nobody writes before all have looked
     if state.is_main_process:
@@ -117,7 +122,9 @@ def fitted(recipe: TrainingRecipe, processes: int) -> TrainingRecipe:
             f"{processes}, got {recipe.batch}"
         )
     if recipe.fsdp and processes == 1:
-        raise ValueError("--fsdp splits the model over processes: start several, torchrun --nproc_per_node 2 -m graphmoe_cli")
+        raise ValueError(
+            "--fsdp splits the model over processes: start several, torchrun --nproc_per_node 2 -m graphmoe_cli"
+        )
     bf16 = (on_gpu and torch.cuda.is_bf16_supported()) if recipe.bf16 is None else recipe.bf16
     checkpointing = on_gpu if recipe.gradient_checkpointing is None else recipe.gradient_checkpointing
     return dataclasses.replace(recipe, bf16=bf16, gradient_checkpointing=checkpointing)
@@ -170,7 +177,13 @@ def _trainer(
     tell: Callable[[str], None],
 ) -> RecipeTrainer:
     """Load the model, after the arguments, as ZeRO-3 splits weights while they are read, and make its trainer."""
-    callbacks = [RouterLossCallback(), ExpertLoadLog(recipe.output), LastStep(), *_reporting(recipe), ProgressLine(tell)]
+    callbacks = [
+        RouterLossCallback(),
+        ExpertLoadLog(recipe.output),
+        LastStep(),
+        *_reporting(recipe),
+        ProgressLine(tell),
+    ]
     trainer = RecipeTrainer(
         recipe,
         load_model(recipe),
@@ -199,7 +212,8 @@ def _result(
     losses = [log["loss"] for log in history if "loss" in log]
     balance = [log["aux_loss"] for log in history if "aux_loss" in log]
     weights = Path(recipe.output) / SAFETENSORS_WEIGHTS_NAME
-    device = trainer.args.device
+    device, model = trainer.args.device, trainer.model
+    assert model is not None
     return TrainingResult(
         steps=trainer.state.global_step,
         resumed_from=resumed,
@@ -212,7 +226,7 @@ def _result(
         truncated=rows.truncated,
         seconds=round(seconds, 1),
         peak_memory=peak_memory(device),
-        trainable_parameters=sum(parameters_by_component(trainer.model).values()),
+        trainable_parameters=sum(parameters_by_component(model).values()),
         adapter_bytes=weights.stat().st_size if weights.exists() else 0,
         conditions=conditions(device, torch.bfloat16 if recipe.bf16 else torch.float32, processes, recipe.seed),
     )

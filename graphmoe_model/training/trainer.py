@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
 from graphmoe_model.parameters import optimizer_groups
@@ -36,7 +37,7 @@ class RecipeTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make AdamW over `optimizer_groups`."""
         if self.optimizer is None:
-            trained = self.model if model is None else model
+            trained: Any = self.model if model is None else model
             recipe = self.recipe
             groups = optimizer_groups(
                 trained,
@@ -60,7 +61,7 @@ class RecipeTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint, mark it as whole, and only then remove older ones."""
-        folder = Path(self.args.output_dir)
+        folder = Path(self.recipe.output)
         own = folder / f"{PREFIX}{self.state.global_step}"
         if self.args.should_save:
             (own / COMPLETE).unlink(missing_ok=True)
@@ -79,6 +80,16 @@ def _checkpointing(enabled: bool) -> dict[str, Any]:
     return {name: enabled, f"{name}_kwargs": {"use_reentrant": False} if enabled else None}
 
 
+def check_processes(recipe: TrainingRecipe, state: PartialState, processes: int) -> None:
+    """`ValueError` if Accelerate, finding no GPU to split a model over, would train in each process on its own."""
+    if state.num_processes != processes:
+        option = "fsdp" if recipe.fsdp else "deepspeed"
+        raise ValueError(
+            f"--{option} needs a GPU for each process, and there is none: each of the {processes} processes would "
+            f"train a model of its own; leave --{option} out to train by DDP"
+        )
+
+
 def make_arguments(recipe: TrainingRecipe, processes: int, steps: int) -> TrainingArguments:
     """Return Trainer's arguments for a recipe whose machine-dependent fields are set.
 
@@ -91,6 +102,8 @@ def make_arguments(recipe: TrainingRecipe, processes: int, steps: int) -> Traini
         ValueError: the batch cannot be shared out equally, or Transformers refuses something.
     """
     evaluates = recipe.eval_data is not None
+    assert recipe.save_steps is not None  # set by then
+    fsdp: Any = True if recipe.fsdp else None  # a text in the annotation, and a text is deprecated
     return TrainingArguments(
         output_dir=recipe.output,
         per_device_train_batch_size=recipe.batch // processes,
@@ -104,7 +117,8 @@ def make_arguments(recipe: TrainingRecipe, processes: int, steps: int) -> Traini
         warmup_steps=round(recipe.warmup * steps),
         seed=recipe.seed,
         bf16=bool(recipe.bf16),
-        use_cpu=recipe.use_cpu or not torch.cuda.is_available(),
+        # Accelerate shards on GPUs alone, and without one has to be told that the CPU is meant
+        use_cpu=recipe.use_cpu or not (torch.cuda.is_available() or recipe.fsdp or recipe.deepspeed),
         **_checkpointing(bool(recipe.gradient_checkpointing)),
         save_strategy="steps",
         save_steps=recipe.save_steps,
@@ -119,7 +133,7 @@ def make_arguments(recipe: TrainingRecipe, processes: int, steps: int) -> Traini
         disable_tqdm=True,
         report_to="none",  # the callbacks that report come after those that add to the logs
         ddp_find_unused_parameters=False,
-        fsdp=True if recipe.fsdp else None,
+        fsdp=fsdp,
         fsdp_config=dict(_FSDP2) if recipe.fsdp else None,
         deepspeed=recipe.deepspeed,
     )

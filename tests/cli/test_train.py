@@ -49,7 +49,9 @@ def test_a_run_from_the_command_line(root, tmp_path):
     for name in ("steps", "evaluation loss", "time", "peak memory", "trainable parameters", "adapter"):
         assert name in result.stdout
     text = " ".join(result.stdout.split())
-    assert f"graphmoe eval --model {root / 'base'} --adapter {tmp_path / 'out'} --data {root / 'held_out.jsonl'}" in text
+    assert (
+        f"graphmoe eval --model {root / 'base'} --adapter {tmp_path / 'out'} --data {root / 'held_out.jsonl'}" in text
+    )
     saved = json.loads((tmp_path / "out" / "train_result.json").read_text(encoding="utf-8"))
     assert (saved["steps"], saved["questions"]) == (2, 16)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))["rounds"] == 3
@@ -96,7 +98,13 @@ def test_every_field_is_an_option_that_reaches_the_run(monkeypatch):
     seen: list[TrainingRecipe] = []
     monkeypatch.setattr(runs, "run", lambda recipe, **_: seen.append(recipe))
     values = {"model": "m", "data": "d", "output": "o", "scheduler": "cosine", "report_to": "none"}
-    values |= {"preset": "mixlora", "router_aux_loss_scope": "local", "max_length": 64, "epochs": 3.5, "num_experts": "4"}
+    values |= {
+        "preset": "mixlora",
+        "router_aux_loss_scope": "local",
+        "max_length": 64,
+        "epochs": 3.5,
+        "num_experts": "4",
+    }
     skip = ("gguf_file", "load_in_8bit", "start_from", "deepspeed")  # exclude others
     given: list[object] = []
     expected = {}

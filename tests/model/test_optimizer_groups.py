@@ -53,7 +53,7 @@ def test_a_group_without_a_rate_has_the_general_one():
 
 
 def test_what_is_asked_for_in_vain_is_refused():
-    with pytest.raises(ValueError, match="a learning rate for gru was given .*only experts, router, attention; leave"):
+    with pytest.raises(ValueError, match=r"a learning rate for gru was given .*only experts, router, attention; leave"):
         optimizer_groups(tiny_peft_model(rounds=1), learning_rate=1e-4, gru=1e-5)
     with pytest.raises(ValueError, match="the learning rate router must be above 0, got 0; to freeze"):
         optimizer_groups(tiny_peft_model(), learning_rate=1e-4, router=0)

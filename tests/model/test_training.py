@@ -139,7 +139,9 @@ def test_the_adapter_loads_with_all_that_was_said_of_it(base, tmp_path):
     assert saved["trainable_parameters"] == sum(tensor.numel() for tensor in weights(folder).values())
     assert saved["adapter_bytes"] == (folder / "adapter_model.safetensors").stat().st_size
     assert saved["peak_memory"] > 1e6
-    assert {"device", "dtype", "threads", "processes", "seed", "torch", "transformers", "peft"} <= set(saved["conditions"])
+    assert {"device", "dtype", "threads", "processes", "seed", "torch", "transformers", "peft"} <= set(
+        saved["conditions"]
+    )
     lines = [json.loads(line) for line in (folder / "expert_load.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     for line, log in zip(lines, logs(folder), strict=True):
@@ -216,7 +218,10 @@ def test_packed_training(base, tmp_path):
 
 def test_each_part_has_its_learning_rate(base, tmp_path):
     """At a rate of almost nothing a part stays where it began, and the others do not."""
-    start = {n.replace(".default", ""): p.detach() for n, p in load_model(recipe(base, tmp_path).resolved()).named_parameters()}
+    start = {
+        n.replace(".default", ""): p.detach()
+        for n, p in load_model(recipe(base, tmp_path).resolved()).named_parameters()
+    }
     trained(base, tmp_path / "out", gru_learning_rate=1e-30, attention_learning_rate=1e-30)
     moved = {n for n, tensor in weights(tmp_path / "out").items() if (tensor - start[n]).abs().max() > 1e-20}
     assert moved
@@ -226,9 +231,9 @@ def test_each_part_has_its_learning_rate(base, tmp_path):
         trained(base, tmp_path / "none", rounds=1, gru_hidden_scale=None, gru_learning_rate=1e-3)
 
 
-# ----------------------------------------------------------------------------------------- from an adapter that is there
+# ---------------------------------------------------------------------------------------- from an adapter that is there
 
-FRESH = {name: None for name in ("r", "lora_alpha", "num_experts", "gru_hidden_scale", "rounds")}
+FRESH = dict.fromkeys(("r", "lora_alpha", "num_experts", "gru_hidden_scale", "rounds"))
 
 
 def test_a_trained_mixlora_gets_rounds(base, tmp_path):
@@ -251,9 +256,8 @@ def test_an_adapter_is_trained_on_as_it_is(base, tmp_path):
     settings = {**FRESH, "start_from": str(tmp_path / "first")}
     start = dict(load_model(recipe(base, tmp_path / "x", **settings).resolved()).named_parameters())
     for name, tensor in weights(tmp_path / "first").items():
-        *path, last = name.split(".")
-        found = [p for n, p in start.items() if n.replace(".default", "") == name]
-        assert len(found) == 1 and torch.equal(found[0], tensor), (path, last)
+        (found,) = [p for n, p in start.items() if n.replace(".default", "") == name]
+        assert torch.equal(found, tensor), name
     trained(base, tmp_path / "out", **settings)
     assert any(not torch.equal(t, weights(tmp_path / "first")[n]) for n, t in weights(tmp_path / "out").items())
 
@@ -266,7 +270,7 @@ def test_an_adapter_that_cannot_be_started_from(base, tmp_path):
         trained(base, tmp_path / "out", **{**FRESH, "start_from": str(tmp_path / "nowhere")})
 
 
-# ------------------------------------------------------------------------------------------ refused before it is trained
+# ----------------------------------------------------------------------------------------- refused before it is trained
 
 
 @pytest.fixture
@@ -278,7 +282,9 @@ def no_model(monkeypatch) -> None:
 def test_a_disk_that_is_full(base, tmp_path, monkeypatch, no_model):
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: Usage(1, 1, 1000))
-    with pytest.raises(ValueError, match=r"has 0.0 GB free, and this run writes up to .* trained parameters, 3 checkpo"):
+    with pytest.raises(
+        ValueError, match=r"has 0.0 GB free, and this run writes up to .* trained parameters, 3 checkpo"
+    ):
         trained(base, tmp_path / "out")
 
 
@@ -342,11 +348,11 @@ def test_one_process_is_not_sharded(base, tmp_path, no_model):
 
 
 def test_a_model_that_is_none(tmp_path, base):
-    with pytest.raises(ValueError, match="there is no folder ./nowhere"):
+    with pytest.raises(ValueError, match=r"there is no folder \./nowhere"):
         trained(Path("./nowhere"), tmp_path / "out", model="./nowhere")
     shutil.copytree(base, tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(ValueError, match="cannot load the model .*: Error while deserializing header"):
+    with pytest.raises(ValueError, match=r"cannot load the model .*: Error while deserializing header"):
         trained(tmp_path / "base", tmp_path / "out")
 
 

@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("trl")
 
-from graphmoe_model.training import run_folder, train, trainer
 from graphmoe_model.training import run as training_run
+from graphmoe_model.training import run_folder, train, trainer
 from graphmoe_tables.recipe import TrainingRecipe
 from tests.model import training_runs
 
@@ -102,7 +102,11 @@ MOMENTS: dict[str, Callable[[], None]] = {
 }
 
 # One of each kind at every run of the tests, all of them in the long sweeps.
-QUICK = ("in the middle of step 4", "in a checkpoint, in the optimizer's file", "after the last step, before the adapter")
+QUICK = (
+    "in the middle of step 4",
+    "in a checkpoint, in the optimizer's file",
+    "after the last step, before the adapter",
+)
 
 
 def killed(arm: Callable[[], None], run: Callable[[], Any]) -> None:
@@ -129,7 +133,9 @@ def test_a_killed_run_ends_as_one_that_was_not(moment, base, whole, tmp_path):
     expected = run_folder_result(whole)
     assert (result.steps, result.eval_loss, result.best_step) == (6, expected.eval_loss, expected.best_step)
     in_part = any("is not whole" in line for line in lines)
-    assert in_part == (moment.startswith(("in a checkpoint", "in the first", "while")) and "before the adapter" not in moment)
+    assert in_part == (
+        moment.startswith(("in a checkpoint", "in the first", "while")) and "before the adapter" not in moment
+    )
     assert any("goes on from checkpoint-" in line or "starts anew" in line for line in lines)
     assert all(run_folder.is_whole(checkpoint) for checkpoint in run_folder.checkpoints(folder))
 
@@ -176,7 +182,9 @@ def test_other_questions_are_refused(base, whole, tmp_path):
     """The recipe names a file; what is in it may have changed."""
     shutil.copytree(whole, tmp_path / "out")
     (tmp_path / "out" / "train_result.json").unlink()
-    with pytest.raises(ValueError, match="holds a run on other questions: what --data or --eval-data names has changed"):
+    with pytest.raises(
+        ValueError, match="holds a run on other questions: what --data or --eval-data names has changed"
+    ):
         train(recipe(base, tmp_path / "out"), QUESTIONS[1:], HELD_OUT, resume=True)
 
 
