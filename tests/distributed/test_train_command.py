@@ -1,4 +1,4 @@
-"""``graphmoe train`` under torchrun: two processes take the steps of one, by DDP, FSDP2 and ZeRO; one of them writes."""
+"""``graphmoe train`` under torchrun: two processes take the steps of one, by DDP, FSDP2 and ZeRO; one writes."""
 
 from __future__ import annotations
 

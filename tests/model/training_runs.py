@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from graphmoe_model.questions import Question
+from graphmoe_model.training import TrainingResult, train
 from graphmoe_tables.recipe import TrainingRecipe
 
 WORDS = ["Question:", "Answer:", "hot", "cold", "warm", "or", "is", "it", "a.", "stone"]
@@ -83,3 +84,10 @@ def write_questions(file: Path, count: int, seed: int = 0) -> Path:
 def recipe(base: Path, output: Path, **changes: Any) -> TrainingRecipe:
     """A recipe of four steps of 8 rows."""
     return TrainingRecipe(**{"model": str(base), "data": ("made up",), "output": str(output), **SMALL, **changes})
+
+
+def trained(base: Path, folder: Path, held_out: int = 0, **changes: Any) -> TrainingResult:
+    """Train on 24 questions for two steps, silently, unless ``changes`` say otherwise."""
+    evaluation = make_questions(held_out, seed=1)
+    settings = {"max_steps": 2, "save_steps": 1, **({"eval_data": ("held out",)} if held_out else {}), **changes}
+    return train(recipe(base, folder, **settings), make_questions(24), evaluation, say=lambda line: None)
