@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,8 @@ def train(config: Path | None = None, resume: bool = False, **options: Any) -> N
     with one_line_errors("train", said=first):
         recipe = recipe_of(options, config)
         check_installed()
+        if not (first and sys.stderr.isatty()):
+            os.environ.setdefault("TQDM_DISABLE", "1")  # a file is no place for bars; tqdm reads it when it is imported
         from rich.console import Console
 
         from graphmoe_cli.runs import train as runs

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import shlex
-import sys
 
-from datasets import disable_progress_bars
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers.utils import logging
 
 from graphmoe_model.questions import Question, load_questions
 from graphmoe_model.training import TrainingRecipe, TrainingResult, train
@@ -23,9 +20,6 @@ def run(recipe: TrainingRecipe, *, resume: bool, console: Console) -> TrainingRe
     Raises:
         ValueError: whatever is wrong with one of the options, the questions, the model or the folder.
     """
-    if not sys.stderr.isatty() or console.quiet:  # a file is no place for bars
-        disable_progress_bars()
-        logging.disable_progress_bar()
     questions = _questions(recipe.data, "train")
     evaluation = _questions(recipe.eval_data or (), "validation")
     result = train(

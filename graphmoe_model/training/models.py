@@ -85,6 +85,9 @@ def load_model(recipe: TrainingRecipe) -> PeftModel:
         base = AutoModelForCausalLM.from_pretrained(recipe.model, **loading)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ValueError(f"cannot load the model {recipe.model!r}: {first_line(error)}") from error
+    if recipe.gguf_file is not None:
+        # Its weights are dense by now; with the mark of a quantised model Trainer would refuse to train it.
+        base.hf_quantizer.remove_quantization_config(base)
     base.config.use_cache = False
     torch.manual_seed(recipe.seed)
     try:
