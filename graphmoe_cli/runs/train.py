@@ -64,4 +64,7 @@ def _pair(first: float | None, last: float | None) -> str:
 def _eval_command(recipe: TrainingRecipe) -> str:
     data = [shlex.quote(name) for name in recipe.eval_data or recipe.data]
     words = ["graphmoe eval", "--model", shlex.quote(recipe.model), "--adapter", shlex.quote(recipe.output)]
+    if recipe.gguf_file is not None:
+        words += ["--gguf-file", shlex.quote(recipe.gguf_file)]
+    words += ["--load-in-4bit"] * recipe.load_in_4bit + ["--load-in-8bit"] * recipe.load_in_8bit
     return " ".join([*words, "--data", *data])
