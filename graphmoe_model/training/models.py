@@ -82,7 +82,7 @@ def load_model(recipe: TrainingRecipe) -> PeftModel:
         if torch.cuda.is_available() and not recipe.use_cpu:
             loading["device_map"] = {"": PartialState().local_process_index}
     try:
-        base = AutoModelForCausalLM.from_pretrained(recipe.model, **loading)
+        base: Any = AutoModelForCausalLM.from_pretrained(recipe.model, **loading)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ValueError(f"cannot load the model {recipe.model!r}: {first_line(error)}") from error
     if recipe.gguf_file is not None:

@@ -113,7 +113,8 @@ def fitted(recipe: TrainingRecipe, processes: int) -> TrainingRecipe:
     """Return a recipe with what depends on the machine filled in.
 
     Raises:
-        ValueError: the batch cannot be shared out equally, or FSDP or DeepSpeed is asked for in a single process.
+        ValueError: the batch cannot be shared out equally, FSDP is asked for in a single process, or there is no
+            such file for DeepSpeed.
     """
     on_gpu = torch.cuda.is_available() and not recipe.use_cpu
     if recipe.batch % processes:
@@ -124,6 +125,10 @@ def fitted(recipe: TrainingRecipe, processes: int) -> TrainingRecipe:
     if recipe.fsdp and processes == 1:
         raise ValueError(
             "--fsdp splits the model over processes: start several, torchrun --nproc_per_node 2 -m graphmoe_cli"
+        )
+    if recipe.deepspeed is not None and not Path(recipe.deepspeed).is_file():
+        raise ValueError(
+            f"--deepspeed {recipe.deepspeed}: there is no such file; docs/configs has zero2.json and zero3.json"
         )
     bf16 = (on_gpu and torch.cuda.is_bf16_supported()) if recipe.bf16 is None else recipe.bf16
     checkpointing = on_gpu if recipe.gradient_checkpointing is None else recipe.gradient_checkpointing

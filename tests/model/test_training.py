@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("trl")
 
 from graphmoe_model.conversion import read_adapter
 from graphmoe_model.questions import QuestionEncoder
-from graphmoe_model.training import run_folder, train
+from graphmoe_model.training import models, run, run_folder, train
 from graphmoe_model.training.models import load_model
 from graphmoe_model.training.rows import make_collator, make_rows
 from graphmoe_tables.recipe_files import recipe_of
@@ -259,3 +260,28 @@ def test_an_adapter_that_cannot_be_started_from(base, tmp_path):
         trained(base, tmp_path / "out", **{**FRESH, "start_from": str(tmp_path / "first"), "rounds": 3})
     with pytest.raises(ValueError, match=r"--start-from .*nowhere: "):
         trained(base, tmp_path / "out", **{**FRESH, "start_from": str(tmp_path / "nowhere")})
+
+
+def test_a_base_from_a_gguf_file_trains(base, tmp_path, monkeypatch):
+    """Its weights are dense, and Transformers marks it as quantised, by a method that Trainer refuses to train."""
+    from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+
+    class Quantizer(GgufHfQuantizer):
+        is_trainable = False
+
+        def __init__(self) -> None:
+            self.quantization_config = SimpleNamespace(quant_method="gguf")
+
+    load, tokenizer = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained(base)
+
+    def marked(name: str, gguf_file: str, **options: Any) -> Any:
+        model = load(name, **options)
+        model.hf_quantizer, model.is_quantized, model.quantization_method = Quantizer(), True, "gguf"
+        return model
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", marked)
+    monkeypatch.setattr(models, "_gguf", lambda recipe: {"gguf_file": "model.gguf"})
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda name, **_: tokenizer)
+    monkeypatch.setattr(run, "model_config", lambda recipe: AutoConfig.from_pretrained(base))
+    monkeypatch.setattr(run, "check_installed", lambda recipe: None)
+    assert trained(base, tmp_path / "out", gguf_file="model.gguf").last_loss is not None

@@ -81,7 +81,7 @@ def test_a_missing_package_is_named_with_what_installs_it(option, package, base,
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     value = "zero2.json" if option == "deepspeed" else True
     with pytest.raises(ValueError, match=rf"needs {package}: pip install 'graphmoe\["):
-        trained(base, tmp_path / "out", **{option: value})
+        trained(base, tmp_path / "out", use_cpu=False, **{option: value})
 
 
 def test_a_batch_that_processes_cannot_share(base, tmp_path, monkeypatch, no_model):
@@ -92,7 +92,13 @@ def test_a_batch_that_processes_cannot_share(base, tmp_path, monkeypatch, no_mod
 
 def test_one_process_is_not_sharded(base, tmp_path, no_model):
     with pytest.raises(ValueError, match="--fsdp splits the model over processes: start several, torchrun"):
-        trained(base, tmp_path / "out", fsdp=True)
+        trained(base, tmp_path / "out", fsdp=True, use_cpu=False)
+
+
+def test_a_deepspeed_file_that_is_none(base, tmp_path, monkeypatch, no_model):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match=r"--deepspeed nowhere\.json: there is no such file"):
+        trained(base, tmp_path / "out", deepspeed="nowhere.json", use_cpu=False)
 
 
 def test_a_model_that_is_none(tmp_path, base):

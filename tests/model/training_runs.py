@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def make_base(folder: Path) -> Path:
+def make_base(folder: Path, hidden_size: int = 16) -> Path:
     """Save a Llama of one layer with random weights, and a tokenizer of words and letters."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     letters = [f"{letter}." for letter in string.ascii_uppercase] + list(string.ascii_uppercase)
@@ -46,8 +46,8 @@ def make_base(folder: Path) -> Path:
     ).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=24,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size // 2,
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=64,
