@@ -23,7 +23,7 @@ from graphmoe_tables.recipe import TrainingRecipe
 NEEDS = {
     "load_in_4bit": ("bitsandbytes", "graphmoe[quant]"),
     "load_in_8bit": ("bitsandbytes", "graphmoe[quant]"),
-    "gguf_file": ("gguf", "gguf"),
+    "gguf_file": ("gguf", "graphmoe[gguf]"),
     "deepspeed": ("deepspeed", "graphmoe[distributed]"),
 }
 

@@ -19,6 +19,8 @@ COMMANDS = ("profile", "params", "memory", "convert", "data", "data fetch", "eva
 HELP = ["", "--help", *(f"{name} --help" for name in COMMANDS)]
 HELP = ["", "--help", *(f"{name} --help" for name in ("profile", "params", "memory", "convert", "data", "data fetch"))]
 HELP = ["", "--help", *(f"{name} --help" for name in ("profile", "params", "memory", "convert", "train"))]
+COMMANDS = ("profile", "params", "memory", "convert", "data", "data fetch", "train")
+HELP = ["", "--help", *(f"{name} --help" for name in COMMANDS)]
 # Command line -> what the refusal says. What a model, a file or a configuration has to be asked for comes later.
 WRONG = {
     "prams": "No such command 'prams'",
