@@ -15,11 +15,7 @@ import pytest
 from graphmoe_tables.tasks import MODELS, TASKS
 
 HEAVY = ("torch", "transformers", "peft", "matplotlib", "graphmoe_kernels", "graphmoe_model")
-COMMANDS = ("profile", "params", "memory", "convert", "data", "data fetch", "eval", "compare")
-HELP = ["", "--help", *(f"{name} --help" for name in COMMANDS)]
-HELP = ["", "--help", *(f"{name} --help" for name in ("profile", "params", "memory", "convert", "data", "data fetch"))]
-HELP = ["", "--help", *(f"{name} --help" for name in ("profile", "params", "memory", "convert", "train"))]
-COMMANDS = ("profile", "params", "memory", "convert", "data", "data fetch", "train")
+COMMANDS = ("profile", "params", "memory", "convert", "data", "data fetch", "train", "eval", "compare")
 HELP = ["", "--help", *(f"{name} --help" for name in COMMANDS)]
 # Command line -> what the refusal says. What a model, a file or a configuration has to be asked for comes later.
 WRONG = {
