@@ -5,14 +5,12 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import subprocess
 from importlib import metadata, util
-from pathlib import Path
 from typing import Any
 
 from benchmarks.devices import Device
+from graphmoe_model.checkout import checked_out_commit
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "peft", "liger_kernel")
 
 
@@ -29,7 +27,7 @@ def conditions(device: Device, commit: str | None = None) -> dict[str, Any]:
             **{name: _version(name) for name in PACKAGES},
             "graphmoe": _version("graphmoe_kernels", "graphmoe"),
         },
-        "commit": commit or os.environ.get("GRAPHMOE_COMMIT") or checked_out_commit(),
+        "commit": commit or os.environ.get("GRAPHMOE_COMMIT") or checked_out_commit() or "unknown",
         "date": now(),
     }
 
@@ -51,16 +49,3 @@ def _version(module: str, distribution: str | None = None) -> str:
         return metadata.version(distribution or module.replace("_", "-"))
     except metadata.PackageNotFoundError:
         return "not installed"  # it runs from its checkout
-
-
-def checked_out_commit() -> str:
-    """The checked-out commit, with ``+`` if the tree differs from it; "unknown" outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

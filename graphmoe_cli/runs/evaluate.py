@@ -19,9 +19,9 @@ from rich.text import Text
 from transformers.utils import logging
 
 from graphmoe_cli.evaluate_options import EvaluateOptions
-from graphmoe_model.base_models import Bits, ModelSource, load_base_model, load_tokenizer
+from graphmoe_model.base_models import Bits, ModelSource, check_base, load_base_model, load_tokenizer
 from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, TaskResult, evaluate_questions
-from graphmoe_model.evaluation.adapters import attach_adapter, check_base, saved_config
+from graphmoe_model.evaluation.adapters import attach_adapter, saved_config
 from graphmoe_model.evaluation.document import (
     adapter_settings,
     averages,

@@ -1,6 +1,14 @@
 """Base models by name, and models with an adapter that take no memory for weights."""
 
-from graphmoe_model.base_models.loading import Bits, ModelSource, hub_is_reachable, load_base_model, load_tokenizer
+from graphmoe_model.base_models.hub import hub_is_reachable
+from graphmoe_model.base_models.loading import (
+    Bits,
+    ModelSource,
+    load_base_config,
+    load_base_model,
+    load_tokenizer,
+)
+from graphmoe_model.base_models.matching import check_base
 from graphmoe_model.base_models.on_meta import AdaptedOnMeta, adapted_on_meta
 from graphmoe_model.base_models.shapes import check_is_model, is_local_model, load_config, model_config
 from graphmoe_tables.models import MODEL_SHAPES, ModelShape, model_shape
@@ -12,9 +20,11 @@ __all__ = [
     "ModelShape",
     "ModelSource",
     "adapted_on_meta",
+    "check_base",
     "check_is_model",
     "hub_is_reachable",
     "is_local_model",
+    "load_base_config",
     "load_base_model",
     "load_config",
     "load_tokenizer",

@@ -9,20 +9,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import constants, get_session
+from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from graphmoe_model.base_models.hub import hub_arguments, not_loaded
 from graphmoe_model.base_models.shapes import check_is_model
-from graphmoe_model.messages import first_line, some
+from graphmoe_model.messages import some
 
 Bits = Literal[4, 8]
-HUB_SECONDS = 5.0  # how long the hub may take to answer; Transformers itself tries for more than a minute
+# What a name that is no model's, or a damaged file, makes Transformers raise.
+_REFUSALS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,20 @@ class ModelSource:
         gguf_file: the GGUF file in it that holds the weights, if they are in one.
         bits: 4 or 8: the linears are quantised by bitsandbytes (4: NF4 with double quantisation). None: they are not.
         dtype: of the weights; None: as the model's files have them (fp32 from a GGUF file).
-        device: where they go.
+        device: where they go; None: where Transformers puts them, for a trainer that moves or splits them.
+        storage: the dtype that holds 4-bit weights; FSDP2 splits floating ones only.
 
     Raises:
-        ValueError: quantised twice, an adapter's folder, or a folder that holds no model; says which.
+        ValueError: quantised twice, an adapter's folder, a folder that holds no model, or a package that is missing;
+            says which.
     """
 
     name: str
     gguf_file: str | None = None
     bits: Bits | None = None
     dtype: torch.dtype | None = None
-    device: str = "cpu"
+    device: str | None = "cpu"
+    storage: torch.dtype = torch.uint8
 
     def __post_init__(self) -> None:
         if self.gguf_file is not None and self.bits is not None:
@@ -52,12 +59,12 @@ class ModelSource:
         check_is_model(self.name)
         if Path(self.name).is_dir():
             self._check_folder(Path(self.name))
-        for wanted, package, install in (
-            (self.gguf_file, "gguf", "gguf"),
-            (self.bits, "bitsandbytes", "'graphmoe[quant]'"),
+        for wanted, option, package, extra in (
+            (self.gguf_file, "--gguf-file", "gguf", "gguf"),
+            (self.bits, f"--load-in-{self.bits}bit", "bitsandbytes", "quant"),
         ):
             if wanted is not None and importlib.util.find_spec(package) is None:
-                raise ValueError(f"loading {self.name} so needs the package {package}: pip install {install}")
+                raise ValueError(f"{option} needs {package}: pip install 'graphmoe[{extra}]'")
 
     def _check_folder(self, folder: Path) -> None:
         there = sorted(path.name for path in folder.glob("*.gguf"))
@@ -71,22 +78,9 @@ class ModelSource:
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
-        """What `from_pretrained` of the model and of the tokenizer both take."""
+        """What `from_pretrained` of the model, of its configuration and of its tokenizer all take."""
         given: dict[str, Any] = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
-        if not Path(self.name).is_dir() and not hub_is_reachable():
-            given["local_files_only"] = True  # what an earlier run left in the cache is still there
-        return given
-
-
-def hub_is_reachable() -> bool:
-    """Tell whether the Hugging Face hub answers within `HUB_SECONDS`; False where HF_HUB_OFFLINE is set."""
-    if constants.is_offline_mode():
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception:  # whatever the client's transport raises: there is no answer
-        return False
-    return True
+        return given | hub_arguments(self.name)
 
 
 def load_base_model(source: ModelSource) -> PreTrainedModel:
@@ -94,22 +88,42 @@ def load_base_model(source: ModelSource) -> PreTrainedModel:
 
     Raises:
         ValueError: there is none, it is not in the cache while the hub cannot be reached, a package for it is missing,
-            or its files lack weights, which Transformers would make up.
+            or its files are damaged or lack weights, which Transformers would make up.
     """
     loading: dict[str, Any] = {"dtype": "auto" if source.dtype is None else source.dtype, **source.arguments}
     if source.bits is not None:
-        loading |= {"quantization_config": _quantisation(source), "device_map": {"": source.device}}
+        loading["quantization_config"] = _quantisation(source)
+        if source.device is not None:
+            loading["device_map"] = {"": source.device}
+    # Transformers looks for an adapter of that name too, and asks the hub for it unless it is told again.
+    looking = {name: value for name, value in source.arguments.items() if name == "local_files_only"}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.name, trust_remote_code=False, output_loading_info=True, **loading
+            source.name, trust_remote_code=False, output_loading_info=True, adapter_kwargs=looking, **loading
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ValueError(_not_loaded("model", source, loading, error)) from error
+    except _REFUSALS as error:
+        raise ValueError(not_loaded("load the model", source.name, loading, error)) from error
     model, found = loaded
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise ValueError(f"the files of the model {source.name!r} lack weights: {some(missing, 4)}; fetch it again")
-    return model if source.bits is not None else model.to(source.device)
+    if source.gguf_file is not None:
+        # Its weights are dense by now; with the mark of a quantised model Trainer would refuse to train it.
+        model.hf_quantizer.remove_quantization_config(model)
+    return model if source.bits is not None or source.device is None else model.to(source.device)
+
+
+def load_base_config(source: ModelSource) -> PreTrainedConfig:
+    """Read the model's configuration, without its weights.
+
+    Raises:
+        ValueError: there is none, or it is not in the cache while the hub cannot be reached.
+    """
+    arguments = source.arguments
+    try:
+        return AutoConfig.from_pretrained(source.name, trust_remote_code=False, **arguments)
+    except _REFUSALS as error:
+        raise ValueError(not_loaded("read the configuration of", source.name, arguments, error)) from error
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -121,24 +135,17 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     arguments = source.arguments
     try:
         return AutoTokenizer.from_pretrained(source.name, trust_remote_code=False, **arguments)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ValueError(_not_loaded("tokenizer of", source, arguments, error)) from error
-
-
-def _not_loaded(what: str, source: ModelSource, arguments: dict[str, Any], error: Exception) -> str:
-    if arguments.get("local_files_only"):
-        return (
-            f"cannot load the {what} {source.name!r}: it is neither a folder here nor in the cache, and the hub "
-            f"({constants.ENDPOINT}) cannot be reached; name a folder, or fetch it on a machine with a connection and "
-            "copy the cache (HF_HOME)"
-        )
-    return f"cannot load the {what} {source.name!r}: {first_line(error)}"
+    except _REFUSALS as error:
+        raise ValueError(not_loaded("load the tokenizer of", source.name, arguments, error)) from error
 
 
 def _quantisation(source: ModelSource) -> BitsAndBytesConfig:
     if source.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
-    compute = torch.bfloat16 if source.dtype is None else source.dtype
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if source.dtype is None else source.dtype,
+        bnb_4bit_quant_storage=source.storage,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from graphmoe_model.messages import first_line
+from graphmoe_model.base_models.hub import hub_arguments, not_loaded
 from graphmoe_tables.models import MODEL_SHAPES, check_layers, is_path, known_model, model_shape
 
 
@@ -32,19 +32,18 @@ def load_config(name: str) -> Any:
     is run.
 
     Raises:
-        ValueError: there is none by that name, or it is an adapter.
+        ValueError: there is none by that name, it is not in the cache while the hub cannot be reached, or it is an
+            adapter.
     """
     if known_model(name) is not None and not is_local_model(name):
         return model_config(name)
     check_is_model(name)
+    arguments = hub_arguments(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        known = ", ".join(MODEL_SHAPES)
-        raise ValueError(
-            f"cannot read the configuration of the model {name!r}: {first_line(error).rstrip('.')} "
-            f"(known by name: {known})"
-        ) from error
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **arguments)
+    except (OSError, ValueError, KeyError) as error:
+        message = not_loaded("read the configuration of the model", name, arguments, error).rstrip(".")
+        raise ValueError(f"{message} (known by name: {', '.join(MODEL_SHAPES)})") from error
 
 
 def is_local_model(name: str) -> bool:

@@ -1,8 +1,7 @@
-"""Adapters for evaluation: attached whole, and to the base model that they were trained on."""
+"""Adapters for evaluation: attached whole."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
@@ -12,22 +11,6 @@ from transformers import PreTrainedModel
 from graphmoe_model.base_models import hub_is_reachable
 from graphmoe_model.checkpoints import saved_adapter_config
 from graphmoe_model.messages import first_line
-
-
-def check_base(config: PeftConfig, adapter: str, base: str) -> None:
-    """Refuse an adapter of another base model.
-
-    Names are compared, and folders by where they lead. An adapter that names no base model fits any.
-
-    Raises:
-        ValueError: names both.
-    """
-    recorded = config.base_model_name_or_path
-    if recorded and recorded != base and not _same_folder(recorded, base):
-        raise ValueError(
-            f"the adapter {adapter} was trained on the base model {recorded!r}, and {base!r} would be evaluated; "
-            "name that one, or pass --allow-other-base if it is the same model elsewhere"
-        )
 
 
 def attach_adapter(model: PreTrainedModel, adapter: str, config: PeftConfig) -> PeftModel:
@@ -53,7 +36,7 @@ def attach_adapter(model: PreTrainedModel, adapter: str, config: PeftConfig) -> 
 
 
 def saved_config(adapter: str) -> PeftConfig:
-    """Read an adapter's configuration, for `check_base` before anything large is loaded.
+    """Read an adapter's configuration, for `graphmoe_model.base_models.check_base` before anything large is loaded.
 
     Raises:
         ValueError: there is none, or it is of a method or a version that is not known.
@@ -63,7 +46,3 @@ def saved_config(adapter: str) -> PeftConfig:
     config = saved_adapter_config(adapter)
     config.inference_mode = True
     return config
-
-
-def _same_folder(one: str, other: str) -> bool:
-    return Path(one).is_dir() and Path(other).is_dir() and os.path.samefile(one, other)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
+from graphmoe_model.checkout import checked_out_commit
 from graphmoe_model.evaluation.records import TaskResult
 
 PACKAGES = ("graphmoe", "torch", "triton", "transformers", "peft", "lm_eval", "tokenizers", "datasets", "bitsandbytes")
@@ -127,24 +127,6 @@ def _replace(path: Path, text: str) -> None:
     new = path.with_name(f".{path.name}.new")
     new.write_text(text, encoding="utf-8")
     os.replace(new, path)
-
-
-def checked_out_commit() -> str | None:
-    """Return the commit of the checkout that this package runs from, with ``+`` if files differ; None outside one."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).resolve().parents[2]
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    try:
-        if git("ls-files", "--error-unmatch", "pyproject.toml") != "pyproject.toml":
-            return None
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _version(package: str) -> str | None:

@@ -11,10 +11,9 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from graphmoe_model.base_models import check_is_model, model_config, model_shape
+from graphmoe_model.base_models import ModelSource, load_base_model, model_config, model_shape
 from graphmoe_model.checkpoints import saved_adapter_config
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.messages import first_line
 from graphmoe_model.profiling.out_of_memory import check_fits, memory_error
 
 
@@ -42,21 +41,12 @@ def saved_model(name: str, dtype: torch.dtype | None, device: torch.device) -> P
     """Load a model of the hub or of a folder, in its own dtype unless one is given.
 
     Raises:
-        ValueError: there is none by that name, or it is an adapter.
+        ValueError: there is none by that name, it is an adapter, or its files lack weights.
         MemoryError: it does not fit.
     """
-    check_is_model(name)
+    source = ModelSource(name, dtype=dtype, device=str(device))
     with memory_error("the model", "choose a smaller dtype"):
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if dtype is None else dtype)
-        except ImportError as error:
-            raise ValueError(
-                f"cannot load the model {name!r}: {first_line(error)}; what quantised models need comes with "
-                "pip install 'graphmoe[quant]'"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load the model {name!r}: {first_line(error)}") from error
-        return model.to(device)
+        return load_base_model(source)
 
 
 @contextmanager

@@ -17,17 +17,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks, is_tensorboard_available
 
+from graphmoe_model.base_models import ModelSource, load_base_config, load_tokenizer
 from graphmoe_model.parameters import adapter_parameters, parameters_by_component
 from graphmoe_model.questions import Question
 from graphmoe_model.routing.callback import RouterLossCallback
 from graphmoe_model.training.callbacks import ExpertLoadLog, LastStep, ProgressLine
-from graphmoe_model.training.models import (
-    adapter_config,
-    check_installed,
-    load_model,
-    load_tokenizer,
-    model_config,
-)
+from graphmoe_model.training.models import adapter_config, base_source, check_installed, load_model
 from graphmoe_model.training.result import TrainingResult, conditions, peak_memory, read_result, write_result
 from graphmoe_model.training.rows import Rows, make_collator, make_rows
 from graphmoe_model.training.run_folder import DATA_FILE, PREFIX, check_folder, check_space, last_whole, remove
@@ -64,8 +59,9 @@ def train(
     tell = say if int(os.environ.get("RANK", 0)) == 0 else _silent
     check_installed(recipe)
     recipe = fitted(recipe.resolved(), processes)
+    source = base_source(recipe)
     config = adapter_config(recipe)
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(source)
     rows = make_rows(questions, tokenizer, recipe, packing=recipe.packing)
     evaluation = make_rows(eval_questions, tokenizer, recipe, packing=False) if recipe.eval_data is not None else None
     steps = total_steps(recipe, len(rows.dataset))
@@ -76,7 +72,7 @@ def train(
     if finished is not None:
         tell(f"{folder} holds the finished run of this recipe: nothing is left to do")
         return finished
-    check_space(recipe, adapter_parameters(config, model_config(recipe)).total)
+    check_space(recipe, adapter_parameters(config, load_base_config(source)).total)
     check_data(folder, rows, evaluation, goes_on)
     if rows.truncated:
         tell(
@@ -94,7 +90,7 @@ def train(
     if resume:
         where = f"goes on from {checkpoint.name}" if checkpoint else "there is no whole checkpoint: starts anew"
         tell(f"{folder}: {where}")
-    trainer = _trainer(recipe, arguments, tokenizer, rows, evaluation, tell)
+    trainer = _trainer(recipe, source, arguments, tokenizer, rows, evaluation, tell)
     begun = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.monotonic() - begun
@@ -175,6 +171,7 @@ def _begin(
 
 def _trainer(
     recipe: TrainingRecipe,
+    source: ModelSource,
     arguments: TrainingArguments,
     tokenizer: Any,
     rows: Rows,
@@ -191,7 +188,7 @@ def _trainer(
     ]
     trainer = RecipeTrainer(
         recipe,
-        load_model(recipe),
+        load_model(recipe, source),
         arguments,
         train_dataset=rows.dataset,
         eval_dataset=None if evaluation is None else evaluation.dataset,

@@ -193,7 +193,7 @@ def test_lm_evals_tasks_without_the_hub_end_within_seconds(saved, tmp_path, monk
 
 def test_a_hub_that_is_switched_off_is_not_asked(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("graphmoe_model.base_models.loading.get_session", lambda: pytest.fail("it was asked"))
+    monkeypatch.setattr("graphmoe_model.base_models.hub.get_session", lambda: pytest.fail("it was asked"))
     assert hub_is_reachable() is False
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 from collections import Counter
 
 import pytest
@@ -12,14 +13,23 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from graphmoe_model.base_models import ModelSource, load_base_model, loading
+from graphmoe_model.base_models import (
+    ModelSource,
+    check_base,
+    hub,
+    load_base_config,
+    load_base_model,
+    load_config,
+    load_tokenizer,
+)
 from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, evaluate_questions
-from graphmoe_model.evaluation.adapters import attach_adapter, check_base, saved_config
+from graphmoe_model.evaluation.adapters import attach_adapter, saved_config
 from graphmoe_model.evaluation.comparison import comparison_page, method_record
 from graphmoe_model.evaluation.document import averages, evaluation_document
 from graphmoe_model.evaluation.prompts import Shots, cloze_after
 from graphmoe_model.evaluation.records import TaskResult, standard_error
 from graphmoe_model.evaluation.voting import majority
+from graphmoe_model.profiling.models import saved_model
 from graphmoe_model.questions import Question, QuestionEncoder
 from tests.model.questions_made import byte_level, label_logits, made_questions, small_llama
 from tests.model.tiny_models import tiny_model
@@ -166,7 +176,7 @@ def lora(tmp_path):
 def test_another_base_is_refused_with_both_named(lora, tmp_path):
     config = saved_config(str(lora))
     check_base(config, str(lora), "org/base")
-    with pytest.raises(ValueError, match=r"'org/base', and 'org/other' would be evaluated.*--allow-other-base"):
+    with pytest.raises(ValueError, match=r"'org/base', and --model is 'org/other'.*--allow-other-base"):
         check_base(config, str(lora), "org/other")
     config.base_model_name_or_path = str(tmp_path)
     check_base(config, str(lora), f"{tmp_path}/./")  # the same folder
@@ -230,13 +240,41 @@ def test_folders_without_a_model_are_told_apart(tmp_path):
         ModelSource("/no/such")
 
 
-def test_a_hub_that_does_not_answer_is_said_at_once(monkeypatch):
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """A hub that does not answer, and must then not be asked again; the cache of its models."""
+    monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)  # the client's own, once and for seconds
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the hub was asked all the same"))
+    return tmp_path
+
+
+LOADERS = {
+    "model": load_base_model,
+    "tokenizer": load_tokenizer,
+    "configuration": load_base_config,
+    "shape": lambda source: load_config(source.name),
+    "profiled model": lambda source: saved_model(source.name, None, torch.device("cpu")),
+}
+
+
+@pytest.mark.parametrize("what", LOADERS)
+def test_a_hub_that_does_not_answer_is_said_at_once(what, no_hub):
     """Transformers tries for more than a minute."""
-    monkeypatch.setattr(loading, "hub_is_reachable", lambda: False)
-    with pytest.raises(ValueError, match=r"'org/none'.*neither a folder here nor in the cache.*cannot be reached"):
-        load_base_model(ModelSource("org/none"))
-    with pytest.raises(ValueError, match=r"'org/none'.*cannot be reached"):
-        loading.load_tokenizer(ModelSource("org/none"))
+    with pytest.raises(ValueError, match=r"'org/none': it is neither a folder here nor in the cache.*be reached"):
+        LOADERS[what](ModelSource("org/none"))
+
+
+@pytest.mark.parametrize("what", LOADERS)
+def test_a_hub_that_does_not_answer_is_not_needed_for_what_is_in_the_cache(what, no_hub):
+    snapshot = no_hub / "models--org--there" / "snapshots" / ("0" * 40)
+    tiny_model().save_pretrained(snapshot)
+    byte_level().save_pretrained(snapshot)
+    (no_hub / "models--org--there" / "refs").mkdir()
+    (no_hub / "models--org--there" / "refs" / "main").write_text("0" * 40)
+    assert LOADERS[what](ModelSource("org/there")) is not None
 
 
 # --- Documents -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,18 +12,18 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("trl")
 
+from graphmoe_model.base_models import loading
 from graphmoe_model.conversion import read_adapter
 from graphmoe_model.questions import QuestionEncoder
-from graphmoe_model.training import models, run, run_folder, train
-from graphmoe_model.training.models import load_model
+from graphmoe_model.training import run_folder, train
 from graphmoe_model.training.rows import make_collator, make_rows
 from graphmoe_tables.recipe_files import recipe_of
 from tests.model import training_runs
-from tests.model.training_runs import make_questions, recipe, trained
+from tests.model.training_runs import make_questions, model_of, recipe, trained
 
 QUESTIONS = make_questions(24)
 
@@ -52,7 +53,7 @@ def test_the_loss_is_on_the_answers_alone(base, tmp_path):
     log = logs(tmp_path / "out")[0]
 
     run = recipe(base, tmp_path / "none", **settings).resolved()
-    model, tokenizer = load_model(run).eval(), AutoTokenizer.from_pretrained(base)
+    model, tokenizer = model_of(run).eval(), AutoTokenizer.from_pretrained(base)
     encoder = QuestionEncoder(tokenizer)
     losses = []
     for question in QUESTIONS:
@@ -100,7 +101,7 @@ def test_packing_keeps_every_question_whole_and_apart(base):
     ]
     assert sorted(parts) == sorted(zip(rows["input_ids"], rows["labels"], strict=True))
 
-    model = load_model(run).eval()
+    model = model_of(run).eval()
     batch = make_collator(tokenizer, packing=True)([packed[0], packed[1]])
     logits = model(**batch).logits[0]
     own = [own for i in (0, 1) for own in _split(packed[i])]
@@ -211,8 +212,7 @@ def test_packed_training(base, tmp_path):
 def test_each_part_has_its_learning_rate(base, tmp_path):
     """At a rate of almost nothing a part stays where it began, and the others do not."""
     start = {
-        n.replace(".default", ""): p.detach()
-        for n, p in load_model(recipe(base, tmp_path).resolved()).named_parameters()
+        n.replace(".default", ""): p.detach() for n, p in model_of(recipe(base, tmp_path).resolved()).named_parameters()
     }
     trained(base, tmp_path / "out", gru_learning_rate=1e-30, attention_learning_rate=1e-30)
     moved = {n for n, tensor in weights(tmp_path / "out").items() if (tensor - start[n]).abs().max() > 1e-20}
@@ -232,7 +232,7 @@ def test_a_trained_mixlora_gets_rounds(base, tmp_path):
     """It starts where the adapter of one round is, as a fresh GRU adds nothing; then the GRU trains."""
     trained(base, tmp_path / "mixlora", rounds=1, gru_hidden_scale=None, seed=3)
     settings = {**FRESH, "start_from": str(tmp_path / "mixlora"), "rounds": 3, "gru_hidden_scale": 0.5}
-    start = load_model(recipe(base, tmp_path / "x", **settings).resolved()).eval()
+    start = model_of(recipe(base, tmp_path / "x", **settings).resolved()).eval()
     one = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "mixlora").eval()
     ids = torch.tensor([[1, 5, 6, 7]])
     torch.testing.assert_close(start(ids).logits, one(ids).logits, rtol=1e-5, atol=1e-5)
@@ -246,7 +246,7 @@ def test_a_trained_mixlora_gets_rounds(base, tmp_path):
 def test_an_adapter_is_trained_on_as_it_is(base, tmp_path):
     trained(base, tmp_path / "first")
     settings = {**FRESH, "start_from": str(tmp_path / "first")}
-    start = dict(load_model(recipe(base, tmp_path / "x", **settings).resolved()).named_parameters())
+    start = dict(model_of(recipe(base, tmp_path / "x", **settings).resolved()).named_parameters())
     for name, tensor in weights(tmp_path / "first").items():
         (found,) = [p for n, p in start.items() if n.replace(".default", "") == name]
         assert torch.equal(found, tensor), name
@@ -275,13 +275,17 @@ def test_a_base_from_a_gguf_file_trains(base, tmp_path, monkeypatch):
     load, tokenizer = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained(base)
 
     def marked(name: str, gguf_file: str, **options: Any) -> Any:
-        model = load(name, **options)
+        model, found = load(base, **options)
         model.hf_quantizer, model.is_quantized, model.quantization_method = Quantizer(), True, "gguf"
-        return model
+        return model, found
 
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", marked)
-    monkeypatch.setattr(models, "_gguf", lambda recipe: {"gguf_file": "model.gguf"})
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda name, **_: tokenizer)
-    monkeypatch.setattr(run, "model_config", lambda recipe: AutoConfig.from_pretrained(base))
-    monkeypatch.setattr(run, "check_installed", lambda recipe: None)
-    assert trained(base, tmp_path / "out", gguf_file="model.gguf").last_loss is not None
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    (folder / "model.gguf").touch()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: name if name == "gguf" else find(name))
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", marked)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda name, **_: tokenizer)
+    config = load(base).config
+    monkeypatch.setattr(loading, "AutoConfig", SimpleNamespace(from_pretrained=lambda name, **_: config))
+    assert trained(folder, tmp_path / "out", gguf_file="model.gguf").last_loss is not None

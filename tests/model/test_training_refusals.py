@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("trl")
 
+from graphmoe_model.base_models import loading
 from graphmoe_model.questions import Question
 from graphmoe_model.training import models, run_folder, train
 from tests.model import training_runs
@@ -24,7 +25,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture
 def no_model(monkeypatch) -> None:
     """Loading the base model fails the test: refusals come before it."""
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
 
 
 def test_a_disk_that_is_full(base, tmp_path, monkeypatch, no_model):
@@ -60,7 +61,7 @@ def test_a_folder_of_something_else(base, tmp_path, no_model):
 
 def test_a_folder_with_the_same_run_or_another(base, tmp_path, monkeypatch):
     trained(base, tmp_path / "out")
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match="holds a run of this same recipe; go on with it by --resume, or name another"):
         trained(base, tmp_path / "out")
     with pytest.raises(ValueError, match=r"a run of another recipe: r \(--r\) was 2 and is 4. Name another folder"):

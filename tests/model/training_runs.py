@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from graphmoe_model.questions import Question
 from graphmoe_model.training import TrainingResult, train
+from graphmoe_model.training.models import base_source, load_model
 from graphmoe_tables.recipe import TrainingRecipe
 
 WORDS = ["Question:", "Answer:", "hot", "cold", "warm", "or", "is", "it", "a.", "stone"]
@@ -84,6 +86,11 @@ def write_questions(file: Path, count: int, seed: int = 0) -> Path:
 def recipe(base: Path, output: Path, **changes: Any) -> TrainingRecipe:
     """A recipe of four steps of 8 rows."""
     return TrainingRecipe(**{"model": str(base), "data": ("made up",), "output": str(output), **SMALL, **changes})
+
+
+def model_of(run: TrainingRecipe) -> PeftModel:
+    """What a recipe trains, as it starts."""
+    return load_model(run, base_source(run))
 
 
 def trained(base: Path, folder: Path, held_out: int = 0, **changes: Any) -> TrainingResult:

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 pytest.importorskip("trl")
 pytest.importorskip("bitsandbytes")
 
-from graphmoe_model.training.models import load_model
-from tests.model.training_runs import make_base, recipe, trained
+from tests.model.training_runs import make_base, model_of, recipe, trained
 
 pytestmark = pytest.mark.quant
 
@@ -22,7 +21,7 @@ def test_a_quantised_base_trains(option, tmp_path):
     """Its linears are quantised, the adapter is in fp32, and every tensor of it moves."""
     base = make_base(tmp_path / "base", hidden_size=64)
     settings = {option: True, "max_steps": 3, "rounds": 3, "gru_hidden_scale": 0.1}
-    model = load_model(recipe(base, tmp_path / "x", **settings).resolved())
+    model = model_of(recipe(base, tmp_path / "x", **settings).resolved())
     linear = model.base_model.model.model.layers[0].mlp.base_layer.gate_proj
     assert "bitsandbytes" in type(linear).__module__
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,33 @@
+"""Whether an adapter was trained on the base model that it is put on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from peft import PeftConfig
+
+
+def check_base(config: PeftConfig, adapter: str, base: str) -> None:
+    """Refuse an adapter of another base model.
+
+    Names are compared, and folders by where they lead. An adapter that names no base model fits any.
+
+    Args:
+        config: the adapter's.
+        adapter: its folder or name.
+        base: the model that it would be put on, as ``--model`` names it.
+
+    Raises:
+        ValueError: names both.
+    """
+    recorded = config.base_model_name_or_path
+    if recorded and recorded != base and not _same_folder(recorded, base):
+        raise ValueError(
+            f"the adapter {adapter} was trained on the base model {recorded!r}, and --model is {base!r}; name that "
+            "one, or pass --allow-other-base if it is the same model elsewhere"
+        )
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return Path(one).is_dir() and Path(other).is_dir() and os.path.samefile(one, other)
