@@ -24,7 +24,8 @@ def evaluate(
         typer.Option(help=f"Questions: {', '.join(TASKS)} (or TASK:SPLIT), or .jsonl files; several of them."),
     ] = None,
     tasks: Annotated[
-        list[str] | None, typer.Option(help="Tasks that lm-eval comes with, such as arc_easy, as it defines them.")
+        list[str] | None,
+        typer.Option(help="Tasks that lm-eval comes with, such as arc_easy, as it defines them; several of them."),
     ] = None,
     split: Annotated[
         str,
@@ -78,7 +79,7 @@ def evaluate(
             adapter=adapter,
             allow_other_base=allow_other_base,
             data=tuple(data or ()),
-            tasks=tuple(name for given in tasks or () for name in given.split(",")),
+            tasks=tuple(tasks or ()),
             split=split,
             shots=shots,
             examples=examples,

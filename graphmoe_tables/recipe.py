@@ -50,6 +50,9 @@ class TrainingRecipe:
         "Train a saved adapter on: its folder. With --rounds, one of one round gets fresh GRUs.",
         unset="none",
     )
+    allow_other_base: bool = option(
+        bool, MODEL, "Also train on, by --start-from, an adapter that names another base than --model.", False
+    )
 
     data: tuple[str, ...] = option(tuple, DATA, "Questions to train on: tasks, or JSONL files; several of them.", ())
     eval_data: tuple[str, ...] | None = option(
@@ -167,6 +170,8 @@ class TrainingRecipe:
         for first, second, why in both:
             if getattr(self, first) and getattr(self, second):
                 raise ValueError(f"{flag(first)} and {flag(second)} exclude each other: {why}; leave one out")
+        if self.allow_other_base and self.start_from is None:
+            raise ValueError("--allow-other-base is about the adapter of --start-from, and none was given")
         if self.start_from is None:
             preset_settings(self.preset or DEFAULT_PRESET)
             return

@@ -8,7 +8,7 @@ from graphmoe_model.base_models.loading import (
     load_base_model,
     load_tokenizer,
 )
-from graphmoe_model.base_models.matching import check_base
+from graphmoe_model.base_models.matching import check_base, check_task
 from graphmoe_model.base_models.on_meta import AdaptedOnMeta, adapted_on_meta
 from graphmoe_model.base_models.shapes import check_is_model, is_local_model, load_config, model_config
 from graphmoe_tables.models import MODEL_SHAPES, ModelShape, model_shape
@@ -22,6 +22,7 @@ __all__ = [
     "adapted_on_meta",
     "check_base",
     "check_is_model",
+    "check_task",
     "hub_is_reachable",
     "is_local_model",
     "load_base_config",

@@ -1,4 +1,4 @@
-"""Whether an adapter was trained on the base model that it is put on."""
+"""Whether an adapter is for the base model that it is put on."""
 
 from __future__ import annotations
 
@@ -26,6 +26,18 @@ def check_base(config: PeftConfig, adapter: str, base: str) -> None:
         raise ValueError(
             f"the adapter {adapter} was trained on the base model {recorded!r}, and --model is {base!r}; name that "
             "one, or pass --allow-other-base if it is the same model elsewhere"
+        )
+
+
+def check_task(config: PeftConfig, adapter: str) -> None:
+    """Refuse an adapter of anything but causal language models; one that names no task is for any.
+
+    Raises:
+        ValueError: names what it is for.
+    """
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"{adapter} is an adapter for {config.task_type}; those of causal language models are trained and evaluated"
         )
 
 

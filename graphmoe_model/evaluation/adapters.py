@@ -8,7 +8,7 @@ from pathlib import Path
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from graphmoe_model.base_models import hub_is_reachable
+from graphmoe_model.base_models import check_task, hub_is_reachable
 from graphmoe_model.checkpoints import saved_adapter_config
 from graphmoe_model.messages import first_line
 
@@ -20,10 +20,7 @@ def attach_adapter(model: PreTrainedModel, adapter: str, config: PeftConfig) -> 
         ValueError: it is no adapter of causal language models, does not fit the model, or lacks weights (PEFT would
             evaluate with untrained ones).
     """
-    if config.task_type not in (None, "CAUSAL_LM"):
-        raise ValueError(
-            f"{adapter} is an adapter for {config.task_type}; those of causal language models are evaluated"
-        )
+    check_task(config, adapter)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 
-from graphmoe_model.base_models import Bits, ModelSource, load_base_model
+from graphmoe_model.base_models import Bits, ModelSource, check_base, check_task, load_base_model
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.conversion import read_adapter, with_rounds, write_adapter
 from graphmoe_tables.recipe import TrainingRecipe
@@ -49,7 +49,8 @@ def adapter_config(recipe: TrainingRecipe) -> GraphMoEConfig:
     """Return the configuration of the adapter that the recipe trains.
 
     Raises:
-        ValueError: what `GraphMoEConfig` refuses; the adapter to start from cannot be read, or has no such rounds.
+        ValueError: what `GraphMoEConfig` refuses; the adapter to start from cannot be read, has no such rounds, or is
+            of another base model or of another kind of model.
     """
     if recipe.start_from is None:
         assert recipe.preset is not None  # resolved
@@ -82,10 +83,13 @@ def _attach(base: Any, recipe: TrainingRecipe) -> PeftModel:
     if recipe.start_from is None:
         return get_peft_model(base, adapter_config(recipe))
     if recipe.rounds is None:
-        return PeftModel.from_pretrained(base, recipe.start_from, is_trainable=True)
-    with tempfile.TemporaryDirectory() as folder:
-        write_adapter(_started(recipe), Path(folder) / "adapter")
-        return PeftModel.from_pretrained(base, str(Path(folder) / "adapter"), is_trainable=True)
+        model = PeftModel.from_pretrained(base, recipe.start_from, is_trainable=True)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            write_adapter(_started(recipe), Path(folder) / "adapter")
+            model = PeftModel.from_pretrained(base, str(Path(folder) / "adapter"), is_trainable=True)
+    model.peft_config["default"].base_model_name_or_path = recipe.model  # PEFT keeps the name of the earlier one
+    return model
 
 
 def _started(recipe: TrainingRecipe) -> Any:
@@ -93,6 +97,9 @@ def _started(recipe: TrainingRecipe) -> Any:
     assert recipe.start_from is not None
     try:
         adapter = read_adapter(recipe.start_from)
+        check_task(adapter.config, recipe.start_from)
+        if not recipe.allow_other_base:
+            check_base(adapter.config, recipe.start_from, recipe.model)
         if recipe.rounds is None:
             return adapter
         gru = {} if recipe.gru_hidden_scale is None else {"gru_hidden_scale": recipe.gru_hidden_scale}

@@ -184,7 +184,7 @@ def test_lm_evals_tasks_without_the_hub_end_within_seconds(saved, tmp_path, monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("graphmoe_model.evaluation.standard.hub_is_reachable", lambda: False)
     start = time.perf_counter()
-    result = graphmoe("eval", "--model", saved["base"], "--tasks", "arc_easy,piqa", "--output", tmp_path / "e.json")
+    result = graphmoe("eval", "--model", saved["base"], "--tasks", "arc_easy", "piqa", "--output", tmp_path / "e.json")
     assert result.exit_code == 2
     assert "lm-eval's tasks (arc_easy, piqa) read their data from the hub" in result.stderr
     assert "HF_HUB_OFFLINE=1" in result.stderr

@@ -81,6 +81,7 @@ def test_an_empty_file_sets_nothing(tmp_path):
     ("seed: -1", "must be a whole number of at least 0 and at most"),
     ("report_to: paper", "must be one of auto, none, tensorboard"),
     ("gguf_file: a.gguf\nload_in_4bit: true", "--gguf-file and --load-in-4bit exclude each other"),
+    ("allow_other_base: true", "--allow-other-base is about the adapter of --start-from, and none was given"),
     ("start_from: a\npreset: mola", "leave out --preset"),
     ("start_from: a\ngru_hidden_scale: 0.2", "with --start-from it needs --rounds of 2 or more"),
 ])  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -260,6 +261,30 @@ def test_an_adapter_that_cannot_be_started_from(base, tmp_path):
         trained(base, tmp_path / "out", **{**FRESH, "start_from": str(tmp_path / "first"), "rounds": 3})
     with pytest.raises(ValueError, match=r"--start-from .*nowhere: "):
         trained(base, tmp_path / "out", **{**FRESH, "start_from": str(tmp_path / "nowhere")})
+
+
+def test_an_adapter_of_another_base_needs_consent(base, tmp_path):
+    """Else it would be trained on a model that it does not fit; with consent it is then this model's adapter."""
+    trained(base, tmp_path / "first", rounds=1, gru_hidden_scale=None)
+    other = tmp_path / "elsewhere"
+    other.symlink_to(base)  # the same folder: no other base
+    for rounds in (None, 2):
+        settings = {**FRESH, "start_from": str(tmp_path / "first"), "rounds": rounds}
+        assert model_of(recipe(other, tmp_path / "x", **settings).resolved())
+        other = Path(shutil.copytree(base, tmp_path / f"copy {rounds}"))
+        with pytest.raises(ValueError, match=rf"trained on the base model '{base}', and --model is '{other}'; name"):
+            trained(other, tmp_path / "out", **settings)
+        trained(other, tmp_path / f"out {rounds}", **settings, allow_other_base=True)
+        assert read_adapter(tmp_path / f"out {rounds}").config.base_model_name_or_path == str(other)
+        other = base
+
+
+def test_an_adapter_of_another_kind_of_model_is_not_started_from(base, tmp_path):
+    trained(base, tmp_path / "first")
+    file = tmp_path / "first" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "task_type": "SEQ_CLS"}))
+    with pytest.raises(ValueError, match="first is an adapter for SEQ_CLS; those of causal language models"):
+        trained(base, tmp_path / "out", **{**FRESH, "start_from": str(tmp_path / "first")})
 
 
 def test_a_base_from_a_gguf_file_trains(base, tmp_path, monkeypatch):
