@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ class RecipeTrainer(Trainer):
     def __init__(self, recipe: TrainingRecipe, *args: Any, **kwargs: Any) -> None:
         self.recipe = recipe
         super().__init__(*args, **kwargs)
+        # A recipe leaves the vocabulary as it is. PEFT would ask at every save whether it has grown: the folder's
+        # config.json, which one of a GGUF file lacks, or the hub, for a minute where that does not answer.
+        saved: Any = self.model
+        saved.save_pretrained = partial(saved.save_pretrained, save_embedding_layers=False)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make AdamW over `optimizer_groups`."""
