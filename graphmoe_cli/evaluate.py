@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from graphmoe_cli.arguments import one_line_errors
-from graphmoe_cli.evaluate_options import EvaluateOptions
+from graphmoe_cli.evaluate_options import EvaluateOptions, check_file
 from graphmoe_tables.tasks import EVALUATION, TASKS
 
 
@@ -117,6 +117,8 @@ def compare(
     Example: graphmoe compare base.json lora.json graphmoe.json --output page.md
     """
     with one_line_errors("compare"):
+        if output is not None:
+            check_file("--output", output)
         from graphmoe_cli.runs import compare as runs
 
         runs.run(evaluations, output)

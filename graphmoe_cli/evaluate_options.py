@@ -53,7 +53,7 @@ class EvaluateOptions:
             raise ValueError("--allow-other-base is about an --adapter, and none was given")
         for option, path in (("--output", self.output), ("--records", self.records)):
             if path is not None:
-                _check_file(option, path)
+                check_file(option, path)
         if self.records is not None and self.records.resolve() == self.output.resolve():
             raise ValueError(f"--output and --records are both {self.output}; name two files")
         if importlib.util.find_spec("lm_eval") is None:
@@ -100,8 +100,8 @@ class EvaluateOptions:
             raise ValueError("--examples is where solved examples come from; say how many by --shots")
 
 
-def _check_file(option: str, path: Path) -> None:
-    """Before hours are spent: a file can be written there."""
+def check_file(option: str, path: Path) -> None:
+    """Refuse, before hours are spent, a file that cannot be written: ``ValueError`` that names the option."""
     if not str(path) or path.is_dir():
         raise ValueError(f"{option} {path} is a folder; name a file")
     if not path.parent.is_dir():

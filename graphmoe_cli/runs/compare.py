@@ -31,3 +31,4 @@ def run(evaluations: Sequence[Path], output: Path | None) -> None:
         print(page, end="")
     else:
         output.write_text(page, encoding="utf-8")
+        print(f"Page: {output}")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from hypothesis import strategies as st
+
+from graphmoe_tables.recipe import TrainingRecipe
+from graphmoe_tables.recipe_fields import Field, field_of, flag
 
 PARAMS: dict[str, list[str]] = {
     "--preset": ["mixlora", "graphmoe-mola", "all", "lora", "nothing", ""],
@@ -32,6 +36,9 @@ PROFILE: dict[str, list[str]] = {
     "--dtype": ["auto", "float32", "int8"],
     "--device": ["cpu", "auto", "tpu"],
     "--threads": ["1", "0", "-1"],
+    "--repetitions": ["1", "0", "-1", "x"],
+    "--fold": ["auto", "always", "x"],
+    "--backend": ["auto", "torch", "x"],
     "--out": ["FILE", "TMP/new"],
 }
 MEMORY: dict[str, list[str]] = {
@@ -44,15 +51,102 @@ MEMORY: dict[str, list[str]] = {
     "--rounds": ["1", "0", str(10**30)],
 }
 DATA: dict[str, list[str]] = {"--to": ["TMP/new", "FILE", "EMPTY", "FILE/new", ".", ""]}
+QUESTIONS = [
+    "ASKED.JSONL",
+    "ASKED.JSONL ASKED.JSONL",
+    "boolq",
+    "boolq:trian",
+    "boolk",
+    "quartz",
+    "FILE",
+    "EMPTY",
+    "./x.jsonl",
+]
+MODELS = ["MODEL", "BASE", "ADAPTER", "EMPTY", "FILE", "./nowhere", "owner/none", ""]
+ADAPTERS = ["ADAPTER", "LORA", "OTHER", "PEER", "BROKEN", "NAN", "BASE", "FILE", "./nowhere", "owner/none", ""]
+# What a field of a recipe may be, by its kind; those named below may be other things.
+OF_KIND: dict[type, list[str]] = {
+    int: ["1", "2", "16", "0", "-1", "2.5", "1e3", str(10**30)],
+    float: ["0.5", "1", "0", "-1", "1e-30", "nan", "inf", "x"],
+    str: ["", "x", "FILE", "./nowhere"],
+}
+OF_FIELD: dict[str, list[str]] = {
+    "model": MODELS,
+    "data": QUESTIONS,
+    "eval_data": QUESTIONS,
+    "start_from": ADAPTERS,
+    "gguf_file": ["a.gguf", "config.json", ""],
+    "preset": ["mixlora", "graphmoe-mola", "lora", "nothing", ""],
+    "num_experts": ["1", "4", "2-4", "2,4", "0", "٣", "9" * 5000],
+    "output": ["TMP/new", "TMP/new/er", "EMPTY", "BASE", "FILE", "FILE/new", ""],
+}
+
+
+def of_field(name: str, field: Field) -> list[str]:
+    """Values of a recipe's field, so that a new one is drawn from the start."""
+    return OF_FIELD.get(name) or [*(field.choices or ()), "other"] * bool(field.choices) or OF_KIND[field.kind]
+
+
+FIELDS = {field.name: field_of(field) for field in dataclasses.fields(TrainingRecipe)}
+TRAIN: dict[str, list[str]] = {
+    "--config": ["RECIPE.YAML", "FILE", "EMPTY", "./nowhere", "ASKED.JSONL"],
+    **{flag(name): of_field(name, field) for name, field in FIELDS.items() if field.kind is not bool},
+}
+EVAL: dict[str, list[str]] = {
+    "--model": MODELS,
+    "--adapter": ADAPTERS,
+    "--data": QUESTIONS,
+    "--tasks": ["arc_easy", "arc_easy piqa", "arc_easy,piqa", ""],
+    "--split": ["test", "train", "evaluation", "x", ""],
+    "--shots": ["0", "1", "-1", "x", str(10**30)],
+    "--examples": ["ASKED.JSONL", "boolq:train", "FILE", ""],
+    "--samples": ["1", "5", "0", "-1"],
+    "--temperature": ["0.7", "0", "-1", "nan", "inf"],
+    "--batch-size": ["1", "0", "-1", "x"],
+    "--limit": ["1", "100", "0", "-1"],
+    "--max-length": ["16", "1", "0", str(10**30)],
+    "--seed": ["0", "-1", str(10**30)],
+    "--gguf-file": ["a.gguf", "config.json", ""],
+    "--dtype": ["auto", "float32", "int8"],
+    "--device": ["cpu", "auto", "cuda", "tpu"],
+    "--output": ["TMP/new", "FILE", "EMPTY", "FILE/new", "TMP/new/er", ""],
+    "--records": ["TMP/new", "TMP/records", "EMPTY", ""],
+}
+COMPARE: dict[str, list[str]] = {"--output": ["TMP/new", "EMPTY", "FILE/new", "TMP/new/er", ""]}
 FLAGS = {
+    "train": [
+        "--resume",
+        "--help",
+        "--nothing",
+        "extra",
+        "--",
+        *(
+            word
+            for name, field in FIELDS.items()
+            if field.kind is bool
+            for word in (flag(name), f"--no-{flag(name)[2:]}")
+        ),
+    ],
+    "eval": ["--allow-other-base", "--load-in-4bit", "--load-in-8bit", "--help", "--nothing", "extra", "--"],
+    "compare": ["--help", "--nothing", "--"],
     "data": ["--to", "--nothing", "--help", "extra", "--"],
-    "memory": ["--json", "--no-checkpointing", "--help", "--nothing", "--", "extra"],
+    "memory": ["--json", "--checkpointing", "--no-checkpointing", "--help", "--nothing", "--", "extra"],
     "params": ["--json", "--dora", "--no-dora", "--help", "--nothing", "--", "extra"],
     "convert": ["--overwrite", "--nothing", "--help", "extra"],
     "profile": ["--no-plot", "--plot", "--nothing", "--help", "extra", "--"],
 }
-VALUES = {"params": PARAMS, "convert": CONVERT, "profile": PROFILE, "memory": MEMORY, "data": DATA}
+VALUES = {
+    "params": PARAMS,
+    "convert": CONVERT,
+    "profile": PROFILE,
+    "memory": MEMORY,
+    "data": DATA,
+    "train": TRAIN,
+    "eval": EVAL,
+    "compare": COMPARE,
+}
 PLACES = ["ADAPTER", "PEER", "LORA", "BASE", "BROKEN", "NAN", "EMPTY", "FILE", "./nowhere", "TMP/new", "TMP/new/er", ""]
+EVALUATIONS = [*["ONE.JSON", "TWO.JSON"] * 3, "THREE.JSON", "ASKED.JSONL", "FILE", "EMPTY", "./nowhere", ""]
 WILD = [
     "",
     " ",
@@ -89,6 +183,11 @@ def lines(draw: Any, command: str) -> list[str]:
     elif command == "params" and draw(st.integers(0, 3)):  # most of what is drawn would else name nothing to count
         words += draw(st.sampled_from([["--preset", "mixlora"], ["--method", "mola"], ["--adapter", "ADAPTER"]]))
         words += ["--model", "tiny"]
+    elif command in ("train", "eval") and draw(st.integers(0, 5)):
+        words += ["--model", draw(st.sampled_from(["MODEL", "MODEL", *MODELS])), "--data", "ASKED.JSONL"]
+        words += ["--output", "TMP/new", "--use-cpu"] if command == "train" else ["--device", "cpu"]
+    elif command == "compare":
+        words += draw(st.lists(st.sampled_from(EVALUATIONS), min_size=1, max_size=3))
     options = VALUES[command]
     for name in draw(st.lists(st.sampled_from(sorted(options)), max_size=3)):
         value = draw(st.sampled_from(options[name] if draw(st.integers(0, 4)) else WILD))

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from graphmoe_cli.app import app
-from graphmoe_cli.runs import profile
+from graphmoe_cli.runs import evaluate, profile
+from graphmoe_model.evaluation.document import evaluation_document
+from graphmoe_model.evaluation.records import TaskResult
 from graphmoe_model.memory import per_gpu
 from graphmoe_model.memory.activations import Activations
-from tests.cli.command_draws import lines
+from tests.cli.command_draws import FLAGS, VALUES, lines
 from tests.drawing import make_draws
+from tests.model import training_runs
 from tests.model.peer_format import peer_settings, write_peer
 from tests.model.tiny_models import tiny_model, tiny_peft_model
 
 WEIGHTS = "adapter_model.safetensors"
-COMMANDS = ["params", "convert", "profile", "memory", "data"]
+COMMANDS = ["params", "convert", "profile", "memory", "data", "train", "eval", "compare"]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +49,15 @@ def places(tmp_path_factory) -> Path:
     tensors = load_file(found["NAN"] / WEIGHTS)
     save_file({name: t * float("nan") for name, t in tensors.items()}, found["NAN"] / WEIGHTS)
     found["EMPTY"].mkdir()
+    training_runs.make_base(root / "model")
+    training_runs.write_questions(root / "asked.jsonl", 12)
+    (root / "recipe.yaml").write_text(yaml.safe_dump(training_runs.SMALL), encoding="utf-8")
+    shutil.copytree(found["ADAPTER"], root / "other")
+    settings = json.loads((root / "other" / "adapter_config.json").read_text(encoding="utf-8"))
+    (root / "other" / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "org/base"}))
+    for name, tasks in {"one": ("a", "b"), "two": ("a",), "three": ("c",)}.items():
+        document = evaluation_document([scored(task) for task in tasks], {}, {"model": "m"}, None)
+        (root / f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
     found["FILE"].touch()
     return root
 
@@ -51,10 +66,40 @@ def places(tmp_path_factory) -> Path:
 def _no_profiles(monkeypatch, tmp_path):
     """Only the command line is drawn here; what follows takes seconds. What is written goes to a folder of its own."""
     monkeypatch.setattr(profile, "run", lambda options, console: [])
+    monkeypatch.setattr(evaluate, "load_base_model", lambda source: tiny_model())
+    monkeypatch.setattr(
+        evaluate, "evaluate_questions", lambda model, tokenizer, tasks, **_: [scored(t.name) for t in tasks]
+    )
+    monkeypatch.setattr(evaluate, "evaluate_standard", lambda *_, **__: {"arc_easy": {"questions": 3, "acc": 0.5}})
+    if importlib.util.find_spec("trl"):
+        monkeypatch.setattr("graphmoe_cli.runs.train.train", not_trained)
+        monkeypatch.setattr("graphmoe_model.training.run.make_arguments", enough)
     monkeypatch.setattr(per_gpu, "step_activations", lambda build, tokens, checkpointing: Activations(1, 2, 3))
     monkeypatch.setattr(importlib.import_module("graphmoe_model.fetching.fetch"), "download", no_download)
     monkeypatch.setenv("GRAPHMOE_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
+
+
+class _Enough(Exception):
+    """All that is checked before a model is loaded was found right."""
+
+
+def enough(*_):
+    raise _Enough
+
+
+def not_trained(recipe, *questions, **options):
+    """As `train`, up to the loading of the model."""
+    from graphmoe_model.training import TrainingResult, train
+
+    try:
+        return train(recipe, *questions, **options)
+    except _Enough:
+        return TrainingResult(1, 0, 1.0, 0.5, None, None, None, 12, 0, 1.0, None, 10, 40, {})
+
+
+def scored(task: str) -> TaskResult:
+    return TaskResult(task, 10, 0.5, 0.1, 0.4, 0.5, 0.5, 0, 1.0, [])
 
 
 def no_download(source, folder):
@@ -89,6 +134,15 @@ def check(name: str, words: list[str], places: Path) -> None:
 
 def files(folder: str) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_drawn(name):
+    command = get_command(app).commands[name]
+    command = command.commands["fetch"] if name == "data" else command
+    options = {text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)}
+    options = {text for text in options if text.startswith("--")}
+    assert options - set(VALUES[name]) - set(FLAGS[name]) == set()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -197,6 +197,14 @@ def test_a_hub_that_is_switched_off_is_not_asked(monkeypatch):
     assert hub_is_reachable() is False
 
 
+def test_a_page_that_cannot_be_written_is_said_with_its_option(tmp_path):
+    for output, told in ((tmp_path, "is a folder; name a file"), (tmp_path / "no" / "page.md", "there is no folder")):
+        result = graphmoe("compare", "a.json", "b.json", "--output", output)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"graphmoe compare: error: --output {output}")
+        assert told in result.stderr
+
+
 def test_what_is_no_evaluation_is_not_compared(tmp_path):
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "b.json").write_text("{}")
