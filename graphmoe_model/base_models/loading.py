@@ -26,7 +26,7 @@ from graphmoe_model.messages import some
 
 Bits = Literal[4, 8]
 # What a name that is no model's, or a damaged file, makes Transformers raise.
-_REFUSALS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+_REFUSALS = (OSError, ValueError, TypeError, ImportError, KeyError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def load_base_model(source: ModelSource) -> PreTrainedModel:
 
     Raises:
         ValueError: there is none, it is not in the cache while the hub cannot be reached, a package for it is missing,
-            or its files are damaged or lack weights, which Transformers would make up.
+            or its files are damaged, do not fit its configuration, or lack weights, which Transformers would make up.
     """
     loading: dict[str, Any] = {"dtype": "auto" if source.dtype is None else source.dtype, **source.arguments}
     if source.bits is not None:
@@ -103,6 +103,13 @@ def load_base_model(source: ModelSource) -> PreTrainedModel:
         )
     except _REFUSALS as error:
         raise ValueError(not_loaded("load the model", source.name, loading, error)) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # such as memory that ran out
+            raise
+        raise ValueError(
+            f"the files of the model {source.name!r} do not fit its configuration: weights have other sizes; "
+            "fetch it again"
+        ) from error
     model, found = loaded
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])

@@ -41,7 +41,7 @@ def load_config(name: str) -> Any:
     arguments = hub_arguments(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False, **arguments)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         message = not_loaded("read the configuration of the model", name, arguments, error).rstrip(".")
         raise ValueError(f"{message} (known by name: {', '.join(MODEL_SHAPES)})") from error
 

@@ -1,27 +1,17 @@
-"""Examples before a question, votes, adapters' base models, loading, and runs side by side."""
+"""Examples before a question, votes, adapters' base models, and runs side by side."""
 
 from __future__ import annotations
 
 import json
 import math
-import socket
 from collections import Counter
 
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from graphmoe_model.base_models import (
-    ModelSource,
-    check_base,
-    hub,
-    load_base_config,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-)
+from graphmoe_model.base_models import check_base
 from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, evaluate_questions
 from graphmoe_model.evaluation.adapters import attach_adapter, saved_config
 from graphmoe_model.evaluation.comparison import comparison_page, method_record
@@ -29,7 +19,6 @@ from graphmoe_model.evaluation.document import averages, evaluation_document
 from graphmoe_model.evaluation.prompts import Shots, cloze_after
 from graphmoe_model.evaluation.records import TaskResult, standard_error
 from graphmoe_model.evaluation.voting import majority
-from graphmoe_model.profiling.models import saved_model
 from graphmoe_model.questions import Question, QuestionEncoder
 from tests.model.questions_made import byte_level, label_logits, made_questions, small_llama
 from tests.model.tiny_models import tiny_model
@@ -204,77 +193,6 @@ def test_an_adapter_of_another_kind_of_model_is_refused(lora):
     (lora / "adapter_config.json").write_text(json.dumps({**settings, "task_type": "SEQ_CLS"}))
     with pytest.raises(ValueError, match="is an adapter for SEQ_CLS"):
         attach_adapter(tiny_model(), str(lora), saved_config(str(lora)))
-
-
-# --- Loading ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_base_whose_files_lack_weights_is_refused(tmp_path):
-    """Transformers makes them up and warns; every score would be noise."""
-    model = tiny_model()
-    state = {name: value for name, value in model.state_dict().items() if "layers.1.mlp" not in name}
-    model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match=r"lack weights: model\.layers\.1\.mlp"):
-        load_base_model(ModelSource(str(tmp_path)))
-
-
-def test_a_base_is_loaded_in_the_dtype_that_is_asked_for(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    assert load_base_model(ModelSource(str(tmp_path))).dtype == torch.float32
-    assert load_base_model(ModelSource(str(tmp_path), dtype=torch.bfloat16)).dtype == torch.bfloat16
-
-
-def test_folders_without_a_model_are_told_apart(tmp_path):
-    with pytest.raises(ValueError, match=r"has no config\.json.*name the folder of a saved model"):
-        ModelSource(str(tmp_path))
-    with pytest.raises(ValueError, match=r"has no file b\.gguf; it has no \.gguf file"):
-        ModelSource(str(tmp_path), gguf_file="b.gguf")
-    (tmp_path / "a.gguf").touch()
-    with pytest.raises(ValueError, match=r"it has a\.gguf: name it by --gguf-file"):
-        ModelSource(str(tmp_path))
-    with pytest.raises(ValueError, match=r"has no file b\.gguf; it has a\.gguf"):
-        ModelSource(str(tmp_path), gguf_file="b.gguf")
-    with pytest.raises(ValueError, match="quantised already"):
-        ModelSource(str(tmp_path), gguf_file="a.gguf", bits=4)
-    with pytest.raises(ValueError, match="there is no folder /no/such"):
-        ModelSource("/no/such")
-
-
-@pytest.fixture
-def no_hub(monkeypatch, tmp_path):
-    """A hub that does not answer, and must then not be asked again; the cache of its models."""
-    monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)  # the client's own, once and for seconds
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the hub was asked all the same"))
-    return tmp_path
-
-
-LOADERS = {
-    "model": load_base_model,
-    "tokenizer": load_tokenizer,
-    "configuration": load_base_config,
-    "shape": lambda source: load_config(source.name),
-    "profiled model": lambda source: saved_model(source.name, None, torch.device("cpu")),
-}
-
-
-@pytest.mark.parametrize("what", LOADERS)
-def test_a_hub_that_does_not_answer_is_said_at_once(what, no_hub):
-    """Transformers tries for more than a minute."""
-    with pytest.raises(ValueError, match=r"'org/none': it is neither a folder here nor in the cache.*be reached"):
-        LOADERS[what](ModelSource("org/none"))
-
-
-@pytest.mark.parametrize("what", LOADERS)
-def test_a_hub_that_does_not_answer_is_not_needed_for_what_is_in_the_cache(what, no_hub):
-    snapshot = no_hub / "models--org--there" / "snapshots" / ("0" * 40)
-    tiny_model().save_pretrained(snapshot)
-    byte_level().save_pretrained(snapshot)
-    (no_hub / "models--org--there" / "refs").mkdir()
-    (no_hub / "models--org--there" / "refs" / "main").write_text("0" * 40)
-    assert LOADERS[what](ModelSource("org/there")) is not None
 
 
 # --- Documents -------------------------------------------------------------------------------------------------------
