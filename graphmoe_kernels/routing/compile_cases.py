@@ -35,6 +35,7 @@ def variants() -> Iterator[Variant]:
                 for router in sorted({dtype, "fp32"}):
                     yield _backward(size, tokens, n, k, dtype, router)
         yield _backward(size, tokens, 8, 2, given=("weights",), wants=("x",))
+        yield _backward(size, tokens, 8, 2, given=("weights",), wants=("router",))  # no gradient of a model's input
         yield _backward(size, tokens, 8, 2, given=("logits",))
     odd = empty(SKINNY_TOKENS, 37, dtype=torch.bfloat16), empty(8, 37)
     yield Variant("skinny bf16, rows that are not aligned", partial(launch.route, *odd, None, 2, True))
