@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.action == "report" and (options.only or options.budget or options.dry_run):
         p.error("report tells of all that there is: leave out --only, --budget and --dry-run")
     transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()  # of loading: a file is no place for bars
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # said on every machine without a GPU
     try:
         if options.action == "report":

@@ -34,6 +34,7 @@ def carry_out(run: Run, work: Path, say: Callable[[str], None]) -> dict[str, Any
     Raises:
         ValueError: as `graphmoe_model.training.train`, but for a loss that is not finite: that is a result too.
     """
+    started = time.monotonic()
     base = run.part.material.base(run.seed, work)
     folder = run_folder(run, work)
     if torch.cuda.is_available():
@@ -58,6 +59,7 @@ def carry_out(run: Run, work: Path, say: Callable[[str], None]) -> dict[str, Any
         "seconds": {
             "per_step": None if trained is None else _per_step(trained),
             "asking": round(time.monotonic() - begun, 3),
+            "whole": round(time.monotonic() - started, 3),
         },
         "peak_memory": trained.peak_memory if trained is not None and torch.cuda.is_available() else None,
         "trainable_parameters": 0 if trained is None else trained.trainable_parameters,

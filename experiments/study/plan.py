@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from experiments.study.results import Results, StudyError
@@ -87,20 +86,16 @@ def accuracy(right: Mapping[str, str]) -> float:
 
 
 def seconds_of(slot: Slot, results: Results) -> float:
-    """Estimate a run's seconds: as its method's others took, else by the table's seconds per step."""
+    """Estimate a run's seconds: the most that one of its method on its task took, else by the table's figures."""
     run = Run(results.part, slot.task, slot.method, slot.rate, slot.seed)
-    splits, steps, method = len(run.splits), run.steps, slot.method
+    part, key = results.part, (slot.task, slot.method.name)
     same = [
-        found
+        found["seconds"]["whole"]
         for found in results.all()
-        if (found["settings"]["task"], found["settings"]["method"]) == (slot.task, method.name)
-        and found["diverged"] is None
+        if (found["settings"]["task"], found["settings"]["method"]) == key and found["diverged"] is None
     ]
-    if not same:
-        return method.step_seconds * (steps + splits * results.part.evaluation_steps)
-    training = fmean(found["seconds"]["per_step"] for found in same) if method.trained else 0.0
-    asking = fmean(found["seconds"]["asking"] / len(found["right"]) for found in same)
-    return steps * training + splits * asking
+    steps = run.steps + len(run.splits) * part.evaluation_steps
+    return max(same, default=part.start_seconds + slot.method.step_seconds * steps)
 
 
 def check_only(part: Part, only: Collection[str]) -> None:

@@ -80,7 +80,7 @@ PART = Part(
     seeds=(0, 1, 2),
     recipe={
         **{"batch": 16, "accumulation": 1, "max_steps": 60, "scheduler": "linear", "warmup": 0.1},
-        **{"max_length": 128, "logging_steps": 5, "save_steps": 20, "keep_checkpoints": 1},
+        **{"max_length": 192, "logging_steps": 5, "save_steps": 20, "keep_checkpoints": 1},
     },
     material=RealMaterial(),
     evaluation_steps=15,

@@ -109,8 +109,9 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
+            process = file.read().strip() or "unknown"
             raise StudyError(
-                f"{folder} is in use by process {file.read().strip() or 'unknown'}; wait for its end, or name another one"
+                f"{folder} is in use by process {process}; wait for its end, or name another folder"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))

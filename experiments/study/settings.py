@@ -102,6 +102,7 @@ class Part:
         material: base models and questions.
         base_per_seed: whether the base model differs with the seed.
         evaluation_steps: what it takes to ask a split, in steps of training, for the estimate before there are results.
+        start_seconds: of what a run does besides, such as loading its model, for the same.
 
     Raises:
         ValueError: grids of unequal size, two methods of one name, a reference that is no method, or no seeds.
@@ -117,6 +118,7 @@ class Part:
     material: Material
     base_per_seed: bool = False
     evaluation_steps: float = 0.0
+    start_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = {method.name: len(method.rates) for method in self.methods if method.trained}

@@ -59,6 +59,7 @@ def part(steps: int = 4, **changes: Any) -> Part:
         "recipe": {**recipe, "use_cpu": True},
         "material": MadeUp(),
         "evaluation_steps": 1.0,
+        "start_seconds": 7.0,
     }
     return Part(**{**fields, **changes})
 
@@ -70,7 +71,7 @@ def document(run: Run, validation: str = "110000", test: str = "101010101", **ch
         "diverged": None,
         "right": {**found, "test": {"first": test[:3], "others": test[3:]}},
         "load_variation": [0.5] * run.method.adapter["rounds"] if run.method.trained else None,
-        "seconds": {"per_step": 2.0 if run.method.trained else None, "asking": 3.0},
+        "seconds": {"per_step": 2.0 if run.method.trained else None, "asking": 3.0, "whole": 11.0},
         "peak_memory": None,
         "trainable_parameters": 1234 if run.method.trained else 0,
         "adapter_bytes": 10,

@@ -250,8 +250,8 @@ def test_a_dry_run_says_what_is_done_begun_and_missing_and_writes_nothing(tmp_pa
     assert said[1].endswith("done")
     assert said[3].endswith("begun")
     assert "at the rate that is best on validation" in said[5]
-    # base 0.5 s x 2 splits x 1 step; mixlora as the one that is done: 4 x 2 s + 1.5 s per split; graphmoe by the table
-    expected = 1 + (8 + 3) + (8 + 1.5) + 2 * (4 + 2) * 2 + (4 + 1) * 2
+    # by the table 7 s of loading and seconds per step, of 4 steps and 1 for each split; mixlora as the one that is done
+    expected = (7 + 2 * 0.5) + 2 * 11 + 2 * (7 + (4 + 2) * 2) + (7 + (4 + 1) * 2)
     assert said[-1] == f"made_up: 6 runs missing, about {round(expected)} s"
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -259,7 +259,7 @@ def test_a_dry_run_says_what_is_done_begun_and_missing_and_writes_nothing(tmp_pa
 def test_no_run_begins_that_would_not_end_within_the_budget(tmp_path):
     said = go(small(), tmp_path, budget=0.5)
     assert not list((tmp_path / "results").glob("*.json"))
-    assert "one.untouched.seed3 would take about 1 s" in said[0]
+    assert "one.untouched.seed3 would take about 8 s" in said[0]
     assert said[-1] == "made_up: 0 runs done now, 7 missing"
 
 
@@ -267,11 +267,11 @@ def test_an_estimate_is_of_the_runs_own_method_and_task(tmp_path):
     own = part()
     results = Results(own, tmp_path)
     slow = Run(own, "three", own.method("graphmoe"), own.method("graphmoe").rates[0], 3)
-    results.add(slow, document(slow, seconds={"per_step": 100.0, "asking": 20.0}))
+    results.add(slow, document(slow, seconds={"per_step": 100.0, "asking": 20.0, "whole": 430.0}))
     times = {(slot.task, slot.method.name, slot.seed): seconds_of(slot, results) for slot in slots(own)}
-    assert times["three", "graphmoe", 4] == 4 * 100 + 10
-    assert times["one", "graphmoe", 4] == (4 + 1) * 2
-    assert times["three", "mixlora", 3] == (4 + 2) * 1
+    assert times["three", "graphmoe", 4] == 430
+    assert times["one", "graphmoe", 4] == 7 + (4 + 1) * 2
+    assert times["three", "mixlora", 3] == 7 + (4 + 2) * 1
 
 
 def test_unknown_names_list_those_there_are(tmp_path):
