@@ -176,4 +176,5 @@ PART = Part(
     material=DepthMaterial(),
     base_per_seed=True,
     evaluation_steps=10,
+    start_seconds=15,
 )

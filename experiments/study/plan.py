@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from experiments.study.results import Results, StudyError
 from experiments.study.settings import VALIDATION, Method, Part, Rate, Run
@@ -113,8 +113,3 @@ def wanted(slot: Slot, only: Collection[str], part: Part) -> bool:
     tasks = [name for name in only if name in part.tasks]
     methods = [name for name in only if name not in part.tasks]
     return (not tasks or slot.task in tasks) and (not methods or slot.method.name in methods)
-
-
-def conditions_of_all(results: Results, keys: Collection[str]) -> dict[str, list[Any]]:
-    """Return the different values that each of the keys has among the conditions of all results."""
-    return {key: sorted({str(found["conditions"].get(key)) for found in results.all()}) for key in keys}

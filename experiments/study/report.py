@@ -8,14 +8,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from experiments.study.plan import Undecided, accuracy, chosen_rate, conditions_of_all
-from experiments.study.results import Results, StudyError, runs_of
+from experiments.study.plan import Undecided, accuracy, chosen_rate, slots
+from experiments.study.results import Results, StudyError
 from experiments.study.settings import TEST, VALIDATION, Method, Rate, Run
 from experiments.study.statistics import Estimate, over_questions, over_seeds
 from graphmoe_model.presentation import markdown_table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "study.md"
 CONDITIONS = ("device", "threads", "dtype", "commit")
+PACKAGES = ("torch", "transformers", "peft")
 
 
 class Found(NamedTuple):
@@ -94,15 +95,24 @@ def _completeness(results: Results) -> list[str]:
             if seeds == wanted:
                 complete.append(method.title)
             else:
-                missing.append(f"{method.title} ({seeds} of {wanted}{'' if found else ', its rate is not chosen'})")
+                open_rate = ", its rate is not chosen" if found is None and method.trained else ""
+                missing.append(f"{method.title} ({seeds} of {wanted}{open_rate})")
         seeds_text = "1 seed" if len(part.seeds) == 1 else f"{len(part.seeds)} seeds"
         line = f"- **{task}**: {len(complete)} of {len(part.methods)} methods have all of their runs with {seeds_text}."
         lines.append(line if not missing else f"{line} Missing, seeds done: {'; '.join(missing)}.")
-    run = f"{len(results)} results; at most {len(runs_of(part))} runs, of which those at rates not chosen are left out."
-    told = conditions_of_all(results, CONDITIONS)
-    conditions = [f"{key} {', '.join(values)}" for key, values in told.items() if values]
-    lines += ["", run + (f" Conditions: {'; '.join(conditions)}." if conditions else "")]
+    done = "no run is done" if not len(results) else f"{len(results)} are done"
+    lines += ["", f"Of {len(slots(part))} runs {done}, those that choose the rates among them."]
+    if len(results):
+        lines[-1] += f" Conditions: {'; '.join(_conditions(results))}."
     return [piece for line in lines for piece in wrapped(line)]
+
+
+def _conditions(results: Results) -> list[str]:
+    """Where and with what the runs ran: every value that one of them has."""
+    conditions = [result["conditions"] for result in results.all() if result["diverged"] is None]
+    told = [(key, {str(own[key]) for own in conditions}) for key in CONDITIONS]
+    told += [(package, {str(own["versions"].get(package)) for own in conditions}) for package in PACKAGES]
+    return [f"{name} {', '.join(sorted(values))}" for name, values in told if values]
 
 
 def _accuracies(task: str, found: Mapping[str, Found | None], results: Results) -> list[str]:

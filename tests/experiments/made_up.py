@@ -76,6 +76,12 @@ def document(run: Run, validation: str = "110000", test: str = "101010101", **ch
         "trainable_parameters": 1234 if run.method.trained else 0,
         "adapter_bytes": 10,
         "loss": None,
-        "conditions": {"device": "cpu (made up)", "threads": 1, "dtype": "float32", "commit": "abc"},
+        "conditions": {
+            "device": "cpu (made up)",
+            "threads": 1,
+            "dtype": "float32",
+            "commit": "abc",
+            "versions": {"torch": "2.0"},
+        },
         **changes,
     }

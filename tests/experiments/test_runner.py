@@ -21,6 +21,7 @@ from experiments.study.runner import dry_run, go_through
 from experiments.study.settings import Part, Rate, Run
 from graphmoe_model.training import DivergedError
 from graphmoe_model.training import trainer as training_trainer
+from graphmoe_model.training.callbacks import duration
 from tests.experiments.made_up import PLAIN, document, part
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
@@ -252,7 +253,7 @@ def test_a_dry_run_says_what_is_done_begun_and_missing_and_writes_nothing(tmp_pa
     assert "at the rate that is best on validation" in said[5]
     # by the table 7 s of loading and seconds per step, of 4 steps and 1 for each split; mixlora as the one that is done
     expected = (7 + 2 * 0.5) + 2 * 11 + 2 * (7 + (4 + 2) * 2) + (7 + (4 + 1) * 2)
-    assert said[-1] == f"made_up: 6 runs missing, about {round(expected)} s"
+    assert said[-1] == f"made_up: 6 runs missing, about {duration(expected)}"
     assert sorted(tmp_path.rglob("*")) == before
 
 

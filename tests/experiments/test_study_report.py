@@ -103,7 +103,26 @@ def test_what_is_missing_is_said_and_what_is_complete_is_not(tmp_path):
     assert (
         "**one**: 2 of 3 methods have all of their runs with 2 seeds. Missing, seeds done: GraphMoE (1 of 2)." in text
     )
+    assert "Of 7 runs 6 are done" in text
     assert "Missing" not in section(filled(tmp_path))
+
+
+def test_every_condition_under_which_a_run_ran_is_told(tmp_path):
+    """Seconds of two devices, or results of two commits, side by side are seen to be so."""
+    results = filled(tmp_path)
+    run = runs_of(results.part)[-1]
+    other = {"device": "cuda (b)", "threads": 2, "dtype": "bfloat16", "commit": "def", "versions": {"torch": "3.0"}}
+    results.add(run, document(run, conditions=other))
+    text = " ".join(section(results).split())
+    for told in ("device cpu (made up), cuda (b)", "threads 1, 2", "commit abc, def", "torch 2.0, 3.0"):
+        assert told in text
+
+
+def test_of_no_results_nothing_is_shown(tmp_path):
+    text = section(Results(part(tasks=("one",)), tmp_path))
+    assert "Of 7 runs no run is done" in text
+    assert "the base model (0 of 1);" in text
+    assert "|" not in text
 
 
 def test_a_method_without_a_chosen_rate_is_missing_and_in_no_difference(tmp_path):
