@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from experiments.study.plan import Undecided, accuracy, chosen_rate, slots
+from experiments.study.plan import Undecided, accuracy, chosen_rate, run_of, slots
 from experiments.study.results import Results, StudyError
 from experiments.study.settings import TEST, VALIDATION, Method, Rate, Run
 from experiments.study.statistics import Estimate, over_questions, over_seeds
@@ -100,8 +100,9 @@ def _completeness(results: Results) -> list[str]:
         seeds_text = "1 seed" if len(part.seeds) == 1 else f"{len(part.seeds)} seeds"
         line = f"- **{task}**: {len(complete)} of {len(part.methods)} methods have all of their runs with {seeds_text}."
         lines.append(line if not missing else f"{line} Missing, seeds done: {'; '.join(missing)}.")
-    done = "no run is done" if not len(results) else f"{len(results)} are done"
-    lines += ["", f"Of {len(slots(part))} runs {done}, those that choose the rates among them."]
+    planned = [run_of(slot, results) for slot in slots(part)]
+    done = sum(isinstance(run, Run) and results.of(run) is not None for run in planned)
+    lines += ["", f"Of {len(planned)} runs {done} are done, those that choose the rates among them."]
     if len(results):
         lines[-1] += f" Conditions: {'; '.join(_conditions(results))}."
     return [piece for line in lines for piece in wrapped(line)]

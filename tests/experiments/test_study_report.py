@@ -120,7 +120,7 @@ def test_every_condition_under_which_a_run_ran_is_told(tmp_path):
 
 def test_of_no_results_nothing_is_shown(tmp_path):
     text = section(Results(part(tasks=("one",)), tmp_path))
-    assert "Of 7 runs no run is done" in text
+    assert "Of 7 runs 0 are done" in text
     assert "the base model (0 of 1);" in text
     assert "|" not in text
 
