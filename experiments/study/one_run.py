@@ -48,7 +48,7 @@ def carry_out(run: Run, work: Path, say: Callable[[str], None]) -> dict[str, Any
             diverged = str(error)
     right: dict[str, dict[str, str]] = {}
     begun = time.monotonic()
-    conditions = {}
+    conditions: dict[str, Any] = {}
     if diverged is None:
         right, conditions = _asked(run, base, folder)
     gc.collect()

@@ -67,7 +67,7 @@ def write_into(page: Path, sections: Mapping[str, str]) -> None:
         if len(pattern.findall(text)) != 1:
             raise StudyError(f"{page} must have the marks {start} and {end} once, with nothing of worth between them")
         block = f"{start}\n\n{content}\n{end}"
-        text = pattern.sub(lambda _, block=block: block, text)
+        text = pattern.sub(block.replace("\\", r"\\"), text)
     page.write_text(text, encoding="utf-8")
 
 

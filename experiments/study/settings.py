@@ -194,11 +194,7 @@ class Run:
     def recipe_in(self, folder: Path, base: Base) -> TrainingRecipe:
         """Return the recipe that `graphmoe train` would run in a folder."""
         assert self.rate is not None
-        gru = (
-            {}
-            if self.rate.gru_factor is None
-            else {"gru_learning_rate": self.rate.learning_rate * self.rate.gru_factor}
-        )
+        factor = self.rate.gru_factor
         return TrainingRecipe(
             model=base.folder,
             gguf_file=base.gguf_file,
@@ -208,7 +204,7 @@ class Run:
             seed=self.seed,
             output=str(folder),
             report_to="none",
-            **gru,
+            gru_learning_rate=None if factor is None else self.rate.learning_rate * factor,
             **self.method.adapter,
             **self.part.recipe,
         )
