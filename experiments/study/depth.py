@@ -29,7 +29,7 @@ from graphmoe_model.demo.base import make_base
 from graphmoe_model.demo.train import train
 from graphmoe_model.questions import Question, QuestionEncoder
 
-BATCH, STEPS = 64, 240
+BATCH, STEPS = 64, 100
 # The rank of MixLoRA that has as many parameters as GraphMoE's experts of rank 8 and its GRUs have together.
 RANK, MATCHED_RANK = 8, 9
 EXPERTS: dict[str, Any] = {"num_experts": "4", "top_k": 2, "lora_dropout": 0.0}
@@ -161,17 +161,17 @@ PART = Part(
     tasks=("chains",),
     methods=(
         Method("untouched", "the base model", step_seconds=0.1),
-        _mixlora("mixlora", "MixLoRA, T = 1", RANK, 0.17),
-        _mixlora("mixlora-matched", "MixLoRA with the GRUs' parameters in rank", MATCHED_RANK, 0.18),
-        _graphmoe(2, 0.3),
-        _graphmoe(3, 0.4),
-        _graphmoe(4, 0.5),
+        _mixlora("mixlora", "MixLoRA, T = 1", RANK, 0.12),
+        _mixlora("mixlora-matched", "MixLoRA with the GRUs' parameters in rank", MATCHED_RANK, 0.13),
+        _graphmoe(2, 0.25),
+        _graphmoe(3, 0.3),
+        _graphmoe(4, 0.4),
     ),
     references=("mixlora", "mixlora-matched"),
     seeds=(0, 1, 2, 3, 4),
     recipe={
         **{"batch": BATCH, "accumulation": 1, "max_steps": STEPS, "scheduler": "linear", "warmup": 0.1},
-        **{"max_length": 64, "logging_steps": 10, "save_steps": 80, "keep_checkpoints": 1},
+        **{"max_length": 64, "logging_steps": 10, "save_steps": 50, "keep_checkpoints": 1},
     },
     material=DepthMaterial(),
     base_per_seed=True,
