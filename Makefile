@@ -9,7 +9,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.graphmoe-installed
 
 .DEFAULT_GOAL := help
-.PHONY: env demo test test-all test-distributed test-newest test-oldest aot bench report gpu-report tune check clean help
+.PHONY: env demo study test test-all test-distributed test-newest test-oldest aot bench report gpu-report tune check clean help
 
 env: $(STAMP)  ## build .venv, or bring it up to date (instant when nothing changed)
 
@@ -27,6 +27,9 @@ $(PY) .venv-distributed/bin/python .venv-newest/bin/python .venv-oldest/bin/pyth
 
 demo: env  ## train and compare on a made-up task on the CPU, in 3 to 7 minutes; writes demo_report/ (ARGS=--no-comparison: half of it)
 	$(PY) -m graphmoe_model.demo $(ARGS)
+
+study: env  ## the study of docs/study.md, where it stopped: hours (ARGS="--part depth --budget 1h", "--dry-run", "report")
+	$(PY) -m experiments.study $(ARGS)
 
 # On as many cores as there are, up to four; a file's tests stay together, as they share what is costly to make.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile

@@ -84,7 +84,7 @@ def test_links_lead_somewhere(page):
 @ALL_PAGES
 def test_files_that_are_named_are_there(page):
     """A file that moves takes its name in the docs with it."""
-    folders = "graphmoe_cli|graphmoe_kernels|graphmoe_model|graphmoe_tables|benchmarks|tests|docs"
+    folders = "graphmoe_cli|graphmoe_kernels|graphmoe_model|graphmoe_tables|benchmarks|experiments|tests|docs"
     code = [*re.findall(r"`([^`]+)`", prose(page)), *blocks(page, ""), *blocks(page, "python")]
     named = re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*\w", "\n".join(code))
     assert not [name for name in named if not (ROOT / name).exists()]
@@ -93,7 +93,7 @@ def test_files_that_are_named_are_there(page):
 @ALL_PAGES
 def test_modules_that_are_named_are_there(page):
     """``python -m graphmoe_kernels.cost`` and the like."""
-    named = re.findall(r"python -m ((?:graphmoe_\w+|benchmarks)[\w.]*)", page.read_text())
+    named = re.findall(r"python -m ((?:graphmoe_\w+|benchmarks|experiments)[\w.]*)", page.read_text())
     paths = [ROOT / name.replace(".", "/") for name in named]
     assert not [path for path in paths if not (path / "__main__.py").exists() and not path.with_suffix(".py").exists()]
 

@@ -4,8 +4,9 @@
 checkpoints are whole, `trainer` and `callbacks` are Transformers' Trainer with what is ours, `run` puts them together.
 """
 
+from graphmoe_model.training.callbacks import DivergedError
 from graphmoe_model.training.result import TrainingResult
 from graphmoe_model.training.run import train
 from graphmoe_tables.recipe import TrainingRecipe
 
-__all__ = ["TrainingRecipe", "TrainingResult", "train"]
+__all__ = ["DivergedError", "TrainingRecipe", "TrainingResult", "train"]

@@ -21,10 +21,14 @@ from graphmoe_model.routing.expert_load import ExpertLoad, collect_routing
 LOAD_FILE = "expert_load.jsonl"
 
 
+class DivergedError(ValueError):
+    """Training stopped because the loss is no number any more."""
+
+
 class LastStep(TrainerCallback):
     """Logs the last step, and evaluates after it, whatever the intervals: it may be the best.
 
-    A step whose loss is not finite is the last too: ``ValueError``.
+    A step whose loss is not finite is the last too: `DivergedError`.
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -37,7 +41,7 @@ class LastStep(TrainerCallback):
         """Stop where the loss is no number any more: nothing after it would be of use."""
         loss = kwargs["logs"].get("loss", 0.0)
         if not math.isfinite(loss):
-            raise ValueError(
+            raise DivergedError(
                 f"the loss is {loss} at step {state.global_step}, so training was stopped; name another folder and a "
                 "smaller --learning-rate, or some --warmup"
             )

@@ -53,7 +53,8 @@ def train(
 
     Raises:
         ValueError: whatever is wrong with the recipe, the questions, the model or the folder, before anything is
-            trained; or, while it is, a loss that is not finite.
+            trained.
+        DivergedError: a loss that is not finite, while it is trained; a `ValueError` too.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's and accelerate's; the process group comes later
     tell = say if int(os.environ.get("RANK", 0)) == 0 else _silent

@@ -1,0 +1,1 @@
+"""Experiments whose results are committed: ``experiments.study`` and its JSON under ``experiments/results``."""

@@ -1,0 +1,88 @@
+"""The real part: SmolLM2-135M on QuaRTz and Social IQA, all of it from the package index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.study.results import StudyError
+from experiments.study.settings import Base, Method, Part, Rate
+from graphmoe_model.questions import Question, load_questions
+from graphmoe_tables.tasks import data_folder
+
+MODEL, GGUF_FILE = "smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Ranks with as many parameters as MixLoRA of rank 8 with its 4 experts; MATCHED_RANK: as GraphMoE with its GRUs.
+RANK, MATCHED_RANK, LORA_RANK, LORAMOE_RANK = 8, 13, 23, 9
+PLAIN_RATES = tuple(Rate(rate) for rate in (1e-3, 3e-4, 3e-3))
+GRU_RATES = (Rate(1e-3, 0.3), Rate(1e-3, 0.1), Rate(3e-4, 0.3))
+
+
+class RealMaterial:
+    """The tasks and the model that `graphmoe data fetch` brings."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the model's file; the tasks are named by the runs, and pinned by their sizes and digests."""
+        return {"model": MODEL, "gguf_file": GGUF_FILE}
+
+    def base(self, seed: int, work: Path) -> Base:
+        """Return the fetched model.
+
+        Raises:
+            StudyError: it was not fetched.
+        """
+        del seed, work
+        folder = data_folder() / MODEL
+        if not (folder / GGUF_FILE).is_file():
+            raise StudyError(
+                f"there is no {folder / GGUF_FILE}: run graphmoe data fetch quartz social_iqa_small smollm2, or set "
+                "GRAPHMOE_DATA to where they are"
+            )
+        return Base(str(folder), GGUF_FILE)
+
+    def questions(self, task: str, split: str, seed: int) -> Sequence[Question]:
+        """Return a split of a task."""
+        del seed
+        return load_questions(task, split).questions
+
+    def group(self, question: Question) -> str:
+        """Return the one group that there is."""
+        del question
+        return "all"
+
+
+def _method(name: str, title: str, preset: str, rank: int, rounds: int, step_seconds: float) -> Method:
+    adapter: dict[str, Any] = {"rounds": rounds, "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05}
+    if preset != "lora":
+        adapter["num_experts"] = "4"
+    if preset.endswith("mixlora"):
+        adapter["top_k"] = 2
+    if rounds > 1:
+        adapter["gru_hidden_scale"] = 0.1
+    return Method(name, title, preset, adapter, PLAIN_RATES if rounds == 1 else GRU_RATES, step_seconds)
+
+
+PART = Part(
+    name="real",
+    title="Real questions",
+    tasks=("quartz", "social_iqa_small"),
+    methods=(
+        Method("untouched", "the base model", step_seconds=1.0),
+        _method("lora", "LoRA", "lora", LORA_RANK, 1, 2.9),
+        _method("mixlora", "MixLoRA", "mixlora", RANK, 1, 4.6),
+        _method("mixlora-matched", "MixLoRA with the GRUs' parameters in rank", "mixlora", MATCHED_RANK, 1, 4.8),
+        _method("graphmoe-t2", "GraphMoE(MixLoRA), T = 2", "graphmoe-mixlora", RANK, 2, 9.0),
+        _method("graphmoe-t3", "GraphMoE(MixLoRA), T = 3", "graphmoe-mixlora", RANK, 3, 13.4),
+        _method("loramoe", "LoRAMoE", "loramoe", LORAMOE_RANK, 1, 4.6),
+        _method("graphmoe-loramoe-t3", "GraphMoE(LoRAMoE), T = 3", "graphmoe-loramoe", LORAMOE_RANK, 3, 13.4),
+    ),
+    references=("lora", "mixlora", "mixlora-matched"),
+    seeds=(0, 1, 2),
+    recipe={
+        **{"batch": 16, "accumulation": 1, "max_steps": 48, "scheduler": "linear", "warmup": 0.1},
+        **{"max_length": 192, "logging_steps": 5, "save_steps": 16, "keep_checkpoints": 1},
+    },
+    material=RealMaterial(),
+    evaluation_steps=12,
+    start_seconds=40,
+)
