@@ -115,7 +115,7 @@ WRONG = {
     "no layers": ("--preset tiny --layers 0", "at least 1 layer, got 0"),
     "no threads": ("--preset tiny --threads 0", "--threads must be at least 1, got 0"),
     "no such folder": ("--model ./nowhere", "there is no folder ./nowhere"),
-    "not a model": ("--model TMP", "cannot load the model"),
+    "not a model": ("--model TMP", "has no config.json, so it is no model"),
     "an adapter as the model": ("--model GRAPHMOE", "is an adapter: pass its base model with --model"),
     "not an adapter": ("--model BASE --adapter BASE", "cannot load the adapter"),
     "another model's adapter": ("--model BASE --adapter OTHER", "cannot attach the adapter: the checkpoint does not"),
