@@ -33,6 +33,7 @@ from graphmoe_model.evaluation.document import (
 )
 from graphmoe_model.evaluation.language_model import Progress as Told
 from graphmoe_model.evaluation.standard import check_reachable, evaluate_standard
+from graphmoe_model.machine import chosen_device
 from graphmoe_model.questions import QuestionSet, load_questions
 from graphmoe_tables.tasks import TASKS
 
@@ -49,7 +50,7 @@ def run(options: EvaluateOptions, console: Console) -> list[TaskResult]:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # of loading: a file is no place for bars
     start = time.perf_counter()
-    device = _device(options.device)
+    device = chosen_device(options.device)
     bits: Bits | None = 4 if options.load_in_4bit else 8 if options.load_in_8bit else None
     source = ModelSource(options.model, options.gguf_file, bits, DTYPES.get(options.dtype), str(device))
     config = None if options.adapter is None else saved_config(options.adapter)
@@ -89,14 +90,6 @@ def run(options: EvaluateOptions, console: Console) -> list[TaskResult]:
         write_records(results, options.records)
     _print(options, results, standard, console)
     return results
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    return torch.device(name)
 
 
 def _tasks(options: EvaluateOptions) -> tuple[list[EvaluationTask], dict[str, str]]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from graphmoe_cli.profile_options import NO_MATPLOTLIB, ProfileOptions
+from graphmoe_model.machine import chosen_device, device_name
 from graphmoe_model.profiling.measure import profile_model
 from graphmoe_model.profiling.models import profiled_config, random_model, saved_model, with_adapter, with_rounds
 from graphmoe_model.profiling.report import describe, print_report, write_report
@@ -37,7 +36,7 @@ def run(options: ProfileOptions, console: Console) -> list[Profile]:
         raise ValueError(f"--out {options.out} cannot be written to: {error.strerror}; name another folder") from error
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # of others: nothing has run here yet
     with _threads(options.threads):
-        device = _device(options.device)
+        device = chosen_device(options.device)
         model = _load(options, device)
         settings = {name: v for name, v in (("fold", options.fold), ("backend", options.backend)) if v is not None}
         profiles: list[Profile] = []
@@ -83,14 +82,6 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    return torch.device(name)
-
-
 def _load(options: ProfileOptions, device: torch.device) -> nn.Module:
     dtype = DTYPES.get(options.dtype)
     if options.model is not None:
@@ -111,7 +102,7 @@ def _conditions(options: ProfileOptions, model: nn.Module, device: torch.device,
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     parameter = next(model.parameters())
     return {
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cores": _cores(),
         "load average": load,
@@ -126,12 +117,3 @@ def _conditions(options: ProfileOptions, model: nn.Module, device: torch.device,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
-    cpuinfo = Path("/proc/cpuinfo")  # Linux: Python's platform knows the architecture alone
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"cpu ({names[0] if names else platform.processor() or platform.machine()})"

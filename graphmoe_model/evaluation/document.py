@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ from torch import nn
 
 from graphmoe_model.checkout import checked_out_commit
 from graphmoe_model.evaluation.records import TaskResult
+from graphmoe_model.machine import device_name, installed_version
+from graphmoe_model.whole_files import write_whole
 
 PACKAGES = ("graphmoe", "torch", "triton", "transformers", "peft", "lm_eval", "tokenizers", "datasets", "bitsandbytes")
 # What train_result.json is called beside an adapter that `graphmoe train` made.
@@ -66,13 +66,13 @@ def conditions_of(model: nn.Module, device: torch.device) -> dict[str, Any]:
     """Say where and with what a model is evaluated: device, dtype, threads, versions, commit."""
     dtypes = [parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()]
     return {
-        "device": _device_name(device),
+        "device": device_name(device),
         "dtype": str(max(set(dtypes), key=dtypes.count)).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "model_revision": getattr(model.config, "_commit_hash", None),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {package: found for package in PACKAGES if (found := _version(package)) is not None},
+        "versions": {package: found for package in PACKAGES if (found := installed_version(package)) is not None},
         "commit": checked_out_commit(),
     }
 
@@ -110,7 +110,7 @@ def read_document(path: Path, what: str) -> dict[str, Any]:
 
 def write_document(document: dict[str, Any], path: Path) -> None:
     """Write JSON, whole or not at all."""
-    _replace(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_records(results: Iterable[TaskResult], path: Path) -> None:
@@ -120,22 +120,4 @@ def write_records(results: Iterable[TaskResult], path: Path) -> None:
         for result in results
         for record in result.records
     ]
-    _replace(path, "\n".join(lines) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _device_name(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return f"{device.type} ({name})"
+    write_whole(path, "\n".join(lines) + "\n")

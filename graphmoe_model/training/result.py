@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from graphmoe_model.machine import device_name, installed_version
 from graphmoe_model.training.run_folder import RESULT_FILE
+from graphmoe_model.whole_files import write_whole
 
 PACKAGES = ("graphmoe", "torch", "triton", "transformers", "peft", "accelerate", "trl", "datasets", "bitsandbytes")
 
@@ -57,10 +57,7 @@ class TrainingResult:
 
 def write_result(result: TrainingResult, folder: str | Path) -> None:
     """Write `RESULT_FILE`, whole or not at all."""
-    target = Path(folder) / RESULT_FILE
-    new = target.with_name(f".{RESULT_FILE}.new")
-    new.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
-    os.replace(new, target)
+    write_whole(Path(folder) / RESULT_FILE, json.dumps(asdict(result), indent=2) + "\n")
 
 
 def read_result(folder: str | Path) -> TrainingResult | None:
@@ -71,15 +68,14 @@ def read_result(folder: str | Path) -> TrainingResult | None:
 
 def conditions(device: torch.device, dtype: torch.dtype, processes: int, seed: int) -> dict[str, Any]:
     """Say where and with what a run ran."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "device": f"{device.type} ({name})",
+        "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "processes": processes,
         "seed": seed,
         "python": platform.python_version(),
-        **{package: version for package in PACKAGES if (version := _version(package))},
+        **{package: version for package in PACKAGES if (version := installed_version(package))},
     }
 
 
@@ -92,10 +88,3 @@ def peak_memory(device: torch.device) -> int | None:
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

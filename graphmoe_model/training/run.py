@@ -27,6 +27,7 @@ from graphmoe_model.training.result import TrainingResult, conditions, peak_memo
 from graphmoe_model.training.rows import Rows, make_collator, make_rows
 from graphmoe_model.training.run_folder import DATA_FILE, PREFIX, check_folder, check_space, last_whole, remove
 from graphmoe_model.training.trainer import RecipeTrainer, check_processes, make_arguments
+from graphmoe_model.whole_files import write_whole
 from graphmoe_tables.recipe import TrainingRecipe
 from graphmoe_tables.recipe_files import write_recipe
 
@@ -164,10 +165,8 @@ def _begin(
     for checkpoint in broken:
         tell(f"{checkpoint.name} is not whole, as it was being written or removed when the run ended: passed over")
         remove(checkpoint)
-    new = folder / f".{DATA_FILE}.new"
-    new.write_text(json.dumps(_digests(rows, evaluation), indent=2) + "\n", encoding="utf-8")
     write_recipe(recipe, folder)
-    os.replace(new, folder / DATA_FILE)
+    write_whole(folder / DATA_FILE, json.dumps(_digests(rows, evaluation), indent=2) + "\n")
 
 
 def _trainer(
