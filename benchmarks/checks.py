@@ -7,6 +7,7 @@ budget, need run on the sample alone, at any size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -157,9 +158,12 @@ class Judge:
             exact = {name: t for name, t in exact.items() if not name.startswith("d_")}
         of_tokens = {name for name in exact if not name.startswith("d_")} | {f"d_{name}" for name in self.operands}
         at_rows = {name: t[self.rows] if name in of_tokens else t for name, t in found.items()}
-        # A gradient that is zero in real arithmetic is judged by its absolute error.
-        norm = sum(torch.linalg.vector_norm(u.double()).item() ** 2 for u in self.upstream.values()) ** 0.5
-        return verdict(at_rows, plain, exact, self.dtype, floor=1e-3 * norm if self.training else 0.0)
+        return verdict(at_rows, plain, exact, self.dtype, self.floor())
+
+    def floor(self) -> float:
+        """Below this norm a gradient is judged by its absolute error: some are zero in real arithmetic."""
+        norms = [torch.linalg.vector_norm(u.double()).item() for u in self.upstream.values()]
+        return 1e-3 * math.hypot(*norms) if self.training else 0.0
 
     def definitions(self, built: Built) -> tuple[Tensors, Tensors]:
         """What ``built`` has to equal at the sampled rows: in its dtype, and in fp64."""

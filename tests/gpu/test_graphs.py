@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks.sizes import METHODS
-from graphmoe_kernels import Fold, rethink_folded
+from graphmoe_kernels import rethink_folded
+from graphmoe_kernels.structures import map_tensors
 from tests.gpu.layers import MARKS, make
 
 pytestmark = MARKS
@@ -85,7 +86,7 @@ def test_replays_of_changed_weights_have_the_old_fold():
     x, _ = layer.input(16)
     graph, y = captured(ffn, x)
     graph.replay()
-    before, old = y.clone(), copied(ffn._folds["default"].fold)
+    before, old = y.clone(), map_tensors(torch.clone, ffn._folds["default"].fold)
     with torch.no_grad():
         for parameter in (*layer.leaves().values(), ffn.base_layer.up_proj.weight):
             parameter.mul_(1.25)
@@ -97,15 +98,6 @@ def test_replays_of_changed_weights_have_the_old_fold():
         expected = layer.sharing("auto", "triton").eval()(x)
     assert not torch.equal(y, before)
     assert not torch.equal(y, expected)
-
-
-def copied(fold: Fold) -> Fold:
-    """A fold of the same values in memory of its own."""
-
-    def clones(part):
-        return type(part)(*(None if t is None else t.clone() for t in part))
-
-    return Fold(clones(fold.experts), clones(fold.later))
 
 
 def autocast_forward(ffn, x):
