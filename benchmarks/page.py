@@ -34,6 +34,10 @@ KERNELS_NOTE = (
     "Each kernel alone, many launches in a CUDA graph, replayed one behind the other; operands rotate so that together "
     'they exceed the L2 cache ("warm L2" where they do not by half).'
 )
+PREDICTIONS_NOTE = (
+    "PREDICTIONS-2026-11-26.md; kernels are an H100's. A kernel's times, predicted and measured, are those of all its "
+    "launches in one round."
+)
 # Whose time the others are compared with: the first of these that a case has, else its first contender.
 YARDSTICKS = ("dense", "torch, T=1", "triton, T=1")
 DETAILS = ("quartiles", "turns", "MB", "GFLOP")
@@ -194,9 +198,7 @@ def other_sections(content: dict[str, Any]) -> Iterator[Section]:
     """What a result has beside its rows; a table without a line is left out."""
     found = [Section("Kernels", KERNELS_NOTE, kernel_table(content["kernels"]))]
     if content["conditions"]:
-        found.append(
-            Section("Beside the predictions", "PREDICTIONS-2026-11-26.md; kernels are an H100's.", beside(content))
-        )
+        found.append(Section("Beside the predictions", PREDICTIONS_NOTE, beside(content)))
     found += profile_sections(content["profiles"])
     found.append(Section("Checks", "", _checks(content["checks"])))
     steps = [(name, step) for name, step in content["steps"].items() if step["state"] != "done"]

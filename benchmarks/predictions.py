@@ -16,19 +16,22 @@ from typing import Any
 from benchmarks.units import seconds
 
 PAGE = Path(__file__).with_name("PREDICTIONS-2026-11-26.md")
-# "| gru_forward, later round | 8192 | 8 | ... | 46.5 | L2 |", "| H100, inference, 8192 tokens, T=3, n=8 | 6,574.7 |".
-KERNEL = re.compile(r"^\| (\w+), (first|later) round \| (\d+) \| (\d+) \|.*\| ([\d,.]+) \| (\w+) \|$", re.MULTILINE)
+# All launches of a kernel in a round: "| experts_stream, later round | 8192 | 8 | 2 | 470.5 | loads |". A layer:
+# "| H100, inference, 8192 tokens, T=3, n=8 | 6,574.7 |".
+KERNEL = re.compile(
+    r"^\| (\w+), (first|later) round \| (\d+) \| (\d+) \| (\d+) \| ([\d,.]+) \| (\w+) \|$", re.MULTILINE
+)
 LAYER = re.compile(r"^\| (\w+), (\w+), (\d+) tokens?, T=(\d), n=(\d+) \| ([\d,.]+) \|", re.MULTILINE)
 # The sizes that are predicted.
 MODEL, DTYPE, DEVICES = "llama-3-8b", "bf16", ("H100", "H200", "A100")
 
 
 def predicted() -> dict[tuple[Any, ...], tuple[float, str]]:
-    """Seconds and the limit that sets them: of an H100's kernels by (kernel, round, tokens, experts), of layers
-    by (device, mode, tokens, rounds, experts)."""
+    """Seconds and the limit that sets them: of all launches of an H100's kernels in a round by (kernel, round, tokens,
+    experts), of layers by (device, mode, tokens, rounds, experts)."""
     text = PAGE.read_text(encoding="utf-8")
     found: dict[tuple[Any, ...], tuple[float, str]] = {}
-    for kernel, name, tokens, experts, time, limit in KERNEL.findall(text):
+    for kernel, name, tokens, experts, _, time, limit in KERNEL.findall(text):
         found[kernel, name, int(tokens), int(experts)] = 1e-6 * float(time.replace(",", "")), limit
     for device, mode, *numbers, time in LAYER.findall(text):
         found[device, mode, *map(int, numbers)] = 1e-6 * float(time.replace(",", "")), "sum of what it starts"
@@ -70,12 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     p.add_argument("--write", action="store_true", help=f"write the page to {PAGE.name} in place of printing it")
     write = p.parse_args(arguments).write
-    from benchmarks.forecast_page import page  # takes a minute's imports and readings, which `beside` does without
+    # Their imports and readings take seconds, which `beside` does without.
+    from benchmarks.forecast_page import H100, page
+    from benchmarks.forecast_rounds import section
 
+    text = f"{page().rstrip()}\n\n{section(H100)}"
     if write:
-        PAGE.write_text(page(), encoding="utf-8")
+        PAGE.write_text(text, encoding="utf-8")
     else:
-        sys.stdout.write(page())
+        sys.stdout.write(text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -38,6 +39,20 @@ def test_a_result_stands_beside_its_prediction():
     time, _ = predicted()["H200", "inference", 8192, 3, 8]  # the made-up device is one
     assert lines[1][-1] == f"{6e-3 / time:.2f}"
     assert beside(document(rows, CPU, kernels=[kernel]))[1] == []
+
+
+@pytest.mark.parametrize("experts", [8, 64])
+def test_a_kernels_prediction_is_of_all_its_launches_in_a_round(experts):
+    """A result times them together. The two launches of a later round's stream stood beside the prediction of one, and
+    the GRU's backward in a later round, which multiplies, beside that of the first, which does not."""
+    found, text = predicted(), PAGE.read_text(encoding="utf-8")
+    step = text.split(f"Training step, 8192 tokens, n={experts}: ")[1].split("##")[0].split("\n\n")[1]
+    whole = {name: float(us.replace(",", "")) for name, us in re.findall(r"\| (experts_\w+) \| \d+ \| ([\d,.]+) \|", step)}
+    assert {"experts_stream", "experts_stream_backward_tokens", "experts_stream_backward_weights"} <= whole.keys()
+    for kernel, us in whole.items():  # of three rounds
+        first, later = (1e6 * found[kernel, name, 8192, experts][0] for name in ("first", "later"))
+        assert first + 2 * later == pytest.approx(us, abs=0.2)
+    assert found["gru_backward", "later", 8192, experts][0] > 2 * found["gru_backward", "first", 8192, experts][0]
 
 
 def test_every_line_that_the_page_has_is_read():
