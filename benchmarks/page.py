@@ -129,14 +129,16 @@ def write_into(path: Path, content: dict[str, Any]) -> list[str]:
 
 
 def conditions_lines(content: dict[str, Any]) -> list[str]:
-    """Where, with what, when, and the limits of the device."""
+    """Where, with what, when, what a reader has to know of the run, and the limits of the device."""
     c, limits = content["conditions"], content["limits"]
 
     def listed(values: dict[str, Any]) -> str:
         return ", ".join(f"{name} {value}" for name, value in values.items()) or "-"
 
     lines = [f"{name}: {listed(c.get(name.lower(), {}))}" for name in ("Device", "Host", "Versions")]
-    lines += [f"Commit: {c['commit']}", f"Date: {c['date']}", "Limits: not measured"]
+    lines += [f"Commit: {c['commit']}", f"Date: {c['date']}"]
+    lines += [f"What: {c['what']}"] if "what" in c else []
+    lines.append("Limits: not measured")
     if "copy bytes a second" in limits and "matrix operations a second" in limits:
         lines[-1] = (
             f"Limits, measured in this run: copy of device memory {limits['copy bytes a second'] / 1e9:,.1f} GB/s "

@@ -248,3 +248,11 @@ def test_what_would_read_like_agreement_is_refused(tmp_path, capsys):
     path = str(saved(tmp_path, plain(), "a.json"))
     assert main(["--compare", path, path]) == 2
     assert "is named twice" in capsys.readouterr().err
+
+
+def test_what_a_reader_has_to_know_of_a_run_is_said():
+    """A run of configurations that its commit does not have would pass for one of the commit."""
+    content = document([row("triton", 1.0)])
+    assert "What:" not in page([source(content)])
+    content["conditions"]["what"] = "configurations of a sweep"
+    assert "- What: configurations of a sweep" in page([source(content)])
