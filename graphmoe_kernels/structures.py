@@ -1,4 +1,4 @@
-"""Named tuples of tensors, some of them in named tuples of their own, some missing: what is done with every tensor."""
+"""Named tuples of tensors, some of them in tuples of their own, some missing: what is done with every tensor."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ def tensors_in(part: Any) -> list[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], part: Part) -> Part:
-    """Apply a function to every tensor of a part (a tensor, None or a named tuple); what is no tensor stays."""
+    """Apply a function to every tensor of a part (a tensor, None or a tuple, named or not); what is no tensor stays."""
     made: Any = part
     if isinstance(part, Tensor):
         made = function(part)
     elif isinstance(part, tuple):
-        made = type(part)(*(map_tensors(function, each) for each in part))
+        fields = [map_tensors(function, each) for each in part]
+        made = type(part)(*fields) if hasattr(part, "_fields") else tuple(fields)
     return made
 
 

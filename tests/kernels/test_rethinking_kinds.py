@@ -20,7 +20,7 @@ from graphmoe_kernels import (
     rethink_reference,
 )
 from graphmoe_kernels.dora import dora_scale, row_norms
-from graphmoe_kernels.structures import tensors_in
+from graphmoe_kernels.structures import map_tensors, tensors_in
 from graphmoe_kernels.testing import cast_layer, relative_error
 from tests.kernels.cases import ODD, Sizes, assert_equal_to, decided_tokens, gradients, layer
 from tests.kernels.test_rethinking_precision import assert_within_budget
@@ -184,3 +184,19 @@ def test_dora_keeps_no_product_with_the_down_projection():
         weights = layer(BASE, Sizes(), routers=routers, dora=True)
         later = build_fold(weights, FoldSettings(torch.float64, 1.5, "expert_output")).later
         assert [tuple(t.shape) for t in tensors_in(later.reader)] == [(48, ODD.hidden)]
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["", "DoRA"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fold_is_mapped_whole(kind, dora):
+    """Also the tensors in its plain tuples, as those of the routers: one router came back as its rows, two failed."""
+    routers, top_k, sizes = KINDS[kind]
+    spec = BASE._replace(top_k=top_k)
+    fold = build_fold(
+        layer(spec, sizes, routers=routers, dora=dora), FoldSettings(torch.float64, spec.scale, spec.candidate_input)
+    )
+    copied = map_tensors(torch.clone, fold)
+    assert len(copied.later.routers) == len(fold.later.routers)
+    for copy, original in zip(copied.tensors(), fold.tensors(), strict=True):
+        assert torch.equal(copy, original)
+        assert copy.data_ptr() != original.data_ptr()
