@@ -47,7 +47,9 @@ def test_a_kernels_prediction_is_of_all_its_launches_in_a_round(experts):
     the GRU's backward in a later round, which multiplies, beside that of the first, which does not."""
     found, text = predicted(), PAGE.read_text(encoding="utf-8")
     step = text.split(f"Training step, 8192 tokens, n={experts}: ")[1].split("##")[0].split("\n\n")[1]
-    whole = {name: float(us.replace(",", "")) for name, us in re.findall(r"\| (experts_\w+) \| \d+ \| ([\d,.]+) \|", step)}
+    whole = {
+        name: float(us.replace(",", "")) for name, us in re.findall(r"\| (experts_\w+) \| \d+ \| ([\d,.]+) \|", step)
+    }
     assert {"experts_stream", "experts_stream_backward_tokens", "experts_stream_backward_weights"} <= whole.keys()
     for kernel, us in whole.items():  # of three rounds
         first, later = (1e6 * found[kernel, name, 8192, experts][0] for name in ("first", "later"))

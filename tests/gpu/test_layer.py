@@ -52,11 +52,16 @@ def test_every_method_keeps_the_budget(method, dora):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "kernel", "a_round"),
+    ("tokens", "kernel", "per_round"),
     # 300 tokens are too few for tiles of pairs of experts, and enough for a launch of each slot
-    [(1, "experts_forward_token", 1), (64, "experts_forward", 1), (300, "experts_stream", 2), (700, "experts_stream", 1)],
+    [
+        (1, "experts_forward_token", 1),
+        (64, "experts_forward", 1),
+        (300, "experts_stream", 2),
+        (700, "experts_stream", 1),
+    ],
 )
-def test_auto_is_triton(tokens, kernel, a_round):
+def test_auto_is_triton(tokens, kernel, per_round):
     """On a CUDA device nothing has to be chosen: the kernels run, and give bit for bit what "triton" gives."""
     layer = make(rounds=3, dtype="bf16")
     x, _ = layer.input(tokens)
@@ -67,7 +72,7 @@ def test_auto_is_triton(tokens, kernel, a_round):
             found = automatic(x)
         assert torch.equal(found, layer.fused.eval()(x))
     names = [each.name for each in launches]
-    assert [names.count(name) for name in ("routing_forward", kernel, "gru_forward")] == [3, 3 * a_round, 2]
+    assert [names.count(name) for name in ("routing_forward", kernel, "gru_forward")] == [3, 3 * per_round, 2]
 
 
 def test_fp64_goes_to_pytorch():

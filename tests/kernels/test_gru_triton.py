@@ -223,7 +223,12 @@ def test_compiles_in_one_graph(state, dynamic):
 
 
 REFUSALS = [
-    ({"inputs": torch.zeros(4, 15, device=DEVICE).double()}, {}, ValueError, "inputs is torch.float64: the Triton kernels take"),
+    (
+        {"inputs": torch.zeros(4, 15, device=DEVICE).double()},
+        {},
+        ValueError,
+        "inputs is torch.float64: the Triton kernels take",
+    ),
     ({"state": None}, {}, ValueError, "state missing: recurrent, state and total are given together"),
     ({"total": torch.zeros(4, 6, device=DEVICE)}, {}, ValueError, r"total must be \[4, 5\].*got \[4, 6\]"),
     ({}, {"candidate_activation": "relu"}, ValueError, "unknown candidate_activation 'relu'"),
