@@ -134,18 +134,12 @@ def stream_config(kernel: str, size: Sizes, own: Tiling, dtype: torch.dtype, dev
 
 
 def fitting(config: Config, extras: Extras) -> Config:
-    """A configuration without what spills beside dropout or scale vectors.
+    """A configuration whose bound on registers is the largest where a program also holds dropout or scale vectors.
 
-    A forward step with dropout is one part, as the random numbers of two spill; and a bound on registers that a plain
-    round fits in is the largest where a program also holds either. (Where nothing is said, the assembler itself bounds
-    them for the sake of occupancy, and spills a few bytes for it.) A backward's program of two warps is then one of
-    four over twice the columns, whose threads hold less.
+    A plain round fits in the bound. Where nothing is said, the assembler itself bounds them for the sake of occupancy,
+    and spills a few bytes for it.
     """
     found = dict(config)
-    if extras.dropout and "PARTS" in found:
-        found |= {"BLOCK_F": found["BLOCK_F"] // found["PARTS"], "PARTS": 1}
     if "maxnreg" in found and (extras.dropout or extras.scales):
         found["maxnreg"] = MAX_REGISTERS
-        if found["num_warps"] == 2:
-            found |= {"BLOCK_F": 2 * found["BLOCK_F"], "num_warps": 4}
     return found
