@@ -33,6 +33,7 @@ WIDE_RANK, UNALIGNED = "_wide_rank", "_unaligned"
 # What a field of a configuration may be: a matrix instruction takes 16 rows and columns, a warp group 4 or 8 warps.
 RANGES = {
     "BLOCK": (16, 256),
+    "PARTS": (1, 2),
     "num_warps": (1, 8),
     "num_stages": (1, 4),
     "maxnreg": (128, 255),

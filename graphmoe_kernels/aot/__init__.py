@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of the Triton kernels: what the compiler makes of them, read without a GPU.
 
 `python -m graphmoe_kernels.aot` compiles every kernel with every configuration that the package ships, for each device
-class, and fails where one does not compile, does not fit or spills.
+class, and fails where one does not compile, does not fit or spills in a loop.
 
 `case` is what an operator offers; `trace` runs host code, that of whole layers too, on tensors without memory and
 writes down what it starts; `catalogue` collects the launches; `absent` lets Triton compile for a GPU that is not there;

@@ -69,6 +69,7 @@ class Loop(NamedTuple):
         instructions: of a pass.
         issue: cycles of its busiest pipe for one warp.
         loads: reads of global memory, copies to shared memory among them.
+        spills: reads and writes of local memory, where registers are spilled to (LDL, STL).
         between: waits for loads, of whichever pass, between the first and the last load: "waits between the loads of a
             step".
         cycles: of a pass of one warp if loads took no time.
@@ -81,6 +82,7 @@ class Loop(NamedTuple):
     instructions: int
     issue: int
     loads: int
+    spills: int
     between: int
     cycles: int
     waits: tuple[tuple[int, int], ...]
@@ -144,6 +146,7 @@ def _read(body: Sequence[Instruction], depth: int, inner: int, passes: int) -> L
         instructions=len(body),
         issue=max(len(body), *busy.values()),
         loads=len(loads),
+        spills=sum(each.kind in ("LDL", "STL") for each in body),
         between=sum(loads[0] < at < loads[-1] for at, _, _ in places) if loads else 0,
         cycles=clock.now - begin,
         waits=tuple((now - begin, issued - begin) for _, now, issued in places),

@@ -65,6 +65,13 @@ class Reading(NamedTuple):
         return None if self.blocks is None else self.blocks * self.warps
 
     @property
+    def spills_in_loops(self) -> int:
+        """LDL and STL instructions of the loops that have none in them; of a kernel without loops, all of them."""
+        if len(self.loops) < 2:
+            return self.local_loads + self.local_stores
+        return sum(loop.spills for loop in self.loops if loop.depth and not loop.inner)
+
+    @property
     def waits_between_loads(self) -> int | None:
         """Waits for loads between the first and the last load of the main loop's pass; None without such a loop."""
         loop = main_loop(self.loops)

@@ -26,13 +26,13 @@ def console(stderr: bool = False) -> Console:
 def table(readings: Sequence[Reading]) -> Table:
     """A row for each reading; a reading with faults is red.
 
-    warps/SM: warps that a multiprocessor holds at once. waits: `Reading.waits_between_loads`.
+    in loops: `Reading.spills_in_loops`. warps/SM: warps that a multiprocessor holds at once. waits: `Reading.waits_between_loads`.
     """
     made = Table(title=f"Kernels as Triton {readings[0].triton} compiles them" if readings else None)
     for header in ("kernel", "configuration"):
         made.add_column(header, overflow="fold")
     made.add_column("target")
-    for header in ("shared KiB", "registers", "spill B", "HGMMA", "other MMA", "warps/SM", "waits", "s"):
+    for header in ("shared KiB", "registers", "spill B", "in loops", "HGMMA", "other MMA", "warps/SM", "waits", "s"):
         made.add_column(header, justify="right")
     for reading in readings:
         made.add_row(*_cells(reading), style="red" if reading.faults else None)
@@ -43,12 +43,13 @@ def _cells(reading: Reading) -> list[str]:
     tuned = " ".join(word for word in reading.configuration.split() if word.startswith(TUNED))
     head = [escape(reading.name), escape(tuned), reading.target]
     if reading.error is not None:
-        return [*head, *["–"] * 7, f"{reading.seconds:.1f}"]
+        return [*head, *["–"] * 8, f"{reading.seconds:.1f}"]
     return [
         *head,
         f"{reading.shared_bytes / 1024:.1f}",
         str(reading.registers),
         str(reading.spill_bytes),
+        str(reading.spills_in_loops),
         str(reading.hgmma),
         str(reading.hmma + reading.tcgen05 + reading.mfma),
         *("–" if count is None else str(count) for count in (reading.resident_warps, reading.waits_between_loads)),

@@ -86,8 +86,8 @@ def test_the_latency_model_keeps_to_what_was_measured():
 @pytest.mark.parametrize("inner, passes", [(0, [1, 1, 4, 4, 1]), (416, [1, 1, 7, 4, 4, 1])])
 def test_passes_of_the_kernel_of_few_tokens(inner, passes):
     """Zeros and sums once; M in a later round; visits, each of two experts, to the 8 that are drawn."""
-    zeros, loads = Loop(1, 0, 5, 5, 0, 0, 9, ()), Loop(1, 0, 9, 9, 4, 0, 99, ())
-    loops = [Loop(0, len(passes) - 1, 7, 7, 9, 0, 30, ()), zeros, *[loads] * (len(passes) - 2)]
+    zeros, loads = Loop(1, 0, 5, 5, 0, 0, 0, 9, ()), Loop(1, 0, 9, 9, 4, 0, 0, 99, ())
+    loops = [Loop(0, len(passes) - 1, 7, 7, 9, 0, 0, 30, ()), zeros, *[loads] * (len(passes) - 2)]
     constants = {"BLOCK_M": 16, "BLOCK_K": 64, "AT_ONCE": 2, "SLOTS": 2}
     launch = Launch(SimpleNamespace(__name__="experts_forward"), (1, 224), {"inner": inner, **constants}, {}, None)
     assert passes_of(launch, loops, Sizes(4096, 14336, 409, experts=8, top_k=2, rank=16, tokens=16)) == passes
@@ -96,7 +96,7 @@ def test_passes_of_the_kernel_of_few_tokens(inner, passes):
 @pytest.mark.parametrize("router, passes", [(None, [1, 6]), ("router", [1, 6, 64])])
 def test_passes_of_the_backward_of_routing(router, passes):
     """A pass for each of a token's experts, then one for each block of columns, where x has a gradient."""
-    loops = [Loop(0, len(passes) - 1, 7, 7, 9, 0, 30, ()), *[Loop(1, 0, 9, 9, 4, 0, 99, ())] * (len(passes) - 1)]
+    loops = [Loop(0, len(passes) - 1, 7, 7, 9, 0, 0, 30, ()), *[Loop(1, 0, 9, 9, 4, 0, 0, 99, ())] * (len(passes) - 1)]
     kernel = SimpleNamespace(__name__="routing_backward")
     launch = Launch(kernel, (256, 1), {"router": router, "blocks": 64, "TOP_K": 6}, {}, None)
     assert passes_of(launch, loops, LLAMA_8B) == passes
@@ -104,9 +104,9 @@ def test_passes_of_the_backward_of_routing(router, passes):
 
 def test_a_program_waits_for_each_of_its_loads():
     """A loop in a loop, by hand: loads that nothing hides cost their latency, resident blocks share it, waves add."""
-    chain = Loop(1, 1, 10, 10, 1, 0, 20, ((15, 5),))
-    inner = Loop(2, 0, 5, 8, 1, 0, 10, ((9, 9 - 10),))  # issued at the end of the pass before, waited for at this one's
-    alone = Loop(0, 2, 7, 7, 0, 0, 30, ())
+    chain = Loop(1, 1, 10, 10, 1, 0, 0, 20, ((15, 5),))
+    inner = Loop(2, 0, 5, 8, 1, 0, 0, 10, ((9, 9 - 10),))  # issued at the end of the pass before, waited for at this one's
+    alone = Loop(0, 2, 7, 7, 0, 0, 0, 30, ())
     loops, passes = [alone, chain, inner], [1.0, 3.0, 4.0]
     assert program_cycles(loops, passes, 100) == 30 + 3 * ((20 + 100 - 10) + 3 * 100)
     assert issue_cycles(loops, passes) == 7 + 3 * (10 + 3 * 8)
@@ -117,7 +117,7 @@ def test_a_program_waits_for_each_of_its_loads():
 
 def test_a_kernel_whose_loops_run_nobody_knows_how_often_is_refused_by_name():
     """One pass in place of hundreds would be a prediction like any other."""
-    alone, loop = Loop(0, 1, 7, 7, 0, 0, 30, ()), Loop(1, 0, 5, 8, 1, 0, 10, ())
+    alone, loop = Loop(0, 1, 7, 7, 0, 0, 0, 30, ()), Loop(1, 0, 5, 8, 1, 0, 0, 10, ())
     unknown = SimpleNamespace(name="nonesuch_forward", arguments={"width": 64}, constants={"BLOCK_F": 32}, grid=(1, 1))
     assert passes_of(unknown, [alone], LLAMA_8B) == [1.0]
     with pytest.raises(LookupError, match="nonesuch_forward has loops"):

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from graphmoe_kernels.aot import listing
 from graphmoe_kernels.aot.case import specialization
 from graphmoe_kernels.aot.catalogue import MODULES, cases
 from graphmoe_kernels.aot.cycles import pass_cycles
-from graphmoe_kernels.aot.limits import resident_blocks
+from graphmoe_kernels.aot.limits import faults, resident_blocks
+from graphmoe_kernels.aot.listing import Loop
+from graphmoe_kernels.aot.reading import Reading
 from graphmoe_kernels.launching import DEVICE_CLASSES, config_table
 
 pytestmark = [
@@ -70,6 +73,24 @@ def test_clean_kernels_have_no_fault(made_for_this):
     assert matmul["registers"] > 32
     assert matmul["shared_bytes"] > 0
     assert matmul["spill_bytes"] == matmul["local_loads"] == matmul["local_stores"] == 0
+
+
+def read_with_spills(outside: int, run: int, main: int) -> Reading:
+    """A kernel of a loop in a loop, with so many instructions of spills in neither, in the outer and in the inner."""
+    loops = [Loop(0, 2, 90, 90, 3, outside, 0, 300, ()), Loop(1, 1, 40, 40, 2, run, 0, 90, ())]
+    loops.append(Loop(2, 0, 500, 500, 9, main, 0, 900, ()))
+    spilled = outside + run + main
+    return Reading("k", "sm_90", "", "", "", spill_bytes=4 * spilled, local_loads=spilled, loops=tuple(loops))
+
+
+def test_a_spill_is_a_fault_where_every_pass_pays_it():
+    """Not outside the innermost loops; of a kernel without loops anywhere."""
+    case = SimpleNamespace(name="k", matrix=False)
+    assert faults(case, read_with_spills(outside=6, run=3, main=0)) == []
+    assert "spills 8 bytes, 2 of 2 LDL" in faults(case, read_with_spills(outside=0, run=0, main=2))[0]
+    assert faults(case, read_with_spills(0, 0, 2)._replace(target="sm_100")) == []
+    straight = read_with_spills(2, 0, 0)
+    assert "spills 8 bytes" in faults(case, straight._replace(loops=straight.loops[:1]))[0]
 
 
 def test_readings_of_other_targets(tmp_path):

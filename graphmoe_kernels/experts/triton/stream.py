@@ -62,6 +62,7 @@ def experts_stream(
     num_experts, scale,
     SLOTS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
     APPROXIMATE: tl.constexpr, LAUNCHES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Program (placed tile of those of the launch, split of the piece's blocks). Shapes as in `expert_swiglu`.
 
@@ -85,20 +86,23 @@ def experts_stream(
     z0 = tl.zeros([BLOCK_M, padded_rank(RANK)], tl.float32)
     z1 = tl.zeros([BLOCK_M, padded_rank(RANK)], tl.float32)
     begin, end = stream_columns(piece, split)
-    for f0 in range(begin, end, BLOCK_F):
-        f = f0 + tl.arange(0, BLOCK_F)
-        g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width)
-        own = expert_hidden(g, u, low0, operands, e0, f, width, scale, RANK, ACTIVATION, APPROXIMATE)
-        mixed = own * w0[:, None]
-        z0 = add_low_rank(z0, own, operands, token, e0, f0, width, RANK, BLOCK_F)
-        if EXPERTS == 2:
-            own = expert_hidden(g, u, low1, operands, e1, f, width, scale, RANK, ACTIVATION, APPROXIMATE)
-            mixed += own * w1[:, None]
-            z1 = add_low_rank(z1, own, operands, token, e1, f0, width, RANK, BLOCK_F)
-        at = row[:, None] * stride_hidden + (f - first_column(piece))[None, :]
-        inside = live[:, None] & (f < width)[None, :]
-        mixed = add_written(mixed, hidden, at, piece.number, inside, LAUNCHES)
-        tl.store(hidden + at, mixed.to(hidden.dtype.element_ty), mask=inside)
+    PART: tl.constexpr = BLOCK_F // PARTS
+    for block in range(begin, end, BLOCK_F):
+        for part in tl.static_range(PARTS):
+            f0 = block + part * PART
+            f = f0 + tl.arange(0, PART)
+            g, u = load_base(operands, strides, added, stride_added, piece, token, live, f, width)
+            own = expert_hidden(g, u, low0, operands, e0, f, width, scale, RANK, ACTIVATION, APPROXIMATE)
+            mixed = own * w0[:, None]
+            z0 = add_low_rank(z0, own, operands, token, e0, f0, width, RANK, PART)
+            if EXPERTS == 2:
+                own = expert_hidden(g, u, low1, operands, e1, f, width, scale, RANK, ACTIVATION, APPROXIMATE)
+                mixed += own * w1[:, None]
+                z1 = add_low_rank(z1, own, operands, token, e1, f0, width, RANK, PART)
+            at = row[:, None] * stride_hidden + (f - first_column(piece))[None, :]
+            inside = live[:, None] & (f < width)[None, :]
+            mixed = add_written(mixed, hidden, at, piece.number, inside, LAUNCHES)
+            tl.store(hidden + at, mixed.to(hidden.dtype.element_ty), mask=inside)
 
     COLUMNS: tl.constexpr = compact_columns(EXPERTS, RANK)
     position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
