@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from graphmoe_tables.methods import METHODS, Method
 ROUNDS = 3  # of GraphMoE; its base methods have one
 GRU_SCALE = 0.25  # of its GRU, as in the demo's own adapter: the paper's 0.1 of 64 hidden units would be 6
 LOG_ENTRIES = 5  # of a training; the experts' load is that of the last
-SCORINGS = 3  # timed, each of every fourth held-out question: one batch with some of every skill
+SCORED = 100  # questions per forward when they are scored
 
 # LoRA's rank is the one that comes closest to MixLoRA's parameters here; half the paper's 80 would have three quarters
 # more.
@@ -76,7 +77,7 @@ class MethodResult(NamedTuple):
         parameters: trainable ones.
         accuracy: mean of the skills' shares of right answers, 0..1.
         step_ms: median milliseconds of a training step, without the first ones.
-        scoring_ms: median milliseconds of scoring `Comparison.scored` questions.
+        scoring_ms: median milliseconds of a forward that scores `Comparison.scored` questions.
         load: the smallest and the largest share of an expert in the last step, over all routers and rounds; None
             without a router.
     """
@@ -97,7 +98,7 @@ class Comparison(NamedTuple):
     Attributes:
         steps, batch_size, learning_rate: of each method's training.
         questions: how many held-out questions there are over all skills.
-        scored: how many of them are scored at once when scoring is timed.
+        scored: how many of them are scored by one forward.
         base_accuracy, base_scoring_ms: of the base model, as `MethodResult` has them.
         methods: in the order of `adapted_methods`, without those that diverged.
         diverged: method -> why its training was stopped.
@@ -163,15 +164,15 @@ def compare(
             methods.append(_measured(method, material, asked, steps, seed, say))
         except DivergedError as error:
             diverged[method.title] = str(error)
-    base, tokenizer = load_base(material.base)
+    base_accuracy, base_scoring_ms = _scoring(*load_base(material.base), asked)
     return Comparison(
         steps=steps,
         batch_size=BATCH,
         learning_rate=RATE,
         questions=len(asked),
-        scored=len(_scored(asked)),
-        base_accuracy=share_of_right_answers(base, tokenizer, asked),
-        base_scoring_ms=_scoring_ms(base, tokenizer, asked),
+        scored=min(SCORED, len(asked)),
+        base_accuracy=base_accuracy,
+        base_scoring_ms=base_scoring_ms,
         methods=methods,
         diverged=diverged,
     )
@@ -213,29 +214,39 @@ def _measured(
             **method.settings,
         )
         trained = fine_tune(recipe, material.questions, say)
-        model, tokenizer = load_adapter(material.base, adapter)
+        accuracy, scoring_ms = _scoring(*load_adapter(material.base, adapter), asked)
         shares = [share for load in expert_load(adapter, last=1).values() for share in load.flatten().tolist()]
     return MethodResult(
         title=method.title,
         experts=method.experts,
         rank=method.rank,
         parameters=trained.result.trainable_parameters,
-        accuracy=share_of_right_answers(model, tokenizer, asked),
+        accuracy=accuracy,
         step_ms=median(trained.step_ms[max(1, steps // 10) :]),
-        scoring_ms=_scoring_ms(model, tokenizer, asked),
+        scoring_ms=scoring_ms,
         load=(min(shares), max(shares)) if shares else None,
     )
 
 
-def _scoring_ms(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question]) -> float:
-    """The median; each scoring folds anew."""
-    taken = []
-    for _ in range(SCORINGS):
-        start = time.perf_counter()
-        share_of_right_answers(model, tokenizer, _scored(asked))
-        taken.append(1000 * (time.perf_counter() - start))
-    return median(taken)
+def _scoring(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question]) -> tuple[float, float]:
+    """The accuracy, and the median of the forwards' milliseconds."""
+    with _forward_times(model) as taken:
+        accuracy = share_of_right_answers(model, tokenizer, asked, SCORED)
+    return accuracy, median(taken)
 
 
-def _scored(asked: Sequence[Question]) -> Sequence[Question]:
-    return asked[::4]
+@contextmanager
+def _forward_times(model: nn.Module) -> Iterator[list[float]]:
+    """Yield a list that gets the milliseconds of each of the model's forwards: what lm-eval does around them takes
+    several times as long with a model so small."""
+    started: list[float] = []
+    taken: list[float] = []
+    hooks = [
+        model.register_forward_pre_hook(lambda *_: started.append(time.perf_counter())),
+        model.register_forward_hook(lambda *_: taken.append(1000 * (time.perf_counter() - started[-1]))),
+    ]
+    try:
+        yield taken
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -77,8 +77,7 @@ def comparison_section(comparison: Comparison) -> list[str]:
         "- **params**: trainable parameters\n"
         "- **accuracy**: the mean of the skills\n"
         "- **ms a step**: the median of the training steps without the first tenth\n"
-        f"- **ms scoring**: the median for {comparison.scored:,} held-out questions at once, tokenising, folding and "
-        "what lm-eval does besides included\n"
+        f"- **ms scoring**: the median of the forwards that scored {comparison.scored:,} held-out questions each\n"
         "- **expert load**: the smallest and the largest share of an expert in the last training step, over all "
         "routers and rounds; of the routed tokens, or in LoRAMoE and DoRAMoE, where every token has all experts, of "
         "the routing probability",

@@ -154,7 +154,7 @@ def score(model: nn.Module, tokenizer: PreTrainedTokenizerBase, held_out: Iterab
 
 
 def share_of_right_answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], batch_size: int = 100
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], batch_size: int
 ) -> float:
     """Return the first-token accuracy alone, 0..1: a fifth of the forwards that `score` needs."""
     task = EvaluationTask("held out", questions)

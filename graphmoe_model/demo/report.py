@@ -146,8 +146,7 @@ def _markdown(results: DemoResults) -> str:
         "![Training loss](loss.png)",
         "## Expert load",
         "The share of routed tokens that each expert got in each round, over the last logged steps of training. The "
-        "load-balance loss pulls towards an even "
-        "load and does not enforce it.",
+        "load-balance loss pulls towards an even load and does not enforce it.",
         *("![Expert load](expert_load.png)", load),
         "## Latency",
         "One layer, computed literally and folded: the same function, so the same output. With one round there is "

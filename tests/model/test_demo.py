@@ -20,7 +20,7 @@ from graphmoe_model.demo import __main__ as demo_main
 from graphmoe_model.demo.__main__ import parse_arguments
 from graphmoe_model.demo.base import BaseTexts, make_tokenizer
 from graphmoe_model.demo.commands import evaluation_command, on_a_real_model, real_commands
-from graphmoe_model.demo.fine_tuning import BATCH
+from graphmoe_model.demo.fine_tuning import BATCH, load_adapter, load_base, score
 from graphmoe_model.demo.scale import QUICK
 from graphmoe_model.demo.task import (
     CHOICES,
@@ -226,14 +226,23 @@ def test_graphmoe_eval_gives_the_accuracy_that_the_report_states(report):
     folder, pattern = words[words.index("--data") + 1].rsplit("/", 1)
     files = sorted(Path(folder).glob(pattern))
     assert len(files) == len(SKILLS)
-    output = report / "evaluation.json"
-    arguments = [*words[1 : words.index("--data") + 1], *map(str, files), "--device", "cpu", "--output", str(output)]
-    run = CliRunner().invoke(app, arguments)
+    output, records = report / "evaluation.json", report / "records.jsonl"
+    arguments = [*words[1 : words.index("--data") + 1], *map(str, files), "--device", "cpu"]
+    run = CliRunner().invoke(app, [*arguments, "--output", str(output), "--records", str(records)])
     assert run.exit_code == 0, run.output
     tasks = json.loads(output.read_text())["tasks"]
     for skill in SKILLS:
         reached = tasks[skill.replace(" ", "_")]["first_token_accuracy"]
         assert re.search(rf"^\| {skill} \| [\d.]+% \| {100 * reached:.1f}% \|", text, re.MULTILINE), skill
+    # Few questions have few accuracies: that it was this adapter that answered, its log-probabilities say.
+    held_out = held_out_questions(0, QUICK.questions)
+    found = sorted(str(json.loads(line)["label_logprobs"]) for line in records.read_text().splitlines())
+    assert found == logprobs(score(*load_adapter(report / "base", report / "adapter"), held_out))
+    assert found != logprobs(score(*load_base(report / "base"), held_out))
+
+
+def logprobs(results) -> list[str]:
+    return sorted(str(record.label_logprobs) for result in results for record in result.records)
 
 
 def test_the_recipe_and_questions_that_are_left_are_those_of_the_adapter(report):
