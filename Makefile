@@ -25,7 +25,7 @@ $(PY) .venv-distributed/bin/python .venv-newest/bin/python .venv-oldest/bin/pyth
 	@$(PYTHON) -m venv $(@:/bin/python=) || { rm -rf $(@:/bin/python=); \
 	    echo "make: $(PYTHON) -m venv failed. On Debian and Ubuntu the module is in a package of its own: apt install python3-venv" >&2; exit 1; }
 
-demo: env  ## train and compare on a made-up task on the CPU, in 3 to 7 minutes; writes demo_report/ (ARGS=--no-comparison: half of it)
+demo: env  ## train and compare on a made-up task on the CPU, in 4 to 10 minutes; writes demo_report/ (ARGS=--no-comparison: half of it)
 	$(PY) -m graphmoe_model.demo $(ARGS)
 
 study: env  ## the study of docs/study.md, where it stopped: hours (ARGS="--part depth --budget 1h", "--dry-run", "report")

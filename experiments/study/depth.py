@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from experiments.study.depth_world import (
@@ -26,8 +25,9 @@ from experiments.study.depth_world import (
 )
 from experiments.study.settings import Base, Method, Part, Rate
 from graphmoe_model.demo.base import make_base
-from graphmoe_model.demo.train import train
+from graphmoe_model.demo.pretraining import pretrain
 from graphmoe_model.questions import Question, QuestionEncoder
+from graphmoe_model.questions.encoding import IGNORED
 
 BATCH, STEPS = 64, 100
 # The rank of MixLoRA that has as many parameters as GraphMoE's experts of rank 8 and its GRUs have together.
@@ -82,13 +82,11 @@ class DepthMaterial:
             tokenizer = make_tokenizer()
             torch.manual_seed(seed)
             model = make_base(tokenizer, self.hidden, self.layers)
-            texts = SingleFacts(self.world(seed), tokenizer, BATCH * self.base_steps, seed)
-            title = f"base model of seed {seed}"
-            train(
+            pretrain(
                 model,
                 tokenizer,
-                texts,
-                title=title,
+                single_facts(self.world(seed), tokenizer, BATCH * self.base_steps, seed),
+                title=f"base model of seed {seed}",
                 steps=self.base_steps,
                 batch_size=BATCH,
                 learning_rate=3e-3,
@@ -113,23 +111,17 @@ class DepthMaterial:
         return question.place
 
 
-class SingleFacts(Dataset):
-    """What the base model reads: each fact as a sentence and as a question of depth 1, the loss on its last name."""
-
-    def __init__(self, world: World, tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> None:
-        asked = training_questions(world, world.chains(1), size // 2, seed)
-        encoder, rng = QuestionEncoder(tokenizer), random.Random(f"sentences {seed}")
-        sentences = world.sentences()
-        self.rows = [encoder.training_row(question) for question in asked]
-        for _ in range(size - len(asked)):
-            ids = tokenizer(rng.choice(sentences))["input_ids"]
-            self.rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - 1) + ids[-1:]})
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict[str, list[int]]:
-        return self.rows[i]
+def single_facts(world: World, tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> list[dict[str, list[int]]]:
+    """Return what the base model reads: each fact as a sentence and as a question of depth 1, the loss on its last
+    name."""
+    asked = training_questions(world, world.chains(1), size // 2, seed)
+    encoder, rng = QuestionEncoder(tokenizer), random.Random(f"sentences {seed}")
+    rows = [encoder.training_row(question) for question in asked]
+    sentences = world.sentences()
+    for _ in range(size - len(asked)):
+        ids = tokenizer(rng.choice(sentences))["input_ids"]
+        rows.append({"input_ids": ids, "labels": [IGNORED] * (len(ids) - 1) + ids[-1:]})
+    return rows
 
 
 @cache

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import tempfile
 import time
-from statistics import fmean, median
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
-import torch
-from peft import get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from graphmoe_model import GraphMoEConfig, collect_routing
-from graphmoe_model.demo.base import TrainingQuestions
-from graphmoe_model.demo.task import Question
-from graphmoe_model.demo.train import TrainingRun, accuracy, answer_logits, train
-from graphmoe_model.parameters import parameters_by_component
+from graphmoe_model.demo.fine_tuning import (
+    BATCH,
+    RATE,
+    Material,
+    demo_recipe,
+    expert_load,
+    fine_tune,
+    load_adapter,
+    load_base,
+    share_of_right_answers,
+)
+from graphmoe_model.questions import Question, QuestionSet
+from graphmoe_model.training import DivergedError
 from graphmoe_tables.methods import METHODS, Method
 
 ROUNDS = 3  # of GraphMoE; its base methods have one
-SCORINGS = 3  # timed, each of every fourth held-out question: one batch with some of every skill
+GRU_SCALE = 0.25  # of its GRU, as in the demo's own adapter: the paper's 0.1 of 64 hidden units would be 6
+LOG_ENTRIES = 5  # of a training; the experts' load is that of the last
+SCORED = 100  # questions per forward when they are scored
 
 # LoRA's rank is the one that comes closest to MixLoRA's parameters here; half the paper's 80 would have three quarters
 # more.
@@ -40,6 +51,23 @@ def _half(name: str, method: Method) -> dict[str, Any]:
 SIZES: dict[str, dict[str, Any]] = {name: _half(name, method) for name, method in METHODS.items()}
 
 
+class Adapted(NamedTuple):
+    """A method at the demo's sizes.
+
+    Attributes:
+        title: its name in the literature.
+        preset: the papers' settings that it starts from.
+        settings: the fields of a recipe that differ from those.
+        experts, rank: n and r of every adapted MLP; n is 1 where there is nothing to choose from.
+    """
+
+    title: str
+    preset: str
+    settings: dict[str, Any]
+    experts: int
+    rank: int
+
+
 class MethodResult(NamedTuple):
     """What was measured of one method.
 
@@ -48,10 +76,10 @@ class MethodResult(NamedTuple):
         experts, rank: n and r of every adapted MLP; n is 1 where there is nothing to choose from.
         parameters: trainable ones.
         accuracy: mean of the skills' shares of right answers, 0..1.
-        loss: mean over all training steps; not finite if any step's was not.
         step_ms: median milliseconds of a training step, without the first ones.
-        scoring_ms: median milliseconds of scoring `Comparison.scored` questions.
-        load: the smallest and the largest share of an expert, over all routers and rounds; None without a router.
+        scoring_ms: median milliseconds of a forward that scores `Comparison.scored` questions.
+        load: the smallest and the largest share of an expert in the last step, over all routers and rounds; None
+            without a router.
     """
 
     title: str
@@ -59,7 +87,6 @@ class MethodResult(NamedTuple):
     rank: int
     parameters: int
     accuracy: float
-    loss: float
     step_ms: float
     scoring_ms: float
     load: tuple[float, float] | None
@@ -71,9 +98,10 @@ class Comparison(NamedTuple):
     Attributes:
         steps, batch_size, learning_rate: of each method's training.
         questions: how many held-out questions there are over all skills.
-        scored: how many of them are scored at once when scoring is timed.
+        scored: how many of them are scored by one forward.
         base_accuracy, base_scoring_ms: of the base model, as `MethodResult` has them.
-        methods: in the order of `method_configs`.
+        methods: in the order of `adapted_methods`, without those that diverged.
+        diverged: method -> why its training was stopped.
     """
 
     steps: int
@@ -84,73 +112,69 @@ class Comparison(NamedTuple):
     base_accuracy: float
     base_scoring_ms: float
     methods: list[MethodResult]
+    diverged: dict[str, str]
 
 
-def method_configs() -> list[GraphMoEConfig]:
-    """The 8 base methods, each of those with experts followed by GraphMoE on it: 14 in all, at the demo's sizes."""
+def adapted_methods() -> list[Adapted]:
+    """Return the 8 base methods, each of those with experts followed by GraphMoE on it: 14 in all."""
     return [
-        GraphMoEConfig(
-            task_type="CAUSAL_LM",
-            method=method,
-            use_dora=use_dora,
-            rounds=rounds,
-            lora_alpha=2 * SIZES[method]["r"],
-            lora_dropout=0.0,
-            gru_hidden_scale=0.25,
-            **SIZES[method],
-        )
-        for method in METHODS
+        _adapted(name, use_dora, rounds)
+        for name, method in METHODS.items()
         for use_dora in (False, True)
-        for rounds in ((1,) if METHODS[method].routers is None else (1, ROUNDS))
+        for rounds in ((1,) if method.routers is None else (1, ROUNDS))
     ]
 
 
+def _adapted(name: str, use_dora: bool, rounds: int) -> Adapted:
+    sizes, method = SIZES[name], METHODS[name]
+    base = method.name(use_dora, rounds=1).lower()
+    settings: dict[str, Any] = {**sizes, "lora_alpha": 2 * sizes["r"], "lora_dropout": 0.0}
+    if "num_experts" in sizes:
+        settings["num_experts"] = str(sizes["num_experts"])
+    if rounds > 1:
+        settings |= {"rounds": rounds, "gru_hidden_scale": GRU_SCALE}
+    preset = base if rounds == 1 else f"graphmoe-{base}"
+    return Adapted(method.name(use_dora, rounds), preset, settings, sizes.get("num_experts", 1), sizes["r"])
+
+
 def compare(
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    held_out: list[Question],
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
+    material: Material, held_out: Sequence[QuestionSet], *, steps: int, seed: int, say: Callable[[str], None]
 ) -> Comparison:
-    """Fine-tune a copy of ``base`` by each method in turn, and measure it; ``base`` itself is left as it is.
+    """Fine-tune each method in turn on the same base model and questions, and measure it; adapters are not kept.
 
     Args:
-        held_out: the questions to answer afterwards; they are in no method's training data.
+        material: its first ``steps * BATCH`` questions are trained on.
+        held_out: the questions to answer afterwards, as many of each skill; they are in no method's training data.
+        steps, seed: of each method's training.
+        say: takes lines for the user.
 
     Raises:
-        ValueError: fewer than 2 steps (the first one is not timed).
+        ValueError: fewer than 2 steps (the first one is not timed), or fewer questions than they take.
     """
     if steps < 2:
         raise ValueError(f"steps must be at least 2, of which the first is not timed, got {steps}")
-    questions = TrainingQuestions(tokenizer, steps * batch_size, seed, held_out)
-    data: Any = [questions[i] for i in range(len(questions))]  # tokenised once for all methods
-    configs, methods = method_configs(), []
-    for number, config in enumerate(configs, start=1):
-        torch.manual_seed(seed)
-        model = get_peft_model(copy.deepcopy(base), config)
-        trained = train(
-            model,
-            tokenizer,
-            data,
-            title=f"{number:>2}/{len(configs)} {config.title}",
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed,
-        )
-        methods.append(_measured(model, config, trained, tokenizer, held_out))
+    if len(material.questions) < steps * BATCH:
+        raise ValueError(f"{steps} steps take {steps * BATCH} questions, got {len(material.questions)}")
+    material = material._replace(questions=material.questions[: steps * BATCH])
+    asked = [question for own in held_out for question in own]
+    adapted, methods, diverged = adapted_methods(), [], {}
+    for number, method in enumerate(adapted, start=1):
+        say(f"{number:>2}/{len(adapted)} {method.title}")
+        try:
+            methods.append(_measured(method, material, asked, steps, seed, say))
+        except DivergedError as error:
+            diverged[method.title] = str(error)
+    base_accuracy, base_scoring_ms = _scoring(*load_base(material.base), asked)
     return Comparison(
         steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        questions=len(held_out),
-        scored=len(_scored(held_out)),
-        base_accuracy=_accuracy(base, tokenizer, held_out),
-        base_scoring_ms=_scoring_ms(base, tokenizer, held_out),
+        batch_size=BATCH,
+        learning_rate=RATE,
+        questions=len(asked),
+        scored=min(SCORED, len(asked)),
+        base_accuracy=base_accuracy,
+        base_scoring_ms=base_scoring_ms,
         methods=methods,
+        diverged=diverged,
     )
 
 
@@ -159,17 +183,15 @@ def uncertainty(questions: int) -> float:
     return 1.96 * math.sqrt(0.25 / questions)
 
 
-def failures(comparison: Comparison, *, learnt: bool) -> list[str]:
-    """A sentence for each method whose loss was not finite or, if it should have ``learnt``, that got worse.
+def failed_methods(comparison: Comparison, *, learnt: bool) -> list[str]:
+    """Return a sentence for each method that diverged or, if it should have ``learnt``, got worse.
 
     Two models that guess differ by chance: what lies within `uncertainty` of the base model is not worse.
     """
-    found = []
+    found = [f"{title}: {why}" for title, why in comparison.diverged.items()]
     worse = comparison.base_accuracy - uncertainty(comparison.questions)
     for method in comparison.methods:
-        if not math.isfinite(method.loss):
-            found.append(f"{method.title}: the training loss was not finite.")
-        elif learnt and method.accuracy < worse:
+        if learnt and method.accuracy < worse:
             found.append(
                 f"{method.title}: accuracy {method.accuracy:.1%} after training is below the base model's "
                 f"{comparison.base_accuracy:.1%}."
@@ -178,41 +200,53 @@ def failures(comparison: Comparison, *, learnt: bool) -> list[str]:
 
 
 def _measured(
-    model: nn.Module,
-    config: GraphMoEConfig,
-    trained: TrainingRun,
-    tokenizer: PreTrainedTokenizerFast,
-    held_out: list[Question],
+    method: Adapted, material: Material, asked: Sequence[Question], steps: int, seed: int, say: Callable[[str], None]
 ) -> MethodResult:
-    with collect_routing(model) as routing:
-        reached = _accuracy(model, tokenizer, held_out)
-    shares = [share for load in routing.load().values() for share in load.flatten().tolist()]
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = Path(folder) / "adapter"
+        recipe = demo_recipe(
+            material,
+            adapter,
+            method.preset,
+            steps=steps,
+            seed=seed,
+            logging_steps=max(1, steps // LOG_ENTRIES),
+            **method.settings,
+        )
+        trained = fine_tune(recipe, material.questions, say)
+        accuracy, scoring_ms = _scoring(*load_adapter(material.base, adapter), asked)
+        shares = [share for load in expert_load(adapter, last=1).values() for share in load.flatten().tolist()]
     return MethodResult(
-        title=config.title,
-        experts=SIZES[config.method].get("num_experts", 1),
-        rank=config.r,
-        parameters=sum(parameters_by_component(model).values()),
-        accuracy=reached,
-        loss=trained.mean_loss,
-        step_ms=median(trained.step_ms[max(1, len(trained.step_ms) // 10) :]),
-        scoring_ms=_scoring_ms(model, tokenizer, held_out),
+        title=method.title,
+        experts=method.experts,
+        rank=method.rank,
+        parameters=trained.result.trainable_parameters,
+        accuracy=accuracy,
+        step_ms=median(trained.step_ms[max(1, steps // 10) :]),
+        scoring_ms=scoring_ms,
         load=(min(shares), max(shares)) if shares else None,
     )
 
 
-def _accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerFast, held_out: list[Question]) -> float:
-    return fmean(accuracy(answer_logits(model, tokenizer, held_out), held_out).values())
+def _scoring(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question]) -> tuple[float, float]:
+    """The accuracy, and the median of the forwards' milliseconds."""
+    with _forward_times(model) as taken:
+        accuracy = share_of_right_answers(model, tokenizer, asked, SCORED)
+    return accuracy, median(taken)
 
 
-def _scoring_ms(model: nn.Module, tokenizer: PreTrainedTokenizerFast, held_out: list[Question]) -> float:
-    """The median; routing is not recorded, and each scoring folds anew."""
-    taken = []
-    for _ in range(SCORINGS):
-        start = time.perf_counter()
-        answer_logits(model, tokenizer, _scored(held_out))
-        taken.append(1000 * (time.perf_counter() - start))
-    return median(taken)
-
-
-def _scored(held_out: list[Question]) -> list[Question]:
-    return held_out[::4]
+@contextmanager
+def _forward_times(model: nn.Module) -> Iterator[list[float]]:
+    """Yield a list that gets the milliseconds of each of the model's forwards: what lm-eval does around them takes
+    several times as long with a model so small."""
+    started: list[float] = []
+    taken: list[float] = []
+    hooks = [
+        model.register_forward_pre_hook(lambda *_: started.append(time.perf_counter())),
+        model.register_forward_hook(lambda *_: taken.append(1000 * (time.perf_counter() - started[-1]))),
+    ]
+    try:
+        yield taken
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graphmoe_model.demo.comparison import ROUNDS, SIZES, Comparison, MethodResult, uncertainty
 from graphmoe_model.demo.tables import Table, titled_markdown
-from graphmoe_model.demo.task import LABELS
+from graphmoe_model.demo.task import CHOICES
 
 NO_RANKING = (
     "The task is synthetic, each method had one seed and few steps, and nothing was tuned for any one of them: the "
@@ -50,7 +50,7 @@ def what_was_measured(comparison: Comparison) -> str:
 def comparison_section(comparison: Comparison) -> list[str]:
     """The section of the report, paragraph by paragraph."""
     steps, batch = comparison.steps, comparison.batch_size
-    margin, chance = uncertainty(comparison.questions), 1 / len(LABELS)
+    margin, chance = uncertainty(comparison.questions), 1 / CHOICES
     begun = sum(method.accuracy > chance + margin for method in comparison.methods)
     lora, mixlora, loramoe, mola = (SIZES[name] for name in ("lora", "mixlora", "loramoe", "mola"))
     return [
@@ -77,9 +77,10 @@ def comparison_section(comparison: Comparison) -> list[str]:
         "- **params**: trainable parameters\n"
         "- **accuracy**: the mean of the skills\n"
         "- **ms a step**: the median of the training steps without the first tenth\n"
-        f"- **ms scoring**: the median for {comparison.scored:,} held-out questions at once, tokenising and folding "
-        "included\n"
-        "- **expert load**: the smallest and the largest share of an expert, over all routers and rounds; of the "
-        "routed tokens, or in LoRAMoE and DoRAMoE, where every token has all experts, of the routing probability",
+        f"- **ms scoring**: the median of the forwards that scored {comparison.scored:,} held-out questions each\n"
+        "- **expert load**: the smallest and the largest share of an expert in the last training step, over all "
+        "routers and rounds; of the routed tokens, or in LoRAMoE and DoRAMoE, where every token has all experts, of "
+        "the routing probability",
+        *(f"Not in the table is {title}: {why}." for title, why in comparison.diverged.items()),
         "Methods ran one after the other: whatever else the machine did meets their times differently.",
     ]

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from rich.console import Console
 
+from graphmoe_model.demo.commands import evaluation_command, on_a_real_model
 from graphmoe_model.demo.comparison_report import (
     NO_RANKING,
     comparison_section,
@@ -112,7 +113,8 @@ def _latency_table(results: DemoResults) -> Table:
 
 def _reload_sentence(results: DemoResults) -> str:
     difference = results.reload_difference
-    same = "the same logits, to the bit" if difference == 0 else f"logits that differ by at most {difference:.1e}"
+    what = "log-probabilities of the answers"
+    same = f"the same {what}, to the bit" if difference == 0 else f"{what} that differ by at most {difference:.1e}"
     return f"Saved and loaded again, the adapter gives {same}."
 
 
@@ -143,8 +145,8 @@ def _markdown(results: DemoResults) -> str:
         "## Training loss",
         "![Training loss](loss.png)",
         "## Expert load",
-        "The share of routed tokens that each expert gets in each round. The load-balance loss pulls towards an even "
-        "load and does not enforce it.",
+        "The share of routed tokens that each expert got in each round, over the last logged steps of training. The "
+        "load-balance loss pulls towards an even load and does not enforce it.",
         *("![Expert load](expert_load.png)", load),
         "## Latency",
         "One layer, computed literally and folded: the same function, so the same output. With one round there is "
@@ -153,11 +155,14 @@ def _markdown(results: DemoResults) -> str:
         *("![Latency by rounds](latency.png)", latency),
         "## Saving and loading",
         _reload_sentence(results),
+        "It was trained as `graphmoe train` trains, by the `recipe.yaml` beside it, and scored as `graphmoe eval` "
+        f"scores; `{evaluation_command(results.folder)}` gives these accuracies again.",
         "## Sample questions",
         *(_markdown_example(*example) for example in results.examples),
     ]
     if results.comparison is not None:
         sections += comparison_section(results.comparison)
+    sections += ["## On a real model", on_a_real_model()]
     return "\n\n".join(sections) + "\n"
 
 

@@ -122,10 +122,11 @@ class ProgressLine(TrainerCallback):
 
     Args:
         say: writes a line where there is no terminal.
+        title: of the bar.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, say: Callable[[str], None], title: str = "train") -> None:
+        self.say, self.title = say, title
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -133,7 +134,7 @@ class ProgressLine(TrainerCallback):
         self.begun, self.first = time.monotonic(), state.global_step
         self.shown = state.is_world_process_zero
         if self.shown and sys.stderr.isatty():
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", leave=True)
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One step further."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks, is_tensorboard_available
 
 from graphmoe_model.base_models import ModelSource, load_base_config, load_tokenizer
@@ -39,6 +39,7 @@ def train(
     *,
     resume: bool = False,
     say: Callable[[str], None] = print,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
     """Train an adapter and save it in ``recipe.output``, with `RECIPE_FILE` and `RESULT_FILE`.
 
@@ -51,6 +52,7 @@ def train(
         resume: go on with the run in the output folder, if there is one. It ends as one that was never interrupted: on
             a CPU to the bit.
         say: takes lines for the user.
+        callbacks: of Trainer, called after this package's own.
 
     Raises:
         ValueError: whatever is wrong with the recipe, the questions, the model or the folder, before anything is
@@ -92,7 +94,7 @@ def train(
     if resume:
         where = f"goes on from {checkpoint.name}" if checkpoint else "there is no whole checkpoint: starts anew"
         tell(f"{folder}: {where}")
-    trainer = _trainer(recipe, source, arguments, tokenizer, rows, evaluation, tell)
+    trainer = _trainer(recipe, source, arguments, tokenizer, rows, evaluation, tell, callbacks)
     begun = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.monotonic() - begun
@@ -177,6 +179,7 @@ def _trainer(
     rows: Rows,
     evaluation: Rows | None,
     tell: Callable[[str], None],
+    more_callbacks: Sequence[TrainerCallback],
 ) -> RecipeTrainer:
     """Load the model, after the arguments, as ZeRO-3 splits weights while they are read, and make its trainer."""
     callbacks = [
@@ -185,6 +188,7 @@ def _trainer(
         LastStep(),
         *_reporting(recipe),
         ProgressLine(tell),
+        *more_callbacks,
     ]
     trainer = RecipeTrainer(
         recipe,

@@ -120,7 +120,7 @@ def test_a_base_model_is_made_once_and_knows_where_it_was_killed(tmp_path, monke
     """A folder that was being written is made anew: half a base model would be taken for a whole one."""
     tiny = depth.DepthMaterial(people=4, relations=1, depths=(1,), hidden=16, layers=1, base_steps=1, training_count=4)
     calls = []
-    original = depth.train
+    original = depth.pretrain
 
     def interrupted(*arguments, **options):
         calls.append(1)
@@ -128,7 +128,7 @@ def test_a_base_model_is_made_once_and_knows_where_it_was_killed(tmp_path, monke
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(depth, "train", interrupted)
+    monkeypatch.setattr(depth, "pretrain", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tiny.base(0, tmp_path)
     base = tiny.base(0, tmp_path)

@@ -12,10 +12,12 @@ import torch
 from rich.console import Console
 
 from graphmoe_model.demo import __main__ as demo_main
+from graphmoe_model.demo import report, stages
 from graphmoe_model.demo.comparison import Comparison, MethodResult
 from graphmoe_model.demo.latency import RoundLatency, measure_latency
 from graphmoe_model.demo.report import print_results, write_report
 from graphmoe_model.demo.results import DemoResults
+from graphmoe_model.demo.scale import Scale
 
 FILES = {"report.md", "loss.png", "accuracy.png", "expert_load.png", "latency.png", "comparison.png"}
 
@@ -40,16 +42,17 @@ def made_up_results() -> DemoResults:
         reload_difference=0.0,
         seconds={"fine-tuning": 61.25},
         comparison=made_up_comparison(),
+        folder=Path("my report"),
     )
 
 
 def made_up_comparison() -> Comparison:
     methods = [
-        MethodResult("LoRA", 1, 23, 58_880, 0.6875, 1.2, 12.25, 250.4, None),
-        MethodResult("MixLoRA", 4, 8, 57_856, 0.5, 1.3, 20.0, 300.0, (0.125, 0.4)),
-        MethodResult("GraphMoE(MixLoRA)", 4, 8, 67_616, 0.475, 1.1, 35.5, 401.0, (0.0, 0.75)),
+        MethodResult("LoRA", 1, 23, 58_880, 0.6875, 12.25, 250.4, None),
+        MethodResult("MixLoRA", 4, 8, 57_856, 0.5, 20.0, 300.0, (0.125, 0.4)),
+        MethodResult("GraphMoE(MixLoRA)", 4, 8, 67_616, 0.475, 35.5, 401.0, (0.0, 0.75)),
     ]
-    return Comparison(1200, 16, 3e-3, 400, 100, 0.25, 99.6, methods)
+    return Comparison(1200, 16, 3e-3, 400, 100, 0.25, 99.6, methods, {})
 
 
 @pytest.fixture(scope="module")
@@ -148,12 +151,13 @@ def test_report_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
 @pytest.fixture
 def demo(monkeypatch, tmp_path):
     """The demo's command without its training: (options, results) -> (exit status, the scale it would have run at)."""
-    monkeypatch.setattr(demo_main.transformers.logging, "set_verbosity_error", lambda: None)
-    monkeypatch.setattr(demo_main, "write_report", lambda results, folder: folder / "report.md")
+    for name in ("set_verbosity_error", "disable_progress_bar"):
+        monkeypatch.setattr(demo_main.transformers.logging, name, lambda: None)
+    monkeypatch.setattr(report, "write_report", lambda results, folder: folder / "report.md")
 
-    def command(results: DemoResults, *options: str) -> tuple[int, demo_main.Scale]:
+    def command(results: DemoResults, *options: str) -> tuple[int, Scale]:
         scales = []
-        monkeypatch.setattr(demo_main, "run", lambda scale, *others: scales.append(scale) or results)
+        monkeypatch.setattr(stages, "run", lambda scale, *others: scales.append(scale) or results)
         return demo_main.main(["--out", str(tmp_path), *options]), scales[0]
 
     return command
@@ -167,19 +171,27 @@ def test_comparison_can_be_left_out(demo):
         assert demo(results, *mode, "--no-comparison") == (0, demo(results, *mode)[1]._replace(comparison_steps=0))
 
 
+def unlearnt() -> list[MethodResult]:
+    *others, last = made_up_comparison().methods
+    return [*others, last._replace(accuracy=0.1)]
+
+
 @pytest.mark.parametrize(
     "change, full, quick, message",
     [
         ({}, 0, 0, ""),
-        ({"loss": math.nan}, 1, 1, "GraphMoE(MixLoRA): the training loss was not finite."),
-        ({"accuracy": 0.1}, 1, 0, "GraphMoE(MixLoRA): accuracy 10.0% after training is below the base model's 25.0%."),
+        ({"diverged": {"MoLA": "the loss is nan"}}, 1, 1, "MoLA: the loss is nan"),
+        (
+            {"methods": unlearnt()},
+            1,
+            0,
+            "GraphMoE(MixLoRA): accuracy 10.0% after training is below the base model's 25.0%.",
+        ),
     ],
 )
 def test_exit_status_tells_that_a_method_did_not_train(demo, capsys, change, full, quick, message):
     """Whoever runs the demo as a check hears of a method that diverged, or that got worse where it had the steps."""
-    comparison = made_up_comparison()
-    methods = [*comparison.methods[:-1], comparison.methods[-1]._replace(**change)]
-    results = replace(made_up_results(), comparison=comparison._replace(methods=methods))
+    results = replace(made_up_results(), comparison=made_up_comparison()._replace(**change))
     assert demo(results)[0] == full
     shown = " ".join(capsys.readouterr().out.split())
     assert message in shown
