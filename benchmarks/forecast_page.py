@@ -34,8 +34,9 @@ INTRODUCTION = f"""# Predictions that add latencies
 
 Written by `python -m benchmarks.predictions --write`. Every time but those called measured is a **prediction**, by a
 model of time that was made before these kernels had run on a GPU; the configurations of some are what a sweep on an
-H100 chose. What an H100 measured of them is [below](#what-an-h100-measured-of-this-page). [PREDICTIONS.md](PREDICTIONS.md) is the page of 2026-11-23, left as it
-was; what was wrong with it is [below](#what-the-page-of-2026-11-23-had-wrong).
+H100 chose. What an H100 measured of them is [below](#what-an-h100-measured-of-this-page).
+[PREDICTIONS.md](PREDICTIONS.md) is the page of 2026-11-23, left as it was; what was wrong with it is
+[below](#what-the-page-of-2026-11-23-had-wrong).
 
 ## How a time comes about
 
@@ -69,9 +70,9 @@ this page as it was for those.
 - Layers took 1.00 to 1.02 times as long as predicted at one token, 1.17 at 16, 1.44 at 64, 1.12 (T=3) and 1.18 (T=1) in
   prefill of 8192 tokens, 1.20 (T=1) to 1.28 (T=3) in a training step. Without a graph the host was what took the time
   up to 2048 tokens.
-- The wide kernels of experts took longer: 1.12 to 1.22 times forward, 1.59 to 1.75 backward. The page takes the largest
-  of loads, instructions and bytes; Nsight Compute finds them half used each (DRAM 51 to 54%, an instruction in 40 to 48%
-  of the cycles), so they hide each other only in part.
+- The wide kernels of experts took longer: 1.12 to 1.22 times forward, 1.59 to 1.75 backward. The page takes the
+  largest of loads, instructions and bytes; Nsight Compute finds them half used each (DRAM 51 to 54%, an instruction in
+  40 to 48% of the cycles), so they hide each other only in part.
 - The GRU's kernels took 1.63 and 2.02 times as long in programs of 8 warps. Of 4, which issue the products of a warp
   group whole, they take 51 and 88 us in place of 85 and 130: the page did not tell them apart.
 - Routing's first round took half of its prediction (32 us against 66), and small kernels 0.3 to 0.6 of theirs: what the
@@ -305,4 +306,3 @@ def _later(launch: Launch, begun: bool, left: int) -> bool:
     if "backward" in launch.name or launch.name == "experts_stream_sum_tokens":
         return left > 0
     return begun
-

@@ -23,9 +23,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m graphmoe_kernels.aot",
         description="Compile the Triton kernels with the configurations that the package ships, without a GPU, and "
         "print what each takes. Fails where a kernel does not compile or takes more shared memory than the device has, "
-        "where one spills in an innermost loop on sm_80 or sm_90, and where a matrix kernel has no HGMMA instructions on "
-        "sm_90. Columns: spill B is what a thread spills, in loops how many instructions of the innermost loops write or "
-        "read it; warps/SM are those that a multiprocessor holds at once; waits those for global loads that stand "
+        "where one spills in an innermost loop on sm_80 or sm_90, and where a matrix kernel has no HGMMA instructions "
+        "on sm_90. Columns: spill B is what a thread spills, in loops how many instructions of the innermost loops "
+        "write or read it; warps/SM are those that a multiprocessor holds at once; waits those for global loads that stand "
         "between the first and the last load of a pass of the main loop.",
     )
     p.add_argument("--target", action="append", choices=DEVICE_CLASSES, help="may be repeated (default: all)")

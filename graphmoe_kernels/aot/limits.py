@@ -12,8 +12,8 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 # Columns of tensor memory that one block may ask for on sm_100.
 TENSOR_MEMORY_LIMIT = 512
 
-# Device classes where a spill in a kernel's innermost loops is a fault: those of GPUs that many people have. One outside
-# is paid once per program, or once per run of an outer loop: a few cycles of some ten thousand.
+# Device classes where a spill in a kernel's innermost loops is a fault: those of GPUs that many people have. One
+# outside is paid once per program, or once per run of an outer loop: a few cycles of some ten thousand.
 NO_SPILLS = ("sm_80", "sm_90")
 
 # What a multiprocessor of compute capability 8.0, 9.0 and 10.0 has: registers, handed to a warp in units of 256; shared

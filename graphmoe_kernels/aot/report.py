@@ -26,7 +26,8 @@ def console(stderr: bool = False) -> Console:
 def table(readings: Sequence[Reading]) -> Table:
     """A row for each reading; a reading with faults is red.
 
-    in loops: `Reading.spills_in_loops`. warps/SM: warps that a multiprocessor holds at once. waits: `Reading.waits_between_loads`.
+    in loops: `Reading.spills_in_loops`. warps/SM: warps that a multiprocessor holds at once. waits:
+    `Reading.waits_between_loads`.
     """
     made = Table(title=f"Kernels as Triton {readings[0].triton} compiles them" if readings else None)
     for header in ("kernel", "configuration"):
