@@ -25,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
         "print what each takes. Fails where a kernel does not compile or takes more shared memory than the device has, "
         "where one spills in an innermost loop on sm_80 or sm_90, and where a matrix kernel has no HGMMA instructions "
         "on sm_90. Columns: spill B is what a thread spills, in loops how many instructions of the innermost loops "
-        "write or read it; warps/SM are those that a multiprocessor holds at once; waits those for global loads that stand "
-        "between the first and the last load of a pass of the main loop.",
+        "write or read it; warps/SM are those that a multiprocessor holds at once; waits those for global loads that "
+        "stand between the first and the last load of a pass of the main loop.",
     )
     p.add_argument("--target", action="append", choices=DEVICE_CLASSES, help="may be repeated (default: all)")
     p.add_argument("--kernel", action="append", metavar="TEXT", help="cases with TEXT in their name; may be repeated")

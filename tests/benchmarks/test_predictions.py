@@ -105,9 +105,8 @@ def test_passes_of_the_backward_of_routing(router, passes):
 def test_a_program_waits_for_each_of_its_loads():
     """A loop in a loop, by hand: loads that nothing hides cost their latency, resident blocks share it, waves add."""
     chain = Loop(1, 1, 10, 10, 1, 0, 0, 20, ((15, 5),))
-    inner = Loop(
-        2, 0, 5, 8, 1, 0, 0, 10, ((9, 9 - 10),)
-    )  # issued at the end of the pass before, waited for at this one's
+    # Issued at the end of the pass before, waited for at this one's.
+    inner = Loop(2, 0, 5, 8, 1, 0, 0, 10, ((9, 9 - 10),))
     alone = Loop(0, 2, 7, 7, 0, 0, 0, 30, ())
     loops, passes = [alone, chain, inner], [1.0, 3.0, 4.0]
     assert program_cycles(loops, passes, 100) == 30 + 3 * ((20 + 100 - 10) + 3 * 100)
