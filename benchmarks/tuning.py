@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.checks import in_a_line
-from benchmarks.devices import Device
+from benchmarks.devices import CudaDevice, Device
 from benchmarks.kernels import REPLAYS, replayed
 from benchmarks.operators import OPERATORS, Operator, check_operator, copies_of, launches_of
+from benchmarks.processes import count, results
 from graphmoe_kernels.backend import forget_answers
 from graphmoe_kernels.cost import Sizes
 from graphmoe_kernels.launching import CONFIGS, Config, config_table, device_class
@@ -28,6 +29,8 @@ GAIN = 1.02
 TOKENS = {"token": (1, 2), "skinny": (16, 3), "wide": (4096, 321)}
 DTYPES = {"half": ("bf16", "fp16"), "float": ("fp32",)}
 SECONDS = 0.3
+# Candidates that each of several processes compiles first: about 5 seconds a compilation.
+EACH = 4
 # Names of configurations beside a kernel's own: for ranks beyond 16, and for an F that no 16 divides.
 WIDE_RANK, UNALIGNED = "_wide_rank", "_unaligned"
 # What a field of a configuration may be: a matrix instruction takes 16 rows and columns, a warp group 4 or 8 warps.
@@ -141,6 +144,12 @@ class Tuner:
         """The configuration that is shipped."""
         return config_table(self.device_class, self.cell.operator)[self.cell.kernel][self.cell.size][self.cell.dtype]
 
+    def launch(self, config: Config) -> None:
+        """Run the operator's forward and backward with a configuration, in the case that is timed."""
+        sizes = replace(self.sizes, tokens=self.cell.tokens[0], dtype=DTYPES[self.cell.dtype][0])
+        with trying(self.cell, config, self.device_class):
+            launches_of(self.operator, sizes, self.operator.operands(sizes, self.device.torch))
+
     def fault(self, config: Config) -> str | None:
         """What is wrong with a candidate in the case that is timed, or None."""
         return self._faults(config, [self.operator], self.cell.tokens[:1], DTYPES[self.cell.dtype][:1])
@@ -208,6 +217,19 @@ class Tuner:
         return Choice(current, seconds, refused)
 
 
+def compile_one(cell: Cell, sizes: Sizes, config: Config) -> str | None:
+    """Launch a candidate, by which Triton's cache on disk gets it; why it cannot be launched, or None."""
+    device = CudaDevice()
+    try:
+        Tuner(cell, sizes, device).launch(config)
+        device.synchronize()
+    except Exception as error:  # does not compile, or takes more than the device has
+        return in_a_line(error)
+    finally:
+        device.release()
+    return None
+
+
 def rewrite(folder: Path, device: str, cell: Cell, config: Config) -> None:
     """Put ``config`` in the cell's place in ``folder``/<device class>/<operator>.json, whose other entries stay."""
     path = folder / device / f"{cell.operator}.json"
@@ -217,11 +239,23 @@ def rewrite(folder: Path, device: str, cell: Cell, config: Config) -> None:
 
 
 def tune(cell: Cell, sizes: Sizes, device: Device, seconds: float) -> list[dict[str, Any]]:
-    """Choose a cell's configuration, of as many candidates as ``seconds`` allow to check (a third of them is left for
-    timing), rewrite its file if another is faster, and give a row for every candidate."""
+    """Choose a cell's configuration, rewrite its file if another is faster, and give a row for every candidate.
+
+    On a GPU several processes compile candidates beside each other, and the checks find them in Triton's cache; what
+    cannot be launched is refused then. Of the others as many are checked as ``seconds`` allow (a third of them is left
+    for timing).
+    """
     tuner, end = Tuner(cell, sizes, device), time.monotonic() + seconds * 2 / 3
     shipped = tuner.current
-    choice = tuner.choose(candidates(shipped), lambda: time.monotonic() < end)
+    refused: list[tuple[Config, str]] = []
+    tried = candidates(shipped)
+    if isinstance(device, CudaDevice):
+        tried = tried[: EACH * count()]
+        reasons = results(compile_one, ((cell, sizes, config) for config in tried), lost=None)
+        refused = [(config, reason) for config, reason in zip(tried, reasons, strict=True) if reason is not None]
+        tried = [config for config, reason in zip(tried, reasons, strict=True) if reason is None]
+    choice = tuner.choose(tried, lambda: time.monotonic() < end)
+    refused += choice.refused
     if choice.config != shipped:
         rewrite(CONFIGS, tuner.device_class, cell, choice.config)
     base: dict[str, Any] = {"operator": cell.operator, "kernel": cell.name}
@@ -231,5 +265,5 @@ def tune(cell: Cell, sizes: Sizes, device: Device, seconds: float) -> list[dict[
         {**base, "config": config, "chosen": config == choice.config, "seconds": {"median": of_config}}
         for config, of_config in choice.seconds
     ]
-    refused = {**base, "seconds": {"median": None}}
-    return [*rows, *({**refused, "config": config, "refused": reason} for config, reason in choice.refused)]
+    untimed = {**base, "seconds": {"median": None}}
+    return [*rows, *({**untimed, "config": config, "refused": reason} for config, reason in refused)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import devices, tuning
+from benchmarks import devices, processes, tuning
 from benchmarks.devices import CpuDevice
 from benchmarks.document import _faults
 from benchmarks.kernels import time_kernels
@@ -186,6 +187,33 @@ def test_a_kernel_is_tuned_as_on_a_gpu(monkeypatch):
     assert [config for config, _ in found.refused] == [A]
     assert tuner.current == before
     assert tuner.confirmed(good) is None
+
+
+def test_candidates_are_launched_elsewhere_first(monkeypatch):
+    """On a GPU other processes compile them, and what cannot be launched is neither checked nor timed."""
+    cell, good = Cell("gru", "gru_forward", "skinny", "float"), {"BLOCK_M": 16, "BLOCK_G": 16, "BLOCK_K": 16}
+    good |= {"num_warps": 4, "num_stages": 2}
+    chosen = []
+    monkeypatch.setattr(tuning, "CudaDevice", CpuDevice)
+    monkeypatch.setattr(tuning, "TOKENS", {"skinny": (3, 1)})
+    monkeypatch.setattr(tuning, "candidates", lambda shipped: [A, good])
+    monkeypatch.setattr(tuning, "results", lambda function, calls, lost: [function(*each) for each in calls])
+    monkeypatch.setattr(
+        tuning.Tuner, "choose", lambda self, tried, left: chosen.append(tried) or tuning.Choice(self.current, [], [])
+    )
+    rows = tuning.tune(cell, FEW, CpuDevice(), 60.0)
+    assert chosen == [[good]]
+    assert [row["config"] for row in rows] == [A]
+    assert "BLOCK_G" in rows[0]["refused"]
+
+
+def test_processes_give_what_they_can():
+    """One that dies of a call, as of a kernel, does not take the run with it."""
+    assert processes.results(math.sqrt, [(4,), (9,)], lost=None) == [2.0, 3.0]
+    assert processes.results(os._exit, [(1,)], lost="lost") == ["lost"]
+    assert processes.results(math.sqrt, [(16,)], lost=None) == [4.0]
+    with pytest.raises(TypeError, match="real number"):
+        processes.results(math.sqrt, [("x",)], lost=None)
 
 
 def test_rewriting_changes_one_entry(tmp_path):
