@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("trl")
 
-from graphmoe_model.base_models import loading
 from graphmoe_model.conversion import read_adapter
 from graphmoe_model.questions import QuestionEncoder
 from graphmoe_model.training import run_folder, train
@@ -286,35 +282,3 @@ def test_an_adapter_of_another_kind_of_model_is_not_started_from(base, tmp_path)
     file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "task_type": "SEQ_CLS"}))
     with pytest.raises(ValueError, match="first is an adapter for SEQ_CLS; those of causal language models"):
         trained(base, tmp_path / "out", **{**FRESH, "start_from": str(tmp_path / "first")})
-
-
-def test_a_base_from_a_gguf_file_trains(base, tmp_path, monkeypatch):
-    """Its weights are dense, and Transformers marks it as quantised, by a method that Trainer refuses to train."""
-    from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
-
-    class Quantizer(GgufHfQuantizer):
-        is_trainable = False
-
-        def __init__(self) -> None:
-            self.quantization_config = SimpleNamespace(quant_method="gguf")
-
-    load, tokenizer = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained(base)
-
-    def marked(name: str, gguf_file: str, **options: Any) -> Any:
-        model, found = load(base, **options)
-        model.name_or_path = name
-        model.hf_quantizer, model.is_quantized, model.quantization_method = Quantizer(), True, "gguf"
-        return model, found
-
-    folder = tmp_path / "gguf"
-    folder.mkdir()
-    (folder / "model.gguf").touch()
-    find = importlib.util.find_spec
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: name if name == "gguf" else find(name))
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", marked)
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda name, **_: tokenizer)
-    config = load(base).config
-    monkeypatch.setattr(loading, "AutoConfig", SimpleNamespace(from_pretrained=lambda name, **_: config))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Could not find a config file")  # PEFT's at each save
-        assert trained(folder, tmp_path / "out", gguf_file="model.gguf").last_loss is not None

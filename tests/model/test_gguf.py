@@ -1,0 +1,128 @@
+"""A base model in a GGUF file: what is read from it, and that an adapter trains and is evaluated on it."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from torch import nn
+
+pytest.importorskip("gguf", reason="pip install 'graphmoe[gguf]'")
+pytest.importorskip("trl", reason="pip install 'graphmoe[train]'")
+
+from graphmoe_cli.evaluate_options import EvaluateOptions
+from graphmoe_cli.runs import evaluate
+from graphmoe_model.base_models import ModelSource, load_base_config, load_base_model, load_tokenizer
+from graphmoe_model.checkpoints import saved_adapter_config
+from graphmoe_model.questions.json_lines import write_questions
+from tests.model.gguf_files import BLOCK, FILE, FORMATS, llama_for, tensor_name, write_gguf
+from tests.model.questions_made import byte_level, label_logits, made_questions
+from tests.model.training_runs import trained
+
+TOKENIZER = byte_level(special_first=False)
+
+
+@pytest.fixture(scope="module")
+def written() -> nn.Module:
+    """The model before it was quantised."""
+    return llama_for(TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("gguf")
+
+
+@pytest.fixture(scope="module")
+def held(written, folder) -> nn.Module:
+    """The model that the file holds."""
+    return write_gguf(folder, written, TOKENIZER)
+
+
+@pytest.fixture
+def source(held, folder) -> ModelSource:
+    return ModelSource(str(folder), gguf_file=FILE)
+
+
+def test_weights_are_those_that_were_written(written, held, source):
+    """Within the steps of each format, in the order of Transformers, and dense in fp32."""
+    model = load_base_model(source)
+    loaded = dict(model.named_parameters())
+    assert loaded.keys() == dict(written.named_parameters()).keys()
+    for (name, weight), kept in zip(written.named_parameters(), held.parameters(), strict=True):
+        found = loaded[name]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, kept, rtol=1e-6, atol=1e-6)
+        if tensor_name(name) not in FORMATS:
+            assert torch.equal(found, weight)
+            continue
+        bits = FORMATS[tensor_name(name)][1]
+        largest = weight.detach().view(-1, BLOCK).abs().amax(1, keepdim=True)
+        errors = (found - weight).detach().view(-1, BLOCK).abs() / largest
+        assert 0 < errors.max() < 1.01 / 2 ** (bits - 1), name  # the scale is rounded too, to fp16
+
+
+def test_the_loaded_model_computes_what_was_written(held, source):
+    """Configuration, order of query and key rows, and the rotary base: all are in the logits."""
+    ids = torch.tensor([TOKENIZER(made_questions(1)[0].prompt)["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(load_base_model(source)(ids).logits, held(ids).logits, rtol=1e-4, atol=1e-4)
+    config = load_base_config(source)
+    for size in ("vocab_size", "num_hidden_layers", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"):
+        assert getattr(config, size) == pytest.approx(getattr(held.config, size)), size
+
+
+def test_texts_have_the_ids_of_the_tokenizer_that_was_written(source):
+    tokenizer = load_tokenizer(source)
+    assert len(tokenizer) == len(TOKENIZER)
+    for question in made_questions(20):
+        text = question.solved
+        ids = TOKENIZER(text)["input_ids"]
+        assert tokenizer(text)["input_ids"] == ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_an_adapter_trains_on_it_as_on_the_same_model_elsewhere(held, source, folder, tmp_path):
+    """And is evaluated on it by its file: the answers are those of the model in memory with that adapter."""
+    held.save_pretrained(tmp_path / "dense")
+    TOKENIZER.save_pretrained(tmp_path / "dense")
+    settings = {"learning_rate": 0.05, "max_steps": 3}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Could not find a config file")  # PEFT's at each save
+        from_file = trained(folder, tmp_path / "out", gguf_file=FILE, **settings)
+    elsewhere = trained(tmp_path / "dense", tmp_path / "out of dense", **settings)
+    assert from_file.last_loss is not None
+    assert math.isfinite(from_file.last_loss)
+    assert from_file.last_loss == pytest.approx(elsewhere.last_loss, rel=1e-4)
+    assert saved_adapter_config(str(tmp_path / "out")).base_model_name_or_path == str(folder)
+
+    questions = made_questions(12, seed=5)
+    write_questions(tmp_path / "asked.jsonl", questions)
+    options = EvaluateOptions(
+        model=str(folder),
+        gguf_file=FILE,
+        adapter=str(tmp_path / "out"),
+        data=(str(tmp_path / "asked.jsonl"),),
+        device="cpu",
+        output=tmp_path / "evaluation.json",
+        records=tmp_path / "records.jsonl",
+    )
+    evaluate.run(options, Console(file=StringIO()))
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    untrained = [label_logits(held, TOKENIZER, question.prompt, question.answers) for question in questions]
+    model = PeftModel.from_pretrained(held, str(tmp_path / "out")).eval()
+    changes = []
+    for question, record, before in zip(questions, records, untrained, strict=True):
+        logits = label_logits(model, TOKENIZER, question.prompt, question.answers)
+        assert record["first_token"] == int(logits.argmax())
+        differences = torch.tensor(record["label_logprobs"]) - logits  # log-softmax: one constant for all
+        assert float(differences.max() - differences.min()) < 1e-3
+        changes.append(float((logits - before).abs().max()))
+    assert max(changes) > 0.1  # the adapter counts
