@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -95,6 +96,10 @@ def load_base_model(source: ModelSource) -> PreTrainedModel:
         loading["quantization_config"] = _quantisation(source)
         if source.device is not None:
             loading["device_map"] = {"": source.device}
+    if source.gguf_file is not None:
+        # Else Transformers keeps weights packed where it has kernels for them, in modules that no adapter fits, and
+        # marks every model from such a file as quantised, which Trainer refuses to train.
+        loading["quantization_config"] = GgufConfig(dequantize=True)
     # Transformers looks for an adapter of that name too, and asks the hub for it unless it is told again.
     looking = {name: value for name, value in source.arguments.items() if name == "local_files_only"}
     try:
@@ -114,9 +119,6 @@ def load_base_model(source: ModelSource) -> PreTrainedModel:
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise ValueError(f"the files of the model {source.name!r} lack weights: {some(missing, 4)}; fetch it again")
-    if source.gguf_file is not None:
-        # Its weights are dense by now; with the mark of a quantised model Trainer would refuse to train it.
-        model.hf_quantizer.remove_quantization_config(model)
     return model if source.bits is not None or source.device is None else model.to(source.device)
 
 

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 pytest.importorskip("gguf", reason="pip install 'graphmoe[gguf]'")
 pytest.importorskip("trl", reason="pip install 'graphmoe[train]'")
@@ -67,6 +68,20 @@ def test_weights_are_those_that_were_written(written, held, source):
         largest = weight.detach().view(-1, BLOCK).abs().amax(1, keepdim=True)
         errors = (found - weight).detach().view(-1, BLOCK).abs() / largest
         assert 0 < errors.max() < 1.01 / 2 ** (bits - 1), name  # the scale is rounded too, to fp16
+
+
+def test_weights_are_unpacked_wherever_they_are_loaded(source, monkeypatch):
+    """Transformers keeps them packed on a GPU that it has kernels for, in modules that are no linears."""
+    asked = []
+    read_header = GgufHfQuantizer.read_header
+
+    def noting(quantizer: GgufHfQuantizer, file: str) -> None:
+        asked.append(quantizer.quantization_config.dequantize)
+        read_header(quantizer, file)
+
+    monkeypatch.setattr(GgufHfQuantizer, "read_header", noting)
+    load_base_model(source)
+    assert asked == [True]
 
 
 def test_the_loaded_model_computes_what_was_written(held, source):
