@@ -60,9 +60,9 @@ def evaluate_questions(
     with quiet_lm_eval():
         lm = QuestionLM(model, tokenizer, batch_size, max_length, progress)
         encoder = QuestionEncoder(tokenizer, lm.max_length)
-        encoded = [EncodedTask(task, encoder, shots, seed) for task in tasks]
+        encoded = [EncodedTask(task, encoder, shots, seed, (FIRST_TOKEN, TEXT)) for task in tasks]
         _check_vocabulary(model, encoded)
-        samples = _run(lm, [task.config(scoring) for task in encoded for scoring in (FIRST_TOKEN, TEXT)])
+        samples = _run(lm, [config for task in encoded for config in task.configs()])
     seconds = time.perf_counter() - start
     total = sum(len(task.questions) for task in tasks)
     return [
@@ -81,7 +81,7 @@ def first_token_answers(
     progress: Progress | None = None,
 ) -> list[int]:
     """Return the choice of each question whose label has the largest logit: `evaluate_questions`' first-token scoring
-    alone, which needs one forward per question where both scorings need one per choice more.
+    alone, which needs one forward per question where both scorings need one per choice more, and encodes no choices.
 
     Args:
         model, tokenizer, task, batch_size, max_length, progress: as `evaluate_questions` takes them; no examples.
@@ -93,9 +93,10 @@ def first_token_answers(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     with quiet_lm_eval():
         lm = QuestionLM(model, tokenizer, batch_size, max_length, progress)
-        encoded = EncodedTask(task, QuestionEncoder(tokenizer, lm.max_length), shots=0, seed=0)
+        encoder = QuestionEncoder(tokenizer, lm.max_length)
+        encoded = EncodedTask(task, encoder, shots=0, seed=0, scorings=[FIRST_TOKEN])
         _check_vocabulary(model, [encoded])
-        samples = _run(lm, [encoded.config(FIRST_TOKEN)])
+        samples = _run(lm, encoded.configs())
     return [int(np.argmax(_logprobs(sample))) for sample in samples[encoded.name(FIRST_TOKEN)]]
 
 

@@ -37,33 +37,32 @@ class EvaluationTask:
 
 
 class EncodedTask:
-    """A task's prompts in both scorings, as tokens.
+    """A task's prompts and answers in each scoring that is asked for, as tokens.
 
     Args:
         task: the questions.
         encoder: of the model's tokenizer.
         shots: K, how many solved examples stand before each question.
         seed: of their choice.
+        scorings: `FIRST_TOKEN`, `TEXT` or both; what the other one would need is not encoded.
 
     Raises:
-        ValueError: fewer examples than ``shots``, or a label that is not one token.
+        ValueError: fewer examples than ``shots``, a label that is not one token, or for `TEXT` a choice that has no
+            tokens of its own.
     """
 
-    def __init__(self, task: EvaluationTask, encoder: QuestionEncoder, shots: int, seed: int) -> None:
+    def __init__(
+        self, task: EvaluationTask, encoder: QuestionEncoder, shots: int, seed: int, scorings: Sequence[str]
+    ) -> None:
         self.task = task
         cut_before = encoder.truncated
         encoder.check_labels(task.questions)
         choose = Shots(task.name, task.examples, shots, seed)
-        self._rows: dict[str, list[dict[str, Any]]] = {FIRST_TOKEN: [], TEXT: []}
+        self._rows: dict[str, list[dict[str, Any]]] = {scoring: [] for scoring in scorings}
         for question in task.questions:
             before = choose.of(question)
-            labels = [[token] for token in encoder.label_tokens(question)]
-            self._rows[FIRST_TOKEN].append(
-                _row(question, question.answers, prompt_after(before, question), encoder, labels)
-            )
-            texts = [choice.strip() for choice in question.choices]
-            answers = [encoder.answer_ids(text) for text in texts]
-            self._rows[TEXT].append(_row(question, texts, cloze_after(before, question), encoder, answers))
+            for scoring, rows in self._rows.items():
+                rows.append(_ROWS[scoring](question, before, encoder))
         self.truncated = encoder.truncated - cut_before
 
     @property
@@ -79,8 +78,11 @@ class EncodedTask:
         """Return what lm-eval calls the task in a scoring."""
         return f"{self.task.name} ({scoring})"
 
-    def config(self, scoring: str) -> dict[str, Any]:
-        """Return lm-eval's configuration of the task, with its data in memory."""
+    def configs(self) -> list[dict[str, Any]]:
+        """Return lm-eval's configuration of the task in each scoring, with its data in memory."""
+        return [self._config(scoring) for scoring in self._rows]
+
+    def _config(self, scoring: str) -> dict[str, Any]:
         split = Dataset.from_list(self._rows[scoring])
 
         def questions(**_: Any) -> dict[str, Dataset]:
@@ -98,6 +100,22 @@ class EncodedTask:
                 {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
             ],
         }
+
+
+def _label_row(question: Question, before: Sequence[Question], encoder: QuestionEncoder) -> dict[str, Any]:
+    """The prompt with its choices, answered by the token of a label."""
+    labels = [[token] for token in encoder.label_tokens(question)]
+    return _row(question, question.answers, prompt_after(before, question), encoder, labels)
+
+
+def _text_row(question: Question, before: Sequence[Question], encoder: QuestionEncoder) -> dict[str, Any]:
+    """The prompt without its choices, answered by the text of one."""
+    texts = [choice.strip() for choice in question.choices]
+    answers = [encoder.answer_ids(text) for text in texts]
+    return _row(question, texts, cloze_after(before, question), encoder, answers)
+
+
+_ROWS = {FIRST_TOKEN: _label_row, TEXT: _text_row}
 
 
 def _row(

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from graphmoe_model.base_models import ModelSource, load_tokenizer
-from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, evaluate_questions
+from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, evaluate_questions, first_token_answers
 from graphmoe_model.evaluation.language_model import InMemoryLM
 from graphmoe_model.questions import Question, QuestionEncoder
 from graphmoe_tables.tasks import data_folder
@@ -46,6 +46,33 @@ def check_first_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_first_token_is_that_of_raw_logits_question_by_question(kind):
     check_first_tokens(TOKENIZERS[kind]())
+
+
+@pytest.mark.parametrize("positions", [512, 64])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_first_tokens_alone_are_those_of_both_scorings(kind, positions):
+    """Of prompts that are cut, too."""
+    tokenizer = TOKENIZERS[kind]()
+    model, task = small_llama(tokenizer, positions), EvaluationTask("made", made_questions(100))
+    (result,) = evaluate_questions(model, tokenizer, [task])
+    assert (result.truncated_prompts > 0) == (positions == 64)
+    assert first_token_answers(model, tokenizer, task) == [record.first_token for record in result.records]
+
+
+def test_first_tokens_alone_do_not_read_the_choices_as_answers():
+    """A choice that is too long to be scored as a text leaves its label as it is."""
+    tokenizer = byte_level()
+    model = small_llama(tokenizer, positions=64)
+    question = Question("which?", ("cat", "stone " * 80), 0)
+    task = EvaluationTask("made", [question])
+    with pytest.raises(ValueError, match="an answer has 8"):
+        evaluate_questions(model, tokenizer, [task])
+    ids = QuestionEncoder(tokenizer, 64).prompt_ids(question)
+    assert len(ids) == 63
+    labels = [tokenizer(f"Answer: {label}")["input_ids"][-1] for label in question.answers]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1, labels]
+    assert first_token_answers(model, tokenizer, task) == [int(logits.argmax())]
 
 
 @pytest.mark.slow
