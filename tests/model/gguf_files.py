@@ -110,6 +110,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast) 
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_unk_token_id(tokenizer.unk_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)  # Transformers 5.17 puts none before a text, whatever a file says
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:

@@ -96,7 +96,7 @@ def test_the_loaded_model_computes_what_was_written(held, source):
 
 def test_texts_have_the_ids_of_the_tokenizer_that_was_written(source):
     tokenizer = load_tokenizer(source)
-    assert len(tokenizer) == len(TOKENIZER)
+    assert TOKENIZER.get_vocab().items() <= tokenizer.get_vocab().items()  # some releases of Transformers add one
     for question in made_questions(20):
         text = question.solved
         ids = TOKENIZER(text)["input_ids"]
