@@ -252,8 +252,9 @@ def tune(cell: Cell, sizes: Sizes, device: Device, seconds: float) -> list[dict[
     if isinstance(device, CudaDevice):
         tried = tried[: EACH * count()]
         reasons = results(compile_one, ((cell, sizes, config) for config in tried), lost=None)
-        refused = [(config, reason) for config, reason in zip(tried, reasons, strict=True) if reason is not None]
-        tried = [config for config, reason in zip(tried, reasons, strict=True) if reason is None]
+        judged = list(zip(tried, reasons, strict=True))
+        refused = [(config, reason) for config, reason in judged if reason is not None]
+        tried = [config for config, reason in judged if reason is None]
     choice = tuner.choose(tried, lambda: time.monotonic() < end)
     refused += choice.refused
     if choice.config != shipped:

@@ -128,11 +128,7 @@ def load_base_config(source: ModelSource) -> PreTrainedConfig:
     Raises:
         ValueError: there is none, or it is not in the cache while the hub cannot be reached.
     """
-    arguments = source.arguments
-    try:
-        return AutoConfig.from_pretrained(source.name, trust_remote_code=False, **arguments)
-    except _REFUSALS as error:
-        raise ValueError(not_loaded("read the configuration of", source.name, arguments, error)) from error
+    return _read("read the configuration of", AutoConfig, source)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -141,11 +137,16 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none, or it is not in the cache while the hub cannot be reached.
     """
+    return _read("load the tokenizer of", AutoTokenizer, source)
+
+
+def _read(doing: str, kind: Any, source: ModelSource) -> Any:
+    """What one of Transformers' auto classes reads of a model beside its weights; ``doing`` is for the refusal."""
     arguments = source.arguments
     try:
-        return AutoTokenizer.from_pretrained(source.name, trust_remote_code=False, **arguments)
+        return kind.from_pretrained(source.name, trust_remote_code=False, **arguments)
     except _REFUSALS as error:
-        raise ValueError(not_loaded("load the tokenizer of", source.name, arguments, error)) from error
+        raise ValueError(not_loaded(doing, source.name, arguments, error)) from error
 
 
 def _quantisation(source: ModelSource) -> BitsAndBytesConfig:
