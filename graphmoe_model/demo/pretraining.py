@@ -62,7 +62,7 @@ def pretrain(
             model,
             arguments,
             train_dataset=rows,
-            data_collator=make_collator(tokenizer, packing=False),
+            data_collator=make_collator(tokenizer, model, packing=False),
             callbacks=[LastStep(), ProgressLine(lambda line: say(f"{title}, {line}"), title)],
         )
         trainer.remove_callback(PrinterCallback)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from datasets import Dataset
+from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from graphmoe_model.questions import Question, QuestionEncoder
+from graphmoe_model.questions.encoding import IGNORED
 from graphmoe_tables.recipe import TrainingRecipe
 
 
@@ -53,13 +57,42 @@ def make_rows(
     return Rows(dataset, len(rows), encoder.truncated, digest)
 
 
-def make_collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool) -> Any:
+def make_collator(tokenizer: PreTrainedTokenizerBase, model: nn.Module, *, packing: bool) -> Any:
     """Return what makes batches of rows: padded on the right, or packed rows joined without any padding.
 
     Padding has no label and is left out by the attention mask. The questions of a packed row are kept apart by their
     position ids, and the first token of each has no label, as what stands before it is another question.
+
+    A model that can leave logits out (Transformers' ``logits_to_keep``) is asked for those alone that a label is
+    compared with: `LabelledLogits`.
     """
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if padding is None and not packing:
         raise ValueError("the tokenizer has neither a padding nor an end token to fill rows with; pass --packing")
-    return DataCollatorForLanguageModeling(padding or 0, padding_free=packing)
+    whole = DataCollatorForLanguageModeling(padding or 0, padding_free=packing)
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return LabelledLogits(whole) if "logits_to_keep" in inspect.signature(base.forward).parameters else whole
+
+
+class LabelledLogits:
+    """Batches whose logits are computed at positions that have a label in some row, and nowhere else.
+
+    With the loss on each answer's one token a batch of B questions needs at most B positions of logits, not all of
+    their tokens: for Llama-3's 128,256 entries and 4,096 tokens that saves 2.1 GB in fp32, and its gradient.
+
+    Args:
+        whole: makes batches with ``labels`` [B, S].
+    """
+
+    def __init__(self, whole: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self.whole = whole
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        """Return the batch with ``logits_to_keep`` [K], positions, and ``shift_labels`` [B, K], what follows them."""
+        batch = self.whole(rows)
+        following = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # [B, S]: of each position's next token
+        kept = (following != IGNORED).any(dim=0).nonzero().squeeze(1)  # [K]
+        batch["logits_to_keep"], batch["shift_labels"] = kept, following[:, kept]
+        # The loss reads shift_labels. Whoever counts labels, with their first column or without, counts the same.
+        batch["labels"] = F.pad(batch["shift_labels"], (1, 0), value=IGNORED)  # [B, 1 + K]
+        return batch

@@ -190,13 +190,14 @@ def _trainer(
         ProgressLine(tell),
         *more_callbacks,
     ]
+    model = load_model(recipe, source)
     trainer = RecipeTrainer(
         recipe,
-        load_model(recipe, source),
+        model,
         arguments,
         train_dataset=rows.dataset,
         eval_dataset=None if evaluation is None else evaluation.dataset,
-        data_collator=make_collator(tokenizer, packing=recipe.packing),
+        data_collator=make_collator(tokenizer, model, packing=recipe.packing),
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("trl")
@@ -80,7 +81,8 @@ def test_rows_have_their_loss_where_it_was_asked_for(base):
     assert all(sum(label != -100 for label in row["labels"]) == 1 for row in answers)
     assert all(row["labels"] == row["input_ids"] for row in whole)
 
-    batch = make_collator(tokenizer, packing=False)([answers[i] for i in range(8)])
+    no_model = nn.Identity()  # it cannot leave logits out, so batches have every label
+    batch = make_collator(tokenizer, no_model, packing=False)([answers[i] for i in range(8)])
     assert (batch["labels"] != -100).sum() == 8
     assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([len(answers[i]["input_ids"]) for i in range(8)]))
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
@@ -100,11 +102,41 @@ def test_packing_keeps_every_question_whole_and_apart(base):
     assert sorted(parts) == sorted(zip(rows["input_ids"], rows["labels"], strict=True))
 
     model = model_of(run).eval()
-    batch = make_collator(tokenizer, packing=True)([packed[0], packed[1]])
+    batch = make_collator(tokenizer, nn.Identity(), packing=True)([packed[0], packed[1]])
     logits = model(**batch).logits[0]
     own = [own for i in (0, 1) for own in _split(packed[i])]
     expected = torch.cat([model(torch.tensor([ids])).logits[0] for ids in own])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("whole_sequence", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
+def test_logits_without_a_label_are_not_computed_and_change_nothing(base, packing, whole_sequence):
+    """Loss and gradients are those of all logits; of those, as many positions are left as have a label."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    run = recipe(base, Path("x"), max_length=64, lora_dropout=0.0, whole_sequence=whole_sequence).resolved()
+    rows = make_rows(QUESTIONS, tokenizer, run, packing=packing).dataset
+    chosen = [rows[i] for i in range(3)]
+    questions = sum(len(row["seq_lengths"]) for row in chosen) if packing else 3
+    found = []
+    for model in (model_of(run), model_of(run)):
+        collator = make_collator(tokenizer, nn.Identity() if not found else model, packing=packing)
+        batch = collator(chosen)
+        outputs = model.train()(**batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
+        outputs.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((outputs, gradients, batch))
+    (all_logits, expected, whole), (some, gradients, batch) = found
+    assert (batch["labels"] != -100).sum() == (batch["labels"][:, 1:] != -100).sum()  # however a trainer counts
+    assert (batch["labels"] != -100).sum() == (whole["labels"][:, 1:] != -100).sum()
+    assert all_logits.logits.shape[1] == whole["input_ids"].shape[1]
+    assert some.logits.shape[1] == batch["logits_to_keep"].numel()
+    if not whole_sequence:
+        assert some.logits.shape[1] <= questions
+    torch.testing.assert_close(some.loss, all_logits.loss, rtol=1e-6, atol=1e-6)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def _split(row: dict[str, list[int]]) -> list[list[int]]:
