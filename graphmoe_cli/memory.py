@@ -25,6 +25,12 @@ def memory(
     ] = None,
     gpus: Annotated[int, typer.Option(help="How many, one process on each; single has one.")] = 8,
     tokens: Annotated[int, typer.Option(help="Tokens on each GPU in one forward.")] = 4096,
+    loss_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="How many of them have a loss: of questions, as graphmoe train has it, one each.", show_default="all"
+        ),
+    ] = None,
     preset: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,7 +55,7 @@ def memory(
     """
     with one_line_errors("memory"):
         check_strategies(strategy or [])
-        check_run(gpus, tokens)
+        check_run(gpus, tokens, loss_tokens)
         for name in preset or ():
             if name != "all":
                 preset_settings(name)
@@ -66,6 +72,7 @@ def memory(
             settings={name: value for name, value in {"r": r, "rounds": rounds}.items() if value is not None},
             gpus=gpus,
             tokens=tokens,
+            loss_tokens=loss_tokens,
             checkpointing=checkpointing,
             as_json=as_json,
         )

@@ -59,9 +59,14 @@ def check_strategies(names: Iterable[str]) -> None:
             raise ValueError(f"unknown strategy {name!r}; there are {', '.join(STRATEGIES)}")
 
 
-def check_run(gpus: int, tokens: int) -> None:
-    """Raise ``ValueError`` for fewer than one GPU, or than two tokens on each (one has no next one to predict)."""
+def check_run(gpus: int, tokens: int, loss_tokens: int | None = None) -> None:
+    """Raise ``ValueError`` for fewer than one GPU, or than two tokens on each (one has no next one to predict), or a
+    loss on more tokens than there are, or on none."""
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
     if tokens < 2:
         raise ValueError(f"tokens must be at least 2, got {tokens}")
+    if loss_tokens is not None and not 1 <= loss_tokens <= tokens:
+        raise ValueError(
+            f"loss_tokens are those of the {tokens} tokens that have a loss: from 1 to {tokens}, got {loss_tokens}"
+        )

@@ -26,6 +26,7 @@ def run(
     settings: dict[str, Any] | None = None,
     gpus: int = 8,
     tokens: int = 4096,
+    loss_tokens: int | None = None,
     checkpointing: bool = True,
     as_json: bool = False,
 ) -> None:
@@ -42,7 +43,15 @@ def run(
     found: list[tuple[str, str, dict[str, Memory]]] = []
     for name, config in configs:
         try:
-            memory = memory_per_gpu(config, model_config, names, gpus=gpus, tokens=tokens, checkpointing=checkpointing)
+            memory = memory_per_gpu(
+                config,
+                model_config,
+                names,
+                gpus=gpus,
+                tokens=tokens,
+                checkpointing=checkpointing,
+                loss_tokens=loss_tokens,
+            )
         except ValueError as error:
             raise ValueError(f"{name} on {model}: {error}" if presets else str(error)) from error
         found.append((name, config.title, memory))
@@ -51,9 +60,10 @@ def run(
         return
     for _, title, memory in found:
         table = _table(memory)
+        in_loss = "" if loss_tokens is None else f", a loss on {loss_tokens:,} of them"
         table.title = Text(
-            f"GB on each GPU, to train {title} on {model}: {_count(names, gpus)}, {tokens:,} tokens on each, bf16, "
-            f"AdamW, {'with' if checkpointing else 'without'} gradient checkpointing"
+            f"GB on each GPU, to train {title} on {model}: {_count(names, gpus)}, {tokens:,} tokens on each{in_loss}, "
+            f"bf16, AdamW, {'with' if checkpointing else 'without'} gradient checkpointing"
         )
         console.width = max(console.width, Measurement.get(console, console.options.update_width(1000), table).maximum)
         console.print(table)

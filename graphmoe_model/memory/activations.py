@@ -44,7 +44,9 @@ AttentionInterface.register(FUSED_ATTENTION, _fused_attention)
 AttentionMaskInterface.register(FUSED_ATTENTION, lambda *_, **__: None)
 
 
-def step_activations(build: Callable[[int], nn.Module], tokens: int, checkpointing: bool) -> Activations:
+def step_activations(
+    build: Callable[[int], nn.Module], tokens: int, checkpointing: bool, loss_tokens: int
+) -> Activations:
     """Measure the activations of one sequence of this many ``tokens`` through ``build(number of layers)``, in bytes.
 
     The model's forward, loss and backward run twice, with two layers and with three, on tensors that have shapes and no
@@ -55,13 +57,14 @@ def step_activations(build: Callable[[int], nn.Module], tokens: int, checkpointi
         build: makes the model with its adapter on the meta device, in the dtype that it computes in.
         tokens: of the sequence.
         checkpointing: whether each layer is run again in the backward pass.
+        loss_tokens: of how many tokens there are logits and a loss, ``tokens`` at most.
     """
-    two, three = (_peaks(build(layers), tokens, checkpointing) for layers in (2, 3))
+    two, three = (_peaks(build(layers), tokens, checkpointing, loss_tokens) for layers in (2, 3))
     layer = three[1] - two[1]
     return Activations(layer, *(peak - 2 * layer for peak in two))
 
 
-def _peaks(model: Any, tokens: int, checkpointing: bool) -> tuple[int, int]:
+def _peaks(model: Any, tokens: int, checkpointing: bool, loss_tokens: int) -> tuple[int, int]:
     """Measure the most bytes of activations before, and from, the last layer's backward; the model is on meta."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # where attention is not computed as one large matrix; still no memory
@@ -78,8 +81,16 @@ def _peaks(model: Any, tokens: int, checkpointing: bool) -> tuple[int, int]:
 
         model.get_decoder().register_forward_hook(watch_last_layer)
         with live:
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            model(input_ids=ids, use_cache=False, **_labels(ids, loss_tokens)).loss.backward()
         return before[0], live.peak
+
+
+def _labels(ids: Tensor, loss_tokens: int) -> dict[str, Tensor]:
+    """Labels on all tokens, or on some as `graphmoe_model.training.rows.LabelledLogits` gives them."""
+    if loss_tokens == ids.shape[1]:
+        return {"labels": ids}
+    labels = ids[:, :loss_tokens]
+    return {"labels": labels, "shift_labels": labels, "logits_to_keep": torch.arange(loss_tokens)}
 
 
 def _prepare(model: Any, checkpointing: bool) -> None:

@@ -49,6 +49,7 @@ def memory_per_gpu(
     gpus: int = 8,
     tokens: int = 4096,
     checkpointing: bool = True,
+    loss_tokens: int | None = None,
 ) -> dict[str, Memory]:
     """Compute the bytes that training an adapter takes on each GPU, by strategy.
 
@@ -63,15 +64,19 @@ def memory_per_gpu(
         gpus: how many processes there are; ``"single"`` has one.
         tokens: of each GPU in one forward.
         checkpointing: whether each decoder layer is run again in the backward pass.
+        loss_tokens: of how many of the ``tokens`` there are logits and a loss; None for all of them.
 
     Raises:
-        ValueError: an unknown strategy, fewer than one GPU or two tokens, or what `adapted_on_meta` refuses.
+        ValueError: an unknown strategy, fewer than one GPU or two tokens, more tokens in the loss than there are, or
+            what `adapted_on_meta` refuses.
     """
     check_strategies(strategies)
-    check_run(gpus, tokens)
+    check_run(gpus, tokens, loss_tokens)
     model = adapted_on_meta(config, model_config).model
     found, folds = count_parameters(model), _kept_folds(model)
-    activations = step_activations(lambda layers: _model_of(config, model_config, layers), tokens, checkpointing)
+    activations = step_activations(
+        lambda layers: _model_of(config, model_config, layers), tokens, checkpointing, loss_tokens or tokens
+    )
     return {name: _memory(STRATEGIES[name], found, activations, folds, gpus) for name in strategies}
 
 

@@ -89,15 +89,35 @@ def test_a_layer_leaves_what_real_tensors_leave(coefficient, tolerance):
     A router loss takes its statistics after the layers, when part of theirs is free again: so far it is off.
     """
     adapter = replace(ADAPTER, router_aux_loss_coef=coefficient)
-    layer = step_activations(lambda n: adapted_on_meta(adapter, llama(n)).model, TOKENS, checkpointing=False).layer
+    layer = step_activations(
+        lambda n: adapted_on_meta(adapter, llama(n)).model, TOKENS, checkpointing=False, loss_tokens=TOKENS
+    ).layer
     measured = saved(real(2, False, adapter)) - saved(real(1, False, adapter))
     assert layer == pytest.approx(measured, rel=tolerance)
+
+
+@pytest.mark.parametrize("loss_tokens", [TOKENS, 16])
+def test_the_loss_holds_logits_of_the_tokens_that_have_one(loss_tokens):
+    """With a vocabulary that dwarfs a layer: all that the loss holds at once is some tensors [tokens, vocabulary]."""
+    vocabulary = 2**15
+
+    def build(layers: int) -> nn.Module:
+        base = llama(layers)
+        base.vocab_size = vocabulary
+        return adapted_on_meta(ADAPTER, base).model
+
+    logits = 4 * loss_tokens * vocabulary
+    found = step_activations(build, TOKENS, checkpointing=True, loss_tokens=loss_tokens)
+    rest = step_activations(build, TOKENS, checkpointing=True, loss_tokens=1).in_loss
+    assert 2 * logits <= found.in_loss <= 4 * logits + rest
 
 
 @pytest.mark.slow
 def test_the_peak_with_checkpointing_is_the_allocator_s():
     """Between the profiler's peak and that less what the experts' blocks take on a CPU (12 MiB), which no GPU takes."""
-    found = step_activations(lambda n: adapted_on_meta(ADAPTER, llama(n)).model, TOKENS, checkpointing=True)
+    found = step_activations(
+        lambda n: adapted_on_meta(ADAPTER, llama(n)).model, TOKENS, checkpointing=True, loss_tokens=TOKENS
+    )
     measured = peak(real(3, True))
     assert measured - 12 * 2**20 < 3 * found.layer + max(found.in_loss, found.in_layer) < measured
 
@@ -159,6 +179,8 @@ REFUSED = {
     "an unknown strategy": ({"strategies": ["fsdp"]}, "unknown strategy 'fsdp'; there are single, single-4bit, ddp"),
     "no GPU": ({"gpus": 0}, "gpus must be at least 1, got 0"),
     "one token": ({"tokens": 1}, "tokens must be at least 2, got 1"),
+    "a loss on more tokens than there are": ({"tokens": 8, "loss_tokens": 9}, "from 1 to 8, got 9"),
+    "a loss on none": ({"tokens": 8, "loss_tokens": 0}, "from 1 to 8, got 0"),
 }
 
 
@@ -194,13 +216,14 @@ def asked(monkeypatch) -> list[Any]:
 
 def test_the_command_asks_for_what_its_options_say(asked):
     """An option taken and forgotten would print the figures of something else."""
-    options = "--strategy ddp zero3 ddp --gpus 4 --tokens 16 --preset mixlora --r 2 --rounds 4 --no-checkpointing"
-    result = graphmoe("--model", "tiny", *options.split(), "--json")
+    options = "--strategy ddp zero3 ddp --gpus 4 --preset mixlora --r 2 --rounds 4 --no-checkpointing"
+    sizes = ("--tokens", "16", "--loss-tokens", "4")
+    result = graphmoe("--model", "tiny", *options.split(), *sizes, "--json")
     assert result.exit_code == 0, result.output
     ((config, base, given),) = asked
     assert config.to_dict() == GraphMoEConfig.from_preset("mixlora", r=2, rounds=4).to_dict()
     assert base.to_dict() == model_config("tiny").to_dict()
-    assert given == {"gpus": 4, "tokens": 16, "checkpointing": False}
+    assert given == {"gpus": 4, "tokens": 16, "loss_tokens": 4, "checkpointing": False}
     printed = json.loads(result.stdout)
     (adapter,) = printed["adapters"]
     assert (printed["model"], adapter["name"], list(adapter["bytes"])) == ("tiny", "mixlora", ["ddp", "zero3"])
