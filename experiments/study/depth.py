@@ -33,8 +33,8 @@ BATCH, STEPS = 64, 100
 # The rank of MixLoRA that has as many parameters as GraphMoE's experts of rank 8 and its GRUs have together.
 RANK, MATCHED_RANK = 8, 9
 EXPERTS: dict[str, Any] = {"num_experts": "4", "top_k": 2, "lora_dropout": 0.0}
-PLAIN_RATES = tuple(Rate(rate) for rate in (5e-3, 1e-2, 2e-3))
-GRU_RATES = tuple(Rate(5e-3, factor) for factor in (0.3, 1.0, 0.1))
+PLAIN_RATES = tuple(Rate(rate / 1000) for rate in (10, 2, 3, 4, 5, 7, 14, 20, 28, 40, 56, 80))
+GRU_RATES = tuple(Rate(rate / 1000, factor) for rate in (10, 5, 20, 40) for factor in (0.3, 1.0, 0.1))
 
 
 class DepthMaterial:
@@ -160,7 +160,8 @@ PART = Part(
         _graphmoe(4, 0.4),
     ),
     references=("mixlora", "mixlora-matched"),
-    seeds=(0, 1, 2, 3, 4),
+    seeds=tuple(range(10)),
+    rate_seeds=3,
     recipe={
         **{"batch": BATCH, "accumulation": 1, "max_steps": STEPS, "scheduler": "linear", "warmup": 0.1},
         **{"max_length": 64, "logging_steps": 10, "save_steps": 50, "keep_checkpoints": 1},

@@ -83,7 +83,8 @@ def _per_step(trained: TrainingResult) -> float | None:
 def _asked(run: Run, base: Base, folder: Path) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
     """What was answered right, by split and group, and under which conditions."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = ModelSource(base.folder, base.gguf_file, device=str(device))
+    dtype = torch.bfloat16 if run.part.bf16 else torch.float32
+    source = ModelSource(base.folder, base.gguf_file, dtype=dtype, device=str(device))
     tokenizer = load_tokenizer(source)
     model: Any = load_base_model(source)
     if run.method.trained:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 from experiments.study.results import Results, StudyError
@@ -14,7 +15,7 @@ class Slot(NamedTuple):
 
     Attributes:
         task, method, seed: of the run.
-        rate: of the grid, with the first seed; None where it is the one that the first seed chooses, or there is none.
+        rate: of the grid, with a seed that chooses; None where it is the one that was chosen, or there is none.
     """
 
     task: str
@@ -32,26 +33,26 @@ class Undecided(NamedTuple):
 def slots(part: Part) -> list[Slot]:
     """Return the order of a part's runs: a comparison of all methods is complete as early as can be.
 
-    With the first seed all methods run at the first rate of their grids, then at the second, and so on; then all
-    methods with the second seed. Tasks take turns.
+    With a seed that chooses rates all methods run at the first rate of their grids, then at the second, and so on.
+    Then come the other seeds, at the chosen rates. Tasks take turns.
     """
     trained = [method for method in part.methods if method.trained]
     order: list[Slot] = []
     for seed in part.seeds:
-        grid = range(len(trained[0].rates)) if seed == part.seeds[0] else range(1)
-        for position in grid:
+        chooses = seed in part.choosing
+        for position in range(len(trained[0].rates) if chooses else 1):
             for task in part.tasks:
                 if position == 0:
                     bases = [method for method in part.methods if not method.trained]
                     order += [Slot(task, base, seed, None) for base in bases if seed in part.seeds_of(base)]
                 for method in trained:
-                    rate = method.rates[position] if seed == part.seeds[0] else None
+                    rate = method.rates[position] if chooses else None
                     order.append(Slot(task, method, seed, rate))
     return order
 
 
 def run_of(slot: Slot, results: Results) -> Run | Undecided:
-    """Return the run of a slot, with the rate that the first seed chose where the slot leaves it open."""
+    """Return the run of a slot, with the rate that was chosen where the slot leaves it open."""
     part = results.part
     if slot.rate is not None or not slot.method.trained:
         return Run(part, slot.task, slot.method, slot.rate, slot.seed)
@@ -60,23 +61,37 @@ def run_of(slot: Slot, results: Results) -> Run | Undecided:
 
 
 def chosen_rate(task: str, method: Method, results: Results) -> Rate | Undecided:
-    """Return the rate of the highest validation accuracy with the first seed; of equal ones the first of the grid.
+    """Return the rate of the highest validation accuracy, a mean over the seeds that choose; of equal ones the first.
 
-    A run that diverged chooses nothing.
+    A rate with which a run diverged is not chosen.
     """
-    first = results.part.seeds[0]
-    grid = {rate: results.of(Run(results.part, task, method, rate, first)) for rate in method.rates}
-    missing = [rate.name for rate, found in grid.items() if found is None]
+    grid = {rate: validation_accuracy(task, method, rate, results) for rate in method.rates}
+    missing = [rate.name for rate, found in grid.items() if isinstance(found, Undecided)]
     if missing:
-        return Undecided(f"seed {first} has not been run at {', '.join(missing)}")
-    reached = {
-        rate: accuracy(found["right"][VALIDATION])
-        for rate, found in grid.items()
-        if found is not None and found["diverged"] is None
-    }
+        return Undecided(f"{seeds_text(results.part.choosing)} not run at {', '.join(missing)}")
+    reached = {rate: found for rate, found in grid.items() if isinstance(found, float)}
     if not reached:
-        return Undecided(f"every rate diverged with seed {first}")
+        return Undecided(f"every rate diverged with {seeds_text(results.part.choosing)}")
     return max(reached, key=lambda rate: reached[rate])  # max keeps the first of equals
+
+
+def validation_accuracy(task: str, method: Method, rate: Rate, results: Results) -> float | str | Undecided:
+    """Return a rate's validation accuracy, a mean over the seeds that choose; the text "diverged" if a run has.
+
+    `Undecided` if one of the runs is missing.
+    """
+    found = [results.of(Run(results.part, task, method, rate, seed)) for seed in results.part.choosing]
+    runs = [run for run in found if run is not None]
+    if len(runs) < len(found):
+        return Undecided(f"not run with all of {seeds_text(results.part.choosing)}")
+    if any(run["diverged"] is not None for run in runs):
+        return "diverged"
+    return fmean(accuracy(run["right"][VALIDATION]) for run in runs)
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Return "seed 0" or "seeds 0, 1, 2"."""
+    return ("seed " if len(seeds) == 1 else "seeds ") + ", ".join(map(str, seeds))
 
 
 def accuracy(right: Mapping[str, str]) -> float:

@@ -8,9 +8,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from experiments.study.plan import Undecided, accuracy, chosen_rate, run_of, slots
+from experiments.study.plan import (
+    Undecided,
+    accuracy,
+    chosen_rate,
+    run_of,
+    seeds_text,
+    slots,
+    validation_accuracy,
+)
 from experiments.study.results import Results, StudyError
-from experiments.study.settings import TEST, VALIDATION, Method, Rate, Run
+from experiments.study.settings import TEST, Method, Rate, Run
 from experiments.study.statistics import Estimate, over_questions, over_seeds
 from graphmoe_model.presentation import markdown_table
 
@@ -143,7 +151,7 @@ def _accuracies(task: str, found: Mapping[str, Found | None], results: Results) 
 
 def _differences(reference: str, found: Mapping[str, Found | None], results: Results) -> list[str]:
     """Differences of each method to one, paired by seed; nothing where the reference has no results."""
-    part, base = results.part, found[reference]
+    part, base, groups = results.part, found[reference], _groups(found)
     if base is None or not base.by_seed:
         return []
     rows = []
@@ -154,11 +162,10 @@ def _differences(reference: str, found: Mapping[str, Found | None], results: Res
         pairs = _pairs(own, base)
         if not pairs:
             continue
-        seeds = [accuracy(one["right"][TEST]) - accuracy(other["right"][TEST]) for one, other in pairs]
         low, high = over_questions(*([_joined(result) for result in side] for side in zip(*pairs, strict=True)))
-        rows.append(
-            [method.title, f"{len(pairs)}", signed(over_seeds(seeds)), f"{100 * low:+.1f} to {100 * high:+.1f}"]
-        )
+        questions = f"{100 * low:+.1f} to {100 * high:+.1f}"
+        per_group = [signed(_difference(pairs, [group])) for group in groups] if len(groups) > 1 else []
+        rows.append([method.title, f"{len(pairs)}", signed(_difference(pairs, groups)), questions, *per_group])
     if not rows:
         return []
     title = part.method(reference).title
@@ -166,7 +173,14 @@ def _differences(reference: str, found: Mapping[str, Found | None], results: Res
         f"Accuracy less that of {title}, in points, paired by seed: with the half of the 95% interval over seeds, and "
         "the 95% interval over questions (bootstrap)."
     )
-    return [*wrapped(text), "", *markdown_table(["method", "pairs", "difference", "over questions"], rows), ""]
+    titles = ["method", "pairs", "difference", "over questions", *(groups if len(groups) > 1 else ())]
+    return [*wrapped(text), "", *markdown_table(titles, rows), ""]
+
+
+def _difference(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], groups: Sequence[str]) -> Estimate:
+    """The mean over seeds of the difference in test accuracy, on some groups of questions."""
+    sides = [[accuracy({group: side["right"][TEST][group] for group in groups}) for side in pair] for pair in pairs]
+    return over_seeds([one - other for one, other in sides])
 
 
 def _pairs(own: Found, base: Found) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
@@ -201,20 +215,21 @@ def _costs(found: Mapping[str, Found | None], results: Results) -> list[str]:
 
 
 def _rates(task: str, results: Results) -> list[str]:
-    """Validation accuracy at each rate of the grid, with the first seed."""
+    """Validation accuracy at each rate of the grid, with the seeds that choose."""
     part, rows = results.part, []
     for method in part.methods:
         cells = []
         for rate in method.rates:
-            result = results.of(Run(part, task, method, rate, part.seeds[0]))
-            if result is not None:
-                right = "diverged" if result["diverged"] else f"{100 * accuracy(result['right'][VALIDATION]):.1f}"
-                cells.append(f"{rate.title}: {right}")
+            reached = validation_accuracy(task, method, rate, results)
+            if not isinstance(reached, Undecided):
+                cells.append(f"{rate.title}: {reached if isinstance(reached, str) else format(100 * reached, '.1f')}")
         if cells:
             rows.append([method.title, "; ".join(cells)])
     if not rows:
         return []
-    text = f"Validation accuracy in percent by learning rate, seed {part.seeds[0]}, which chose the rates above."
+    text = (
+        f"Validation accuracy in percent by learning rate, with {seeds_text(part.choosing)}: it chose the rates above."
+    )
     return [*wrapped(text), "", *markdown_table(["method", ""], rows), ""]
 
 

@@ -1,12 +1,12 @@
-"""The results of a part: one JSON per run in a folder, which one process at a time adds to."""
+"""The results of a part: one JSON per run in a folder; those of a task are added by one process at a time."""
 
 from __future__ import annotations
 
 import fcntl
 import itertools
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from experiments.study.settings import Part, Run, differences
 from graphmoe_model.evaluation.document import read_document, write_document
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-LOCK = ".lock"
+LOCK = ".lock-"  # and the task
 
 
 class StudyError(ValueError):
@@ -93,15 +93,23 @@ def _checked(path: Path, run: Run) -> dict[str, Any]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes away from a folder of results; the system lets go of it when this process ends, however.
+def alone(folder: Path, tasks: Sequence[str]) -> Iterator[None]:
+    """Keep other processes away from tasks' results in a folder; the system lets go when this process ends, however.
 
     Raises:
-        StudyError: another process has it (its id is named), or the folder cannot be written to.
+        StudyError: another process has one of them (its id is named), or the folder cannot be written to.
     """
+    with ExitStack() as held:
+        for task in tasks:
+            held.enter_context(_alone_with(folder, task))
+        yield
+
+
+@contextmanager
+def _alone_with(folder: Path, task: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  # closed below: closing lets go
+        file = open(folder / f"{LOCK}{task}", "a+", encoding="utf-8")  # noqa: SIM115  # closed below: closing lets go
     except OSError as error:
         raise StudyError(f"{folder} cannot be written to: {error.strerror}; name another folder") from error
     with file:
@@ -111,7 +119,8 @@ def alone(folder: Path) -> Iterator[None]:
             file.seek(0)
             process = file.read().strip() or "unknown"
             raise StudyError(
-                f"{folder} is in use by process {process}; wait for its end, or name another folder"
+                f"the results of {task} in {folder} are in use by process {process}; wait for its end, or name another "
+                "folder, or another task by --only"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -97,7 +97,8 @@ class Part:
         tasks: what is trained and tested on, each by itself.
         methods: what is compared.
         references: the methods that each other one's difference is told from.
-        seeds: at least one. Rates are chosen with the first.
+        seeds: at least one.
+        rate_seeds: how many of them, from the first on, run at every rate of the grids and choose among those.
         recipe: the fields of a recipe that are the same for all methods; ``max_steps`` and ``batch`` among them.
         material: base models and questions.
         base_per_seed: whether the base model differs with the seed.
@@ -105,7 +106,8 @@ class Part:
         start_seconds: of what a run does besides, such as loading its model, for the same.
 
     Raises:
-        ValueError: grids of unequal size, two methods of one name, a reference that is no method, or no seeds.
+        ValueError: grids of unequal size, two methods of one name, a reference that is no method, no seeds, or fewer
+            than are to choose the rates.
     """
 
     name: str
@@ -116,6 +118,7 @@ class Part:
     seeds: tuple[int, ...]
     recipe: Mapping[str, Any]
     material: Material
+    rate_seeds: int = 1
     base_per_seed: bool = False
     evaluation_steps: float = 0.0
     start_seconds: float = 0.0
@@ -131,6 +134,18 @@ class Part:
             raise ValueError(f"{self.name} compares with {self.references}, and has the methods {names}")
         if not self.seeds or not self.tasks:
             raise ValueError(f"{self.name} needs at least one seed and one task")
+        if not 1 <= self.rate_seeds <= len(self.seeds):
+            raise ValueError(f"{self.name} chooses rates with 1 to {len(self.seeds)} seeds, got {self.rate_seeds}")
+
+    @property
+    def choosing(self) -> tuple[int, ...]:
+        """The seeds that choose the rates."""
+        return self.seeds[: self.rate_seeds]
+
+    @property
+    def bf16(self) -> bool:
+        """Whether models are trained and asked in bf16."""
+        return bool(self.recipe.get("bf16"))
 
     def method(self, name: str) -> Method:
         """Return the method of a name; ``KeyError`` if there is none."""
@@ -159,8 +174,8 @@ class Run:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """What is asked after training: validation, which chooses the rate, with the first seed alone."""
-        return (VALIDATION, TEST) if self.seed == self.part.seeds[0] else (TEST,)
+        """What is asked after training: validation, which chooses the rate, with the seeds that choose it alone."""
+        return (VALIDATION, TEST) if self.seed in self.part.choosing else (TEST,)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -176,6 +191,7 @@ class Run:
             "gru_factor": None if self.rate is None else self.rate.gru_factor,
             "seed": self.seed,
             "splits": self.splits,
+            "bf16": self.part.bf16,
             "recipe": dict(self.part.recipe) if method.trained else {},
             "material": self.part.material.settings(),
         }

@@ -158,7 +158,7 @@ def test_a_result_that_is_no_json_is_named(tmp_path):
 
 @FORKS
 def test_a_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
-    with alone(tmp_path / "results"):
+    with alone(tmp_path / "results", ["one"]):
         pid = os.fork()
         if pid == 0:
             try:
@@ -169,12 +169,21 @@ def test_a_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
     def held() -> None:
-        with alone(tmp_path / "results"):
+        with alone(tmp_path / "results", ["one", "three"]):
             die()
 
     killed_in(held)
-    with alone(tmp_path / "results"):
-        pass
+    with alone(tmp_path / "results", ["one"]), alone(tmp_path / "results", ["three"]):
+        pass  # two processes share the tasks of a part
+
+
+def test_a_process_takes_the_tasks_that_it_was_told_alone(tmp_path):
+    own = part()
+    with alone(tmp_path / "results", ["one"]):
+        assert go(own, tmp_path, only=("three",), budget=0.1)[-1].startswith("made_up: 0 runs done now")
+        for only in (("one",), ("mixlora",)):
+            with pytest.raises(StudyError, match=r"the results of one in .* are in use by process"):
+                go(own, tmp_path, only=only, budget=0.1)
 
 
 def test_the_order_completes_comparisons_early():
@@ -225,6 +234,32 @@ def test_a_rate_that_was_not_run_or_diverged_chooses_nothing(tmp_path):
     results.add(run, document(run, diverged="the loss is nan", right={}))
     assert chosen_rate("one", method, results) == Undecided("every rate diverged with seed 3")
     assert "lr0.01" in chosen_rate("one", method, Results(own, tmp_path / "none")).reason
+
+
+def test_several_seeds_choose_by_their_mean(tmp_path):
+    """The first seed alone would choose another rate; what one of them lacks, or diverged with, is not chosen."""
+    own = small(seeds=(3, 4, 5), rate_seeds=2)
+    method = own.method("mixlora")
+    marks = {(PLAIN[0], 3): "111000", (PLAIN[0], 4): "000000", (PLAIN[1], 3): "110000", (PLAIN[1], 4): "110000"}
+    results = Results(own, tmp_path)
+    for (rate, seed), validation in marks.items():
+        assert isinstance(chosen_rate("one", method, results), Undecided)
+        run = Run(own, "one", method, rate, seed)
+        results.add(run, document(run, validation))
+    assert chosen_rate("one", method, results) == PLAIN[1]
+    assert [(slot.seed, slot.rate) for slot in slots(own) if slot.method == method] == [
+        *((seed, rate) for seed in (3, 4) for rate in PLAIN),
+        (5, None),
+    ]
+    run = Run(own, "one", method, PLAIN[1], 4)
+    results.add(run, document(run, diverged="the loss is nan", right={}))
+    assert chosen_rate("one", method, results) == PLAIN[0]
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_rates_are_chosen_by_some_of_the_seeds(count):
+    with pytest.raises(ValueError, match=rf"chooses rates with 1 to 2 seeds, got {count}"):
+        part(rate_seeds=count)
 
 
 def test_a_run_that_diverges_is_a_result_and_the_study_goes_on(tmp_path, monkeypatch):

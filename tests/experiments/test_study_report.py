@@ -93,6 +93,7 @@ def test_the_tables_are_the_results(tmp_path):
     # seed by seed 3/9 more, though the seeds themselves differ by as much: paired, there is no spread
     difference = row(text, "GraphMoE", 1)
     assert difference[:3] == ["GraphMoE", "2", "+33.3 ± 0.0"]
+    assert difference[4:] == ["+0.0 ± 0.0", "+50.0 ± 0.0"], "in each group of questions"
     assert row(text, "the base model", 1)[1] == "2", "one result beside both seeds"
     assert row(text, "GraphMoE", 2) == ["GraphMoE", "0.50 / 0.50", "8", "1,234"]
     assert "0.01: 33.3; 0.02: 33.3" in text
