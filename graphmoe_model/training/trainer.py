@@ -78,6 +78,20 @@ class RecipeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
+class RecipeArguments(TrainingArguments):
+    """Trainer's arguments, whose device can be read checkpoints to.
+
+    Of several processes without a GPU it is ``cpu:0`` by Accelerate, which ``torch.load`` does not know: a run of them
+    could not be resumed.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device, without a number where it is the CPU."""
+        found = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
+
+
 def _checkpointing(enabled: bool) -> dict[str, Any]:
     """Name checkpointing as the installed Transformers does: its newest deprecates "gradient"."""
     names = ("activation_checkpointing", "gradient_checkpointing")
@@ -109,7 +123,7 @@ def make_arguments(recipe: TrainingRecipe, processes: int, steps: int) -> Traini
     evaluates = recipe.eval_data is not None
     assert recipe.save_steps is not None  # set by then
     fsdp: Any = True if recipe.fsdp else None  # a text in the annotation, and a text is deprecated
-    return TrainingArguments(
+    return RecipeArguments(
         output_dir=recipe.output,
         per_device_train_batch_size=recipe.batch // processes,
         per_device_eval_batch_size=max(1, recipe.batch // processes),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -14,7 +15,7 @@ pytest.importorskip("trl")
 
 from graphmoe_cli.app import app
 from tests.distributed import train_command_worker
-from tests.distributed.launch import ROOT, launch
+from tests.distributed.launch import ROOT, WorkersFailed, launch
 from tests.model import training_runs
 from tests.model.training_runs import SMALL
 
@@ -22,7 +23,11 @@ pytestmark = pytest.mark.distributed
 
 STEPS, BOUND = 10, 1e-5
 SETTINGS = {"max_steps": STEPS, "save_steps": 5, "router_aux_loss_coef": 0.1, "lora_dropout": 0.0, "use_cpu": False}
-WAYS = {"ddp": [], "fsdp2": ["--fsdp"], "zero2": ["--deepspeed", "zero2.json"], "zero3": ["--deepspeed", "zero3.json"]}
+WAYS = {
+    **{"ddp": [], "ddp by accelerate launch": [], "fsdp2": ["--fsdp"]},
+    **{"zero2": ["--deepspeed", "zero2.json"], "zero3": ["--deepspeed", "zero3.json"]},
+}
+ACCELERATE = ["--config_file", str(ROOT / "docs" / "configs" / "ddp.yaml"), "--mixed_precision", "no"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,9 @@ def test_two_processes_take_the_steps_of_one(way, root, alone):
     if way.startswith("zero"):
         pytest.importorskip("deepspeed")
     more = [str(ROOT / "docs" / "configs" / word) if word.endswith(".json") else word for word in WAYS[way]]
-    ranks = launch(train_command_worker.command, words(root, way, *more), way != "ddp", timeout=120)
+    accelerate = ACCELERATE if "accelerate" in way else []
+    sharded = not way.startswith("ddp")
+    ranks = launch(train_command_worker.command, words(root, way, *more), sharded, timeout=120, accelerate=accelerate)
     assert [status for status, _, _ in ranks] == [0, 0], ranks[0][2][-3000:] + ranks[1][2][-3000:]
     assert "step 1/10" in ranks[0][1]
     assert "step" not in ranks[1][1], "the second process printed"
@@ -82,6 +89,27 @@ def test_two_processes_take_the_steps_of_one(way, root, alone):
     assert (
         saved["trainable_parameters"] == json.loads((alone / "train_result.json").read_text())["trainable_parameters"]
     )
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if "accelerate" not in way])
+def test_two_processes_that_were_killed_end_as_two_that_were_not(way, root):
+    """Killed in the eighth step of ten, after the checkpoint of the fifth: the adapter is the same to the bit."""
+    if way.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    more = [str(ROOT / "docs" / "configs" / word) if word.endswith(".json") else word for word in WAYS[way]]
+    given = words(root, f"{way}-killed", *more)
+    with pytest.raises(WorkersFailed, match=r"SIGKILL|exitcode *: -9"):
+        launch(train_command_worker.command, given, way != "ddp", 8, timeout=120)
+    assert not (root / f"{way}-killed" / "adapter_model.safetensors").exists()
+    ranks = launch(train_command_worker.command, [*given, "--resume"], way != "ddp", timeout=120)
+    assert [status for status, _, _ in ranks] == [0, 0], ranks[0][2][-3000:] + ranks[1][2][-3000:]
+    assert "goes on from checkpoint-5" in ranks[0][1]
+    if not (root / way).exists():
+        launch(train_command_worker.command, words(root, way, *more), way != "ddp", timeout=120)
+    one, two = (load_file(root / name / "adapter_model.safetensors") for name in (way, f"{way}-killed"))
+    assert one.keys() == two.keys()
+    assert [name for name, tensor in one.items() if not torch.equal(tensor, two[name])] == []
+    assert logged(root / way) == logged(root / f"{way}-killed")
 
 
 def test_what_both_refuse_is_said_once(root):
