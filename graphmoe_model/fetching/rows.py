@@ -20,6 +20,9 @@ SOCIAL_IQA = re.compile(
     re.DOTALL,  # one context has lines
 )
 
+HEADLINES = 5000  # of 28,614: as many as a CPU can be asked to train on and to answer
+JOKE, JOKE_ANSWERS = "Is this headline a joke?", ("no", "yes")
+
 
 def read_quartz(path: Path) -> list[Question]:
     """Return the questions of QuaRTz, without those that are there with both answers: they have none.
@@ -38,19 +41,39 @@ def read_social_iqa(path: Path) -> list[Question]:
     return _read(path, SOCIAL_IQA)
 
 
-READERS: dict[str, Callable[[Path], list[Question]]] = {"quartz": read_quartz, "social_iqa_small": read_social_iqa}
+def read_headlines(path: Path) -> list[Question]:
+    """Return questions on the first `HEADLINES` headlines that are there once: whether each is a joke."""
+    found: dict[str, Question] = {}
+    for fields, place in ((fields, place) for place, fields in read_objects(path)):
+        text, ideal = _text_and_answer(fields, place)
+        if ideal not in ("0", "1"):
+            raise ValueError(f"{place}: 'ideal' must be 0 or 1, got {shortened(ideal)}")
+        found.setdefault(text, Question(JOKE, JOKE_ANSWERS, int(ideal), text, JOKE_ANSWERS, place))
+        if len(found) == HEADLINES:
+            break
+    return list(found.values())
+
+
+READERS: dict[str, Callable[[Path], list[Question]]] = {"quartz": read_quartz, "social_iqa_small": read_social_iqa, "headlines": read_headlines}
 
 
 def _read(path: Path, pattern: re.Pattern[str]) -> list[Question]:
     return [_question(fields, pattern, place) for place, fields in read_objects(path)]
 
 
-def _question(fields: dict[str, Any], pattern: re.Pattern[str], place: str) -> Question:
+def _text_and_answer(fields: dict[str, Any], place: str) -> tuple[str, Any]:
     try:
         text, ideal = fields["input"][-1]["content"], fields["ideal"]
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{place}: 'input' with a message's 'content' and 'ideal' are expected") from error
-    match = pattern.fullmatch(text) if isinstance(text, str) else None
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{place}: 'content' must be a text, got {shortened(text)}")
+    return text, ideal
+
+
+def _question(fields: dict[str, Any], pattern: re.Pattern[str], place: str) -> Question:
+    text, ideal = _text_and_answer(fields, place)
+    match = pattern.fullmatch(text)
     if match is None:
         raise ValueError(f"{place}: no question with choices A, B, ...: {shortened(text)}")
     named = match.groupdict()

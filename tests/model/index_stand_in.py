@@ -31,6 +31,12 @@ def social_rows() -> bytes:
     return _lines([{"input": [_message(text)], "ideal": "ABC"[i % 3]} for i, text in enumerate(rows)])
 
 
+def headline_rows() -> bytes:
+    """Thirty headlines, every third one a joke, of which one is there twice."""
+    rows = [(text, str(int(i % 3 == 0))) for i, text in enumerate(STATEMENTS[:30])]
+    return _lines([{"input": [_message("1 or 0."), _message(text)], "ideal": a} for text, a in [*rows, rows[0]]])
+
+
 def _quartz(question: str) -> str:
     return f"{question}\n\n A: more\n B: less"
 
@@ -43,7 +49,10 @@ def _lines(rows: list[dict[str, object]]) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-CONTENT = {"quartz": quartz_rows, "social_iqa_small": social_rows, "smollm2": lambda: b"GGUF" + bytes(range(256)) * 40}
+CONTENT = {
+    **{"quartz": quartz_rows, "social_iqa_small": social_rows, "headlines": headline_rows},
+    "smollm2": lambda: b"GGUF" + bytes(range(256)) * 40,
+}
 
 
 def make_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["quartz", "social_iqa_small"])
+@pytest.mark.parametrize("name", ["quartz", "social_iqa_small", "headlines"])
 def test_fetched_tasks_are_there_by_name(name, fetched, monkeypatch):
     """The way from the wheel's rows to questions: nothing lost, nothing in two splits, answers as they were."""
     monkeypatch.setenv("GRAPHMOE_DATA", str(fetched))
@@ -61,12 +61,15 @@ def test_fetched_tasks_are_there_by_name(name, fetched, monkeypatch):
     assert {split: len(found) for split, found in splits.items()} == TASKS[name].splits
     assert load_questions(name).questions == splits["test"].questions  # evaluated where nothing was chosen on
     questions = [question for found in splits.values() for question in found]
-    assert len(set(questions)) == len(questions) == {"quartz": 80, "social_iqa_small": 50}[name]
+    assert len(set(questions)) == len(questions) == {"quartz": 80, "social_iqa_small": 50, "headlines": 30}[name]
     assert splits["train"].source == "package index: evals 3.0.1.post1, train"
     if name == "quartz":
         assert {q.label for q in questions if q.question.endswith("rose")} == {"A"}
         assert {q.label for q in questions if q.question.endswith("sank")} == {"B"}
         assert {q.choices for q in questions} == {("more", "less")}
+    elif name == "headlines":
+        assert {q.context for q in questions if q.label == "yes"} == set(STATEMENTS[:30:3])
+        assert {q.prompt.splitlines()[1] for q in questions} == {"Question: Is this headline a joke? (no or yes)"}
     else:
         (found,) = (q for q in questions if q.context == f"{STATEMENTS[0]}." and "next" in q.question)
         assert (found.question, found.choices) == ("What will Kim do next?", ("rest", "run", "read"))
@@ -83,7 +86,7 @@ def test_a_model_is_its_file(fetched):
     assert (fetched / "smollm2" / MODELS["smollm2"].file).read_bytes() == CONTENT["smollm2"]()
 
 
-@pytest.mark.parametrize("name", ["quartz", "social_iqa_small", "smollm2"])
+@pytest.mark.parametrize("name", ["quartz", "social_iqa_small", "headlines", "smollm2"])
 def test_licence_and_source_stand_beside_the_data(name, fetched):
     row = TASKS[name] if name in TASKS else MODELS[name]
     text = (fetched / name / "README.md").read_text()

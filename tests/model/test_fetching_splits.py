@@ -107,7 +107,8 @@ def row(content: object, ideal: object = "A") -> bytes:
         (b'{"ideal": "A"}', "'input' with a message's 'content' and 'ideal' are expected"),
         (b'{"input": [], "ideal": "A"}', "'input' with a message's 'content' and 'ideal' are expected"),
         (row("No choices."), "no question with choices A, B, ...: 'No choices.'"),
-        (row(3), "no question with choices A, B, ...: 3"),
+        (row(3), "'content' must be a text, got 3"),
+        (row(" "), "'content' must be a text, got ' '"),
     ],
 )
 def test_rows_of_another_form_are_refused(read, line, told, tmp_path):
