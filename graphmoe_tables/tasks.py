@@ -182,9 +182,7 @@ TASKS: dict[str, Task] = {
     "headlines": Task(
         "Sarcasm in headlines, its first 5,000",
         "no, yes",
-        _in_evals(
-            "sarcasm/samples.jsonl", "4cb34ff4d2718da62368440ffe8dece7ece39a46b0fe4d172fdd8a76bc420f46", 6906270
-        ),
+        _in_evals("sarcasm/samples.jsonl", "4cb34ff4d2718da62368440ffe8dece7ece39a46b0fe4d172fdd8a76bc420f46", 6906270),
         {"train": 3498, "validation": 496, "test": 1006},
         "test",
         "MIT, as the package has it",

@@ -1,4 +1,4 @@
-"""The real part: SmolLM2-135M on QuaRTz and Social IQA, all of it from the package index."""
+"""The real part: SmolLM2-135M on headlines, Social IQA and QuaRTz, all of it from the package index."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from experiments.study.settings import Base, Method, Part, Rate
 from graphmoe_model.questions import Question, load_questions
 from graphmoe_tables.tasks import data_folder
 
+TASKS = ("headlines", "social_iqa_small", "quartz")
 MODEL, GGUF_FILE = "smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Ranks with as many parameters as MixLoRA of rank 8 with its 4 experts; MATCHED_RANK: as GraphMoE with its GRUs.
 RANK, MATCHED_RANK, LORA_RANK, LORAMOE_RANK = 8, 13, 23, 9
-PLAIN_RATES = tuple(Rate(rate) for rate in (1e-3, 3e-4, 3e-3))
-GRU_RATES = (Rate(1e-3, 0.3), Rate(1e-3, 0.1), Rate(3e-4, 0.3))
+PLAIN_RATES = tuple(Rate(rate) for rate in (2e-4, 4e-4, 1e-4))
+GRU_RATES = tuple(Rate(rate.learning_rate, 0.3) for rate in PLAIN_RATES)
 
 
 class RealMaterial:
@@ -35,7 +36,7 @@ class RealMaterial:
         folder = data_folder() / MODEL
         if not (folder / GGUF_FILE).is_file():
             raise StudyError(
-                f"there is no {folder / GGUF_FILE}: run graphmoe data fetch quartz social_iqa_small smollm2, or set "
+                f"there is no {folder / GGUF_FILE}: run graphmoe data fetch {' '.join(TASKS)} smollm2, or set "
                 "GRAPHMOE_DATA to where they are"
             )
         return Base(str(folder), GGUF_FILE)
@@ -65,24 +66,25 @@ def _method(name: str, title: str, preset: str, rank: int, rounds: int, step_sec
 PART = Part(
     name="real",
     title="Real questions",
-    tasks=("quartz", "social_iqa_small"),
+    tasks=TASKS,
     methods=(
         Method("untouched", "the base model", step_seconds=1.0),
-        _method("lora", "LoRA", "lora", LORA_RANK, 1, 2.9),
-        _method("mixlora", "MixLoRA", "mixlora", RANK, 1, 4.6),
-        _method("mixlora-matched", "MixLoRA with the GRUs' parameters in rank", "mixlora", MATCHED_RANK, 1, 4.8),
-        _method("graphmoe-t2", "GraphMoE(MixLoRA), T = 2", "graphmoe-mixlora", RANK, 2, 9.0),
-        _method("graphmoe-t3", "GraphMoE(MixLoRA), T = 3", "graphmoe-mixlora", RANK, 3, 13.4),
-        _method("loramoe", "LoRAMoE", "loramoe", LORAMOE_RANK, 1, 4.6),
-        _method("graphmoe-loramoe-t3", "GraphMoE(LoRAMoE), T = 3", "graphmoe-loramoe", LORAMOE_RANK, 3, 13.4),
+        _method("lora", "LoRA", "lora", LORA_RANK, 1, 1.9),
+        _method("mixlora", "MixLoRA", "mixlora", RANK, 1, 2.2),
+        _method("mixlora-matched", "MixLoRA with the GRUs' parameters in rank", "mixlora", MATCHED_RANK, 1, 2.3),
+        _method("graphmoe-t2", "GraphMoE(MixLoRA), T = 2", "graphmoe-mixlora", RANK, 2, 3.7),
+        _method("graphmoe-t3", "GraphMoE(MixLoRA), T = 3", "graphmoe-mixlora", RANK, 3, 5.2),
+        _method("loramoe", "LoRAMoE", "loramoe", LORAMOE_RANK, 1, 2.4),
+        _method("graphmoe-loramoe-t3", "GraphMoE(LoRAMoE), T = 3", "graphmoe-loramoe", LORAMOE_RANK, 3, 5.5),
     ),
     references=("lora", "mixlora", "mixlora-matched"),
     seeds=(0, 1, 2),
     recipe={
-        **{"batch": 16, "accumulation": 1, "max_steps": 48, "scheduler": "linear", "warmup": 0.1},
-        **{"max_length": 192, "logging_steps": 5, "save_steps": 16, "keep_checkpoints": 1},
+        **{"batch": 16, "accumulation": 1, "max_steps": 96, "scheduler": "linear", "warmup": 0.1},
+        **{"max_length": 192, "logging_steps": 8, "save_steps": 32, "keep_checkpoints": 1},
+        "bf16": True,
     },
     material=RealMaterial(),
-    evaluation_steps=12,
+    evaluation_steps=15,
     start_seconds=40,
 )

@@ -1,4 +1,4 @@
-"""The results of a part: one JSON per run in a folder; those of a task are added by one process at a time."""
+"""The results of a part: one JSON per run in a folder; one process at a time adds those of a method on a task."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.study.settings import Part, Run, differences
 from graphmoe_model.evaluation.document import read_document, write_document
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-LOCK = ".lock-"  # and the task
+LOCK = ".lock-"  # and task and method
 
 
 class StudyError(ValueError):
@@ -93,23 +93,27 @@ def _checked(path: Path, run: Run) -> dict[str, Any]:
 
 
 @contextmanager
-def alone(folder: Path, tasks: Sequence[str]) -> Iterator[None]:
-    """Keep other processes away from tasks' results in a folder; the system lets go when this process ends, however.
+def alone(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """Keep other processes away from some of a folder's results; the system lets go when this process ends, however.
+
+    Args:
+        folder: of the results.
+        names: of tasks with their methods, ``quartz.mixlora``.
 
     Raises:
         StudyError: another process has one of them (its id is named), or the folder cannot be written to.
     """
     with ExitStack() as held:
-        for task in tasks:
-            held.enter_context(_alone_with(folder, task))
+        for name in names:
+            held.enter_context(_alone_with(folder, name))
         yield
 
 
 @contextmanager
-def _alone_with(folder: Path, task: str) -> Iterator[None]:
+def _alone_with(folder: Path, name: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / f"{LOCK}{task}", "a+", encoding="utf-8")  # noqa: SIM115  # closed below: closing lets go
+        file = open(folder / f"{LOCK}{name}", "a+", encoding="utf-8")  # noqa: SIM115  # closed below: closing lets go
     except OSError as error:
         raise StudyError(f"{folder} cannot be written to: {error.strerror}; name another folder") from error
     with file:
@@ -119,8 +123,8 @@ def _alone_with(folder: Path, task: str) -> Iterator[None]:
             file.seek(0)
             process = file.read().strip() or "unknown"
             raise StudyError(
-                f"the results of {task} in {folder} are in use by process {process}; wait for its end, or name another "
-                "folder, or another task by --only"
+                f"the results of {name} in {folder} are in use by process {process}; wait for its end, or name another "
+                "folder, or other tasks or methods by --only"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -33,8 +33,8 @@ def go_through(part: Part, folder: Path, work: Path, *, budget: float | None, on
     """
     check_only(part, only)
     begun, done = time.monotonic(), 0
-    tasks = [task for task in part.tasks if task in only] or part.tasks
-    with alone(folder, tasks):
+    names = dict.fromkeys(f"{slot.task}.{slot.method.name}" for slot in slots(part) if wanted(slot, only, part))
+    with alone(folder, list(names)):
         results = Results(part, folder)
         for slot in slots(part):
             if not wanted(slot, only, part):

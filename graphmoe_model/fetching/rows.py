@@ -44,7 +44,7 @@ def read_social_iqa(path: Path) -> list[Question]:
 def read_headlines(path: Path) -> list[Question]:
     """Return questions on the first `HEADLINES` headlines that are there once: whether each is a joke."""
     found: dict[str, Question] = {}
-    for fields, place in ((fields, place) for place, fields in read_objects(path)):
+    for place, fields in read_objects(path):
         text, ideal = _text_and_answer(fields, place)
         if ideal not in ("0", "1"):
             raise ValueError(f"{place}: 'ideal' must be 0 or 1, got {shortened(ideal)}")
@@ -54,7 +54,11 @@ def read_headlines(path: Path) -> list[Question]:
     return list(found.values())
 
 
-READERS: dict[str, Callable[[Path], list[Question]]] = {"quartz": read_quartz, "social_iqa_small": read_social_iqa, "headlines": read_headlines}
+READERS: dict[str, Callable[[Path], list[Question]]] = {
+    "quartz": read_quartz,
+    "social_iqa_small": read_social_iqa,
+    "headlines": read_headlines,
+}
 
 
 def _read(path: Path, pattern: re.Pattern[str]) -> list[Question]:

@@ -80,7 +80,7 @@ def test_runs_differ_in_name_and_digest_and_make_recipes(part):
 def test_the_real_tasks_are_those_that_can_be_fetched(monkeypatch, tmp_path):
     assert set(real.PART.tasks) <= set(TASKS)
     monkeypatch.setenv("GRAPHMOE_DATA", str(tmp_path))
-    with pytest.raises(StudyError, match="run graphmoe data fetch quartz social_iqa_small smollm2"):
+    with pytest.raises(StudyError, match="run graphmoe data fetch headlines social_iqa_small quartz smollm2"):
         real.PART.material.base(0, tmp_path)
 
 

@@ -158,7 +158,7 @@ def test_a_result_that_is_no_json_is_named(tmp_path):
 
 @FORKS
 def test_a_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
-    with alone(tmp_path / "results", ["one"]):
+    with alone(tmp_path / "results", ["one.mixlora"]):
         pid = os.fork()
         if pid == 0:
             try:
@@ -169,20 +169,21 @@ def test_a_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
     def held() -> None:
-        with alone(tmp_path / "results", ["one", "three"]):
+        with alone(tmp_path / "results", ["one.mixlora", "three.mixlora"]):
             die()
 
     killed_in(held)
-    with alone(tmp_path / "results", ["one"]), alone(tmp_path / "results", ["three"]):
-        pass  # two processes share the tasks of a part
+    with alone(tmp_path / "results", ["one.mixlora"]), alone(tmp_path / "results", ["one.graphmoe"]):
+        pass  # two processes share a part
 
 
-def test_a_process_takes_the_tasks_that_it_was_told_alone(tmp_path):
+def test_a_process_takes_what_it_was_told_alone(tmp_path):
     own = part()
-    with alone(tmp_path / "results", ["one"]):
-        assert go(own, tmp_path, only=("three",), budget=0.1)[-1].startswith("made_up: 0 runs done now")
-        for only in (("one",), ("mixlora",)):
-            with pytest.raises(StudyError, match=r"the results of one in .* are in use by process"):
+    with alone(tmp_path / "results", ["one.mixlora"]):
+        for only in (("three",), ("one", "graphmoe")):
+            assert go(own, tmp_path, only=only, budget=0.1)[-1].startswith("made_up: 0 runs done now")
+        for only in (("one",), ("mixlora",), ()):
+            with pytest.raises(StudyError, match=r"the results of one.mixlora in .* are in use by process"):
                 go(own, tmp_path, only=only, budget=0.1)
 
 

@@ -11,7 +11,7 @@ import re
 import pytest
 from hypothesis import strategies as st
 
-from graphmoe_model.fetching.rows import read_quartz, read_social_iqa
+from graphmoe_model.fetching.rows import read_headlines, read_quartz, read_social_iqa
 from graphmoe_model.fetching.splits import groups_of_alike, own_splits
 from graphmoe_model.questions import Question
 from tests.drawing import make_draws
@@ -133,3 +133,18 @@ def test_the_last_question_is_the_question(tmp_path):
     assert question == Question(
         "What will Kim do?", ("go; now", "stay", "call Mr. X"), 1, "Kim asked: Why me?\n\nLou left."
     )
+
+
+def test_a_headline_is_a_joke_or_not(tmp_path, monkeypatch):
+    path = tmp_path / "rows"
+    path.write_bytes(b"\n".join([row("Area man sits", "1"), row("Rain", "0"), row("Rain", "1"), row("Sun", "0")]))
+    assert [(q.context, q.label) for q in read_headlines(path)] == [
+        ("Area man sits", "yes"),
+        ("Rain", "no"),
+        ("Sun", "no"),
+    ]
+    monkeypatch.setattr("graphmoe_model.fetching.rows.HEADLINES", 2)
+    assert [q.context for q in read_headlines(path)] == ["Area man sits", "Rain"]
+    path.write_bytes(row("Rain", "2"))
+    with pytest.raises(ValueError, match="line 1: 'ideal' must be 0 or 1, got '2'"):
+        read_headlines(path)
