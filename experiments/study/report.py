@@ -216,7 +216,7 @@ def _costs(found: Mapping[str, Found | None], results: Results) -> list[str]:
 
 def _rates(task: str, results: Results) -> list[str]:
     """Validation accuracy at each rate of the grid, with the seeds that choose."""
-    part, rows = results.part, []
+    part, lines = results.part, []
     for method in part.methods:
         cells = []
         for rate in sorted(method.rates, key=lambda rate: (rate.learning_rate, rate.gru_factor or 0)):
@@ -224,11 +224,11 @@ def _rates(task: str, results: Results) -> list[str]:
             if not isinstance(reached, Undecided):
                 cells.append(f"{rate.title}: {reached if isinstance(reached, str) else format(100 * reached, '.1f')}")
         if cells:
-            rows.append([method.title, "; ".join(cells)])
-    if not rows:
+            lines += wrapped(f"- {method.title}: {'; '.join(cells)}.")
+    if not lines:
         return []
     text = f"Validation accuracy in percent by learning rate, with {seeds_text(part.choosing)}: the highest is above."
-    return [*wrapped(text), "", *markdown_table(["method", ""], rows), ""]
+    return [*wrapped(text), "", *lines, ""]
 
 
 def _groups(found: Mapping[str, Found | None]) -> list[str]:

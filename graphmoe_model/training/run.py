@@ -113,8 +113,8 @@ def fitted(recipe: TrainingRecipe, processes: int) -> TrainingRecipe:
     """Return a recipe with what depends on the machine filled in.
 
     Raises:
-        ValueError: the batch cannot be shared out equally, FSDP is asked for in a single process, or there is no
-            such file for DeepSpeed.
+        ValueError: the batch cannot be shared out equally, FSDP is asked for in a single process, Accelerate was
+            configured for what the recipe does not ask for, or there is no such file for DeepSpeed.
     """
     on_gpu = torch.cuda.is_available() and not recipe.use_cpu
     if recipe.batch % processes:
@@ -126,6 +126,15 @@ def fitted(recipe: TrainingRecipe, processes: int) -> TrainingRecipe:
         raise ValueError(
             "--fsdp splits the model over processes: start several, torchrun --nproc_per_node 2 -m graphmoe_cli"
         )
+    for asked, given, option in (
+        ("FSDP", recipe.fsdp, "--fsdp"),
+        ("DEEPSPEED", recipe.deepspeed is not None, "--deepspeed FILE"),
+    ):
+        if os.environ.get(f"ACCELERATE_USE_{asked}", "false").lower() == "true" and not given:
+            raise ValueError(
+                f"accelerate launch was configured for {asked}, which the recipe does not say: pass {option}, so that "
+                "it is saved with the run, or launch by docs/configs/ddp.yaml"
+            )
     if recipe.deepspeed is not None and not Path(recipe.deepspeed).is_file():
         raise ValueError(
             f"--deepspeed {recipe.deepspeed}: there is no such file; docs/configs has zero2.json and zero3.json"

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.distributed
 STEPS, BOUND = 10, 1e-5
 SETTINGS = {"max_steps": STEPS, "save_steps": 5, "router_aux_loss_coef": 0.1, "lora_dropout": 0.0, "use_cpu": False}
 WAYS = {
-    **{"ddp": [], "ddp by accelerate launch": [], "fsdp2": ["--fsdp"]},
+    **{"ddp": [], "ddp by accelerate launch": [], "fsdp2": ["--fsdp"], "fsdp2 by accelerate launch": ["--fsdp"]},
     **{"zero2": ["--deepspeed", "zero2.json"], "zero3": ["--deepspeed", "zero3.json"]},
 }
 ACCELERATE = ["--config_file", str(ROOT / "docs" / "configs" / "ddp.yaml"), "--mixed_precision", "no"]

@@ -96,6 +96,14 @@ def test_one_process_is_not_sharded(base, tmp_path, no_model):
         trained(base, tmp_path / "out", fsdp=True, use_cpu=False)
 
 
+@pytest.mark.parametrize("asked, option", [("FSDP", "--fsdp"), ("DEEPSPEED", "--deepspeed FILE")])
+def test_what_accelerate_was_configured_for_is_in_the_recipe(asked, option, base, tmp_path, monkeypatch, no_model):
+    """Else the run would be split, and what is saved with it would say that it was not."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{asked}", "true")
+    with pytest.raises(ValueError, match=f"configured for {asked}, which the recipe does not say: pass {option}"):
+        trained(base, tmp_path / "out", use_cpu=False)
+
+
 def test_a_deepspeed_file_that_is_none(base, tmp_path, monkeypatch, no_model):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: True)
     with pytest.raises(ValueError, match=r"--deepspeed nowhere\.json: there is no such file"):
