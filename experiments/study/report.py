@@ -216,7 +216,8 @@ def _costs(found: Mapping[str, Found | None], results: Results) -> list[str]:
 
 def _rates(task: str, results: Results) -> list[str]:
     """Validation accuracy at each rate of the grid, with the seeds that choose."""
-    part, lines = results.part, []
+    part = results.part
+    lines: list[str] = []
     for method in part.methods:
         cells = []
         for rate in sorted(method.rates, key=lambda rate: (rate.learning_rate, rate.gru_factor or 0)):

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from graphmoe_model.base_models.gguf_tokens import check_first_token
 from graphmoe_model.base_models.hub import hub_arguments, not_loaded
 from graphmoe_model.base_models.shapes import check_is_model
 from graphmoe_model.messages import some
@@ -135,9 +136,13 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer.
 
     Raises:
-        ValueError: there is none, or it is not in the cache while the hub cannot be reached.
+        ValueError: there is none, it is not in the cache while the hub cannot be reached, or it leaves out the token
+            with which a GGUF file says that every text begins.
     """
-    return _read("load the tokenizer of", AutoTokenizer, source)
+    tokenizer = _read("load the tokenizer of", AutoTokenizer, source)
+    if source.gguf_file is not None:
+        check_first_token(tokenizer, source.name, source.gguf_file, source.arguments)
+    return tokenizer
 
 
 def _read(doing: str, kind: Any, source: ModelSource) -> Any:

@@ -47,8 +47,12 @@ def tensor_name(name: str) -> str:
     return found.removesuffix(".weight").split(".")[-1]
 
 
-def write_gguf(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def write_gguf(
+    folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, adds_first: bool | None = False
+) -> LlamaForCausalLM:
     """Write model and tokenizer to ``folder / FILE``.
+
+    ``adds_first`` is what the file says of the token that begins a text: whether one does, or nothing.
 
     Returns:
         The model that the file holds: that model after quantisation.
@@ -56,7 +60,7 @@ def write_gguf(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedToken
     folder.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(folder / FILE, "llama")
     _add_config(writer, model)
-    _add_tokenizer(writer, tokenizer)
+    _add_tokenizer(writer, tokenizer, adds_first)
     held = copy.deepcopy(model)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     with torch.no_grad():
@@ -96,7 +100,7 @@ def _add_config(writer: gguf.GGUFWriter, model: LlamaForCausalLM) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, adds_first: bool | None) -> None:
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     special = set(tokenizer.all_special_tokens)
     kinds = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
@@ -110,7 +114,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast) 
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_unk_token_id(tokenizer.unk_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(False)  # Transformers 5.17 puts none before a text, whatever a file says
+    if adds_first is not None:
+        writer.add_add_bos_token(adds_first)
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:

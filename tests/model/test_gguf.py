@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
+from transformers import AutoTokenizer
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 pytest.importorskip("gguf", reason="pip install 'graphmoe[gguf]'")
@@ -68,6 +69,31 @@ def test_weights_are_those_that_were_written(written, held, source):
         largest = weight.detach().view(-1, BLOCK).abs().amax(1, keepdim=True)
         errors = (found - weight).detach().view(-1, BLOCK).abs() / largest
         assert 0 < errors.max() < 1.01 / 2 ** (bits - 1), name  # the scale is rounded too, to fp16
+
+
+@pytest.mark.parametrize("adds_first", [True, False, None])
+def test_a_first_token_is_never_left_out_unseen(adds_first, written, tmp_path):
+    """Transformers 5.17 leaves it out of every text: such a file is refused. One that says nothing is read as it is."""
+    write_gguf(tmp_path, written, TOKENIZER, adds_first=adds_first)
+    try:
+        tokenizer = load_tokenizer(ModelSource(str(tmp_path), gguf_file=FILE))
+    except ValueError as error:
+        assert adds_first
+        assert f"says that every text begins with {TOKENIZER.bos_token!r}" in str(error)
+        assert "install Transformers 5.23 or newer" in str(error)
+    else:
+        if adds_first is not None:
+            assert (tokenizer("a")["input_ids"][0] == TOKENIZER.bos_token_id) == adds_first
+
+
+def test_a_tokenizer_without_the_first_token_is_refused(written, tmp_path, monkeypatch):
+    """Whatever the installed Transformers makes of the file."""
+    write_gguf(tmp_path, written, TOKENIZER, adds_first=True)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: TOKENIZER)
+    with pytest.raises(ValueError, match="says that every text begins with"):
+        load_tokenizer(ModelSource(str(tmp_path), gguf_file=FILE))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: byte_level(special_first=True))
+    load_tokenizer(ModelSource(str(tmp_path), gguf_file=FILE))
 
 
 def test_weights_are_unpacked_wherever_they_are_loaded(source, monkeypatch):
