@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,7 @@ def tell_of_the_hub(*, model: str | None = None, adapter: str | None = None) -> 
     """Say on stderr what is not here and is asked for on the hub, whose answer may take half a minute.
 
     Raises:
-        ValueError: an adapter that is no folder, by a name that none on the hub has.
+        ValueError: an adapter or a model that is no folder, by a name that none on the hub has.
     """
     if adapter and not Path(adapter).exists():
         if is_path(adapter) or "/" not in adapter:
@@ -63,6 +64,11 @@ def tell_of_the_hub(*, model: str | None = None, adapter: str | None = None) -> 
     if not model or model.endswith(".json") or is_path(model):  # refused, with what to name, where it is not here
         return
     if not Path(model).exists() and known_model(model) is None:
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) is None:
+            raise ValueError(
+                f"cannot load the model {model!r}: there is no such folder here, and on the hub a model is called "
+                "owner/name"
+            )
         typer.echo(f"There is no folder {model} here: asking the hub for that model.", err=True)
 
 

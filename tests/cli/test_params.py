@@ -249,3 +249,11 @@ def test_whoever_asks_the_hub_is_told(monkeypatch):
     assert "There is no folder gpt-none here: asking the hub for that model." in result.stderr
     assert graphmoe("params", "--method", "mixlora", "--model", "tiny").stderr == ""
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("name", [" ", "my model", "owner/my model"])
+def test_a_name_that_no_model_on_the_hub_has_is_refused_without_asking(name):
+    result = graphmoe("params", "--method", "mixlora", "--model", name)
+    assert result.exit_code == 2
+    assert f"cannot load the model {name!r}: there is no such folder here" in result.stderr
+    assert "asking the hub" not in result.stderr

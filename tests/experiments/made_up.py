@@ -64,6 +64,11 @@ def part(steps: int = 4, **changes: Any) -> Part:
     return Part(**{**fields, **changes})
 
 
+def small(**changes: Any) -> Part:
+    """One task, two seeds, three methods: 2 x 3 + 1 runs."""
+    return part(tasks=("one",), **changes)
+
+
 def document(run: Run, validation: str = "110000", test: str = "101010101", **changes: Any) -> dict[str, Any]:
     """Return what a run could have found."""
     found = {"validation": {"first": validation[:2], "others": validation[2:]}} if len(run.splits) > 1 else {}
