@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,17 @@ def averages(results: Sequence[TaskResult]) -> dict[str, float | None]:
 
 
 def conditions_of(model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Say where and with what a model is evaluated: device, dtype, threads, versions, commit."""
-    dtypes = [parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()]
+    """Say where and with what a model is evaluated: device, dtype, threads, versions, commit.
+
+    The dtype is that of most of the weights: the base's, as an adapter has more tensors of its own and fewer weights.
+    """
+    weights: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            weights[parameter.dtype] += parameter.numel()
     return {
         "device": device_name(device),
-        "dtype": str(max(set(dtypes), key=dtypes.count)).removeprefix("torch."),
+        "dtype": str(weights.most_common(1)[0][0]).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "model_revision": getattr(model.config, "_commit_hash", None),
         "threads": torch.get_num_threads(),

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from graphmoe_model.base_models import check_base
 from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, evaluate_questions
 from graphmoe_model.evaluation.adapters import attach_adapter, saved_config
 from graphmoe_model.evaluation.comparison import comparison_page, method_record
-from graphmoe_model.evaluation.document import averages, evaluation_document
+from graphmoe_model.evaluation.document import averages, conditions_of, evaluation_document
 from graphmoe_model.evaluation.prompts import Shots, cloze_after
 from graphmoe_model.evaluation.records import TaskResult, standard_error
 from graphmoe_model.evaluation.voting import majority
@@ -255,3 +258,9 @@ def test_the_page_compares_what_all_have():
         comparison_page([base])
     with pytest.raises(ValueError, match="no task in common: a, b; d"):
         comparison_page([base, evaluation("other", scored("d", 0.1))])
+
+
+def test_the_dtype_of_a_result_is_the_base_s_not_that_of_the_adapter_s_many_tensors():
+    model = nn.ModuleList([nn.Linear(64, 64, bias=False, dtype=torch.bfloat16), *(nn.Linear(2, 2) for _ in range(9))])
+    model.config = SimpleNamespace()
+    assert conditions_of(model, torch.device("cpu"))["dtype"] == "bfloat16"
