@@ -42,7 +42,7 @@ def read_social_iqa(path: Path) -> list[Question]:
 
 
 def read_headlines(path: Path) -> list[Question]:
-    """Return questions on the first `HEADLINES` headlines that are there once: whether each is a joke."""
+    """Return questions on the first `HEADLINES` different headlines: whether each is a joke, by its first row."""
     found: dict[str, Question] = {}
     for place, fields in read_objects(path):
         text, ideal = _text_and_answer(fields, place)
