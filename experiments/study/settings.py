@@ -89,7 +89,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Part:
-    """One half of the study: real questions, or questions of graded depth.
+    """One part of the study: real questions, easy or hard, or questions of graded depth.
 
     Attributes:
         name: of the folder of its results.

@@ -1,4 +1,4 @@
-"""The two parts as they are run: ranks that match what they say, grids that are fair, recipes that `train` takes."""
+"""The parts as they are run: ranks that match what they say, grids that are fair, recipes that `train` takes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_no_other_rank_has_the_parameters_of_what_is_compared_with_more_closely(
 def test_every_method_has_a_grid_of_one_size_with_the_grus_rate_in_it(part):
     for method in part.methods:
         if method.trained:
-            assert len(method.rates) == len(set(method.rates)) == {"real": 3, "depth": 12}[part.name]
+            assert len(method.rates) == len(set(method.rates)) == {"real": 3, "hard": 3, "depth": 12}[part.name]
             assert all((rate.gru_factor is not None) == (method.adapter["rounds"] > 1) for rate in method.rates)
 
 
@@ -78,7 +78,7 @@ def test_runs_differ_in_name_and_digest_and_make_recipes(part):
 
 
 def test_the_real_tasks_are_those_that_can_be_fetched(monkeypatch, tmp_path):
-    assert set(real.PART.tasks) <= set(TASKS)
+    assert {*real.PART.tasks, *real.HARD.tasks} <= set(TASKS)
     monkeypatch.setenv("GRAPHMOE_DATA", str(tmp_path))
     with pytest.raises(StudyError, match="run graphmoe data fetch headlines social_iqa_small quartz smollm2"):
         real.PART.material.base(0, tmp_path)

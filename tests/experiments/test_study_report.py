@@ -195,9 +195,9 @@ def test_unknown_names_end_with_one_line(tmp_path, capsys):
     assert "experiments.study: --only lora: the part depth has no such task" in capsys.readouterr().err
 
 
-def test_a_dry_run_of_both_parts_needs_neither_model_nor_data(tmp_path, capsys):
+def test_a_dry_run_of_all_parts_needs_neither_model_nor_data(tmp_path, capsys):
     folders = ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     assert command.main(["--dry-run", *folders]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines if "runs missing" in line] == ["real", "depth"]
+    assert [line.split(":")[0] for line in lines if "runs missing" in line] == ["real", "hard", "depth"]
     assert not list(tmp_path.iterdir())
