@@ -203,13 +203,13 @@ def _costs(found: Mapping[str, Found | None], results: Results) -> list[str]:
         loads = [each["load_variation"] for each in every if each["load_variation"] is not None]
         load = " / ".join(f"{fmean(values):.2f}" for values in zip(*loads, strict=True)) if loads else "–"
         timed = [each["seconds"]["per_step"] for each in every if each["seconds"]["per_step"] is not None]
-        seconds = f"{fmean(timed) * results.part.recipe['max_steps']:,.0f}" if timed else "–"
+        seconds = f"{min(timed) * results.part.recipe['max_steps']:,.0f}" if timed else "–"
         rows.append([method.title, load, seconds, f"{every[0]['trainable_parameters']:,}"])
     if not rows:
         return []
     text = (
         "Load: the coefficient of variation of the experts' shares by round (0: balanced), at the end of training. "
-        f"Seconds: of {results.part.recipe['max_steps']} steps of training."
+        f"Seconds: of {results.part.recipe['max_steps']} steps of training, in the run that other work disturbed least."
     )
     return [*wrapped(text), "", *markdown_table(["method", "load by round", "seconds", "trained parameters"], rows)]
 
