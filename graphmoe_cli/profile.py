@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from graphmoe_cli.arguments import folder, one_line_errors, tell_of_the_hub
+from graphmoe_cli.arguments import folder, one_line_errors, one_of, tell_of_the_hub
 from graphmoe_cli.profile_options import ProfileOptions
+from graphmoe_tables.methods import METHODS
 from graphmoe_tables.models import MODEL_SHAPES
 
 
@@ -38,11 +39,19 @@ def profile(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="How many layers the preset has.", show_default="2 or 4")] = None,
     adapter: Annotated[str | None, typer.Option(help="A saved adapter of the model: a folder, or a name.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            **one_of(METHODS),
+            help="Fresh adapters by their base method, at its published sizes: several of them.",
+            show_default="mixlora",
+        ),
+    ] = None,
     rounds: Annotated[
         list[int] | None,
         typer.Option(
-            help="Fresh adapters by their rounds T: 0 is no adapter, 1 MixLoRA, more GraphMoE.",
-            show_default="0 1 3; with --adapter none",
+            help="Their rounds T: 0 is no adapter, 1 the base method, more GraphMoE on it. LoRA is there once.",
+            show_default="0 1 3; with --adapter alone none",
         ),
     ] = None,
     seq: Annotated[list[int], typer.Option(help="Sequence lengths in tokens.")] = LENGTHS,
@@ -80,7 +89,7 @@ def profile(
     decode, and writes tables, a plot and Chrome traces of single forwards
     (for chrome://tracing or ui.perfetto.dev).
 
-    Example: graphmoe profile --preset tiny --seq 64 256 1024
+    Example: graphmoe profile --preset tiny --seq 64 256 1024 --method mixlora mola
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # PyTorch 2.13's profiler logs every start and stop to stderr
     with one_line_errors("profile"):
@@ -89,6 +98,7 @@ def profile(
             preset=preset,
             layers=layers,
             adapter=adapter,
+            method=tuple(method or ()),
             rounds=tuple(rounds or ()),
             seq=tuple(seq),
             phase=tuple(p.value for p in phase),

@@ -5,10 +5,19 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from graphmoe_tables.methods import METHODS
 from graphmoe_tables.models import MODEL_SHAPES, PHASES, check_layers, check_lengths, model_shape
 
 NO_MATPLOTLIB = "matplotlib is not installed; it comes with pip install 'graphmoe[bench]'"
+
+
+class FreshAdapter(NamedTuple):
+    """An adapter with random weights: a base method at its published sizes, with T rounds."""
+
+    method: str
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,7 @@ class ProfileOptions:
     preset: str | None = None
     layers: int | None = None
     adapter: str | None = None
+    method: tuple[str, ...] = ()
     rounds: tuple[int, ...] = ()
     seq: tuple[int, ...] = (64, 256, 1024)
     phase: tuple[str, ...] = PHASES
@@ -51,6 +61,11 @@ class ProfileOptions:
         for value in self.rounds:
             if value < 0:
                 raise ValueError(f"rounds must be 0 (no adapter) or more, got {value}")
+        if set(self.method) == {"lora"} and max(self.rounds, default=1) > 1:
+            raise ValueError(
+                f"--method lora has no experts and so no rounds, got --rounds {max(self.rounds)}; name a method with "
+                "experts beside it, or leave --rounds out"
+            )
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {self.threads}")
         if self.out.exists() and not self.out.is_dir():
@@ -64,8 +79,12 @@ class ProfileOptions:
         return self.plot is not False and importlib.util.find_spec("matplotlib") is not None
 
     @property
-    def variants(self) -> list[int | str]:
-        """Rounds of fresh adapters, 0 for none, and the saved adapter."""
-        saved = [] if self.adapter is None else [self.adapter]
-        rounds = self.rounds or (() if saved else (0, 1, 3))
-        return [*dict.fromkeys(rounds), *saved]
+    def variants(self) -> list[FreshAdapter | str | None]:
+        """None for the plain model, fresh adapters (LoRA's once), and the saved adapter by its path."""
+        fresh = self.rounds or self.method or self.adapter is None
+        rounds = tuple(dict.fromkeys(self.rounds or (0, 1, 3))) if fresh else ()
+        found: list[FreshAdapter | str | None] = [None] * (0 in rounds)
+        for name in dict.fromkeys(self.method or ("mixlora",)):
+            own = rounds if METHODS[name].routers else rounds and (1,)
+            found += [FreshAdapter(name, count) for count in own if count > 0]
+        return [*found, *([] if self.adapter is None else [self.adapter])]

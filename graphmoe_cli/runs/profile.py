@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ import transformers
 from rich.console import Console
 from torch import nn
 
-from graphmoe_cli.profile_options import NO_MATPLOTLIB, ProfileOptions
+from graphmoe_cli.profile_options import NO_MATPLOTLIB, FreshAdapter, ProfileOptions
 from graphmoe_model.machine import chosen_device, device_name
 from graphmoe_model.profiling.measure import profile_model
-from graphmoe_model.profiling.models import profiled_config, random_model, saved_model, with_adapter, with_rounds
+from graphmoe_model.profiling.models import profiled_config, random_model, saved_model, with_adapter, with_fresh
 from graphmoe_model.profiling.report import describe, print_report, write_report
 from graphmoe_model.profiling.result import Profile
 
@@ -92,10 +92,13 @@ def _load(options: ProfileOptions, device: torch.device) -> nn.Module:
 
 
 def _variant(
-    model: nn.Module, variant: int | str, settings: dict[str, Any]
+    model: nn.Module, variant: FreshAdapter | str | None, settings: dict[str, Any]
 ) -> AbstractContextManager[tuple[nn.Module, str]]:
-    attach = with_rounds if isinstance(variant, int) else with_adapter
-    return attach(model, variant, **settings)  # type: ignore[arg-type]
+    if variant is None:
+        return nullcontext((model, "none"))
+    if isinstance(variant, FreshAdapter):
+        return with_fresh(model, *variant, **settings)
+    return with_adapter(model, variant, **settings)
 
 
 def _conditions(options: ProfileOptions, model: nn.Module, device: torch.device, load: float | None) -> dict[str, Any]:

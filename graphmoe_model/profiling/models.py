@@ -15,6 +15,7 @@ from graphmoe_model.base_models import ModelSource, load_base_model, model_confi
 from graphmoe_model.checkpoints import saved_adapter_config
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.profiling.out_of_memory import check_fits, memory_error
+from graphmoe_tables.methods import preset_settings
 
 
 def profiled_config(name: str, layers: int | None = None) -> Any:
@@ -50,20 +51,16 @@ def saved_model(name: str, dtype: torch.dtype | None, device: torch.device) -> P
 
 
 @contextmanager
-def with_rounds(model: nn.Module, rounds: int, **settings: Any) -> Iterator[tuple[nn.Module, str]]:
-    """Give the model a fresh adapter of this many rounds, and a title; 0 is the plain model.
+def with_fresh(model: nn.Module, method: str, rounds: int, **settings: Any) -> Iterator[tuple[nn.Module, str]]:
+    """Give the model a fresh adapter of a base method at its published sizes with this many rounds, and a title.
 
     No weight of the adapter is zero, so that no product is trivial. Afterwards the model is as before.
 
     Raises:
-        ValueError: rounds below 0; the model cannot be adapted.
+        ValueError: an unknown method, rounds that it does not have, or a model that cannot be adapted.
     """
-    if rounds < 0:
-        raise ValueError(f"rounds must be 0 (no adapter) or more, got {rounds}")
-    if rounds == 0:
-        yield model, "none"
-        return
-    config = GraphMoEConfig(rounds=rounds, init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+    published = {**preset_settings(method), "rounds": rounds}
+    config = GraphMoEConfig(init_lora_weights=False, task_type="CAUSAL_LM", **published | settings)
     with _attached(lambda: get_peft_model(model, config)) as adapted:
         yield adapted, adapter_title(config)
 
@@ -94,6 +91,8 @@ def adapter_title(config: PeftConfig) -> str:
     """Return what a profile calls an adapter."""
     if not isinstance(config, GraphMoEConfig):
         return {"LORA": "LoRA"}.get(str(getattr(config.peft_type, "value", config.peft_type)), str(config.peft_type))
+    if config.base_method.routers is None:
+        return config.title  # no experts, and so no rounds
     title = "GraphMoE" if config.title == "GraphMoE(MixLoRA)" else config.title  # the method unless another is named
     return f"{title} (T={config.rounds})"
 

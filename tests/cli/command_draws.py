@@ -29,6 +29,7 @@ PROFILE: dict[str, list[str]] = {
     "--model": ["BASE", "ADAPTER"],
     "--adapter": ["ADAPTER"],
     "--layers": ["1", "0", "x"],
+    "--method": ["mola", "lora mixlora", "moe", ""],
     "--rounds": ["0", "1 3", "-1", "x"],
     "--seq": ["4", "4 8", "", "x", "-4", "4,8", "0"],
     "--phase": ["prefill", "decode", "prefill decode", "train"],

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from graphmoe_cli import profile_options
 from graphmoe_cli.app import app
-from graphmoe_cli.profile_options import ProfileOptions
+from graphmoe_cli.profile_options import FreshAdapter, ProfileOptions
 from graphmoe_cli.runs import profile as runs
 from graphmoe_model.profiling import CATEGORIES, out_of_memory
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
@@ -122,6 +122,10 @@ WRONG = {
     "LoRA has no fold": ("--model BASE --adapter LORA --fold always", "LoraConfig, which has no fold; leave"),
     "virtual tokens": ("--model BASE --adapter PROMPT", "PromptTuningConfig, virtual tokens"),
     "negative rounds": ("--preset tiny --layers 1 --rounds -1", "rounds must be 0 (no adapter) or more, got -1"),
+    "LoRA with rounds": (
+        "--preset tiny --method lora --rounds 3",
+        "lora has no experts and so no rounds, got --rounds 3",
+    ),
     "too long for a preset": ("--preset llama-3-8b --seq 9000", "longer than the model's 8192 positions"),
     "too long for a model": ("--model BASE --seq 200", "longer than the model's 128 positions"),
     "no batch": ("--model BASE --seq 4 --batch 0", "batch must be at least 1, got 0"),
@@ -257,5 +261,28 @@ def test_the_defaults_of_the_command_are_those_of_its_options(monkeypatch):
     monkeypatch.setattr(runs, "run", lambda options, console: seen.append(options))
     graphmoe("profile", "--preset", "tiny")
     assert seen == [ProfileOptions(preset="tiny")]
-    assert seen[0].variants == [0, 1, 3]
+    assert seen[0].variants == [None, FreshAdapter("mixlora", 1), FreshAdapter("mixlora", 3)]
     assert ProfileOptions(preset="tiny", adapter="a").variants == ["a"]
+
+
+@pytest.mark.parametrize(
+    "options, variants",
+    [
+        ({"method": ("mola",), "rounds": (2,)}, [FreshAdapter("mola", 2)]),
+        ({"method": ("lora", "mola"), "rounds": (0, 2)}, [None, FreshAdapter("lora", 1), FreshAdapter("mola", 2)]),
+        ({"method": ("lora",)}, [None, FreshAdapter("lora", 1)]),
+        ({"method": ("mola", "mola"), "adapter": "a", "rounds": (1, 1)}, [FreshAdapter("mola", 1), "a"]),
+        ({"rounds": (0,), "adapter": "a"}, [None, "a"]),
+    ],
+)
+def test_each_method_is_profiled_with_each_number_of_rounds(options, variants):
+    """LoRA, which has no rounds, once; and no adapter once, whatever the methods."""
+    assert ProfileOptions(preset="tiny", **options).variants == variants
+
+
+def test_methods_reach_the_table(tmp_path):
+    size = ("--preset", "tiny", "--layers", 1, "--seq", 4, "--phase", "decode", "--repetitions", 1, "--no-plot")
+    result = graphmoe("profile", *size, "--method", "lora", "mola", "--rounds", 1, 2, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    profiles = json.loads((tmp_path / "profile.json").read_text())["profiles"]
+    assert [entry["adapter"] for entry in profiles] == ["LoRA", "MoLA (T=1)", "GraphMoE(MoLA) (T=2)"]

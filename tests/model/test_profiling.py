@@ -14,15 +14,21 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM
 
 from graphmoe_kernels import ranges
+from graphmoe_model import GraphMoEConfig
 from graphmoe_model.base_models import MODEL_SHAPES
 from graphmoe_model.profiling import CATEGORIES, Profile, profile_model
 from graphmoe_model.profiling.attribution import attribute
-from graphmoe_model.profiling.models import adapter_title, profiled_config, saved_model, with_rounds
+from graphmoe_model.profiling.models import adapter_title, profiled_config, saved_model, with_fresh
 from graphmoe_model.profiling.modules import module_ranges
 from graphmoe_model.profiling.out_of_memory import check_fits, memory_error
 from graphmoe_model.profiling.report import markdown, print_report, warnings
+from graphmoe_tables.methods import METHODS, preset_settings
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model, tokens
 
+NAMES = {
+    **{("mixlora", 1): "MixLoRA", ("loramoe", 1): "LoRAMoE", ("mola", 1): "MoLA"},
+    **{("mixlora", 2): "", ("loramoe", 2): "(LoRAMoE)", ("mola", 2): "(MoLA)"},
+}
 ADAPTERS = {
     "none": {"attention", "mlp", "other"},
     "MixLoRA (T=1)": {"attention", "mlp", "experts", "routing", "other"},
@@ -249,7 +255,7 @@ def test_fresh_adapters_count_in_every_term_and_leave_the_model_as_it_was():
     """A zero weight would have products that a kernel might skip, and an adapter left behind would be in the next."""
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with with_rounds(model, 2) as (adapted, title):
+    with with_fresh(model, "mixlora", 2) as (adapted, title):
         assert title == "GraphMoE (T=2)"
         trainable = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
         assert trainable
@@ -265,7 +271,24 @@ def test_adapters_are_called_by_their_method():
     assert adapter_title(tiny_config(rounds=4)) == "GraphMoE (T=4)"
     assert adapter_title(tiny_config(method="mola", use_dora=True)) == "GraphMoE(MoDA) (T=3)"
     assert adapter_title(tiny_config(method="loramoe", rounds=1)) == "LoRAMoE (T=1)"
+    assert adapter_title(GraphMoEConfig(method="lora", rounds=1)) == "LoRA"
     assert adapter_title(LoraConfig()) == "LoRA"
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.routers])
+def test_fresh_adapters_of_every_method_have_their_time_in_its_parts(method, rounds):
+    """At the sizes that its paper gives it; a later round has a GRU, whatever kind of experts it is on."""
+    with with_fresh(tiny_model(), method, rounds) as (adapted, title):
+        assert title == f"{'' if rounds == 1 else 'GraphMoE'}{NAMES[method, rounds]} (T={rounds})"
+        config = adapted.peft_config["default"]
+        assert {name: getattr(config, name) for name in preset_settings(method)} == {
+            **preset_settings(method),
+            "rounds": rounds,
+        }
+        (found,) = profile_model(adapted, title, ["prefill"], [5], repetitions=1)
+    with_time = {name for name, spent in found.seconds.items() if spent > 0}
+    assert with_time == set(CATEGORIES) - ({"gru"} if rounds == 1 else set())
 
 
 def test_other_architectures_have_the_same_categories():
