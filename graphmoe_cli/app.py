@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from graphmoe_cli.analyze import analyze
 from graphmoe_cli.arguments import ListCommand
 from graphmoe_cli.convert import convert
 from graphmoe_cli.data import data
@@ -31,6 +32,7 @@ app.add_typer(data)
 app.command(name="eval", cls=ListCommand)(evaluate)
 app.command()(compare)
 app.command(cls=ListCommand)(train)
+app.add_typer(analyze)
 
 
 def _show_version(asked: bool) -> None:

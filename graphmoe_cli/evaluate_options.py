@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,12 +65,8 @@ class EvaluateOptions:
             raise ValueError(
                 "name what to evaluate on: --data with tasks or .jsonl files, or --tasks with lm-eval's tasks"
             )
-        for option, names in (("--data", self.data), ("--tasks", self.tasks)):
-            for name in names:
-                if not name.strip():
-                    raise ValueError(f"{option} has an empty name")
-                if names.count(name) > 1:
-                    raise ValueError(f"{option} names {name} twice")
+        check_names("--data", self.data)
+        check_names("--tasks", self.tasks)
         if not self.data:
             for option, given in (
                 ("--samples", self.samples),
@@ -98,6 +95,15 @@ class EvaluateOptions:
                 raise ValueError(f"--temperature must be above 0, got {self.temperature}")
         if self.examples is not None and self.shots == 0:
             raise ValueError("--examples is where solved examples come from; say how many by --shots")
+
+
+def check_names(option: str, names: Sequence[str]) -> None:
+    """`ValueError` that names the option, for a name that is empty or there twice."""
+    for name in names:
+        if not name.strip():
+            raise ValueError(f"{option} has an empty name")
+        if names.count(name) > 1:
+            raise ValueError(f"{option} names {name} twice")
 
 
 def check_file(option: str, path: Path) -> None:

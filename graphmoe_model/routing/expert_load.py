@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphmoe_model.routing.record import RoutingRecord, contexts_of, routed_layers
+from graphmoe_model.routing.collecting import at_work, layers_to_collect, router_name
+from graphmoe_model.routing.record import RoutingRecord
 
 
 class ExpertLoad:
@@ -27,7 +28,7 @@ class ExpertLoad:
     def __init__(self, names: Mapping[Any, str]) -> None:
         self.counts: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
-        self._names = names
+        self._names = dict(names)
         self._dense: set[str] = set()  # routers by which every token has all experts
 
     def load(self) -> dict[str, Tensor]:
@@ -43,7 +44,7 @@ class ExpertLoad:
     @torch.no_grad()
     def add(self, layer: Any, record: RoutingRecord) -> None:
         """Count one forward of a router; ``ValueError`` if it ran with other rounds or experts than before."""
-        name = ".".join(part for part in (self._names[layer], record.router) if part)
+        name = router_name(self._names, layer, record)
         statistics = record.detach().statistics()
         counts, weights = statistics.tokens_per_expert.to(torch.int64), statistics.probability_sums.double()
         if layer.active_config().base_method.dense:
@@ -79,18 +80,10 @@ def collect_routing(model: nn.Module) -> Iterator[ExpertLoad]:
     Raises:
         TypeError: there is no GraphMoE layer in ``model``.
     """
-    layers = routed_layers(model)
-    if not layers:
-        raise TypeError(f"no GraphMoE layer in this {type(model).__name__}, so there is no routing to collect")
+    layers = layers_to_collect(model)
     load = ExpertLoad({layer: name for name, layer in layers.items()})
-    contexts = contexts_of(layers.values())
-    for context in contexts:
-        context.loads.append(load)
-    try:
+    with at_work(load, layers):
         yield load
-    finally:
-        for context in contexts:
-            context.loads.remove(load)
 
 
 def _shares(counts: Tensor) -> Tensor:

@@ -114,6 +114,21 @@ EVAL: dict[str, list[str]] = {
     "--output": ["TMP/new", "FILE", "EMPTY", "FILE/new", "TMP/new/er", ""],
     "--records": ["TMP/new", "TMP/records", "EMPTY", ""],
 }
+ANALYZE: dict[str, list[str]] = {
+    "--model": MODELS,
+    "--adapter": ["ROUTED", "ROUTED ROUTED", *ADAPTERS],
+    "--data": QUESTIONS,
+    **{name: EVAL[name] for name in ("--split", "--limit", "--batch-size", "--max-length", "--gguf-file")},
+    **{name: EVAL[name] for name in ("--dtype", "--device")},
+    "--out": ["TMP/new", "TMP/new/er", "EMPTY", "FILE", "FILE/new", ""],
+}
+TRACE: dict[str, list[str]] = {
+    **ANALYZE,
+    "--text": ["a text", "x", "", "é $ \\ _", "x y z " * 80],
+    "--router": ["model.layers.0.mlp", "mlp", ""],
+    "--draws": ["1", "5", "0", "x"],
+    "--seed": EVAL["--seed"],
+}
 COMPARE: dict[str, list[str]] = {"--output": ["TMP/new", "EMPTY", "FILE/new", "TMP/new/er", ""]}
 FLAGS = {
     "train": [
@@ -130,6 +145,8 @@ FLAGS = {
         ),
     ],
     "eval": ["--allow-other-base", "--load-in-4bit", "--load-in-8bit", "--help", "--nothing", "extra", "--"],
+    "analyze balance": ["--allow-other-base", "--no-plot", "--plot", "--help", "--nothing", "extra", "--"],
+    "analyze trace": ["--allow-other-base", "--no-plot", "--plot", "--help", "--nothing", "extra", "--"],
     "compare": ["--help", "--nothing", "--"],
     "data": ["--to", "--nothing", "--help", "extra", "--"],
     "memory": ["--json", "--checkpointing", "--no-checkpointing", "--help", "--nothing", "--", "extra"],
@@ -146,6 +163,8 @@ VALUES = {
     "train": TRAIN,
     "eval": EVAL,
     "compare": COMPARE,
+    "analyze balance": ANALYZE,
+    "analyze trace": TRACE,
 }
 PLACES = ["ADAPTER", "PEER", "LORA", "BASE", "BROKEN", "NAN", "EMPTY", "FILE", "./nowhere", "TMP/new", "TMP/new/er", ""]
 EVALUATIONS = [*["ONE.JSON", "TWO.JSON"] * 3, "THREE.JSON", "ASKED.JSONL", "FILE", "EMPTY", "./nowhere", ""]
@@ -188,6 +207,9 @@ def lines(draw: Any, command: str) -> list[str]:
     elif command in ("train", "eval") and draw(st.integers(0, 5)):
         words += ["--model", draw(st.sampled_from(["MODEL", "MODEL", *MODELS])), "--data", "ASKED.JSONL"]
         words += ["--output", "TMP/new", "--use-cpu"] if command == "train" else ["--device", "cpu"]
+    elif command.startswith("analyze") and draw(st.integers(0, 5)):
+        words += ["--model", "MODEL", "--adapter", "ROUTED", "--data", "ASKED.JSONL", "--device", "cpu"]
+        words += ["--no-plot"] * draw(st.integers(0, 4))
     elif command == "compare":
         words += draw(st.lists(st.sampled_from(EVALUATIONS), min_size=1, max_size=3))
     options = VALUES[command]

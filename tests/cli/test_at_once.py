@@ -15,7 +15,10 @@ import pytest
 from graphmoe_tables.tasks import MODELS, TASKS
 
 HEAVY = ("torch", "transformers", "peft", "matplotlib", "graphmoe_kernels", "graphmoe_model")
-COMMANDS = ("profile", "params", "memory", "convert", "data", "data fetch", "train", "eval", "compare")
+COMMANDS = (
+    *("profile", "params", "memory", "convert", "data", "data fetch", "train", "eval", "compare"),
+    *("analyze", "analyze balance", "analyze trace"),
+)
 HELP = ["", "--help", *(f"{name} --help" for name in COMMANDS)]
 # Command line -> what the refusal says. What a model, a file or a configuration has to be asked for comes later.
 WRONG = {
@@ -72,6 +75,14 @@ WRONG = {
     "eval --model m --data boolq --output /no/such/e.json": "there is no folder /no/such",
     "eval --model m --data boolq --output /tmp": "is a folder; name a file",
     "eval --model m --data boolq --dtype int8": "'int8' is not one of",
+    "analyze": "Usage: graphmoe analyze",
+    "analyze balance --model m --adapter a": "Missing option '--data'",
+    "analyze balance --model m --adapter a a --data q": "--adapter names a twice",
+    "analyze balance --model m --adapter a --data q --limit 0": "--limit must be at least 1, got 0",
+    "analyze balance --model m --adapter a --data q --batch-size 0": "--batch-size must be at least 1, got 0",
+    "analyze balance --model m --adapter a --data q --out /dev/null": "--out /dev/null is a file",
+    "analyze trace --model m --adapter a": "name what to trace: --text with texts, or --data",
+    "analyze trace --model m --adapter a --text x --draws 0": "--draws must be at least 1 and --seed at least 0, got 0",
     "convert a": "Missing argument",
     "convert a b --to gguf": "'gguf' is not one of 'graphmoe'",
     "convert a b --rounds 0": "rounds must be at least 1, got 0",

@@ -29,7 +29,18 @@ from tests.model.peer_format import peer_settings, write_peer
 from tests.model.tiny_models import tiny_model, tiny_peft_model
 
 WEIGHTS = "adapter_model.safetensors"
-COMMANDS = ["params", "convert", "profile", "memory", "data", "train", "eval", "compare"]
+COMMANDS = [
+    "params",
+    "convert",
+    "profile",
+    "memory",
+    "data",
+    "train",
+    "eval",
+    "compare",
+    "analyze balance",
+    "analyze trace",
+]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +124,7 @@ def check(name: str, words: list[str], places: Path) -> None:
         paths = {path.name.upper(): str(path) for path in root.iterdir()} | {"TMP": temporary}
         arguments = ["/".join(paths.get(part, part) for part in word.split("/")) for word in words]
         before = files(temporary)
-        result = CliRunner().invoke(app, [name, *arguments])
+        result = CliRunner().invoke(app, [*name.split(), *arguments])
         if result.exit_code == 2:
             assert isinstance(result.exception, SystemExit)
             command = "data fetch" if name == "data" else name
@@ -139,8 +150,9 @@ def files(folder: str) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_drawn(name):
-    command = get_command(app).commands[name]
-    command = command.commands["fetch"] if name == "data" else command
+    command = get_command(app)
+    for word in ["data", "fetch"] if name == "data" else name.split():
+        command = command.commands[word]
     options = {text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)}
     options = {text for text in options if text.startswith("--")}
     assert options - set(VALUES[name]) - set(FLAGS[name]) == set()

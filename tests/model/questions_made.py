@@ -117,14 +117,14 @@ def _finished(tokenizer: Tokenizer, special_first: bool) -> PreTrainedTokenizerF
     )
 
 
-def small_llama(tokenizer: PreTrainedTokenizerFast, positions: int = 512) -> PreTrainedModel:
-    """A Llama of one layer with random weights, large enough that logits are far apart."""
+def small_llama(tokenizer: PreTrainedTokenizerFast, positions: int = 512, layers: int = 1) -> PreTrainedModel:
+    """A Llama, of one layer unless asked otherwise, with random weights, large enough that logits are far apart."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=positions,
         initializer_range=0.3,

@@ -1,0 +1,118 @@
+"""``graphmoe analyze``: the paper's analyses of trained adapters, each a table, a picture and JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from graphmoe_cli.analyze_options import DataOptions, ModelOptions, TraceOptions
+from graphmoe_cli.arguments import ListCommand, folder, one_line_errors, tell_of_the_hub
+from graphmoe_tables.tasks import EVALUATION, TASKS
+
+analyze = typer.Typer(
+    name="analyze",
+    help="The paper's analyses of trained adapters: tables, pictures and JSON.",
+    no_args_is_help=True,
+)
+Model = Annotated[str, typer.Option(help="The base model: a folder, or its name on the hub.")]
+GgufFile = Annotated[str | None, typer.Option(help="The GGUF file in --model that holds the weights.")]
+AllowOtherBase = Annotated[
+    bool, typer.Option("--allow-other-base", help="Also take an adapter that names another base.")
+]
+Split = Annotated[str, typer.Option(help="Of tasks without a split of their own.")]
+BatchSize = Annotated[int, typer.Option(help="Prompts per forward.")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Tokens of a prompt; longer ones lose their start.", show_default="the model's limit")
+]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: the model's own.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")]
+Plot = Annotated[
+    bool | None, typer.Option("--plot/--no-plot", help="Whether to draw.", show_default="where matplotlib is")
+]
+DATA_HELP = f"Questions: {', '.join(TASKS)} (or TASK:SPLIT), or .jsonl files; several of them."
+
+
+@analyze.command(cls=ListCommand)
+def balance(
+    model: Model,
+    adapter: Annotated[list[str], typer.Option(help="Saved adapters with routers, side by side: folders or names.")],
+    data: Annotated[list[str], typer.Option(help=DATA_HELP)],
+    gguf_file: GgufFile = None,
+    allow_other_base: AllowOtherBase = False,
+    split: Split = EVALUATION,
+    limit: Annotated[int | None, typer.Option(help="Only the first N questions.", show_default="all")] = None,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="The folder of JSON and PNG.", parser=folder)] = Path("balance"),
+    plot: Plot = None,
+) -> None:
+    """How evenly the experts share the tokens, by task, layer and round (Fig. 4).
+
+    Counts the tokens of the questions' prompts. Writes balance.json, and
+    balance.png and balance_map.png where matplotlib is installed.
+
+    Example: graphmoe analyze balance --model my-llama --adapter mixlora graphmoe --data boolq piqa
+    """
+    with one_line_errors("analyze balance"):
+        options = ModelOptions(
+            model, tuple(adapter), gguf_file, allow_other_base, batch_size, max_length, dtype, device, out, plot
+        )
+        questions = DataOptions(tuple(data), split, limit)
+        for each in adapter:
+            tell_of_the_hub(adapter=each)
+        from rich.console import Console
+
+        from graphmoe_cli.runs import analyze_balance
+
+        analyze_balance.run(options, questions, Console())
+
+
+@analyze.command(cls=ListCommand)
+def trace(
+    model: Model,
+    adapter: Annotated[str, typer.Option(help="A saved adapter with routers and two rounds or more.")],
+    text: Annotated[list[str] | None, typer.Option(help="Texts; the first one is drawn.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help=DATA_HELP)] = None,
+    gguf_file: GgufFile = None,
+    allow_other_base: AllowOtherBase = False,
+    split: Split = EVALUATION,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first N questions of each --data.", show_default="all")
+    ] = None,
+    router: Annotated[
+        list[str] | None,
+        typer.Option(help="Routers to draw, such as model.layers.0.mlp.", show_default="the first, middle and last"),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Draws from the null distribution.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="The folder of JSON and PNG.", parser=folder)] = Path("trace"),
+    plot: Plot = None,
+) -> None:
+    """Which experts each token visits in each round, and whether experts specialise by round.
+
+    The specialisation is the information that a round gives about the
+    expert, 0 to 1, beside what it would be if rounds did not matter. Writes
+    trace.json, and trace.png where matplotlib is installed.
+
+    Example: graphmoe analyze trace --model my-llama --adapter graphmoe --data boolq --text "Is water wet?"
+    """
+    with one_line_errors("analyze trace"):
+        options = ModelOptions(
+            model, (adapter,), gguf_file, allow_other_base, batch_size, max_length, dtype, device, out, plot
+        )
+        questions = DataOptions(tuple(data or ()), split, limit)
+        traced = TraceOptions(tuple(text or ()), questions, tuple(router or ()), draws, seed)
+        tell_of_the_hub(adapter=adapter)
+        from rich.console import Console
+
+        from graphmoe_cli.runs import analyze_trace
+
+        analyze_trace.run(options, traced, Console())

@@ -1,0 +1,100 @@
+"""What ``graphmoe analyze`` was asked for, and whether that can be done."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from graphmoe_cli.evaluate_options import check_names
+from graphmoe_tables.tasks import EVALUATION
+
+NO_MATPLOTLIB = "matplotlib is not installed; it comes with pip install 'graphmoe[bench]'"
+
+
+def drawn(plot: bool | None) -> bool:
+    """Tell whether pictures are drawn: where they are not ruled out, and matplotlib is installed.
+
+    Raises:
+        ValueError: they were asked for, and it is not.
+    """
+    there = importlib.util.find_spec("matplotlib") is not None
+    if plot and not there:
+        raise ValueError(f"--plot: {NO_MATPLOTLIB}, or leave the pictures out by --no-plot")
+    return plot is not False and there
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A base model with saved adapters, and how it reads: what analyses of a trained adapter share.
+
+    Raises:
+        ValueError: a name that is empty or there twice, no adapter, a number out of range, a folder that is a file.
+    """
+
+    model: str
+    adapter: tuple[str, ...]
+    gguf_file: str | None = None
+    allow_other_base: bool = False
+    batch_size: int = 8
+    max_length: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    out: Path = Path("analysis")
+    plot: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not self.model.strip():
+            raise ValueError("--model is empty; name the base model: a folder, or a name on the hub")
+        if not self.adapter:
+            raise ValueError("name what to analyze by --adapter: folders of saved adapters, or names on the hub")
+        check_names("--adapter", self.adapter)
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
+        if self.max_length is not None and self.max_length < 16:
+            raise ValueError(f"--max-length must be at least 16, got {self.max_length}")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out} is a file; it must be a folder")
+        drawn(self.plot)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Questions of which the prompts are read.
+
+    Raises:
+        ValueError: a name that is empty or there twice, or a limit below 1.
+    """
+
+    data: tuple[str, ...] = ()
+    split: str = EVALUATION
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_names("--data", self.data)
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit must be at least 1, got {self.limit}")
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """What is traced, and what of it is drawn.
+
+    Raises:
+        ValueError: neither texts nor questions, an empty text, or a number out of range.
+    """
+
+    text: tuple[str, ...] = ()
+    data: DataOptions = DataOptions()
+    router: tuple[str, ...] = ()
+    draws: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.text and not self.data.data:
+            raise ValueError("name what to trace: --text with texts, or --data with tasks or .jsonl files")
+        if not all(text.strip() for text in self.text):
+            raise ValueError("--text is empty; give a text of at least a word")
+        check_names("--router", self.router)
+        if self.draws < 1 or self.seed < 0:
+            raise ValueError(f"--draws must be at least 1 and --seed at least 0, got {self.draws} and {self.seed}")

@@ -1,0 +1,75 @@
+"""What ``graphmoe analyze balance`` does: count, print, draw, write."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from graphmoe_cli.analyze_options import NO_MATPLOTLIB, DataOptions, ModelOptions, drawn
+from graphmoe_cli.runs.analyzed_model import WIDTH, AnalyzedModel, progress, question_sets
+from graphmoe_model.analysis.balance import TaskBalance, task_balance
+from graphmoe_model.evaluation.document import write_document
+
+
+def run(options: ModelOptions, data: DataOptions, console: Console) -> list[TaskBalance]:
+    """Count the load of every adapter's experts on every task, and write the files.
+
+    Raises:
+        ValueError: whatever is wrong with an option, the questions, an adapter or the model.
+    """
+    sets = question_sets(data)
+    analyzed = AnalyzedModel(options)
+    prompts = {task: analyzed.prompts(found.questions[: data.limit]) for task, found in sets.items()}
+    found: list[TaskBalance] = []
+    for name in options.adapter:
+        title = analyzed.title(name)
+        with analyzed.adapted(name) as model:
+            for task, own in prompts.items():
+                with progress(f"{title}, {task}") as told:
+                    found.append(task_balance(model, title, task, own, options.batch_size, told))
+    conditions = {
+        **analyzed.conditions(),
+        "data": {task: own.source for task, own in sets.items()},
+        "limit": data.limit,
+    }
+    document = {"balance": [own.as_dict() for own in found], "conditions": conditions}
+    write_document(document, options.out / "balance.json")
+    files = ["balance.json"]
+    if drawn(options.plot):
+        from graphmoe_model.analysis.plots import draw_balance, draw_balance_map  # needs matplotlib, an extra
+
+        draw_balance(found, analyzed.described(), options.out / "balance.png")
+        draw_balance_map(found, analyzed.described(), options.out / "balance_map.png")
+        files += ["balance.png", "balance_map.png"]
+    _print(found, console)
+    console.print(Text(f"Written into {options.out}: {', '.join(files)}"), soft_wrap=True)
+    if len(files) == 1 and options.plot is None:
+        console.print(Text(f"No pictures: {NO_MATPLOTLIB}."), soft_wrap=True)
+    return found
+
+
+def _print(found: list[TaskBalance], console: Console) -> None:
+    console.width = max(console.width, WIDTH)
+    table = Table(box=box.SIMPLE)
+    for name in ("adapter", "task"):
+        table.add_column(name)
+    for name in ("tokens", "round", "deviation", "over mean", "largest", "smallest", "unused"):
+        table.add_column(name, justify="right")
+    for own in found:
+        rows = [(str(i + 1), balance) for i, balance in enumerate(own.rounds)]
+        rows += [] if own.attention is None else [("attention", own.attention)]
+        for i, (title, balance) in enumerate(rows):
+            first = (Text(own.adapter), Text(own.task), f"{own.tokens:,}") if i == 0 else ("", "", "")
+            shares = (balance.deviation, balance.largest, balance.smallest)
+            deviation, largest, smallest = (f"{100 * share:.1f}%" for share in shares)
+            table.add_row(*first, title, deviation, f"{balance.variation:.2f}", largest, smallest, str(balance.unused))
+    console.print(table)
+    console.print(
+        Text(
+            "Shares of a round's load, means over the routers of MLPs (those of attention have no rounds): the "
+            "standard deviation over experts, the same over the mean share (0: even), the largest and the smallest "
+            "share, and how many experts got nothing."
+        )
+    )

@@ -1,0 +1,114 @@
+"""What ``graphmoe analyze trace`` does: follow the tokens, compare rounds with chance, print, draw, write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from graphmoe_cli.analyze_options import NO_MATPLOTLIB, ModelOptions, TraceOptions, drawn
+from graphmoe_cli.runs.analyzed_model import WIDTH, AnalyzedModel, progress, question_sets
+from graphmoe_model.analysis.routers import check_routers, mlp_routers
+from graphmoe_model.analysis.specialisation import Specialisation
+from graphmoe_model.analysis.trace import Trace, trace_prompts
+from graphmoe_model.evaluation.document import write_document
+
+
+def run(options: ModelOptions, traced: TraceOptions, console: Console) -> Trace:
+    """Trace the texts and questions through an adapter, and write the files.
+
+    Raises:
+        ValueError: whatever is wrong with an option, the questions, the adapter or the model; a router that there is
+            not.
+    """
+    sets = question_sets(traced.data)
+    analyzed = AnalyzedModel(options, at_least_rounds=2)
+    prompts = [_text_ids(analyzed, text) for text in traced.text]
+    for found in sets.values():
+        prompts += analyzed.prompts(found.questions[: traced.data.limit])
+    (name,) = options.adapter
+    with analyzed.adapted(name) as model:
+        check_routers(traced.router, mlp_routers(model))
+        with progress("prompts") as reading, progress("draws") as drawing:
+            trace = trace_prompts(
+                model,
+                analyzed.tokenizer,
+                prompts,
+                options.batch_size,
+                draws=traced.draws,
+                seed=traced.seed,
+                reading=reading,
+                drawing=drawing,
+            )
+    shown = _shown(list(trace.routers), traced.router)
+    conditions = {
+        **analyzed.conditions(),
+        "text": list(traced.text),
+        "data": {task: own.source for task, own in sets.items()},
+        "limit": traced.data.limit,
+        "draws": traced.draws,
+        "seed": traced.seed,
+    }
+    write_document({**trace.as_dict(), "conditions": conditions}, options.out / "trace.json")
+    _print(trace, analyzed.title(name), console)
+    files = ["trace.json"]
+    if drawn(options.plot):
+        from graphmoe_model.analysis.plots import TOKENS, draw_trace  # needs matplotlib, an extra
+
+        draw_trace(trace, shown, f"{analyzed.title(name)}, {analyzed.described()}", options.out / "trace.png")
+        files.append("trace.png")
+        if len(trace.tokens) > TOKENS:
+            console.print(Text(f"The picture has the first {TOKENS} of {len(trace.tokens)} tokens; the JSON has all."))
+    console.print(Text(f"Written into {options.out}: {', '.join(files)}"), soft_wrap=True)
+    if len(files) == 1 and options.plot is None:
+        console.print(Text(f"No picture: {NO_MATPLOTLIB}."), soft_wrap=True)
+    return trace
+
+
+def _text_ids(analyzed: AnalyzedModel, text: str) -> list[int]:
+    ids = list(analyzed.tokenizer(text)["input_ids"])
+    if len(ids) > analyzed.max_length:
+        raise ValueError(
+            f"a text of --text has {len(ids):,} tokens, and the model takes {analyzed.max_length:,} (--max-length); "
+            "give a shorter one"
+        )
+    return ids
+
+
+def _shown(routers: Sequence[str], asked: Sequence[str]) -> list[str]:
+    """The routers that are drawn."""
+    return list(asked) or list(dict.fromkeys((routers[0], routers[len(routers) // 2], routers[-1])))
+
+
+def _print(trace: Trace, title: str, console: Console) -> None:
+    console.width = max(console.width, WIDTH)
+    table = Table(box=box.SIMPLE)
+    table.add_column("router")
+    for name in ("specialisation", "by chance", "95% below", "p", "kept"):
+        table.add_column(name, justify="right")
+    for name, own in trace.by_router.items():
+        table.add_row(Text(name), *_cells(own))
+    table.add_section()
+    table.add_row("all", *_cells(trace.overall))
+    console.print(Text(f"{title}: {trace.num_tokens:,} tokens of {trace.texts:,} texts"), soft_wrap=True)
+    console.print(table)
+    console.print(
+        Text(
+            "Specialisation: the information that a round gives about the expert, 0 (none) to 1 (each round has "
+            "experts of its own). By chance: where each token's experts are dealt out anew among its rounds. Kept: the "
+            "share of later rounds' choices that the first round made too."
+        )
+    )
+
+
+def _cells(own: Specialisation) -> list[str]:
+    return [
+        f"{own.information:.4f}",
+        f"{own.null_mean:.4f}",
+        f"{own.null_95:.4f}",
+        f"{own.p:.3f}",
+        f"{100 * own.kept:.1f}%",
+    ]

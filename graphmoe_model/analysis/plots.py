@@ -1,0 +1,158 @@
+"""The analyses of a trained adapter as pictures that one would put into a paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+
+from graphmoe_model.analysis.balance import TaskBalance
+from graphmoe_model.analysis.trace import RouterTrace, Trace
+from graphmoe_model.presentation import BLUE, INK, MUTED, ORANGE, PALE, STYLE
+
+# Adapters in a plot of bars, and experts in a trace: distinguishable in every common form of colour blindness.
+SERIES = (BLUE, ORANGE, "#2a9d6f", "#8a5a2b", "#b03a78", "#6b7785")
+EXPERTS = ("#9ec1f7", "#f2b880", "#a9dbc2", "#e6b3d1", "#f4e08a", "#c9b59f", "#b9e3ea", "#d0c4ee")
+HIGHEST = 24.0  # inches of a heat map; beyond it rows become thinner
+TOKENS = 56  # of a text in one picture; more could not be read
+
+
+def draw_balance(found: Sequence[TaskBalance], conditions: str, path: Path) -> None:
+    """Write the PNG of Fig. 4: each task's deviation of the experts' shares, by adapter and round."""
+    adapters, tasks = _names(found)
+    bars = [
+        (adapter, i) for adapter in adapters for i in range(max(len(b.rounds) for b in found if b.adapter == adapter))
+    ]
+    by = {(b.adapter, b.task): b for b in found}
+    width = 0.8 / len(bars)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(5.0, 1.6 + 0.32 * len(bars) * len(tasks)), 3.6), layout="constrained")
+        axes = figure.subplots()
+        for place, (adapter, i) in enumerate(bars):
+            heights = [100 * by[adapter, task].rounds[i].deviation for task in tasks]
+            at = [index + (place - (len(bars) - 1) / 2) * width for index in range(len(tasks))]
+            colour = _shade(SERIES[adapters.index(adapter) % len(SERIES)], i, len(by[adapter, tasks[0]].rounds))
+            label = adapter if len(by[adapter, tasks[0]].rounds) == 1 else f"{adapter}, round {i + 1}"
+            axes.bar(at, heights, 0.9 * width, color=colour, label=label)
+        axes.set_xticks(range(len(tasks)), tasks)
+        axes.set_ylabel("percentage points")
+        figure.suptitle("Load of the experts: standard deviation of their shares", x=0.01, ha="left", fontsize=11)
+        figure.legend(frameon=False, loc="outside right upper")
+        _conditions(figure, conditions)
+        figure.savefig(path, format="png", dpi=150)
+
+
+def draw_balance_map(found: Sequence[TaskBalance], conditions: str, path: Path) -> None:
+    """Write the PNG of every expert's share, a mean over tasks: routers in rows, rounds and experts in columns."""
+    adapters, _ = _names(found)
+    maps = [_share_map([b for b in found if b.adapter == adapter]) for adapter in adapters]
+    top = max(float(np.nanmax(own)) for own, _, _ in maps)
+    rows = max(own.shape[0] for own, _, _ in maps)
+    widths = [own.shape[1] for own, _, _ in maps]
+    colours = LinearSegmentedColormap.from_list("load", ["#f5f8fd", BLUE]).with_extremes(bad=PALE)
+    with matplotlib.rc_context(STYLE):
+        size = (1.8 + sum(max(1.6, 0.16 * width) for width in widths), min(HIGHEST, 1.8 + 0.16 * rows))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(1, len(adapters), squeeze=False, width_ratios=widths)[0]
+        for panel, adapter, (shares, names, rounds) in zip(panels, adapters, maps, strict=True):
+            image = panel.imshow(100 * shares, cmap=colours, vmin=0, vmax=100 * top, aspect="auto")
+            _label_map(panel, adapter, names, rounds, shares.shape[1] // rounds)
+        figure.colorbar(image, ax=panels.tolist(), label="% of a round's load", shrink=0.6).outline.set_visible(False)
+        figure.suptitle("Load of each expert", x=0.01, ha="left", fontsize=11)
+        _conditions(figure, conditions)
+        figure.savefig(path, format="png", dpi=150)
+
+
+def draw_trace(trace: Trace, routers: Sequence[str], conditions: str, path: Path) -> None:
+    """Write the PNG of a text's way: a panel for each router, tokens in columns, rounds in rows, colours are experts.
+
+    The number is the expert with the largest probability, the smaller ones those that were chosen beside it. Of more
+    than `TOKENS` tokens the first are shown.
+    """
+    tokens = [_visible(token) for token in trace.tokens[:TOKENS]]
+    rounds = len(trace.routers[routers[0]].experts)
+    with matplotlib.rc_context(STYLE):
+        height = 1.4 + len(routers) * (0.5 + 0.34 * rounds) + 0.09 * max(map(len, tokens))
+        figure = Figure(figsize=(1.3 + 0.3 * max(12, len(tokens)), height), layout="constrained")
+        panels = figure.subplots(len(routers), 1, squeeze=False, sharex=True)[:, 0]
+        for panel, name in zip(panels, routers, strict=True):
+            _trace_panel(panel, trace.routers[name], len(tokens))
+            own = trace.by_router[name]
+            panel.set_title(
+                f"{name}: specialisation by round {own.information:.3f}, by chance {own.null_mean:.3f}", fontsize=9
+            )
+        panels[-1].set_xticks(range(len(tokens)), tokens, rotation=90, fontfamily="monospace", fontsize=8)
+        figure.suptitle("Experts that each token visits", x=0.01, ha="left", fontsize=11)
+        _conditions(figure, conditions)
+        figure.savefig(path, format="png", dpi=150)
+
+
+def _trace_panel(axes: Axes, router: RouterTrace, tokens: int) -> None:
+    colours = [to_rgb(EXPERTS[expert % len(EXPERTS)]) for expert in range(router.num_experts)]
+    axes.imshow([[colours[own[0]] for own in round_[:tokens]] for round_ in router.experts], aspect="auto")
+    dense = len(router.experts[0][0]) == router.num_experts
+    for t, round_ in enumerate(router.experts):
+        for i, own in enumerate(round_[:tokens]):
+            axes.text(i, t, str(own[0]), ha="center", va="center" if dense or len(own) == 1 else "bottom", fontsize=8)
+            if not dense and len(own) > 1:
+                axes.text(i, t, " ".join(map(str, own[1:])), ha="center", va="top", fontsize=5, color=MUTED)
+    for t in range(1, len(router.experts)):
+        axes.axhline(t - 0.5, color="white", linewidth=2)
+    axes.set_yticks(range(len(router.experts)), [f"round {t + 1}" for t in range(len(router.experts))])
+    axes.set_xticks([])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+
+
+def _share_map(found: Sequence[TaskBalance]) -> tuple[np.ndarray, list[str], int]:
+    """Shares [routers, T * n] as a mean over tasks, NaN where a router has fewer experts; the routers; T."""
+    names = list(found[0].shares)
+    rounds, most = len(found[0].rounds), max(len(own[0]) for own in found[0].shares.values())
+    shares = np.full((len(names), rounds, most), np.nan)
+    for i, name in enumerate(names):
+        mean = np.mean([own.shares[name] for own in found], axis=0)  # [T, n]
+        shares[i, : mean.shape[0], : mean.shape[1]] = mean  # attention's routers have one round
+    return shares.reshape(len(names), rounds * most), names, rounds
+
+
+def _label_map(axes: Axes, adapter: str, names: Sequence[str], rounds: int, experts: int) -> None:
+    axes.set_title(adapter, fontsize=9)
+    axes.set_xticks([t * experts + (experts - 1) / 2 for t in range(rounds)], [f"round {t + 1}" for t in range(rounds)])
+    for t in range(1, rounds):
+        axes.axvline(t * experts - 0.5, color="white", linewidth=3)
+    step = max(1, len(names) // 40)
+    axes.set_yticks(range(0, len(names), step), [_short(name) for name in names[::step]], fontsize=7)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+
+
+def _names(found: Sequence[TaskBalance]) -> tuple[list[str], list[str]]:
+    return list(dict.fromkeys(b.adapter for b in found)), list(dict.fromkeys(b.task for b in found))
+
+
+def _shade(colour: str, i: int, count: int) -> tuple[float, ...]:
+    """The colour of round i: the first is lightest, the last is the colour itself."""
+    weight = 1.0 if count == 1 else 0.4 + 0.6 * i / (count - 1)
+    return tuple(1 - weight * (1 - part) for part in to_rgb(colour))
+
+
+def _short(name: str) -> str:
+    """A router's name without what all of them have: ``model.layers.3.mlp`` is ``3.mlp``."""
+    return name.rpartition("layers.")[2]
+
+
+def _visible(token: str) -> str:
+    """A token with its blanks to be seen, and no sign that starts a formula."""
+    shown = token.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥").replace("$", r"\$")
+    return shown or "∅"
+
+
+def _conditions(figure: Figure, conditions: str) -> None:
+    figure.supxlabel(conditions, x=0.01, ha="left", fontsize=7, color=MUTED, wrap=True)
+    figure.patch.set_facecolor("white")
+    figure.set_edgecolor(INK)
