@@ -41,7 +41,7 @@ class RealMaterial:
         folder = data_folder() / MODEL
         if not (folder / GGUF_FILE).is_file():
             raise StudyError(
-                f"there is no {folder / GGUF_FILE}: run graphmoe data fetch {' '.join(TASKS)} smollm2, or set "
+                f"there is no {folder / GGUF_FILE}: run graphmoe data fetch {' '.join(TASKS + HARD_TASKS)} smollm2, or set "
                 "GRAPHMOE_DATA to where they are"
             )
         return Base(str(folder), GGUF_FILE)

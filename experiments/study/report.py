@@ -19,7 +19,8 @@ from experiments.study.plan import (
 )
 from experiments.study.results import Results, StudyError
 from experiments.study.settings import TEST, Method, Rate, Run
-from experiments.study.statistics import Estimate, over_questions, over_seeds
+from experiments.study.statistics import over_questions
+from graphmoe_model.analysis.statistics import Estimate, over_seeds, percent, signed
 from graphmoe_model.presentation import markdown_table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "study.md"
@@ -242,16 +243,6 @@ def _joined(result: Mapping[str, Any]) -> str:
     """All of a result's test marks, groups in a fixed order."""
     right = result["right"][TEST]
     return "".join(right[group] for group in sorted(right))
-
-
-def percent(estimate: Estimate) -> str:
-    """Write an accuracy in percent."""
-    return f"{100 * estimate.mean:.1f}" + ("" if estimate.half is None else f" ± {100 * estimate.half:.1f}")
-
-
-def signed(estimate: Estimate) -> str:
-    """Write a difference of accuracies in points."""
-    return f"{100 * estimate.mean:+.1f}" + ("" if estimate.half is None else f" ± {100 * estimate.half:.1f}")
 
 
 def wrapped(text: str, width: int = 118) -> Sequence[str]:

@@ -31,7 +31,7 @@ def draw_balance(found: Sequence[TaskBalance], conditions: str, path: Path) -> N
     by = {(b.adapter, b.task): b for b in found}
     width = 0.8 / len(bars)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(5.0, 1.6 + 0.32 * len(bars) * len(tasks)), 3.6), layout="constrained")
+        figure = Figure(figsize=(max(6.5, 3.0 + 0.32 * len(bars) * len(tasks)), 3.6), layout="constrained")
         axes = figure.subplots()
         for place, (adapter, i) in enumerate(bars):
             heights = [100 * by[adapter, task].rounds[i].deviation for task in tasks]
@@ -42,7 +42,7 @@ def draw_balance(found: Sequence[TaskBalance], conditions: str, path: Path) -> N
         axes.set_xticks(range(len(tasks)), tasks)
         axes.set_ylabel("percentage points")
         figure.suptitle("Load of the experts: standard deviation of their shares", x=0.01, ha="left", fontsize=11)
-        figure.legend(frameon=False, loc="outside right upper")
+        figure.legend(frameon=False, loc="outside right center")
         _conditions(figure, conditions)
         figure.savefig(path, format="png", dpi=150)
 

@@ -13,11 +13,12 @@ import pytest
 pytest.importorskip("trl")
 pytest.importorskip("lm_eval")
 
-from experiments.study import one_run, runner
+from experiments.study import runner
 from experiments.study.plan import run_of, slots
 from experiments.study.results import Results, StudyError, alone, runs_of
 from experiments.study.runner import dry_run, go_through
 from experiments.study.settings import Part, Run
+from graphmoe_model.analysis import one_run
 from graphmoe_model.training import DivergedError
 from graphmoe_model.training import trainer as training_trainer
 from graphmoe_model.training.callbacks import duration

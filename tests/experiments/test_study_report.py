@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from experiments.study import __main__ as command
-from experiments.study.one_run import load_variation
 from experiments.study.parts import PARTS
 from experiments.study.plan import accuracy
 from experiments.study.report import PAGE, section, write_into
 from experiments.study.results import RESULTS, Results, StudyError, runs_of
-from experiments.study.statistics import T_QUANTILES, over_questions, over_seeds
+from experiments.study.statistics import over_questions
+from graphmoe_model.analysis.one_run import load_variation
+from graphmoe_model.analysis.statistics import T_QUANTILES, over_seeds
 from tests.experiments.made_up import document, part
 
 
