@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from graphmoe_cli.analyze_options import DataOptions, ModelOptions, TraceOptions
+from graphmoe_cli.analyze_options import DataOptions, ModelOptions, SweepOptions, TraceOptions
 from graphmoe_cli.arguments import ListCommand, folder, one_line_errors, tell_of_the_hub
+from graphmoe_cli.train import check_installed
+from graphmoe_tables.recipe_files import recipe_of
 from graphmoe_tables.tasks import EVALUATION, TASKS
 
 analyze = typer.Typer(
@@ -116,3 +120,101 @@ def trace(
         from graphmoe_cli.runs import analyze_trace
 
         analyze_trace.run(options, traced, Console())
+
+
+Config = Annotated[Path, typer.Option(help="The recipe that is varied: a YAML file of graphmoe train.")]
+TestData = Annotated[
+    list[str] | None,
+    typer.Option(help=f"What adapters are asked. {DATA_HELP}", show_default="the recipe's tasks, evaluation split"),
+]
+Limit = Annotated[int | None, typer.Option(help="Only the first N questions of each.", show_default="all")]
+Seeds = Annotated[list[int], typer.Option(help="Each setting is trained with each of them.")]
+
+
+@analyze.command(cls=ListCommand)
+def sensitivity(
+    config: Config,
+    rounds: Annotated[list[int], typer.Option(help="T, at the recipe's GRU scale.")] = [1, 2, 3, 4],  # noqa: B006
+    scales: Annotated[
+        list[float] | None,
+        typer.Option(help="GRU widths over the hidden size, at the recipe's rounds.", show_default="none"),
+    ] = None,
+    test_data: TestData = None,
+    limit: Limit = None,
+    seeds: Seeds = [0],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="The folder of the sweep.", parser=folder)] = Path("sensitivity"),
+    plot: Plot = None,
+) -> None:
+    """Accuracy and time against the rounds T and the GRU's scale (Fig. 5a, 5b).
+
+    Trains and asks an adapter for each setting and seed. The same command
+    goes on with what was interrupted. Writes sensitivity.json, and
+    sensitivity.png where matplotlib is installed.
+
+    Example: graphmoe analyze sensitivity --config arc.yaml --rounds 1 2 3 --scales 0.05 0.1 0.2 --seeds 0 1 2
+    """
+    _sweep("sensitivity", config, {"rounds": rounds, "scales": scales or []}, test_data, limit, seeds, out, plot)
+
+
+@analyze.command(cls=ListCommand)
+def parameters(
+    config: Config,
+    ranks: Annotated[list[int], typer.Option(help="LoRA ranks of the recipe's method.")],
+    test_data: TestData = None,
+    limit: Limit = None,
+    seeds: Seeds = [0],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="The folder of the sweep.", parser=folder)] = Path("parameters"),
+    plot: Plot = None,
+) -> None:
+    """Accuracy against trained parameters, beside the base method with as many (Table 5).
+
+    The recipe at each rank, and the method without rounds at the rank that
+    has the same number of parameters. The same command goes on with what was
+    interrupted. Writes parameters.json, and parameters.png.
+
+    Example: graphmoe analyze parameters --config arc.yaml --ranks 8 16 32
+    """
+    _sweep("parameters", config, {"ranks": ranks}, test_data, limit, seeds, out, plot)
+
+
+@analyze.command(cls=ListCommand)
+def activated(
+    config: Config,
+    top_k: Annotated[list[int], typer.Option(help="Experts per token.")] = [2, 4],  # noqa: B006
+    test_data: TestData = None,
+    limit: Limit = None,
+    seeds: Seeds = [0],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="The folder of the sweep.", parser=folder)] = Path("activated"),
+    plot: Plot = None,
+) -> None:
+    """Accuracy and time against the experts of each token (Table 6).
+
+    The same command goes on with what was interrupted. Writes
+    activated.json, and activated.png where matplotlib is installed.
+
+    Example: graphmoe analyze activated --config arc.yaml --top-k 2 4
+    """
+    _sweep("activated", config, {"top_k": top_k}, test_data, limit, seeds, out, plot)
+
+
+def _sweep(
+    kind: str,
+    config: Path,
+    grid: dict[str, list[Any]],
+    test_data: list[str] | None,
+    limit: int | None,
+    seeds: list[int],
+    out: Path,
+    plot: bool | None,
+) -> None:
+    with one_line_errors(f"analyze {kind}"):
+        recipe = recipe_of({"output": str(out)}, config)
+        options = SweepOptions(kind, recipe, grid, tuple(test_data or ()), limit, tuple(seeds), out, plot)
+        check_installed()
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")  # a file is no place for bars; tqdm reads it when imported
+        from rich.console import Console
+
+        from graphmoe_cli.runs import analyze_sweep
+
+        analyze_sweep.run(options, Console())

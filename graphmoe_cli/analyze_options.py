@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from graphmoe_cli.evaluate_options import check_names
+from graphmoe_tables.recipe import TrainingRecipe
 from graphmoe_tables.tasks import EVALUATION
 
 NO_MATPLOTLIB = "matplotlib is not installed; it comes with pip install 'graphmoe[bench]'"
@@ -98,3 +101,46 @@ class TraceOptions:
         check_names("--router", self.router)
         if self.draws < 1 or self.seed < 0:
             raise ValueError(f"--draws must be at least 1 and --seed at least 0, got {self.draws} and {self.seed}")
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """A recipe, what is changed in it, and what the adapters are asked.
+
+    Raises:
+        ValueError: a recipe with questions that choose a checkpoint, a number out of range, a folder that is a file,
+            lm-eval is not installed.
+    """
+
+    kind: str
+    recipe: TrainingRecipe
+    grid: Mapping[str, Sequence[float]]
+    test_data: tuple[str, ...] = ()
+    limit: int | None = None
+    seeds: tuple[int, ...] = (0,)
+    out: Path = Path("sweep")
+    plot: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.recipe.eval_data is not None:
+            raise ValueError(
+                "a sweep compares adapters after the same steps, and the recipe has eval_data, which would choose a "
+                "checkpoint; leave it out"
+            )
+        if self.recipe.fsdp or self.recipe.deepspeed:
+            raise ValueError("a sweep runs in one process; leave fsdp and deepspeed out of the recipe")
+        DataOptions(self.test_data, limit=self.limit)
+        for option, values in self.grid.items():
+            name = f"--{option.replace('_', '-')}"
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} has a number twice, got {list(values)}")
+            for value in values:
+                if not (0 < value < math.inf):
+                    raise ValueError(f"{name} must be numbers above 0, got {value:g}")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"--seeds must be numbers of 0 or more, each once, got {list(self.seeds)}")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out} is a file; it must be a folder")
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ValueError("asking adapters needs lm-eval: pip install 'graphmoe[eval]'")
+        drawn(self.plot)

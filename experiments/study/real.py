@@ -41,8 +41,8 @@ class RealMaterial:
         folder = data_folder() / MODEL
         if not (folder / GGUF_FILE).is_file():
             raise StudyError(
-                f"there is no {folder / GGUF_FILE}: run graphmoe data fetch {' '.join(TASKS + HARD_TASKS)} smollm2, or set "
-                "GRAPHMOE_DATA to where they are"
+                f"there is no {folder / GGUF_FILE}: run graphmoe data fetch "
+                f"{' '.join(TASKS + HARD_TASKS)} smollm2, or set GRAPHMOE_DATA to where they are"
             )
         return Base(str(folder), GGUF_FILE)
 

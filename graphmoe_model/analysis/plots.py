@@ -43,7 +43,7 @@ def draw_balance(found: Sequence[TaskBalance], conditions: str, path: Path) -> N
         axes.set_ylabel("percentage points")
         figure.suptitle("Load of the experts: standard deviation of their shares", x=0.01, ha="left", fontsize=11)
         figure.legend(frameon=False, loc="outside right center")
-        _conditions(figure, conditions)
+        add_conditions(figure, conditions)
         figure.savefig(path, format="png", dpi=150)
 
 
@@ -64,7 +64,7 @@ def draw_balance_map(found: Sequence[TaskBalance], conditions: str, path: Path) 
             _label_map(panel, adapter, names, rounds, shares.shape[1] // rounds)
         figure.colorbar(image, ax=panels.tolist(), label="% of a round's load", shrink=0.6).outline.set_visible(False)
         figure.suptitle("Load of each expert", x=0.01, ha="left", fontsize=11)
-        _conditions(figure, conditions)
+        add_conditions(figure, conditions)
         figure.savefig(path, format="png", dpi=150)
 
 
@@ -88,7 +88,7 @@ def draw_trace(trace: Trace, routers: Sequence[str], conditions: str, path: Path
             )
         panels[-1].set_xticks(range(len(tokens)), tokens, rotation=90, fontfamily="monospace", fontsize=8)
         figure.suptitle("Experts that each token visits", x=0.01, ha="left", fontsize=11)
-        _conditions(figure, conditions)
+        add_conditions(figure, conditions)
         figure.savefig(path, format="png", dpi=150)
 
 
@@ -152,7 +152,8 @@ def _visible(token: str) -> str:
     return shown or "∅"
 
 
-def _conditions(figure: Figure, conditions: str) -> None:
+def add_conditions(figure: Figure, conditions: str) -> None:
+    """Write under a picture what it was measured with."""
     figure.supxlabel(conditions, x=0.01, ha="left", fontsize=7, color=MUTED, wrap=True)
     figure.patch.set_facecolor("white")
     figure.set_edgecolor(INK)

@@ -129,6 +129,14 @@ TRACE: dict[str, list[str]] = {
     "--draws": ["1", "5", "0", "x"],
     "--seed": EVAL["--seed"],
 }
+SWEEP: dict[str, list[str]] = {
+    "--config": ["RECIPE.YAML", "SWEPT.YAML", "FILE", "EMPTY", "./nowhere", "ASKED.JSONL"],
+    "--test-data": QUESTIONS,
+    "--limit": EVAL["--limit"],
+    "--seeds": ["0", "0 1", "1 1", "-1", "x", " ".join(map(str, range(11)))],
+    "--out": ANALYZE["--out"],
+}
+NUMBERS = ["1", "1 2", "2 2", "0", "-1", "x", "nan", "inf", str(10**30)]
 COMPARE: dict[str, list[str]] = {"--output": ["TMP/new", "EMPTY", "FILE/new", "TMP/new/er", ""]}
 FLAGS = {
     "train": [
@@ -147,6 +155,10 @@ FLAGS = {
     "eval": ["--allow-other-base", "--load-in-4bit", "--load-in-8bit", "--help", "--nothing", "extra", "--"],
     "analyze balance": ["--allow-other-base", "--no-plot", "--plot", "--help", "--nothing", "extra", "--"],
     "analyze trace": ["--allow-other-base", "--no-plot", "--plot", "--help", "--nothing", "extra", "--"],
+    **{
+        f"analyze {kind}": ["--no-plot", "--plot", "--help", "--nothing", "extra", "--"]
+        for kind in ("sensitivity", "parameters", "activated")
+    },
     "compare": ["--help", "--nothing", "--"],
     "data": ["--to", "--nothing", "--help", "extra", "--"],
     "memory": ["--json", "--checkpointing", "--no-checkpointing", "--help", "--nothing", "--", "extra"],
@@ -164,6 +176,9 @@ VALUES = {
     "eval": EVAL,
     "compare": COMPARE,
     "analyze balance": ANALYZE,
+    "analyze sensitivity": {**SWEEP, "--rounds": NUMBERS, "--scales": ["0.25", *NUMBERS]},
+    "analyze parameters": {**SWEEP, "--ranks": NUMBERS},
+    "analyze activated": {**SWEEP, "--top-k": NUMBERS},
     "analyze trace": TRACE,
 }
 PLACES = ["ADAPTER", "PEER", "LORA", "BASE", "BROKEN", "NAN", "EMPTY", "FILE", "./nowhere", "TMP/new", "TMP/new/er", ""]
@@ -207,6 +222,9 @@ def lines(draw: Any, command: str) -> list[str]:
     elif command in ("train", "eval") and draw(st.integers(0, 5)):
         words += ["--model", draw(st.sampled_from(["MODEL", "MODEL", *MODELS])), "--data", "ASKED.JSONL"]
         words += ["--output", "TMP/new", "--use-cpu"] if command == "train" else ["--device", "cpu"]
+    elif command.startswith("analyze") and "--config" in VALUES[command]:
+        words += draw(st.sampled_from([["--config", "SWEPT.YAML", "--test-data", "ASKED.JSONL", "--no-plot"], []]))
+        words += ["--ranks", "1"] if command == "analyze parameters" else []
     elif command.startswith("analyze") and draw(st.integers(0, 5)):
         words += ["--model", "MODEL", "--adapter", "ROUTED", "--data", "ASKED.JSONL", "--device", "cpu"]
         words += ["--no-plot"] * draw(st.integers(0, 4))

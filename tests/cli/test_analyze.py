@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -18,6 +19,7 @@ from graphmoe_model import collect_routing
 from graphmoe_model.analysis.prompts import read_prompts
 from graphmoe_model.questions import QuestionEncoder
 from graphmoe_model.questions.json_lines import write_questions
+from tests.model import training_runs
 from tests.model.questions_made import byte_level, made_questions, small_llama
 from tests.model.tiny_models import tiny_config
 
@@ -190,3 +192,86 @@ def test_pictures_without_matplotlib(saved, tmp_path, monkeypatch):
     assert result.exit_code == 2
     assert "pip install 'graphmoe[bench]', or leave the pictures out by --no-plot" in result.stderr
     assert not (tmp_path / "trace.json").exists()
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> Path:
+    """A recipe of two steps on a tiny model, and the questions that it names."""
+    pytest.importorskip("trl")
+    root = tmp_path_factory.mktemp("swept")
+    training_runs.make_base(root / "model")
+    training_runs.write_questions(root / "train.jsonl", 24)
+    training_runs.write_questions(root / "test.jsonl", 6, seed=1)
+    recipe = {**training_runs.SMALL, "model": str(root / "model"), "data": [str(root / "train.jsonl")], "max_steps": 2}
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return root
+
+
+def sweep(swept: Path, kind: str, *arguments: object, out: Path) -> Any:
+    given = ("--config", swept / "recipe.yaml", "--test-data", swept / "test.jsonl", "--out", out)
+    return graphmoe("analyze", kind, *given, *arguments)
+
+
+def test_a_sweep_over_rounds_and_scales(swept, tmp_path):
+    """Table, picture and JSON; the same command again runs nothing, another one is refused."""
+    grid = ("--rounds", 1, 2, "--scales", 0.25, 0.5, "--seeds", 0, 1)
+    result = sweep(swept, "sensitivity", *grid, out=tmp_path / "s")
+    assert result.exit_code == 0, result.output
+    document = json.loads((tmp_path / "s" / "sensitivity.json").read_text())
+    titles = ["the base model", "T = 1", "T = 2, GRU 0.25", "T = 2, GRU 0.5"]
+    assert [own["title"] for own in document["results"]] == titles
+    assert [own["seeds"] for own in document["results"]] == [[0], [0, 1], [0, 1], [0, 1]]
+    assert [own["axis"] for own in document["series"]] == ["rounds T", "GRU width over the hidden size"]
+    assert (tmp_path / "s" / "sensitivity.png").read_bytes().startswith(PNG)
+    for own in document["results"]:
+        assert f"{100 * own['accuracy']['test']['mean']:.1f}" in result.stdout
+        assert own["title"] in result.stdout
+    again = sweep(swept, "sensitivity", *grid, out=tmp_path / "s")
+    assert again.exit_code == 0
+    assert "run 1 of" not in again.stdout
+    other = sweep(swept, "sensitivity", "--rounds", 1, out=tmp_path / "s")
+    assert other.exit_code == 2
+    assert "holds a sweep with seeds [0, 1], not [0]; settings.t-2-gru-0.25" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "kind, grid, titles",
+    [
+        ("parameters", ("--ranks", 2), ["GraphMoE(MixLoRA), r 2", "MixLoRA, r 3"]),
+        ("activated", ("--top-k", 1, 2), ["top 1", "top 2"]),
+    ],
+)
+def test_sweeps_over_ranks_and_experts_per_token(swept, tmp_path, kind, grid, titles):
+    result = sweep(swept, kind, *grid, "--limit", 4, out=tmp_path / "s")
+    assert result.exit_code == 0, result.output
+    document = json.loads((tmp_path / "s" / f"{kind}.json").read_text())
+    assert [own["title"] for own in document["results"]] == ["the base model", *titles]
+    assert document["sweep"]["kind"] == kind
+    assert next(iter(document["sweep"]["asked"].values())).startswith("4 questions ")
+    assert (tmp_path / "s" / f"{kind}.png").read_bytes().startswith(PNG)
+
+
+def test_wrong_sweeps_end_in_one_line_and_status_2(swept, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    for changes, arguments, message in (
+        ({}, ("activated", "--top-k", 2, 9), "top 9: "),
+        ({}, ("activated", "--top-k", 2, 2), "--top-k has a number twice, got [2, 2]"),
+        ({}, ("sensitivity", "--rounds", 0), "--rounds must be numbers above 0, got 0"),
+        ({}, ("parameters", "--ranks", 4, "--seeds", 1, 1), "--seeds must be numbers of 0 or more, each once"),
+        ({}, ("parameters", "--ranks", 4, "--limit", 0), "--limit must be at least 1, got 0"),
+        ({"eval_data": ["boolq"]}, ("activated",), "the recipe has eval_data, which would choose a checkpoint"),
+        ({"use_cpu": False, "fsdp": True}, ("activated",), "a sweep runs in one process; leave fsdp and deepspeed out"),
+        ({"rounds": 1, "gru_hidden_scale": None}, ("parameters", "--ranks", 4), "it is its own base method"),
+        ({}, ("activated", "--out", tmp_path / "full"), "holds notes.txt and no sweep; name a new folder"),
+    ):
+        recipe = {**yaml.safe_load((swept / "recipe.yaml").read_text()), **changes}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        which, *words = arguments
+        out = [] if "--out" in words else ["--out", tmp_path / "out"]
+        given = ("--config", tmp_path / "recipe.yaml", "--test-data", swept / "test.jsonl")
+        result = graphmoe("analyze", which, *given, *words, *out)
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr
+        assert result.stderr.startswith(f"graphmoe analyze {which}: error: ")
+        assert not list((tmp_path / "out").glob("runs/*"))

@@ -18,6 +18,7 @@ HEAVY = ("torch", "transformers", "peft", "matplotlib", "graphmoe_kernels", "gra
 COMMANDS = (
     *("profile", "params", "memory", "convert", "data", "data fetch", "train", "eval", "compare"),
     *("analyze", "analyze balance", "analyze trace"),
+    *("analyze sensitivity", "analyze parameters", "analyze activated"),
 )
 HELP = ["", "--help", *(f"{name} --help" for name in COMMANDS)]
 # Command line -> what the refusal says. What a model, a file or a configuration has to be asked for comes later.
@@ -83,6 +84,9 @@ WRONG = {
     "analyze balance --model m --adapter a --data q --out /dev/null": "--out /dev/null is a file",
     "analyze trace --model m --adapter a": "name what to trace: --text with texts, or --data",
     "analyze trace --model m --adapter a --text x --draws 0": "--draws must be at least 1 and --seed at least 0, got 0",
+    "analyze sensitivity": "Missing option '--config'",
+    "analyze sensitivity --config none.yaml": "cannot read the recipe none.yaml",
+    "analyze parameters --config none.yaml": "Missing option '--ranks'",
     "convert a": "Missing argument",
     "convert a b --to gguf": "'gguf' is not one of 'graphmoe'",
     "convert a b --rounds 0": "rounds must be at least 1, got 0",

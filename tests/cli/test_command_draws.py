@@ -63,6 +63,8 @@ def places(tmp_path_factory) -> Path:
     training_runs.make_base(root / "model")
     training_runs.write_questions(root / "asked.jsonl", 12)
     (root / "recipe.yaml").write_text(yaml.safe_dump(training_runs.SMALL), encoding="utf-8")
+    swept = {**training_runs.SMALL, "model": str(root / "model"), "data": [str(root / "asked.jsonl")]}
+    (root / "swept.yaml").write_text(yaml.safe_dump(swept), encoding="utf-8")
     shutil.copytree(found["ADAPTER"], root / "other")
     settings = json.loads((root / "other" / "adapter_config.json").read_text(encoding="utf-8"))
     (root / "other" / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "org/base"}))
@@ -85,6 +87,7 @@ def _no_profiles(monkeypatch, tmp_path):
     if importlib.util.find_spec("trl"):
         monkeypatch.setattr("graphmoe_cli.runs.train.train", not_trained)
         monkeypatch.setattr("graphmoe_model.training.run.make_arguments", enough)
+        monkeypatch.setattr("graphmoe_cli.runs.analyze_sweep.run_sweep", not_swept)
     monkeypatch.setattr(per_gpu, "step_activations", lambda *_: Activations(1, 2, 3))
     monkeypatch.setattr(importlib.import_module("graphmoe_model.fetching.fetch"), "download", no_download)
     monkeypatch.setenv("GRAPHMOE_DATA", str(tmp_path / "data"))
@@ -107,6 +110,15 @@ def not_trained(recipe, *questions, **options):
         return train(recipe, *questions, **options)
     except _Enough:
         return TrainingResult(1, 0, 1.0, 0.5, None, None, None, 12, 0, 1.0, None, 10, 40, {})
+
+
+def not_swept(sweep, folder, say):
+    """As `run_sweep`, up to the first run; no run is done."""
+    from graphmoe_model.analysis.sweep import check_folder
+
+    check_folder(sweep, folder)
+    document = {"diverged": "not run", "conditions": {"dtype": "float32", "device": "cpu"}}
+    return {(setting.name, seed): document for setting, seed in sweep.runs()}
 
 
 def scored(task: str) -> TaskResult:

@@ -1,0 +1,89 @@
+"""What ``graphmoe analyze sensitivity``, ``parameters`` and ``activated`` do: train, ask, print, draw, write."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers.utils import logging
+
+from graphmoe_cli.analyze_options import NO_MATPLOTLIB, DataOptions, SweepOptions, drawn
+from graphmoe_cli.runs.analyzed_model import WIDTH, question_sets
+from graphmoe_model.analysis import sweeps
+from graphmoe_model.analysis.statistics import percent
+from graphmoe_model.analysis.sweep import Sweep, fitted_recipe, run_sweep
+from graphmoe_model.analysis.sweep_report import SettingResult, document_of, results_of
+from graphmoe_model.evaluation.document import write_document
+from graphmoe_model.questions import load_questions
+
+PLANS = {"sensitivity": sweeps.sensitivity, "parameters": sweeps.parameters, "activated": sweeps.activated}
+TITLES = {
+    "sensitivity": "Accuracy and time by rounds and GRU",
+    "parameters": "Accuracy and time by trained parameters",
+    "activated": "Accuracy and time by experts per token",
+}
+
+
+def run(options: SweepOptions, console: Console) -> list[SettingResult]:
+    """Run what is missing of a sweep, print its table and write its files.
+
+    Raises:
+        ValueError: whatever is wrong with an option, the recipe, the questions, the model or the folder.
+    """
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # of loading: a file is no place for bars
+    recipe = fitted_recipe(options.recipe)
+    asked = question_sets(DataOptions(options.test_data or recipe.data))
+    if options.limit is not None:
+        asked = {task: replace(own, questions=own.questions[: options.limit]) for task, own in asked.items()}
+    plan = PLANS[options.kind](recipe, **options.grid)  # type: ignore[operator]
+    train = tuple(load_questions(name, "train") for name in recipe.data)
+    sweep = Sweep(options.kind, recipe, plan.settings, plan.series, options.seeds, train, asked)
+    documents = run_sweep(sweep, options.out, lambda line: console.print(Text(line), soft_wrap=True))
+    results = results_of(sweep, documents)
+    document = document_of(sweep, results, documents)
+    write_document(document, options.out / f"{options.kind}.json")
+    files = [f"{options.kind}.json"]
+    if drawn(options.plot):
+        from graphmoe_model.analysis.sweep_plot import draw_sweep  # needs matplotlib, an extra
+
+        found = document["conditions"]
+        model = recipe.gguf_file or recipe.model
+        described = f"{model}, {', '.join(asked)}, {found['dtype']}, {found['device']}, torch {torch.__version__}"
+        draw_sweep(TITLES[options.kind], results, plan.series, described, options.out / f"{options.kind}.png")
+        files.append(f"{options.kind}.png")
+    _print(results, list(asked), console)
+    console.print(Text(f"Written into {options.out}: {', '.join(files)}"), soft_wrap=True)
+    if len(files) == 1 and options.plot is None:
+        console.print(Text(f"No picture: {NO_MATPLOTLIB}."), soft_wrap=True)
+    return results
+
+
+def _print(results: list[SettingResult], tasks: list[str], console: Console) -> None:
+    console.width = max(console.width, WIDTH)
+    table = Table(box=box.SIMPLE)
+    table.add_column("setting")
+    averaged = ["average"] if len(tasks) > 1 else []
+    for name in ("seeds", *tasks, *averaged, "s per step", "ms per question", "parameters"):
+        table.add_column(name, justify="right")
+    for own in results:
+        accuracies = [percent(own.accuracy[task]) if task in own.accuracy else "diverged" for task in tasks]
+        if averaged:
+            accuracies.append("diverged" if own.average is None else percent(own.average))
+        table.add_row(
+            Text(own.title),
+            str(len(own.seeds)) + (f", {len(own.diverged)} diverged" if own.diverged else ""),
+            *accuracies,
+            "–" if own.step_seconds is None else f"{own.step_seconds:.3g}",
+            "–" if own.question_seconds is None else f"{1000 * own.question_seconds:.3g}",
+            "–" if own.trainable_parameters is None else f"{own.trainable_parameters:,}",
+        )
+    console.print(table)
+    console.print(
+        Text("Right answers by the first token in percent, ± the half of the 95% interval over seeds (Student's t).")
+    )

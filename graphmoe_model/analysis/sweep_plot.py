@@ -1,0 +1,67 @@
+"""A sweep as a picture: accuracy and time against what was changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from graphmoe_model.analysis.plots import SERIES, add_conditions
+from graphmoe_model.analysis.sweep import BASE, Series
+from graphmoe_model.analysis.sweep_report import SettingResult
+from graphmoe_model.presentation import INK, STYLE
+
+
+def draw_sweep(
+    title: str, results: Sequence[SettingResult], series: Sequence[Series], conditions: str, path: Path
+) -> None:
+    """Write the PNG: accuracy above, seconds of a training step below, a column for each axis.
+
+    Accuracy is the mean over tasks and seeds, bars are its 95% interval over seeds; the base model is the dashed line.
+    """
+    by_name = {own.setting: own for own in results}
+    columns = list(dict.fromkeys(own.axis for own in series))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.0 + 3.6 * len(columns), 4.8), layout="constrained")
+        panels = figure.subplots(2, len(columns), squeeze=False, sharex="col")
+        for column, axis in enumerate(columns):
+            lines = [own for own in series if own.axis == axis]
+            for i, line in enumerate(lines):
+                label = line.title if len(lines) > 1 else None
+                _line(panels[0, column], panels[1, column], line, by_name, SERIES[i % len(SERIES)], label)
+            base = by_name.get(BASE)
+            if base is not None and base.average is not None:
+                panels[0, column].axhline(100 * base.average.mean, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+            panels[1, column].set_xlabel(axis)
+            panels[1, column].set_ylim(bottom=0)
+            if len(lines) > 1:
+                panels[0, column].legend(frameon=False)
+        panels[0, 0].set_ylabel("right answers, %")
+        panels[1, 0].set_ylabel("training step, s")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        add_conditions(figure, conditions)
+        figure.savefig(path, format="png", dpi=150)
+
+
+def _line(
+    accuracy: Axes, time: Axes, line: Series, results: dict[str, SettingResult], colour: str, label: str | None
+) -> None:
+    points = {x: results[name] for x, name in sorted(line.points.items()) if results[name].average is not None}
+    places = list(points)
+    averages = [own.average for own in points.values() if own.average is not None]
+    accuracy.errorbar(
+        places,
+        [100 * own.mean for own in averages],
+        [100 * (own.half or 0.0) for own in averages],
+        color=colour,
+        marker="o",
+        capsize=3,
+        label=label,
+    )
+    seconds = [float("nan") if own.step_seconds is None else own.step_seconds for own in points.values()]
+    time.plot(places, seconds, color=colour, marker="o")
+    if all(place == int(place) for place in places):
+        time.set_xticks(places, [str(int(place)) for place in places])
