@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from graphmoe_cli.analyze_options import DataOptions, ModelOptions, SweepOptions, TraceOptions
+from graphmoe_cli.analyze_options import DataOptions, ModelOptions, SweepOptions, TraceOptions, check_files
 from graphmoe_cli.arguments import ListCommand, folder, one_line_errors, tell_of_the_hub
 from graphmoe_cli.train import check_installed
 from graphmoe_tables.recipe_files import recipe_of
@@ -195,6 +195,57 @@ def activated(
     Example: graphmoe analyze activated --config arc.yaml --top-k 2 4
     """
     _sweep("activated", config, {"top_k": top_k}, test_data, limit, seeds, out, plot)
+
+
+Files = Annotated[
+    list[Path], typer.Argument(help="profile.json of graphmoe profile, results of pytest benchmarks; several of them.")
+]
+
+
+@analyze.command()
+def latency(
+    files: Files,
+    out: Annotated[Path, typer.Option(help="The folder of JSON and PNG.", parser=folder)] = Path("latency"),
+    plot: Plot = None,
+) -> None:
+    """Time of a decoded token and of a prefill by adapter and length, and of a layer by T (Fig. 5c).
+
+    Shows what was measured before, on any machine.
+
+    Example: graphmoe profile --preset tiny --method mixlora loramoe mola && graphmoe analyze latency
+    profile_report/profile.json
+    """
+    with one_line_errors("analyze latency"):
+        check_files(files, out, plot)
+        from rich.console import Console
+
+        from graphmoe_cli.runs import analyze_timings
+
+        analyze_timings.run_latency(files, out, plot, Console())
+
+
+@analyze.command()
+def composition(
+    files: Files,
+    tokens: Annotated[
+        int | None, typer.Option(help="Of which length of the sequences.", show_default="each phase's longest")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder of JSON and PNG.", parser=folder)] = Path("composition"),
+    plot: Plot = None,
+) -> None:
+    """Shares of attention, MLP, experts, routing and GRU, by adapter (Fig. 6).
+
+    Shows what was measured before, on any machine.
+
+    Example: graphmoe analyze composition profile_report/profile.json --tokens 1024
+    """
+    with one_line_errors("analyze composition"):
+        check_files(files, out, plot)
+        from rich.console import Console
+
+        from graphmoe_cli.runs import analyze_timings
+
+        analyze_timings.run_composition(files, tokens, out, plot, Console())
 
 
 def _sweep(

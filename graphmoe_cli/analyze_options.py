@@ -27,6 +27,18 @@ def drawn(plot: bool | None) -> bool:
     return plot is not False and there
 
 
+def check_files(files: Sequence[Path], out: Path, plot: bool | None) -> None:
+    """`ValueError` for a file that is not there or named twice, a folder that is a file, or pictures that cannot be."""
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"there is no file {file}; name a profile.json, or a result of pytest benchmarks")
+        if files.count(file) > 1:
+            raise ValueError(f"{file} is named twice")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; it must be a folder")
+    drawn(plot)
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """A base model with saved adapters, and how it reads: what analyses of a trained adapter share.

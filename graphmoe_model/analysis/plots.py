@@ -16,7 +16,7 @@ from graphmoe_model.analysis.trace import RouterTrace, Trace
 from graphmoe_model.presentation import BLUE, INK, MUTED, ORANGE, PALE, STYLE
 
 # Adapters in a plot of bars, and experts in a trace: distinguishable in every common form of colour blindness.
-SERIES = (BLUE, ORANGE, "#2a9d6f", "#8a5a2b", "#b03a78", "#6b7785")
+SERIES = (BLUE, ORANGE, "#2a9d6f", "#8a5a2b", "#b03a78", "#6b7785", "#c9a227", "#1f8a99")
 EXPERTS = ("#9ec1f7", "#f2b880", "#a9dbc2", "#e6b3d1", "#f4e08a", "#c9b59f", "#b9e3ea", "#d0c4ee")
 HIGHEST = 24.0  # inches of a heat map; beyond it rows become thinner
 TOKENS = 56  # of a text in one picture; more could not be read

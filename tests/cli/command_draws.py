@@ -157,7 +157,7 @@ FLAGS = {
     "analyze trace": ["--allow-other-base", "--no-plot", "--plot", "--help", "--nothing", "extra", "--"],
     **{
         f"analyze {kind}": ["--no-plot", "--plot", "--help", "--nothing", "extra", "--"]
-        for kind in ("sensitivity", "parameters", "activated")
+        for kind in ("sensitivity", "parameters", "activated", "latency", "composition")
     },
     "compare": ["--help", "--nothing", "--"],
     "data": ["--to", "--nothing", "--help", "extra", "--"],
@@ -178,6 +178,8 @@ VALUES = {
     "analyze balance": ANALYZE,
     "analyze sensitivity": {**SWEEP, "--rounds": NUMBERS, "--scales": ["0.25", *NUMBERS]},
     "analyze parameters": {**SWEEP, "--ranks": NUMBERS},
+    "analyze latency": {"--out": ANALYZE["--out"]},
+    "analyze composition": {"--out": ANALYZE["--out"], "--tokens": ["4", "8", "0", "x"]},
     "analyze activated": {**SWEEP, "--top-k": NUMBERS},
     "analyze trace": TRACE,
 }
@@ -222,6 +224,8 @@ def lines(draw: Any, command: str) -> list[str]:
     elif command in ("train", "eval") and draw(st.integers(0, 5)):
         words += ["--model", draw(st.sampled_from(["MODEL", "MODEL", *MODELS])), "--data", "ASKED.JSONL"]
         words += ["--output", "TMP/new", "--use-cpu"] if command == "train" else ["--device", "cpu"]
+    elif command in ("analyze latency", "analyze composition"):
+        words += draw(st.lists(st.sampled_from(["PROFILE.JSON", *EVALUATIONS]), min_size=1, max_size=2))
     elif command.startswith("analyze") and "--config" in VALUES[command]:
         words += draw(st.sampled_from([["--config", "SWEPT.YAML", "--test-data", "ASKED.JSONL", "--no-plot"], []]))
         words += ["--ranks", "1"] if command == "analyze parameters" else []

@@ -19,6 +19,7 @@ COMMANDS = (
     *("profile", "params", "memory", "convert", "data", "data fetch", "train", "eval", "compare"),
     *("analyze", "analyze balance", "analyze trace"),
     *("analyze sensitivity", "analyze parameters", "analyze activated"),
+    *("analyze latency", "analyze composition"),
 )
 HELP = ["", "--help", *(f"{name} --help" for name in COMMANDS)]
 # Command line -> what the refusal says. What a model, a file or a configuration has to be asked for comes later.
@@ -87,6 +88,8 @@ WRONG = {
     "analyze sensitivity": "Missing option '--config'",
     "analyze sensitivity --config none.yaml": "cannot read the recipe none.yaml",
     "analyze parameters --config none.yaml": "Missing option '--ranks'",
+    "analyze latency": "Missing argument",
+    "analyze composition none.json": "there is no file none.json",
     "convert a": "Missing argument",
     "convert a b --to gguf": "'gguf' is not one of 'graphmoe'",
     "convert a b --rounds 0": "rounds must be at least 1, got 0",

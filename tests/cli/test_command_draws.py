@@ -22,6 +22,7 @@ from graphmoe_model.evaluation.document import evaluation_document
 from graphmoe_model.evaluation.records import TaskResult
 from graphmoe_model.memory import per_gpu
 from graphmoe_model.memory.activations import Activations
+from graphmoe_model.profiling.result import CATEGORIES
 from tests.cli.command_draws import FLAGS, VALUES, lines
 from tests.drawing import make_draws
 from tests.model import training_runs
@@ -71,6 +72,9 @@ def places(tmp_path_factory) -> Path:
     for name, tasks in {"one": ("a", "b"), "two": ("a",), "three": ("c",)}.items():
         document = evaluation_document([scored(task) for task in tasks], {}, {"model": "m"}, None)
         (root / f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
+    seconds = dict.fromkeys(CATEGORIES, 0.1)
+    entry = {"model": "m", "adapter": "none", "phase": "decode", "tokens": 4, "seconds": seconds, "wall_seconds": 0.7}
+    (root / "profile.json").write_text(json.dumps({"conditions": {"device": "cpu"}, "profiles": [entry]}))
     found["FILE"].touch()
     return root
 

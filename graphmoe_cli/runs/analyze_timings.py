@@ -1,0 +1,131 @@
+"""What ``graphmoe analyze latency`` and ``composition`` do: read what was measured, print, draw, write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from graphmoe_cli.analyze_options import NO_MATPLOTLIB, drawn
+from graphmoe_cli.runs.analyzed_model import WIDTH
+from graphmoe_model.analysis.timings import Timings, read_timings, with_shares, with_times
+from graphmoe_model.evaluation.document import write_document
+from graphmoe_model.profiling.result import CATEGORIES
+
+
+def run_latency(files: Sequence[Path], out: Path, plot: bool | None, console: Console) -> None:
+    """Show the latencies of files.
+
+    Raises:
+        ValueError: a file that holds none, or a folder that cannot be written to.
+    """
+    found = with_times([read_timings(path) for path in files])
+    _make(out)
+    write_document({"latency": [_latency_document(own) for own in found]}, out / "latency.json")
+    for own in found:
+        _print_latency(own, console)
+    written = ["latency.json"]
+    if drawn(plot):
+        from graphmoe_model.analysis.timing_plots import draw_latency  # needs matplotlib, an extra
+
+        draw_latency(found, out / "latency.png")
+        written.append("latency.png")
+    _say_written(out, written, plot, console)
+
+
+def run_composition(files: Sequence[Path], tokens: int | None, out: Path, plot: bool | None, console: Console) -> None:
+    """Show what the latencies of files are composed of.
+
+    Raises:
+        ValueError: a file that holds no profile, or none of that length, or a folder that cannot be written to.
+    """
+    found = with_shares([read_timings(path) for path in files], tokens)
+    _make(out)
+    documents = [
+        {"file": own.file, "conditions": own.conditions, "models": [each._asdict() for each in own.models]}
+        for own in found
+    ]
+    write_document({"composition": documents}, out / "composition.json")
+    for own in found:
+        _print_composition(own, console)
+    written = ["composition.json"]
+    if drawn(plot):
+        from graphmoe_model.analysis.timing_plots import draw_composition  # needs matplotlib, an extra
+
+        draw_composition(found, out / "composition.png")
+        written.append("composition.png")
+    _say_written(out, written, plot, console)
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written to: {error.strerror}; name another folder") from error
+
+
+def _latency_document(own: Timings) -> dict[str, Any]:
+    return {
+        "file": own.file,
+        "conditions": own.conditions,
+        "models": [{k: v for k, v in each._asdict().items() if k != "shares"} for each in own.models],
+        "layers": [each._asdict() for each in own.layers],
+    }
+
+
+def _print_latency(own: Timings, console: Console) -> None:
+    console.width = max(console.width, WIDTH)
+    if own.models:
+        lengths = sorted({(each.phase, each.tokens) for each in own.models}, key=lambda place: (place[0], place[1]))
+        console.print(Text(f"{own.models[0].model}, {own.device}: ms"), soft_wrap=True)
+        table = Table(box=box.SIMPLE)
+        table.add_column("adapter")
+        for phase, tokens in lengths:
+            table.add_column(f"{phase} {tokens:,}", justify="right")
+        for adapter in dict.fromkeys(each.adapter for each in own.models):
+            times = {(each.phase, each.tokens): each.seconds for each in own.models if each.adapter == adapter}
+            table.add_row(Text(adapter), *(_ms(times.get(place)) for place in lengths))
+        console.print(table)
+    for case in dict.fromkeys(each.case for each in own.layers):
+        layers = [each for each in own.layers if each.case == case]
+        rounds = sorted({each.rounds for each in layers if each.rounds is not None})
+        console.print(Text(f"layer, {case}, {own.device}: ms"), soft_wrap=True)
+        table = Table(box=box.SIMPLE)
+        table.add_column("by")
+        for T in rounds:
+            table.add_column(f"T = {T}", justify="right")
+        for provider in dict.fromkeys(each.provider for each in layers):
+            by_rounds = {each.rounds: each.seconds for each in layers if each.provider == provider}
+            plain = by_rounds.get(None)  # a provider without rounds: the same whatever T
+            table.add_row(Text(provider), *(_ms(by_rounds.get(T, plain)) for T in rounds))
+        console.print(table)
+
+
+def _print_composition(own: Timings, console: Console) -> None:
+    console.width = max(console.width, WIDTH)
+    for phase in dict.fromkeys(each.phase for each in own.models):
+        models = [each for each in own.models if each.phase == phase]
+        title = f"{models[0].model}, {phase} of {models[0].tokens:,} tokens, {own.device}"
+        console.print(Text(title), soft_wrap=True)
+        table = Table(box=box.SIMPLE)
+        table.add_column("adapter")
+        for category in CATEGORIES:
+            table.add_column(category, justify="right")
+        for each in models:
+            table.add_row(Text(each.adapter), *(f"{100 * each.shares[category]:.1f}%" for category in CATEGORIES))
+        console.print(table)
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1e3 * seconds:.4g}"
+
+
+def _say_written(out: Path, files: Sequence[str], plot: bool | None, console: Console) -> None:
+    console.print(Text(f"Written into {out}: {', '.join(files)}"), soft_wrap=True)
+    if len(files) == 1 and plot is None:
+        console.print(Text(f"No picture: {NO_MATPLOTLIB}."), soft_wrap=True)

@@ -1,0 +1,134 @@
+"""Latency and its composition as pictures (GraphMoE, Fig. 5c and Fig. 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from graphmoe_model.analysis.plots import SERIES, add_conditions
+from graphmoe_model.analysis.timings import LayerTime, ModelTime, Timings
+from graphmoe_model.presentation import INK
+from graphmoe_model.presentation import STYLE as BASE_STYLE
+from graphmoe_model.profiling.plot import COLOURS, LABELLED, TITLES
+from graphmoe_model.profiling.result import CATEGORIES
+
+STYLE = {**BASE_STYLE, "legend.frameon": False, "legend.fontsize": 8}
+MARKERS = "osD^vPX*"
+AXES = {"decode": "tokens in the cache", "prefill": "tokens"}
+
+
+def draw_latency(found: Sequence[Timings], path: Path) -> None:
+    """Write the PNG of Fig. 5c: milliseconds of a decoded token and of a prefill against the length, by adapter, and of
+    a layer against T; a row for each file."""
+    rows = [_panels(own) for own in found]
+    columns = max(map(len, rows))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.6 + 4.2 * columns, 0.6 + 3.4 * len(rows)), layout="constrained")
+        panels = figure.subplots(len(rows), columns, squeeze=False)
+        for axes_row, row in zip(panels, rows, strict=True):
+            for axes, panel in zip(axes_row, row, strict=False):
+                _panel(axes, *panel)
+            for axes in axes_row[len(row) :]:
+                axes.axis("off")
+        figure.suptitle("Latency", x=0.01, ha="left", fontsize=11)
+        add_conditions(figure, "; ".join(dict.fromkeys(own.device for own in found)))
+        figure.savefig(path, format="png", dpi=150)
+
+
+def draw_composition(found: Sequence[Timings], path: Path) -> None:
+    """Write the PNG of Fig. 6: shares of attention, MLP, experts, routing and GRU, a bar for each adapter."""
+    panels = [
+        (own, phase, [each for each in own.models if each.phase == phase])
+        for own in found
+        for phase in dict.fromkeys(each.phase for each in own.models)
+    ]
+    bars = max(len(models) for _, _, models in panels)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.6 + 4.6 * len(panels), 1.4 + 0.36 * bars), layout="constrained")
+        row = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (own, phase, models) in zip(row, panels, strict=True):
+            _composition(axes, models)
+            device = f", {own.device}" if len(found) > 1 else ""
+            axes.set_title(f"{models[0].model}, {phase} of {models[0].tokens:,} {AXES[phase]}{device}", fontsize=9)
+        handles, labels = row[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(CATEGORIES), frameon=False)
+        figure.suptitle("Where the time of a forward goes", x=0.01, ha="left", fontsize=11)
+        figure.savefig(path, format="png", dpi=150)
+
+
+Lines = dict[str, list[tuple[float, float]]]  # label -> (place, seconds)
+
+
+def _panels(own: Timings) -> list[tuple[str, str, Lines, dict[str, float]]]:
+    """Title, axis, lines, and times that hang on nothing, of each panel of a file."""
+    found: list[tuple[str, str, Lines, dict[str, float]]] = []
+    for phase in dict.fromkeys(each.phase for each in own.models):
+        models = [each for each in own.models if each.phase == phase]
+        title = f"{models[0].model}, " + ("one token of decode" if phase == "decode" else "prefill")
+        found.append((title, AXES[phase], _by_adapter(models), {}))
+    for case in dict.fromkeys(each.case for each in own.layers):
+        layers = [each for each in own.layers if each.case == case]
+        level = {each.provider: each.seconds for each in layers if each.rounds is None}
+        found.append((f"layer, {case}", "rounds T", _by_provider(layers), level))
+    return found
+
+
+def _by_adapter(models: Sequence[ModelTime]) -> Lines:
+    lines: Lines = {}
+    for each in models:
+        assert each.seconds is not None  # `with_times`
+        lines.setdefault("no adapter" if each.adapter == "none" else each.adapter, []).append(
+            (each.tokens, each.seconds)
+        )
+    return lines
+
+
+def _by_provider(layers: Sequence[LayerTime]) -> Lines:
+    lines: Lines = {}
+    for each in layers:
+        if each.rounds is not None:
+            lines.setdefault(each.provider, []).append((each.rounds, each.seconds))
+    return lines
+
+
+def _panel(axes: Axes, title: str, axis: str, lines: Lines, levels: dict[str, float]) -> None:
+    for i, (label, points) in enumerate(lines.items()):
+        places, seconds = zip(*sorted(points), strict=True)
+        colour, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
+        times = [1e3 * value for value in seconds]
+        axes.plot(places, times, label=label, color=colour, marker=marker, markersize=5)
+    for name, level in levels.items():
+        axes.axhline(1e3 * level, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=name)
+    axes.set_title(title, fontsize=9)
+    axes.set(xlabel=axis, ylabel="ms")
+    if axis == "rounds T":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({place for points in lines.values() for place, _ in points}))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:,.0f}"))
+    axes.set_ylim(bottom=0)
+    axes.legend()
+
+
+def _composition(axes: Axes, models: Sequence[ModelTime]) -> None:
+    left = [0.0] * len(models)
+    for category in CATEGORIES:
+        shares = [each.shares[category] for each in models]
+        bars = axes.barh(
+            range(len(models)), shares, 0.8, left, color=COLOURS[category], label=TITLES.get(category, category)
+        )
+        figures = [f"{share:.0%}" if share >= LABELLED else "" for share in shares]
+        ink = "white" if category in ("attention", "routing", "gru") else INK
+        axes.bar_label(bars, figures, label_type="center", color=ink, fontsize=8)
+        left = [before + share for before, share in zip(left, shares, strict=True)]
+    axes.set_yticks(range(len(models)), ["no adapter" if each.adapter == "none" else each.adapter for each in models])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.grid(False)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))

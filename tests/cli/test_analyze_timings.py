@@ -1,0 +1,127 @@
+"""Times that were measured before, as `analyze latency` and `composition` read them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from graphmoe_cli.app import app
+from graphmoe_model.analysis.timings import read_timings, with_shares, with_times
+from graphmoe_model.profiling.result import CATEGORIES
+
+PNG = b"\x89PNG\r\n\x1a\n"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
+
+def profile(adapter: str, phase: str, tokens: int, milliseconds: float, **more: Any) -> dict[str, Any]:
+    """An entry of profile.json whose attention takes half of the time."""
+    seconds = {name: milliseconds / 1e3 / (2 if name == "attention" else 10) for name in CATEGORIES}
+    wall = {} if milliseconds == 0 else {"wall_seconds": 1.1 * milliseconds / 1e3}
+    return {"model": "m", "adapter": adapter, "phase": phase, "tokens": tokens, "seconds": seconds, **wall, **more}
+
+
+def written(folder: Path, name: str = "profile.json", **parts: Any) -> Path:
+    entries = [
+        profile(adapter, phase, tokens, 2.0 * (i + 1))
+        for i, adapter in enumerate(("none", "MixLoRA (T=1)", "GraphMoE(MoLA) (T=3)"))
+        for phase in ("prefill", "decode")
+        for tokens in (16, 64)
+    ]
+    (folder / name).write_text(json.dumps({"conditions": {"device": "cpu (X)"}, "profiles": entries, **parts}))
+    return folder / name
+
+
+def graphmoe(*arguments: object) -> Any:
+    """The command's result: exit_code, stdout, stderr, exception."""
+    return CliRunner().invoke(app, ["analyze", *map(str, arguments)])
+
+
+def test_latency_of_profiles_and_of_layers_by_rounds(tmp_path):
+    """In milliseconds, as the files have them: a profile's elapsed time, a benchmark's median."""
+    committed = RESULTS / "cuda-2026-11-26T202140.json"
+    result = graphmoe("latency", written(tmp_path), committed, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    own, layers = json.loads((tmp_path / "out" / "latency.json").read_text())["latency"]
+    assert [(each["adapter"], each["phase"], each["tokens"]) for each in own["models"][:2]] == [
+        ("none", "prefill", 16),
+        ("none", "prefill", 64),
+    ]
+    assert own["models"][-1]["seconds"] == pytest.approx(1.1 * 0.006)
+    assert "6.6" in result.stdout
+    rows = [row for row in json.loads(committed.read_text())["rows"] if row["group"] == "rounds"]
+    assert [each["seconds"] for each in layers["layers"]] == [row["seconds"]["median"] for row in rows]
+    case = "llama-3-8b, inference, 8192 tokens, n=8, bf16"
+    found = {(each["provider"], each["rounds"]): each["seconds"] for each in layers["layers"] if each["case"] == case}
+    assert set(found) >= {("dense", None), ("triton", 1), ("triton", 5), ("literal", 3)}
+    assert f"layer, {case}, NVIDIA H100 80GB HBM3: ms" in result.stdout
+    assert (tmp_path / "out" / "latency.png").read_bytes().startswith(PNG)
+
+
+def test_composition_at_the_longest_or_at_a_named_length(tmp_path):
+    file = written(tmp_path)
+    for tokens, arguments in ((64, ()), (16, ("--tokens", 16))):
+        result = graphmoe("composition", file, *arguments, "--out", tmp_path)
+        assert result.exit_code == 0, result.output
+        (own,) = json.loads((tmp_path / "composition.json").read_text())["composition"]
+        assert [each["tokens"] for each in own["models"]] == [tokens] * 6
+        assert own["models"][0]["shares"] == pytest.approx({n: 0.5 if n == "attention" else 0.1 for n in CATEGORIES})
+        assert f"m, decode of {tokens} tokens, cpu (X)" in result.stdout
+    assert (tmp_path / "composition.png").read_bytes().startswith(PNG)
+
+
+def test_every_committed_result_can_be_read():
+    """The forms of all that was measured so far; what has no times is named as such."""
+    for path in [*sorted(RESULTS.glob("*.json")), *sorted((RESULTS / "profile").glob("*.json"))]:
+        found = read_timings(path)
+        assert all(abs(sum(each.shares.values()) - 1) < 1e-9 for each in found.models)
+    assert with_times([read_timings(RESULTS / "profile" / "cpu-tiny.json")])[0].models
+
+
+def test_files_without_what_is_asked_for_are_named(tmp_path):
+    plain = written(tmp_path, "plain.json", profiles=[{**profile("none", "decode", 8, 1), "phase": "host"}])
+    with pytest.raises(ValueError, match=r"plain\.json has no elapsed times"):
+        with_times([read_timings(plain)])
+    with pytest.raises(ValueError, match=r"plain\.json has no profile of prefill or decode"):
+        with_shares([read_timings(plain)], None)
+    with pytest.raises(ValueError, match=r"has no profile of 32 tokens; it has 16, 64"):
+        with_shares([read_timings(written(tmp_path))], 32)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is not JSON"),
+        ("[]", "must hold a JSON object"),
+        ("{}", "is not a profile.json of graphmoe profile, or a result of pytest benchmarks: KeyError"),
+        ('{"conditions": {"device": "x"}, "profiles": [{"phase": "decode"}]}', "KeyError"),
+        ('{"conditions": 3, "profiles": []}', "TypeError"),
+        (
+            json.dumps({"conditions": {"device": "x"}, "profiles": [profile("a", "decode", 4, 0.0)]}),
+            "has no time in it",
+        ),
+    ],
+)
+def test_files_of_another_kind_end_in_one_line(content, message, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    for which in ("latency", "composition"):
+        result = graphmoe(which, tmp_path / "a.json", "--out", tmp_path / "out")
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert result.stderr.startswith(f"graphmoe analyze {which}: error: ")
+        assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_not_there_or_twice(tmp_path):
+    file = written(tmp_path)
+    for arguments, message in (
+        (("latency", tmp_path / "no.json"), "there is no file"),
+        (("composition", file, file), "is named twice"),
+        (("latency", file, "--out", file), "is a file; it must be a folder"),
+    ):
+        result = graphmoe(*arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
