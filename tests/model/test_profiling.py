@@ -25,10 +25,6 @@ from graphmoe_model.profiling.report import markdown, print_report, warnings
 from graphmoe_tables.methods import METHODS, preset_settings
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model, tokens
 
-NAMES = {
-    **{("mixlora", 1): "MixLoRA", ("loramoe", 1): "LoRAMoE", ("mola", 1): "MoLA"},
-    **{("mixlora", 2): "", ("loramoe", 2): "(LoRAMoE)", ("mola", 2): "(MoLA)"},
-}
 ADAPTERS = {
     "none": {"attention", "mlp", "other"},
     "MixLoRA (T=1)": {"attention", "mlp", "experts", "routing", "other"},
@@ -280,7 +276,7 @@ def test_adapters_are_called_by_their_method():
 def test_fresh_adapters_of_every_method_have_their_time_in_its_parts(method, rounds):
     """At the sizes that its paper gives it; a later round has a GRU, whatever kind of experts it is on."""
     with with_fresh(tiny_model(), method, rounds) as (adapted, title):
-        assert title == f"{'' if rounds == 1 else 'GraphMoE'}{NAMES[method, rounds]} (T={rounds})"
+        assert title == f"{METHODS[method].name(False, rounds).replace('GraphMoE(MixLoRA)', 'GraphMoE')} (T={rounds})"
         config = adapted.peft_config["default"]
         assert {name: getattr(config, name) for name in preset_settings(method)} == {
             **preset_settings(method),
