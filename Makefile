@@ -9,7 +9,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.graphmoe-installed
 
 .DEFAULT_GOAL := help
-.PHONY: env demo study test test-all test-distributed test-newest test-oldest aot bench report gpu-report tune check clean help
+.PHONY: env demo study test test-all test-distributed test-newest test-oldest aot bench report gpu-report tune docs check clean help
 
 env: $(STAMP)  ## build .venv, or bring it up to date (instant when nothing changed)
 
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
 
-$(PY) .venv-distributed/bin/python .venv-newest/bin/python .venv-oldest/bin/python:
+$(PY) .venv-distributed/bin/python .venv-newest/bin/python .venv-oldest/bin/python .venv-docs/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.11 or newer, or name one: make env PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "make: $$($(PYTHON) --version) is too old: GraphMoE needs Python 3.11 or newer. Name one: make env PYTHON=python3.12" >&2; exit 1; }
@@ -93,6 +93,14 @@ gpu-report: env  ## make bench on a GPU in 8.5 minutes, the most important first
 tune: env  ## try configurations of the kernels on this GPU and write the fastest right ones to graphmoe_kernels/configs/
 	$(PY) -m benchmarks.gpu_report --minutes 9 --groups tune $(ARGS)
 
+# The site is made from sources and docstrings as text, so its environment has nothing of the project's.
+docs: .venv-docs/.installed  ## the documentation as a site in site/, every link checked; without a network once installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build $(ARGS)
+
+.venv-docs/.installed: docs/requirements.txt | .venv-docs/bin/python
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch $@
+
 check: env  ## lint, format, types, import contracts
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -100,7 +108,7 @@ check: env  ## lint, format, types, import contracts
 	$(VENV)/bin/lint-imports
 
 clean:  ## remove build products, caches and the environment's stamp (not the environments .venv*, not demo_report/)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis $(STAMP)
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis $(STAMP)
 	find . -path './$(VENV)*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## this list

@@ -34,7 +34,7 @@ class TaskBalance(NamedTuple):
     Attributes:
         adapter, task: their names.
         tokens: how many were counted: those of the prompts.
-        shares: router name -> [T][n], each round's adding up to 1; of the choices, or of the routing probability where
+        shares: router name -> [T, n], each round's adding up to 1; of the choices, or of the routing probability where
             routing is dense.
         rounds: by round, of the routers of MLPs.
         attention: of the routers on attention projections, which run in no rounds; None where there are none.
@@ -89,7 +89,7 @@ def round_balances(shares: Mapping[str, Sequence[Sequence[float]]]) -> list[Roun
     """Return how even each round's shares are; routers may have different numbers of experts.
 
     Args:
-        shares: router name -> [T][n].
+        shares: router name -> [T, n].
     """
     rounds = zip(*shares.values(), strict=True)  # of each round, the shares of every router
     return [_round_balance(list(routers)) for routers in rounds]

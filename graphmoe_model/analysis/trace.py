@@ -19,8 +19,8 @@ class RouterTrace(NamedTuple):
 
     Attributes:
         num_experts: n.
-        experts: [T][N][k], by falling probability.
-        probabilities: [T][N][k], of the softmax over all experts.
+        experts: [T, N, k], by falling probability.
+        probabilities: [T, N, k], of the softmax over all experts.
     """
 
     num_experts: int
