@@ -12,6 +12,7 @@ from graphmoe_cli.arguments import ListCommand
 from graphmoe_cli.convert import convert
 from graphmoe_cli.data import data
 from graphmoe_cli.evaluate import compare, evaluate
+from graphmoe_cli.export import export
 from graphmoe_cli.memory import memory
 from graphmoe_cli.params import params
 from graphmoe_cli.profile import profile
@@ -28,6 +29,7 @@ app.command(cls=ListCommand)(profile)
 app.command(cls=ListCommand)(params)
 app.command(cls=ListCommand)(memory)
 app.command()(convert)
+app.command()(export)
 app.add_typer(data)
 app.command(name="eval", cls=ListCommand)(evaluate)
 app.command()(compare)

@@ -13,7 +13,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-OURS = {"graphmoe_cli", "graphmoe_kernels", "graphmoe_model", "graphmoe_tables", "benchmarks", "tests"}
+OURS = {
+    "graphmoe_cli",
+    "graphmoe_inference",
+    "graphmoe_kernels",
+    "graphmoe_model",
+    "graphmoe_tables",
+    "benchmarks",
+    "tests",
+}
 # They only pass a call on: a warning, a module's forward, a decorator, a lazy import, a class that is built.
 BETWEEN = {"warnings", "torch.nn.modules.module", "typing_extensions", "contextlib", "functools", "dataclasses"}
 

@@ -15,9 +15,11 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from graphmoe_model import GraphMoEConfig
+from graphmoe_model.exporting import export_for_inference
 from graphmoe_model.questions.json_lines import write_questions
 from tests.model.peer_format import peer_settings, write_peer
 from tests.model.questions_made import byte_level, made_questions, small_llama
+from tests.model.tiny_models import tiny_config
 from tests.test_docs import PAGES, ROOT, blocks
 
 ELSEWHERE = {"README.md", "docs/layer.md", "docs/checkpoints.md", "docs/extending.md"}
@@ -43,6 +45,14 @@ def methods() -> dict[str, Any]:
     return {}
 
 
+def inference() -> dict[str, Any]:
+    """An adapter's model, exported."""
+    tokenizer = byte_level()
+    model = get_peft_model(small_llama(tokenizer), tiny_config(init_lora_weights=False))
+    export_for_inference(model.eval(), "exported", tokenizer)
+    return {}
+
+
 def questions() -> dict[str, Any]:
     write_questions(Path("mine.jsonl"), made_questions(4))
     return {}
@@ -62,6 +72,10 @@ def check_methods(names: dict[str, Any]) -> None:
     assert Path("my-graphmoe/adapter_model.safetensors").exists()
 
 
+def check_inference(names: dict[str, Any]) -> None:
+    assert not any(parameter.requires_grad for parameter in names["model"].parameters())
+
+
 def check_evaluate(names: dict[str, Any]) -> None:
     assert names["results"][0].questions == 4
 
@@ -78,6 +92,7 @@ def check_training(names: dict[str, Any]) -> None:
 
 RUN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
     "docs/evaluate.md": (evaluate, check_evaluate),
+    "docs/inference.md": (inference, check_inference),
     "docs/methods.md": (methods, check_methods),
     "docs/questions.md": (questions, check_questions),
     "docs/training.md": (training, check_training),

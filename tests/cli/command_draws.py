@@ -160,6 +160,7 @@ FLAGS = {
         for kind in ("sensitivity", "parameters", "activated", "latency", "composition")
     },
     "compare": ["--help", "--nothing", "--"],
+    "export": ["--allow-other-base", "--help", "--nothing", "extra", "--"],
     "data": ["--to", "--nothing", "--help", "extra", "--"],
     "memory": ["--json", "--checkpointing", "--no-checkpointing", "--help", "--nothing", "--", "extra"],
     "params": ["--json", "--dora", "--no-dora", "--help", "--nothing", "--", "extra"],
@@ -175,6 +176,12 @@ VALUES = {
     "train": TRAIN,
     "eval": EVAL,
     "compare": COMPARE,
+    "export": {
+        "--model": MODELS,
+        "--adapter": ["ROUTED", *ADAPTERS],
+        "--output": ["TMP/new", "TMP/new/er", "EMPTY", "BASE", "FILE", "FILE/new", ""],
+        **{name: EVAL[name] for name in ("--gguf-file", "--dtype")},
+    },
     "analyze balance": ANALYZE,
     "analyze sensitivity": {**SWEEP, "--rounds": NUMBERS, "--scales": ["0.25", *NUMBERS]},
     "analyze parameters": {**SWEEP, "--ranks": NUMBERS},
@@ -232,6 +239,8 @@ def lines(draw: Any, command: str) -> list[str]:
     elif command.startswith("analyze") and draw(st.integers(0, 5)):
         words += ["--model", "MODEL", "--adapter", "ROUTED", "--data", "ASKED.JSONL", "--device", "cpu"]
         words += ["--no-plot"] * draw(st.integers(0, 4))
+    elif command == "export" and draw(st.integers(0, 5)):
+        words += ["--model", "MODEL", "--adapter", "ROUTED", "--output", "TMP/new"]
     elif command == "compare":
         words += draw(st.lists(st.sampled_from(EVALUATIONS), min_size=1, max_size=3))
     options = VALUES[command]

@@ -14,9 +14,9 @@ import pytest
 
 from graphmoe_tables.tasks import MODELS, TASKS
 
-HEAVY = ("torch", "transformers", "peft", "matplotlib", "graphmoe_kernels", "graphmoe_model")
+HEAVY = ("torch", "transformers", "peft", "matplotlib", "graphmoe_kernels", "graphmoe_inference", "graphmoe_model")
 COMMANDS = (
-    *("profile", "params", "memory", "convert", "data", "data fetch", "train", "eval", "compare"),
+    *("profile", "params", "memory", "convert", "data", "data fetch", "train", "eval", "compare", "export"),
     *("analyze", "analyze balance", "analyze trace"),
     *("analyze sensitivity", "analyze parameters", "analyze activated"),
     *("analyze latency", "analyze composition"),
@@ -90,6 +90,8 @@ WRONG = {
     "analyze parameters --config none.yaml": "Missing option '--ranks'",
     "analyze latency": "Missing argument",
     "analyze composition none.json": "there is no file none.json",
+    "export --model m --adapter a": "Missing option '--output'",
+    "export --model m --adapter a --output /tmp": "--output /tmp is there already; name a new folder",
     "convert a": "Missing argument",
     "convert a b --to gguf": "'gguf' is not one of 'graphmoe'",
     "convert a b --rounds 0": "rounds must be at least 1, got 0",

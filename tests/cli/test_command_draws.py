@@ -13,6 +13,7 @@ import pytest
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -27,20 +28,13 @@ from tests.cli.command_draws import FLAGS, VALUES, lines
 from tests.drawing import make_draws
 from tests.model import training_runs
 from tests.model.peer_format import peer_settings, write_peer
-from tests.model.tiny_models import tiny_model, tiny_peft_model
+from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
 
 WEIGHTS = "adapter_model.safetensors"
 COMMANDS = [
-    "params",
-    "convert",
-    "profile",
-    "memory",
-    "data",
-    "train",
-    "eval",
-    "compare",
-    "analyze balance",
-    "analyze trace",
+    *("params", "convert", "profile", "memory", "data", "train", "eval", "compare", "export"),
+    *("analyze balance", "analyze trace", "analyze sensitivity", "analyze parameters", "analyze activated"),
+    *("analyze latency", "analyze composition"),
 ]
 
 
@@ -62,6 +56,8 @@ def places(tmp_path_factory) -> Path:
     save_file({name: t * float("nan") for name, t in tensors.items()}, found["NAN"] / WEIGHTS)
     found["EMPTY"].mkdir()
     training_runs.make_base(root / "model")
+    routed = get_peft_model(AutoModelForCausalLM.from_pretrained(root / "model"), tiny_config())
+    routed.save_pretrained(root / "routed")
     training_runs.write_questions(root / "asked.jsonl", 12)
     (root / "recipe.yaml").write_text(yaml.safe_dump(training_runs.SMALL), encoding="utf-8")
     swept = {**training_runs.SMALL, "model": str(root / "model"), "data": [str(root / "asked.jsonl")]}

@@ -1,0 +1,89 @@
+"""Loads an exported model: the base by Transformers, then the adapter's layers in the place of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from graphmoe_inference.folder import BASE, WEIGHTS, ExportedModel, read_export
+from graphmoe_inference.layers import LoRALinear, RethinkingMLP, RoutedLinear
+
+
+def load_for_inference(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load a model that `graphmoe_model.exporting.export_for_inference` wrote, ready to generate.
+
+    It is the base's own class, frozen and in evaluation mode, with the adapter's layers in it; folds are computed here
+    and not in the first forward. The tokenizer is in the folder's ``base``:
+    ``AutoTokenizer.from_pretrained(f"{folder}/base")``.
+
+    Args:
+        folder: of the export.
+        dtype: of the base's weights; None: as they were exported. The adapter keeps its own.
+        device: where it goes.
+
+    Raises:
+        ValueError: as `read_export`; the base lacks weights or a module that the adapter is on, or the weights' file
+            lacks a tensor or has another one.
+    """
+    folder = Path(folder)
+    exported = read_export(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder / BASE, dtype="auto" if dtype is None else dtype, output_loading_info=True, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / BASE} holds no model: {error}; export the model again") from error
+    model, found = loaded
+    if found["missing_keys"]:
+        raise ValueError(f"{folder / BASE} lacks weights: {sorted(found['missing_keys'])[:4]}; export the model again")
+    # Copies: a file's tensors lie where the file has them, and products at odd addresses round otherwise.
+    tensors = {key: tensor.clone() for key, tensor in load_file(folder / WEIGHTS).items()}
+    put_into(model, exported, tensors, str(folder))
+    model = model.to(device).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, RethinkingMLP | RoutedLinear):
+            module.prepare()
+    return model
+
+
+def put_into(model: nn.Module, exported: ExportedModel, tensors: dict[str, Tensor], source: str) -> None:
+    """Put an adapter's layers in the place of a model's own modules.
+
+    Args:
+        model: the base.
+        exported: the adapter's settings and modules.
+        tensors: of the adapter, by module and name.
+        source: what errors name.
+
+    Raises:
+        ValueError: the model has no such module, or tensors that are missing or too many.
+    """
+    by_module: dict[str, dict[str, Tensor]] = {name: {} for name in (*exported.mlps, *exported.linears)}
+    for key, tensor in tensors.items():
+        module = next((name for name in by_module if key.startswith(f"{name}.")), None)
+        if module is None:
+            raise ValueError(f"{source} has the tensor {key}, which is of no module of its configuration")
+        by_module[module][key.removeprefix(f"{module}.")] = tensor
+    for name, mlp in exported.mlps.items():
+        _replace(model, name, source, partial(RethinkingMLP, exported=exported, own=mlp, tensors=by_module[name]))
+    for name, linear in exported.linears.items():
+        kind: Any = LoRALinear if linear.num_experts is None else RoutedLinear
+        _replace(model, name, source, partial(kind, exported=exported, own=linear, tensors=by_module[name]))
+
+
+def _replace(model: nn.Module, name: str, source: str, make: Callable[[Any], nn.Module]) -> None:
+    parent, _, last = name.rpartition(".")
+    try:
+        base = model.get_submodule(name)
+        setattr(model.get_submodule(parent), last, make(base))
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{source} does not fit its base: {name}: {error}; export the model again") from error

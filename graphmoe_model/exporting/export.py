@@ -1,0 +1,225 @@
+"""Writes the base and the active adapter of a PEFT model as `graphmoe_inference.load_for_inference` reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoRALinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from graphmoe_inference.folder import BASE, CONFIG, WEIGHTS, ExportedModel, LinearExport, MLPExport, digest
+from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.layers.ffn import FusedGraphMoEFFN
+from graphmoe_model.layers.linear import RoutedLoRALinear
+from graphmoe_model.machine import installed_version
+from graphmoe_model.module_names import plain_name
+from graphmoe_model.storage.dequantise import is_linear, is_quantised
+
+PACKAGES = ("graphmoe", "torch", "transformers", "peft")
+
+
+def export_for_inference(
+    model: PeftModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> ExportedModel:
+    """Write a PEFT model's base and active adapter into one folder, whole or not at all.
+
+    ``graphmoe_inference.load_for_inference(folder)`` then loads it without PEFT, and gives the same logits. Layers
+    without the adapter stay as they are. The model stays as it was.
+
+    Args:
+        model: with one active GraphMoE adapter, its weights in place.
+        folder: new, or empty.
+        tokenizer: saved with the base.
+
+    Returns:
+        What the folder's description says.
+
+    Raises:
+        TypeError: it is no PEFT model with a GraphMoE adapter.
+        ValueError: the folder holds something, the base is quantised, or the adapter trains more than its own layers
+            (``modules_to_save``, tokens), counts at another scale than it was trained with, is on linears that are not
+            plain ones, or is split over devices or processes.
+    """
+    folder = Path(folder)
+    config = _config(model)
+    _check_model(model)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already; name a new folder")
+    base: Any = model.get_base_model()
+    name = model.active_adapter
+    mlps, linears, tensors = _adapter(base, str(name), config)
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        (new / BASE).mkdir(parents=True)
+        _write_base(base, new / BASE, tokenizer)
+        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, new / WEIGHTS)
+        exported = _described(config, mlps, linears, digest(new / WEIGHTS))
+        text = json.dumps(exported.as_config(base.config.to_dict()), indent=2, default=str) + "\n"
+        (new / CONFIG).write_text(text, encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        os.replace(new, folder)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written: {error.strerror or error}; name another folder") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return exported
+
+
+def _config(model: Any) -> GraphMoEConfig:
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"expected a PeftModel with a GraphMoE adapter, got {type(model).__name__}")
+    config = model.peft_config[str(model.active_adapter)]
+    if not isinstance(config, GraphMoEConfig):
+        raise TypeError(f"the active adapter {model.active_adapter!r} is of {type(config).__name__}, not of GraphMoE")
+    return config
+
+
+def _check_model(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        plain = plain_name(name)
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"{plain} was trained beside the adapter (modules_to_save, trainable_token_indices), which an export "
+                "does not hold; load this adapter by PEFT"
+            )
+        if not isinstance(module, BaseTunerLayer) and is_linear(module) and is_quantised(module):
+            raise ValueError(
+                f"{plain} is quantised: an export holds dense weights; load the base without quantisation and attach "
+                "the adapter to it"
+            )
+    devices = {p.device.type for p in model.parameters()}
+    if "meta" in devices:
+        raise ValueError("some weights hold no data (meta device, offloading); load the model whole")
+
+
+def _adapter(
+    base: nn.Module, name: str, config: GraphMoEConfig
+) -> tuple[dict[str, MLPExport], dict[str, LinearExport], dict[str, Tensor]]:
+    """The modules that the adapter is on, and its tensors by module and name."""
+    mlps: dict[str, MLPExport] = {}
+    linears: dict[str, LinearExport] = {}
+    tensors: dict[str, Tensor] = {}
+    for module_name, module in base.named_modules():
+        if not isinstance(module, BaseTunerLayer) or name not in _adapters_of(module):
+            continue
+        path = _place(module_name)
+        scale = _trained_scale(module, path, name)
+        own: Any = module
+        if isinstance(module, FusedGraphMoEFFN):
+            layout, adapter = own._base().layout, own.adapter(name)
+            linear_names = (layout.gate, layout.up, layout.down)
+            mlps[path] = MLPExport(*linear_names, own.traits.activation, adapter.num_experts, scale)
+            found = dict(adapter.named_parameters())
+        elif isinstance(module, RoutedLoRALinear):
+            linears[path] = LinearExport(scale, own.adapter(name).num_experts)
+            found = dict(own.adapter(name).named_parameters())
+        else:
+            linears[path] = LinearExport(scale)
+            found = _lora_tensors(module, path, name, config)
+        tensors |= {f"{path}.{key}": tensor for key, tensor in found.items()}
+    return mlps, linears, tensors
+
+
+def _adapters_of(module: Any) -> Any:
+    return getattr(module, "lora_graphmoe", None) or getattr(module, "lora_A", {})
+
+
+def _trained_scale(module: Any, path: str, name: str) -> float:
+    """s of a layer, as it was trained."""
+    if isinstance(module, LoRALinear):
+        rank, alpha = module.r[name], module.lora_alpha[name]
+        trained = alpha / (rank**0.5 if module.use_rslora[name] else rank)
+    else:
+        trained = module.adapter(name).scale
+    if module.scaling[name] != trained:
+        raise ValueError(
+            f"{path} counts {module.scaling[name] / trained:g} times what it was trained with, and an export holds "
+            "adapters as they were trained: set the scale back to 1"
+        )
+    return float(trained)
+
+
+def _lora_tensors(module: Any, path: str, name: str, config: GraphMoEConfig) -> dict[str, Tensor]:
+    """A and B of plain LoRA, and DoRA's scale of the rows, as PEFT computes it."""
+    if not isinstance(module, LoRALinear) or module.fan_in_fan_out:
+        raise ValueError(f"{path} is a {type(module).__name__}; an export holds LoRA on plain linears")
+    lora_A, lora_B = module.lora_A[name], module.lora_B[name]
+    A: Any = lora_A.weight
+    B: Any = lora_B.weight
+    if lora_B.bias is not None:
+        raise ValueError(f"{path} has a bias in its LoRA (lora_bias), which an export does not hold")
+    found: dict[str, Tensor] = {"A": A, "B": B}
+    if config.use_dora:
+        vector: Any = module.lora_magnitude_vector[name]
+        weight: Any = module.get_base_layer().weight
+        with torch.no_grad():
+            added = vector.get_lora_weight(lora_A=lora_A, lora_B=lora_B, adapter_name=name)
+            norm = vector.get_weight_norm(weight.to(A.dtype), added.to(A.dtype), module.scaling[name])
+            found["dora_scale"] = (vector.weight / norm).view(1, -1)
+    return found
+
+
+def _write_base(base: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write the base as Transformers saves it, without what wraps its modules."""
+    tied = base.config.get_text_config().tie_word_embeddings
+    dropped = set(getattr(base, "_tied_weights_keys", None) or ()) if tied else set()
+    state = {}
+    for name, tensor in base.state_dict().items():
+        plain = _base_key(name)
+        if plain is not None and plain not in dropped:
+            state[plain] = tensor.detach()
+    save_torch_state_dict(state, folder)
+    base.config.save_pretrained(folder)
+    if getattr(base, "generation_config", None) is not None:
+        base.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _base_key(name: str) -> str | None:
+    """A tensor's name in the base alone; None if it is an adapter's."""
+    parts = plain_name(name).split(".")
+    if any(part == "lora_graphmoe" or part.startswith("lora_") for part in parts):
+        return None
+    return ".".join(part for part in parts if part != "base_layer")
+
+
+def _place(name: str) -> str:
+    """A module's name in the base alone."""
+    return ".".join(part for part in plain_name(name).split(".") if part != "base_layer")
+
+
+def _described(
+    config: GraphMoEConfig, mlps: dict[str, MLPExport], linears: dict[str, LinearExport], weights: str
+) -> ExportedModel:
+    method = config.base_method
+    return ExportedModel(
+        title=config.title,
+        routers=method.routers,
+        dense=method.dense,
+        use_dora=bool(config.use_dora),
+        rounds=config.rounds,
+        top_k=config.top_k,
+        norm_topk_prob=config.norm_topk_prob,
+        candidate_input=config.candidate_input,
+        candidate_activation=config.candidate_activation,
+        fold=config.fold,
+        backend=config.backend,
+        mlps=mlps,
+        linears=linears,
+        weights=weights,
+        made_by={package: found for package in PACKAGES if (found := installed_version(package)) is not None},
+    )
