@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from graphmoe_kernels._ops import ops
 from graphmoe_kernels.backend import standing_for
 from graphmoe_kernels.launching import Launch, recorded, stubbed
 from graphmoe_kernels.registration import followed_inside
@@ -75,7 +76,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "graphmoe":  # not the shapes alone, which is what tensors on meta are given
+        if func.namespace == ops.name:  # not the shapes alone, which is what tensors on meta are given
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         found = func(*args, **kwargs)

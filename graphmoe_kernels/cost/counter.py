@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from graphmoe_kernels._ops import ops
 from graphmoe_kernels.cost.model import fold_build, multiply_adds, prepare_build
 from graphmoe_kernels.cost.sizes import Sizes
 from graphmoe_kernels.experts import op
@@ -60,14 +61,14 @@ def _product_in_place(target: Tensor, a: Tensor, b: Tensor, **_: object) -> int:
 
 
 _OPERATORS = {
-    torch.ops.graphmoe.expert_swiglu: _on_pytorch(op.run_experts_flat, -1),
-    torch.ops.graphmoe.expert_swiglu_backward: _on_pytorch(op.run_experts_backward_flat, -2),
-    torch.ops.graphmoe.swiglu: _on_pytorch(op.run_swiglu_flat, -1),
-    torch.ops.graphmoe.swiglu_backward: _on_pytorch(op.run_swiglu_backward_flat, -2),
+    ops.expert_swiglu: _on_pytorch(op.run_experts_flat, -1),
+    ops.expert_swiglu_backward: _on_pytorch(op.run_experts_backward_flat, -2),
+    ops.swiglu: _on_pytorch(op.run_swiglu_flat, -1),
+    ops.swiglu_backward: _on_pytorch(op.run_swiglu_backward_flat, -2),
     torch.ops.aten.addmm_: _product_in_place,
     # These are registered for Triton alone.
     **{
-        getattr(torch.ops.graphmoe, name): _refuse
+        getattr(ops, name): _refuse
         for name in ("route", "topk_softmax", "routing_backward", "gru_step", "gru_step_backward")
     },
 }

@@ -1,4 +1,4 @@
-"""Registration of `graphmoe::expert_swiglu` and `graphmoe::swiglu` with torch: schemas, fakes (shapes only), backward.
+"""Registration of `expert_swiglu` and `swiglu` with torch: schemas, fakes (shapes only), backward.
 
 As a registered operator a backend's loop or launch is one opaque node for torch.compile and export: no graph break,
 whatever the token count. The flat form of the operands is known here alone.
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphmoe_kernels._ops import add_op_namespace_prefix
 from graphmoe_kernels.backend import without_autocast
 from graphmoe_kernels.experts import pytorch, pytorch_swiglu
 from graphmoe_kernels.experts.operands import FLOATING, Dropout, ExpertOperands, GateUp, LowRankUpdate
@@ -128,9 +129,10 @@ def _register(
     found = "Tensor" if len(outputs) == 1 else f"({', '.join('Tensor' for _ in outputs)})"
     grads = ", ".join(f"Tensor grad_{each}" for each in outputs)
     count, tensors = len(floating), inputs.count("Tensor")
-    operator = torch.library.custom_op(f"graphmoe::{name}", run, mutates_args=(), schema=f"({inputs}) -> {found}")
+    schema = f"({inputs}) -> {found}"
+    operator = torch.library.custom_op(add_op_namespace_prefix(name), run, mutates_args=(), schema=schema)
     backward_operator = torch.library.custom_op(
-        f"graphmoe::{name}_backward",
+        add_op_namespace_prefix(f"{name}_backward"),
         run_backward,
         mutates_args=(),
         schema=f"({grads}, {inputs}, bool[] needed) -> Tensor[]",

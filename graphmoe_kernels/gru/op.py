@@ -1,4 +1,4 @@
-"""`graphmoe::gru_step` and its backward, registered with `torch.library`: schema, fake tensors, autograd."""
+"""`gru_step` and its backward, registered with `torch.library`: schema, fake tensors, autograd."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphmoe_kernels._ops import add_op_namespace_prefix
 from graphmoe_kernels.backend import without_autocast
 from graphmoe_kernels.gru.triton import launch
 
 
-@torch.library.custom_op("graphmoe::gru_step", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gru_step"), mutates_args=())
 def step(
     inputs: Tensor,
     recurrent: Tensor | None,
@@ -40,7 +41,7 @@ def _(inputs, recurrent, state, total, candidate_weight, candidate_bias, candida
     return inputs.new_empty(num_tokens, 2 * width), inputs.new_empty(kept, dtype=torch.float32)
 
 
-@torch.library.custom_op("graphmoe::gru_step_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gru_step_backward"), mutates_args=())
 def step_backward(
     grad: Tensor,
     inputs: Tensor,
@@ -109,7 +110,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     if grad is None:
         return (None,) * 8
     if not ctx.save:
-        raise RuntimeError("graphmoe::gru_step was called with save=False, which leaves no backward; pass save=True")
+        raise RuntimeError("gru_step was called with save=False, which leaves no backward; pass save=True")
     inputs, recurrent, state, candidate, weight, bias = ctx.saved_tensors
     _, needs_recurrent, needs_state, needs_total, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     width, later = bias.shape[0], state is not None

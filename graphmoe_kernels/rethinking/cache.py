@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from graphmoe_kernels._ops import add_op_namespace_prefix
 from graphmoe_kernels.rethinking import streams
 from graphmoe_kernels.rethinking.folding import FoldSettings, build_fold
 from graphmoe_kernels.rethinking.kinds import LayerWeights
@@ -248,7 +249,9 @@ def _alike(kept: list[Tensor], new: list[Tensor]) -> bool:
 
 
 # It asks the host whether weights changed: a replayed CUDA graph would not.
-@torch.library.custom_op("graphmoe::refresh_fold", mutates_args=("fold",), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op(
+    add_op_namespace_prefix("refresh_fold"), mutates_args=("fold",), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def refresh_fold(handle: Tensor, fold: list[Tensor], sources: list[Tensor], scale: float, candidate_input: str) -> None:
     """Bring the tensors of a cache's fold up to date with ``sources``; does nothing if they are.
 

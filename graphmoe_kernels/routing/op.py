@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphmoe_kernels._ops import add_op_namespace_prefix
 from graphmoe_kernels.backend import without_autocast
 from graphmoe_kernels.exact_linear import exact_linear
 from graphmoe_kernels.routing.triton import launch, launch_backward
 
 
-@torch.library.custom_op("graphmoe::route", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("route"), mutates_args=())
 def route_op(
     x: Tensor, router: Tensor, offset: Tensor | None, top_k: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,7 +26,7 @@ def _(x, router, offset, top_k, normalize):
     return launch.allocate(x, router.shape[0], top_k)
 
 
-@torch.library.custom_op("graphmoe::topk_softmax", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("topk_softmax"), mutates_args=())
 def topk_softmax_op(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     """Return routing weights and expert ids of fp32 logits: see `graphmoe_kernels.routing.triton.launch`."""
     return launch.topk_softmax(logits, top_k, normalize)
@@ -36,7 +37,7 @@ def _(logits, top_k, normalize):
     return launch.allocate(logits, 0, top_k)[1:]
 
 
-@torch.library.custom_op("graphmoe::routing_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("routing_backward"), mutates_args=())
 def routing_backward_op(
     d_routing_weights: Tensor | None,
     d_logits: Tensor | None,

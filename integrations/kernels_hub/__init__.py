@@ -1,0 +1,1 @@
+"""`graphmoe_kernels` as a kernel for Hugging Face's kernels hub: the repository that kernel-builder builds."""
