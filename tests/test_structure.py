@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     *("graphmoe_tables", "graphmoe_kernels", "graphmoe_model", "graphmoe_cli"),
-    *("benchmarks", "experiments", "tests"),
+    *("benchmarks", "experiments", "integrations", "tests"),
 )
 FILE_LINES, KERNEL_LINES = 320, 90  # about 300 and about 80
 OPERATOR_ARGUMENTS, KERNEL_ARGUMENTS = 8, 22
