@@ -9,7 +9,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.graphmoe-installed
 
 .DEFAULT_GOAL := help
-.PHONY: env demo study test test-all test-distributed test-newest test-oldest aot bench report gpu-report tune docs check clean help
+.PHONY: env demo study test test-all test-distributed test-newest test-oldest aot bench report gpu-report tune docs notebook check clean help
 
 env: $(STAMP)  ## build .venv, or bring it up to date (instant when nothing changed)
 
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
 
-$(PY) .venv-distributed/bin/python .venv-newest/bin/python .venv-oldest/bin/python .venv-docs/bin/python:
+$(PY) .venv-distributed/bin/python .venv-newest/bin/python .venv-oldest/bin/python .venv-docs/bin/python .venv-notebook/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.11 or newer, or name one: make env PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "make: $$($(PYTHON) --version) is too old: GraphMoE needs Python 3.11 or newer. Name one: make env PYTHON=python3.12" >&2; exit 1; }
@@ -99,6 +99,18 @@ docs: .venv-docs/.installed  ## the documentation as a site in site/, every link
 
 .venv-docs/.installed: docs/requirements.txt | .venv-docs/bin/python
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch $@
+
+# From the wheel, in an environment of its own that sees what else .venv has, and in a folder that is not this one.
+notebook: .venv-notebook/.installed  ## build the wheel, install it, and run the notebook outside of the repository
+	rm -rf build dist && $(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	.venv-notebook/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall dist/*.whl
+	.venv-notebook/bin/python -P docs/notebooks/run.py docs/notebooks/first-steps.ipynb $(ARGS)
+
+.venv-notebook/.installed: docs/notebooks/requirements.txt $(STAMP) | .venv-notebook/bin/python
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > "$$(.venv-notebook/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	.venv-notebook/bin/python -m pip install --quiet --disable-pip-version-check -r docs/notebooks/requirements.txt -c constraints.txt
 	@touch $@
 
 check: env  ## lint, format, types, import contracts
