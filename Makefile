@@ -9,7 +9,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.graphmoe-installed
 
 .DEFAULT_GOAL := help
-.PHONY: env demo study test test-all test-distributed test-newest test-oldest aot bench report gpu-report tune docs notebook check clean help
+.PHONY: env demo study test test-all test-distributed test-newest test-oldest aot bench report gpu-report tune docs notebook dist check clean help
 
 env: $(STAMP)  ## build .venv, or bring it up to date (instant when nothing changed)
 
@@ -100,6 +100,14 @@ docs: .venv-docs/.installed  ## the documentation as a site in site/, every link
 .venv-docs/.installed: docs/requirements.txt | .venv-docs/bin/python
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
 	@touch $@
+
+# The wheel is built from the source distribution, so that both are whole; tried in an environment that has nothing else.
+dist: env  ## build wheel and source distribution, install the wheel into an empty environment, and use it there
+	rm -rf build dist .venv-dist
+	$(PY) -m build --quiet --outdir dist .
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[train]" -c constraints.txt
+	.venv-dist/bin/python -P tests/installed/check.py README.md
 
 # From the wheel, in an environment of its own that sees what else .venv has, and in a folder that is not this one.
 notebook: .venv-notebook/.installed  ## build the wheel, install it, and run the notebook outside of the repository

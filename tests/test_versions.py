@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 from transformers.integrations.peft import MIN_PEFT_VERSION
@@ -36,6 +37,15 @@ def requirements(extra: str | None = None) -> dict[str, Requirement]:
 def lower_bound(requirement: Requirement) -> Version:
     (bound,) = (Version(s.version) for s in requirement.specifier if s.operator == ">=")
     return bound
+
+
+def test_the_citation_is_of_this_version():
+    """What people cite is what they installed."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert str(cited["version"]) == project["version"]
+    assert cited["license"] == project["license"]
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)
 
 
 def test_the_oldest_set_is_the_lower_bounds():
