@@ -20,7 +20,7 @@ TASKS, HARD_TASKS = ("headlines",), ("social_iqa_small", "quartz")
 MODEL, GGUF_FILE = "smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Ranks with as many parameters as MixLoRA of rank 8 with its 4 experts; MATCHED_RANK: as GraphMoE with its GRUs.
 RANK, MATCHED_RANK, LORA_RANK, LORAMOE_RANK = 8, 13, 23, 9
-PLAIN_RATES = tuple(Rate(rate) for rate in (2e-4, 4e-4, 8e-4, 16e-4, 32e-4))
+PLAIN_RATES = tuple(Rate(rate) for rate in (2e-4, 4e-4, 8e-4, 16e-4, 32e-4, 1e-4))
 GRU_RATES = tuple(Rate(rate.learning_rate, 0.3) for rate in PLAIN_RATES)
 
 
