@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from graphmoe_inference.folder import BASE, CONFIG, WEIGHTS, ExportedModel, LinearExport, MLPExport, digest
@@ -48,8 +49,8 @@ def export_for_inference(
     Raises:
         TypeError: it is no PEFT model with a GraphMoE adapter.
         ValueError: the folder holds something, the base is quantised, or the adapter trains more than its own layers
-            (``modules_to_save``, tokens), counts at another scale than it was trained with, is on linears that are not
-            plain ones, or is split over devices or processes.
+            (``modules_to_save``, tokens), counts at another scale than it was trained with, or is on linears that are
+            not plain ones; weights are offloaded or split over processes; the folder cannot be written.
     """
     folder = Path(folder)
     config = _config(model)
@@ -100,9 +101,13 @@ def _check_model(model: nn.Module) -> None:
                 f"{plain} is quantised: an export holds dense weights; load the base without quantisation and attach "
                 "the adapter to it"
             )
-    devices = {p.device.type for p in model.parameters()}
-    if "meta" in devices:
-        raise ValueError("some weights hold no data (meta device, offloading); load the model whole")
+    for name, parameter in model.named_parameters():
+        # Of ZeRO-3 and of FSDP a parameter is a part, of offloading it is nowhere.
+        if parameter.is_meta or isinstance(parameter, DTensor) or hasattr(parameter, "ds_id"):
+            raise ValueError(
+                f"{plain_name(name)} holds no whole weight here (offloading, FSDP, ZeRO-3); save the adapter, and "
+                "export it in one process with the model loaded whole"
+            )
 
 
 def _adapter(
@@ -174,7 +179,7 @@ def _lora_tensors(module: Any, path: str, name: str, config: GraphMoEConfig) -> 
 
 def _write_base(base: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Write the base as Transformers saves it, without what wraps its modules."""
-    tied = base.config.get_text_config().tie_word_embeddings
+    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
     dropped = set(getattr(base, "_tied_weights_keys", None) or ()) if tied else set()
     state = {}
     for name, tensor in base.state_dict().items():

@@ -200,6 +200,14 @@ def full(tmp_path: Path) -> PeftModel:
     return routed()
 
 
+def nowhere(_: Path) -> PeftModel:
+    """As offloading leaves it."""
+    model = routed()
+    norm = model.base_model.model.model.norm
+    norm.weight = torch.nn.Parameter(norm.weight.to("meta"))
+    return model
+
+
 def scaled(tmp_path: Path) -> PeftModel:
     model = routed()
     model.base_model.model.model.layers[0].mlp.set_scale("default", 0.5)
@@ -219,6 +227,7 @@ REFUSED = {
         r"lm_head was trained beside the adapter \(modules_to_save",
     ),
     "another scale": (scaled, ValueError, r"layers\.0\.mlp counts 0\.5 times what it was trained with"),
+    "no weights": (nowhere, ValueError, r"model\.norm\.weight holds no whole weight here"),
     "a full folder": (full, ValueError, "is there already; name a new folder"),
 }
 
