@@ -71,7 +71,7 @@ def test_logits_are_those_of_the_exported_model(vllm, form, tmp_path):
 def test_layers_are_those_of_the_exported_model_to_the_bit(vllm, form, tmp_path):
     """Nothing is merged into a weight, where it would be rounded: the sums are in the order in which they were."""
     folder = exported(tmp_path / "out", form)
-    model, settings = loaded(folder)
+    model, _ = loaded(folder)
     own = load_for_inference(folder)
     kinds = (RethinkingMLP, LoRALinear, RoutedLinear)
     expected = [module for module in own.modules() if isinstance(module, kinds)]
@@ -154,7 +154,8 @@ def test_compiled_graphs_see_one_operator(vllm, tmp_path):
     with context.set_forward_context([7], settings), torch.inference_mode():
         assert torch.equal(compiled(x), mlp(x))
         assert torch.equal(compiled(x[:3]), mlp(x[:3]))
-    assert seen == ["graphmoe_vllm.layer"] or [name.rsplit(".", 1)[0] for name in seen] == ["graphmoe_vllm.layer"]
+    assert len(seen) == 1
+    assert seen[0].startswith("graphmoe_vllm.layer")
 
 
 def test_the_configuration_is_the_base_s_and_goes_to_other_processes(vllm, tmp_path):

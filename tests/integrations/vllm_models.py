@@ -35,8 +35,9 @@ def stand_in(monkeypatch: Any) -> Iterator[None]:
         del sys.modules[name]
     monkeypatch.syspath_prepend(str(STAND_IN))
     monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entry_points() if group == GROUP else [])
-    importlib.import_module("vllm.plugins").load_general_plugins()
+    with monkeypatch.context() as installed:
+        installed.setattr(importlib.metadata, "entry_points", lambda group: entry_points() if group == GROUP else [])
+        importlib.import_module("vllm.plugins").load_general_plugins()
     yield
     for name in [name for name in sys.modules if name.split(".")[0] in ours]:
         del sys.modules[name]

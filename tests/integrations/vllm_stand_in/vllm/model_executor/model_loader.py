@@ -1,4 +1,4 @@
-"""Loads a model as the default loader does: construct in the model's dtype, stream weights, check, finish the linears."""
+"""Loads a model as the default loader does: made in the model's dtype, weights streamed and checked, linears finished."""
 
 from __future__ import annotations
 
