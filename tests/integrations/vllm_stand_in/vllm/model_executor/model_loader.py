@@ -1,4 +1,4 @@
-"""Loads a model as the default loader does: made in the model's dtype, weights streamed and checked, linears finished."""
+"""Loads a model as the default loader does: weights streamed into it by name, checked, and its linears finished."""
 
 from __future__ import annotations
 
