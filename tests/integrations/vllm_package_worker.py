@@ -1,14 +1,16 @@
-"""Loads exported folders by the real vLLM and writes their logits; started by `test_vllm_package.py`.
+"""Loads exported folders by the real vLLM and writes logits or errors; started by `test_vllm_package.py`.
 
-vLLM's kernels are compiled for its device and do not load elsewhere. So attention is computed here by PyTorch, without a
-cache of keys and values, and vLLM's other operators run in their own PyTorch form. All else is vLLM's: plugins, the
+vLLM's kernels are compiled for its device and do not load elsewhere. So attention is computed here by PyTorch, without
+a cache of keys and values, and vLLM's other operators run in their own PyTorch form. All else is vLLM's: plugins, the
 configuration, the registry, the loader, the models.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from pathlib import Path
 
 os.environ |= {"VLLM_TARGET_DEVICE": "cpu", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
@@ -27,18 +29,29 @@ def attention(self, query, key, value, output_shape=None, output_dtype=None):
     return out.transpose(1, 2).reshape(query.shape)
 
 
-def main(ids_file: str, *folders: str) -> None:
-    from vllm.engine.arg_utils import EngineArgs
+def main(jobs_file: str, ids_file: str) -> None:
+    """Run each job: a folder, options of the engine, and the file for the logits, or for the error's text."""
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
     ids = torch.load(ids_file)
-    for number, folder in enumerate(folders):
-        arguments = EngineArgs(model=folder, enforce_eager=True, max_model_len=64, max_num_seqs=4, dtype="float32")
-        settings = arguments.create_engine_config()
-        if number == 0:
-            start(settings)
-        torch.save(logits(settings, ids), f"{folder}/logits.pt")
+    for job in json.loads(Path(jobs_file).read_text()):
+        try:
+            found = logits(engine(job["folder"], **job["options"]), ids)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        torch.save(found, job["output"])
+
+
+def engine(folder, **options):
+    from vllm.distributed import parallel_state
+    from vllm.engine.arg_utils import EngineArgs
+
+    given = {"enforce_eager": True, "max_model_len": 64, "max_num_seqs": 4, "dtype": "float32", **options}
+    settings = EngineArgs(model=folder, **given).create_engine_config()
+    if not parallel_state.model_parallel_is_initialized():
+        start(settings)
+    return settings
 
 
 def start(settings) -> None:
