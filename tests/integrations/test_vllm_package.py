@@ -78,6 +78,13 @@ def test_logits_are_those_of_the_exported_model(installed, tmp_path):
         torch.testing.assert_close(found, own_logits(folder), **CLOSE)
 
 
+def test_half_precision(installed, tmp_path):
+    folder = exported(tmp_path / "out", base=tiny_model(**SIZE))
+    (found,) = run(installed, tmp_path, (folder, {"dtype": "bfloat16"}))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), own_logits(folder), atol=0.3, rtol=0.1)
+
+
 def test_what_cannot_be_served_is_refused_by_name(installed, tmp_path):
     """By vLLM where its own words say what to leave out, else by the plugin."""
     folder = exported(tmp_path / "out", base=tiny_model(**SIZE))
