@@ -5,6 +5,7 @@
 - ``config.json``: of the model type ``graphmoe``, which Transformers does not know, so that nothing loads the base
   alone in the belief that it is the whole model. Under ``graphmoe`` it has what `ExportedModel` holds.
 - ``graphmoe.safetensors``: the adapter's tensors, by module and name, as ``model.layers.0.mlp.router.weight``.
+- the tokenizer and ``generation_config.json`` once more, as servers read them from a model's own folder.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ def export_for_inference(
     try:
         (new / BASE).mkdir(parents=True)
         _write_base(base, new / BASE, tokenizer)
+        _write_settings(base, new, tokenizer)
         save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, new / WEIGHTS)
         exported = _described(config, mlps, linears, digest(new / WEIGHTS))
         text = json.dumps(exported.as_config(base.config.to_dict()), indent=2, default=str) + "\n"
@@ -188,6 +189,11 @@ def _write_base(base: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | No
             state[plain] = tensor.detach()
     save_torch_state_dict(state, folder)
     base.config.save_pretrained(folder)
+    _write_settings(base, folder, tokenizer)
+
+
+def _write_settings(base: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write what servers look for in a model's own folder, and Transformers beside the weights."""
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.save_pretrained(folder)
     if tokenizer is not None:

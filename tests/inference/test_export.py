@@ -173,6 +173,19 @@ def test_nothing_takes_the_folder_for_the_base_alone(tmp_path):
         AutoTokenizer.from_pretrained(tmp_path / "out")
 
 
+def test_servers_find_tokenizer_and_generation_settings_in_the_folder_itself(tmp_path):
+    """vLLM looks nowhere else, and without the second it would stop at other tokens than the base."""
+    tokenizer = byte_level()
+    model = routed(base=tiny_model(vocab_size=len(tokenizer)))
+    model.get_base_model().generation_config.eos_token_id = [2, 5]
+    export_for_inference(model, tmp_path / "out", tokenizer)
+    for folder in (tmp_path / "out", tmp_path / "out" / BASE):
+        assert (folder / "tokenizer.json").is_file()
+        assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 5]
+    with pytest.raises((ValueError, KeyError), match="graphmoe"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def other_activation() -> Any:
     """A model whose MLPs hold an activation that was registered."""
     register_activation("exported_wave", wave, lambda x: 1 + torch.cos(x) / 2)

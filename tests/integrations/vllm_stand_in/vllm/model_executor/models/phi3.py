@@ -1,0 +1,5 @@
+"""The class of this family."""
+
+from .llama import LlamaForCausalLM as Phi3ForCausalLM
+
+__all__ = ["Phi3ForCausalLM"]
