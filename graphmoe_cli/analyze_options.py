@@ -9,22 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graphmoe_cli.evaluate_options import check_names
+from graphmoe_cli.pictures import drawn
 from graphmoe_tables.recipe import TrainingRecipe
 from graphmoe_tables.tasks import EVALUATION
-
-NO_MATPLOTLIB = "matplotlib is not installed; it comes with pip install 'graphmoe[bench]'"
-
-
-def drawn(plot: bool | None) -> bool:
-    """Tell whether pictures are drawn: where they are not ruled out, and matplotlib is installed.
-
-    Raises:
-        ValueError: they were asked for, and it is not.
-    """
-    there = importlib.util.find_spec("matplotlib") is not None
-    if plot and not there:
-        raise ValueError(f"--plot: {NO_MATPLOTLIB}, or leave the pictures out by --no-plot")
-    return plot is not False and there
 
 
 def check_files(files: Sequence[Path], out: Path, plot: bool | None) -> None:

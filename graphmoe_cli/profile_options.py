@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from graphmoe_cli.pictures import drawn
 from graphmoe_tables.methods import METHODS
 from graphmoe_tables.models import MODEL_SHAPES, PHASES, check_layers, check_lengths, model_shape
-
-NO_MATPLOTLIB = "matplotlib is not installed; it comes with pip install 'graphmoe[bench]'"
 
 
 class FreshAdapter(NamedTuple):
@@ -70,13 +68,12 @@ class ProfileOptions:
             raise ValueError(f"--threads must be at least 1, got {self.threads}")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file; it must be a folder")
-        if self.plot and not self.drawn:  # said now, not after the measuring
-            raise ValueError(f"--plot: {NO_MATPLOTLIB}, or leave the plot out by --no-plot")
+        drawn(self.plot)  # refused now, not after the measuring
 
     @property
     def drawn(self) -> bool:
         """Whether profile.png is drawn: where it is not ruled out, and matplotlib is installed."""
-        return self.plot is not False and importlib.util.find_spec("matplotlib") is not None
+        return drawn(self.plot)
 
     @property
     def variants(self) -> list[FreshAdapter | str | None]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from experiments.study.settings import Part, Run, differences
+from experiments.study.settings import Part, Run
+from graphmoe_model.analysis import one_process
+from graphmoe_model.analysis.differences import differences
 from graphmoe_model.evaluation.document import read_document, write_document
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -103,30 +103,15 @@ def alone(folder: Path, names: Sequence[str]) -> Iterator[None]:
     Raises:
         StudyError: another process has one of them (its id is named), or the folder cannot be written to.
     """
+    instead = "name another folder, or other tasks or methods by --only"
     with ExitStack() as held:
         for name in names:
-            held.enter_context(_alone_with(folder, name))
-        yield
-
-
-@contextmanager
-def _alone_with(folder: Path, name: str) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / f"{LOCK}{name}", "a+", encoding="utf-8")  # noqa: SIM115  # closed below: closing lets go
-    except OSError as error:
-        raise StudyError(f"{folder} cannot be written to: {error.strerror}; name another folder") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            process = file.read().strip() or "unknown"
-            raise StudyError(
-                f"the results of {name} in {folder} are in use by process {process}; wait for its end, or name another "
-                "folder, or other tasks or methods by --only"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = one_process.alone(folder / f"{LOCK}{name}", f"the results of {name} in {folder} are", instead)
+                held.enter_context(lock)
+            except OSError as error:
+                raise StudyError(f"{folder} cannot be written to: {error.strerror}; name another folder") from error
+            except ValueError as error:
+                raise StudyError(str(error)) from error
         yield

@@ -229,15 +229,3 @@ class Run:
 def digest_of(settings: Mapping[str, Any]) -> str:
     """Return the SHA-256 of settings, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return what differs between two settings, as ``recipe.max_steps 60, not 120``."""
-    found = []
-    for key in sorted({*one, *other}):
-        left, right = one.get(key), other.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            found += differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            found.append(f"{prefix}{key} {left}, not {right}")
-    return found

@@ -7,10 +7,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graphmoe_cli.analyze_options import NO_MATPLOTLIB, DataOptions, ModelOptions, drawn
-from graphmoe_cli.runs.analyzed_model import WIDTH, AnalyzedModel, progress, question_sets
+from graphmoe_cli.analyze_options import DataOptions, ModelOptions
+from graphmoe_cli.pictures import drawn
+from graphmoe_cli.runs.analyzed_model import AnalyzedModel
+from graphmoe_cli.runs.terminal import WIDTH, progress, say_written
 from graphmoe_model.analysis.balance import TaskBalance, task_balance
 from graphmoe_model.evaluation.document import write_document
+from graphmoe_model.questions import load_sets
 
 
 def run(options: ModelOptions, data: DataOptions, console: Console) -> list[TaskBalance]:
@@ -19,7 +22,7 @@ def run(options: ModelOptions, data: DataOptions, console: Console) -> list[Task
     Raises:
         ValueError: whatever is wrong with an option, the questions, an adapter or the model.
     """
-    sets = question_sets(data)
+    sets = load_sets(data.data, data.split)
     analyzed = AnalyzedModel(options)
     prompts = {task: analyzed.prompts(found.questions[: data.limit]) for task, found in sets.items()}
     found: list[TaskBalance] = []
@@ -44,9 +47,7 @@ def run(options: ModelOptions, data: DataOptions, console: Console) -> list[Task
         draw_balance_map(found, analyzed.described(), options.out / "balance_map.png")
         files += ["balance.png", "balance_map.png"]
     _print(found, console)
-    console.print(Text(f"Written into {options.out}: {', '.join(files)}"), soft_wrap=True)
-    if len(files) == 1 and options.plot is None:
-        console.print(Text(f"No pictures: {NO_MATPLOTLIB}."), soft_wrap=True)
+    say_written(options.out, files, options.plot, console)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import torch
@@ -10,16 +9,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers.utils import logging
 
-from graphmoe_cli.analyze_options import NO_MATPLOTLIB, DataOptions, SweepOptions, drawn
-from graphmoe_cli.runs.analyzed_model import WIDTH, question_sets
+from graphmoe_cli.analyze_options import SweepOptions
+from graphmoe_cli.pictures import drawn
+from graphmoe_cli.runs.terminal import WIDTH, hide_loading_bars, say_written
 from graphmoe_model.analysis import sweeps
 from graphmoe_model.analysis.statistics import percent
 from graphmoe_model.analysis.sweep import Sweep, fitted_recipe, run_sweep
 from graphmoe_model.analysis.sweep_report import SettingResult, document_of, results_of
 from graphmoe_model.evaluation.document import write_document
-from graphmoe_model.questions import load_questions
+from graphmoe_model.questions import load_questions, load_sets
 
 PLANS = {"sensitivity": sweeps.sensitivity, "parameters": sweeps.parameters, "activated": sweeps.activated}
 TITLES = {
@@ -35,10 +34,9 @@ def run(options: SweepOptions, console: Console) -> list[SettingResult]:
     Raises:
         ValueError: whatever is wrong with an option, the recipe, the questions, the model or the folder.
     """
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # of loading: a file is no place for bars
+    hide_loading_bars()
     recipe = fitted_recipe(options.recipe)
-    asked = question_sets(DataOptions(options.test_data or recipe.data))
+    asked = load_sets(options.test_data or recipe.data)
     if options.limit is not None:
         asked = {task: replace(own, questions=own.questions[: options.limit]) for task, own in asked.items()}
     plan = PLANS[options.kind](recipe, **options.grid)  # type: ignore[operator]
@@ -58,9 +56,7 @@ def run(options: SweepOptions, console: Console) -> list[SettingResult]:
         draw_sweep(TITLES[options.kind], results, plan.series, described, options.out / f"{options.kind}.png")
         files.append(f"{options.kind}.png")
     _print(results, list(asked), console)
-    console.print(Text(f"Written into {options.out}: {', '.join(files)}"), soft_wrap=True)
-    if len(files) == 1 and options.plot is None:
-        console.print(Text(f"No picture: {NO_MATPLOTLIB}."), soft_wrap=True)
+    say_written(options.out, files, options.plot, console)
     return results
 
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graphmoe_cli.analyze_options import NO_MATPLOTLIB, drawn
-from graphmoe_cli.runs.analyzed_model import WIDTH
+from graphmoe_cli.pictures import drawn
+from graphmoe_cli.runs.terminal import WIDTH, make_folder, say_written
 from graphmoe_model.analysis.timings import Timings, read_timings, with_shares, with_times
 from graphmoe_model.evaluation.document import write_document
 from graphmoe_model.profiling.result import CATEGORIES
@@ -25,7 +25,7 @@ def run_latency(files: Sequence[Path], out: Path, plot: bool | None, console: Co
         ValueError: a file that holds none, or a folder that cannot be written to.
     """
     found = with_times([read_timings(path) for path in files])
-    _make(out)
+    make_folder(out)
     write_document({"latency": [_latency_document(own) for own in found]}, out / "latency.json")
     for own in found:
         _print_latency(own, console)
@@ -35,7 +35,7 @@ def run_latency(files: Sequence[Path], out: Path, plot: bool | None, console: Co
 
         draw_latency(found, out / "latency.png")
         written.append("latency.png")
-    _say_written(out, written, plot, console)
+    say_written(out, written, plot, console)
 
 
 def run_composition(files: Sequence[Path], tokens: int | None, out: Path, plot: bool | None, console: Console) -> None:
@@ -45,7 +45,7 @@ def run_composition(files: Sequence[Path], tokens: int | None, out: Path, plot: 
         ValueError: a file that holds no profile, or none of that length, or a folder that cannot be written to.
     """
     found = with_shares([read_timings(path) for path in files], tokens)
-    _make(out)
+    make_folder(out)
     documents = [
         {"file": own.file, "conditions": own.conditions, "models": [each._asdict() for each in own.models]}
         for own in found
@@ -59,14 +59,7 @@ def run_composition(files: Sequence[Path], tokens: int | None, out: Path, plot: 
 
         draw_composition(found, out / "composition.png")
         written.append("composition.png")
-    _say_written(out, written, plot, console)
-
-
-def _make(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written to: {error.strerror}; name another folder") from error
+    say_written(out, written, plot, console)
 
 
 def _latency_document(own: Timings) -> dict[str, Any]:
@@ -123,9 +116,3 @@ def _print_composition(own: Timings, console: Console) -> None:
 
 def _ms(seconds: float | None) -> str:
     return "–" if seconds is None else f"{1e3 * seconds:.4g}"
-
-
-def _say_written(out: Path, files: Sequence[str], plot: bool | None, console: Console) -> None:
-    console.print(Text(f"Written into {out}: {', '.join(files)}"), soft_wrap=True)
-    if len(files) == 1 and plot is None:
-        console.print(Text(f"No picture: {NO_MATPLOTLIB}."), soft_wrap=True)

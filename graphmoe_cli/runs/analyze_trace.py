@@ -9,12 +9,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graphmoe_cli.analyze_options import NO_MATPLOTLIB, ModelOptions, TraceOptions, drawn
-from graphmoe_cli.runs.analyzed_model import WIDTH, AnalyzedModel, progress, question_sets
+from graphmoe_cli.analyze_options import ModelOptions, TraceOptions
+from graphmoe_cli.pictures import drawn
+from graphmoe_cli.runs.analyzed_model import AnalyzedModel
+from graphmoe_cli.runs.terminal import WIDTH, progress, say_written
 from graphmoe_model.analysis.routers import check_routers, mlp_routers
 from graphmoe_model.analysis.specialisation import Specialisation
 from graphmoe_model.analysis.trace import Trace, trace_prompts
 from graphmoe_model.evaluation.document import write_document
+from graphmoe_model.questions import load_sets
 
 
 def run(options: ModelOptions, traced: TraceOptions, console: Console) -> Trace:
@@ -24,7 +27,7 @@ def run(options: ModelOptions, traced: TraceOptions, console: Console) -> Trace:
         ValueError: whatever is wrong with an option, the questions, the adapter or the model; a router that there is
             not.
     """
-    sets = question_sets(traced.data)
+    sets = load_sets(traced.data.data, traced.data.split)
     analyzed = AnalyzedModel(options, at_least_rounds=2)
     prompts = [_text_ids(analyzed, text) for text in traced.text]
     for found in sets.values():
@@ -62,9 +65,7 @@ def run(options: ModelOptions, traced: TraceOptions, console: Console) -> Trace:
         files.append("trace.png")
         if len(trace.tokens) > TOKENS:
             console.print(Text(f"The picture has the first {TOKENS} of {len(trace.tokens)} tokens; the JSON has all."))
-    console.print(Text(f"Written into {options.out}: {', '.join(files)}"), soft_wrap=True)
-    if len(files) == 1 and options.plot is None:
-        console.print(Text(f"No picture: {NO_MATPLOTLIB}."), soft_wrap=True)
+    say_written(options.out, files, options.plot, console)
     return trace
 
 

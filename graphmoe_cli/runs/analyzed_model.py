@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -10,23 +9,18 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from graphmoe_cli.analyze_options import DataOptions, ModelOptions
+from graphmoe_cli.analyze_options import ModelOptions
 from graphmoe_cli.runs.evaluate import DTYPES
+from graphmoe_cli.runs.terminal import hide_loading_bars, make_folder
 from graphmoe_model.base_models import ModelSource, check_base, load_base_model, load_tokenizer
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.evaluation.adapters import attach_adapter, saved_config
 from graphmoe_model.evaluation.document import adapter_settings, conditions_of
-from graphmoe_model.evaluation.language_model import Progress as Told
 from graphmoe_model.machine import chosen_device
 from graphmoe_model.profiling.models import adapter_title
-from graphmoe_model.questions import QuestionEncoder, QuestionSet, load_questions
-
-WIDTH = 118  # of the tables, where the output goes to a file or a pipe
+from graphmoe_model.questions import QuestionEncoder, QuestionSet
 
 
 class AnalyzedModel:
@@ -41,16 +35,10 @@ class AnalyzedModel:
     """
 
     def __init__(self, options: ModelOptions, at_least_rounds: int = 1) -> None:
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()  # of loading: a file is no place for bars
+        hide_loading_bars()
         self.options, self.device = options, chosen_device(options.device)
         self.configs = {name: _checked(name, options, at_least_rounds) for name in options.adapter}
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"--out {options.out} cannot be written to: {error.strerror}; name another folder"
-            ) from error
+        make_folder(options.out)
         dtype = DTYPES.get(options.dtype)
         self._source = ModelSource(options.model, options.gguf_file, dtype=dtype, device=str(self.device))
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._source)
@@ -107,22 +95,6 @@ class AnalyzedModel:
         found = self.conditions()
         name = self.options.gguf_file or self.options.model
         return f"{name}, {found['dtype']}, {found['device']}, torch {torch.__version__}"
-
-
-def question_sets(options: DataOptions) -> dict[str, QuestionSet]:
-    """Read the questions by the name that tables give them: sets that would have one name are called as given."""
-    sets = {given: load_questions(given, options.split) for given in options.data}
-    names = [found.name for found in sets.values()]
-    return {found.name if names.count(found.name) == 1 else given: found for given, found in sets.items()}
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Told]:
-    """Show how many of how many are done, on stderr."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(TextColumn(what), *columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _checked(name: str, options: ModelOptions, at_least_rounds: int) -> PeftConfig:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,12 +10,11 @@ import torch
 from peft import PeftConfig
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from transformers.utils import logging
 
 from graphmoe_cli.evaluate_options import EvaluateOptions
+from graphmoe_cli.runs.terminal import hide_loading_bars, progress
 from graphmoe_model.base_models import Bits, ModelSource, check_base, load_base_model, load_tokenizer
 from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, TaskResult, evaluate_questions
 from graphmoe_model.evaluation.adapters import attach_adapter, saved_config
@@ -31,10 +27,9 @@ from graphmoe_model.evaluation.document import (
     write_document,
     write_records,
 )
-from graphmoe_model.evaluation.language_model import Progress as Told
 from graphmoe_model.evaluation.standard import check_reachable, evaluate_standard
 from graphmoe_model.machine import chosen_device
-from graphmoe_model.questions import QuestionSet, load_questions
+from graphmoe_model.questions import QuestionSet, load_questions, load_sets
 from graphmoe_tables.tasks import TASKS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,8 +42,7 @@ def run(options: EvaluateOptions, console: Console) -> list[TaskResult]:
         ValueError: whatever is wrong with an option, the questions, the model or the adapter; all but what only the
             tokenizer and the weights can show before the model is loaded.
     """
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # of loading: a file is no place for bars
+    hide_loading_bars()
     start = time.perf_counter()
     device = chosen_device(options.device)
     bits: Bits | None = 4 if options.load_in_4bit else 8 if options.load_in_8bit else None
@@ -67,7 +61,7 @@ def run(options: EvaluateOptions, console: Console) -> list[TaskResult]:
     standard: dict[str, dict[str, Any]] = {}
     common: dict[str, Any] = {"batch_size": options.batch_size, "max_length": options.max_length, "seed": options.seed}
     if tasks:
-        with _progress(console, "questions") as told:
+        with progress("questions") as told:
             results = evaluate_questions(
                 model,
                 tokenizer,
@@ -79,7 +73,7 @@ def run(options: EvaluateOptions, console: Console) -> list[TaskResult]:
             )
     if options.tasks:
         shots = options.shots or None
-        with _progress(console, "lm-eval's tasks") as told:
+        with progress("lm-eval's tasks") as told:
             standard = evaluate_standard(
                 model, tokenizer, options.tasks, shots=shots, limit=options.limit, progress=told, **common
             )
@@ -93,15 +87,9 @@ def run(options: EvaluateOptions, console: Console) -> list[TaskResult]:
 
 
 def _tasks(options: EvaluateOptions) -> tuple[list[EvaluationTask], dict[str, str]]:
-    """The tasks with their examples, and where each was read.
-
-    Sets that would have one name are called as they were given.
-    """
-    sets = {given: load_questions(given, options.split) for given in options.data}
-    names = [found.name for found in sets.values()]
+    """The tasks with their examples, and where each was read."""
     tasks, sources = [], {}
-    for given, found in sets.items():
-        name = found.name if names.count(found.name) == 1 else given
+    for given, (name, found) in zip(options.data, load_sets(options.data, options.split).items(), strict=True):
         examples = _examples(options, given).questions if options.shots else ()
         tasks.append(EvaluationTask(name, found.questions[: options.limit], examples))
         sources[name] = found.source
@@ -148,14 +136,6 @@ def _asked(options: EvaluateOptions, config: PeftConfig | None, sources: dict[st
         "max_length": options.max_length,
         "seed": options.seed,
     }
-
-
-@contextmanager
-def _progress(console: Console, what: str) -> Iterator[Told]:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn(what), *columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
-from transformers.utils import logging
 
 from graphmoe_cli.runs.evaluate import DTYPES
+from graphmoe_cli.runs.terminal import hide_loading_bars
 from graphmoe_model.base_models import ModelSource, check_base, load_base_model, load_tokenizer
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.evaluation.adapters import attach_adapter, saved_config
@@ -33,8 +32,7 @@ def run(
     Raises:
         ValueError: whatever is wrong with the adapter, the model or the folder.
     """
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # of loading: a file is no place for bars
+    hide_loading_bars()
     config = saved_config(adapter)
     if not isinstance(config, GraphMoEConfig):
         raise ValueError(

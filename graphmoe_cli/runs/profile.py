@@ -12,7 +12,9 @@ import transformers
 from rich.console import Console
 from torch import nn
 
-from graphmoe_cli.profile_options import NO_MATPLOTLIB, FreshAdapter, ProfileOptions
+from graphmoe_cli.pictures import NO_MATPLOTLIB
+from graphmoe_cli.profile_options import FreshAdapter, ProfileOptions
+from graphmoe_cli.runs.terminal import WIDTH, make_folder
 from graphmoe_model.machine import chosen_device, device_name
 from graphmoe_model.profiling.measure import profile_model
 from graphmoe_model.profiling.models import profiled_config, random_model, saved_model, with_adapter, with_fresh
@@ -20,7 +22,6 @@ from graphmoe_model.profiling.report import describe, print_report, write_report
 from graphmoe_model.profiling.result import Profile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WIDTH = 118  # of the tables, where the output goes to a file or a pipe
 
 
 def run(options: ProfileOptions, console: Console) -> list[Profile]:
@@ -30,10 +31,7 @@ def run(options: ProfileOptions, console: Console) -> list[Profile]:
         ValueError: whatever is wrong with the options, the model or the adapter, before anything is measured.
         MemoryError: the model or a forward does not fit into memory.
     """
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {options.out} cannot be written to: {error.strerror}; name another folder") from error
+    make_folder(options.out)
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # of others: nothing has run here yet
     with _threads(options.threads):
         device = chosen_device(options.device)

@@ -9,14 +9,15 @@ from pathlib import Path
 
 
 @contextmanager
-def alone(file: Path, what: str) -> Iterator[None]:
+def alone(file: Path, what: str, instead: str) -> Iterator[None]:
     """Keep other processes away for the time of the block; the system lets go when this process ends, however.
 
     On a system without such locks (Windows) nothing is kept away.
 
     Args:
         file: the lock, in a folder that is there.
-        what: is locked, for messages.
+        what: is locked, with its verb, for messages: "the sweep in F is".
+        instead: of waiting for the other process, what can be done.
 
     Raises:
         ValueError: another process has it (its id is named), or the folder cannot be written to.
@@ -36,7 +37,7 @@ def alone(file: Path, what: str) -> Iterator[None]:
         except BlockingIOError as error:
             lock.seek(0)
             process = lock.read().strip() or "unknown"
-            raise ValueError(f"{what} is in use by process {process}; wait for its end, or name another") from error
+            raise ValueError(f"{what} in use by process {process}; wait for its end, or {instead}") from error
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

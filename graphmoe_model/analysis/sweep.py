@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from graphmoe_model.analysis.differences import differences
 from graphmoe_model.analysis.one_process import alone
 from graphmoe_model.analysis.one_run import marks, run_once
 from graphmoe_model.analysis.statistics import MOST_SEEDS
@@ -152,7 +153,7 @@ def run_sweep(sweep: Sweep, folder: Path, say: Callable[[str], None]) -> Documen
             process is at work in it, it cannot be written to; or as `graphmoe_model.training.train`.
     """
     check_folder(sweep, folder)
-    with alone(folder / LOCK, f"the sweep in {folder}"):
+    with alone(folder / LOCK, f"the sweep in {folder} is", "name another folder"):
         if not (folder / SWEEP_FILE).exists():
             write_document(sweep.described(), folder / SWEEP_FILE)
         (folder / RUNS).mkdir(exist_ok=True)
@@ -192,18 +193,6 @@ def check_folder(sweep: Sweep, folder: Path) -> None:
 def run_name(setting: Setting, seed: int) -> str:
     """Return what a run's files are called."""
     return setting.name if setting.changes is None else f"{setting.name}.seed{seed}"
-
-
-def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return what differs between two descriptions, as ``recipe.max_steps 60, not 120``."""
-    found = []
-    for key in sorted({*one, *other}):
-        left, right = one.get(key), other.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            found += differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            found.append(f"{prefix}{key} {left}, not {right}")
-    return found
 
 
 def slug(text: str) -> str:

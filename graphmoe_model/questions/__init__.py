@@ -1,8 +1,8 @@
 """Multiple-choice questions: what one is, where they come from, and how a model reads and answers them."""
 
 from graphmoe_model.questions.encoding import QuestionEncoder
-from graphmoe_model.questions.loading import load_questions
+from graphmoe_model.questions.loading import load_questions, load_sets
 from graphmoe_model.questions.question import Question, check_split
 from graphmoe_model.questions.question_set import QuestionSet
 
-__all__ = ["Question", "QuestionEncoder", "QuestionSet", "check_split", "load_questions"]
+__all__ = ["Question", "QuestionEncoder", "QuestionSet", "check_split", "load_questions", "load_sets"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from graphmoe_model.questions.hub import read_hub_task
@@ -34,6 +35,23 @@ def load_questions(data: str | os.PathLike[str], split: str = EVALUATION) -> Que
     if path.suffix or path.exists() or len(path.parts) > 1:
         return QuestionSet(path.stem, path.stem, text, read_questions(path))
     raise unknown_task(name)
+
+
+def load_sets(data: Sequence[str], split: str = EVALUATION) -> dict[str, QuestionSet]:
+    """Return several sets of questions by the names that tables give them, in their order.
+
+    A set has its own name; those that would have the same one are called as they were given.
+
+    Args:
+        data: each as `load_questions` takes it.
+        split: as there.
+
+    Raises:
+        ValueError: as there.
+    """
+    sets = {given: load_questions(given, split) for given in data}
+    names = [found.name for found in sets.values()]
+    return {found.name if names.count(found.name) == 1 else given: found for given, found in sets.items()}
 
 
 def _task_questions(name: str, asked: str) -> QuestionSet:

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from graphmoe_cli import analyze_options
+from graphmoe_cli import pictures
 from graphmoe_cli.app import app
 from graphmoe_model import collect_routing
 from graphmoe_model.analysis.prompts import read_prompts
@@ -183,7 +183,7 @@ def test_pictures_without_matplotlib(saved, tmp_path, monkeypatch):
     """Left out and said so; asked for, refused before anything is read, with the extra that brings it."""
     find_spec = importlib.util.find_spec
     hidden = lambda name, *rest: None if name == "matplotlib" else find_spec(name, *rest)  # noqa: E731
-    monkeypatch.setattr(analyze_options.importlib.util, "find_spec", hidden)
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", hidden)
     given = ("--model", saved["base"], "--adapter", saved["graphmoe"], "--data", saved["more"], "--out", tmp_path)
     result = graphmoe("analyze", "balance", *given)
     assert result.exit_code == 0, result.output

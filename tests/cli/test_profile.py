@@ -11,7 +11,7 @@ import pytest
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from typer.testing import CliRunner
 
-from graphmoe_cli import profile_options
+from graphmoe_cli import pictures
 from graphmoe_cli.app import app
 from graphmoe_cli.profile_options import FreshAdapter, ProfileOptions
 from graphmoe_cli.runs import profile as runs
@@ -189,7 +189,7 @@ def test_a_model_larger_than_the_machine(monkeypatch, tmp_path):
 def no_matplotlib(monkeypatch):
     find_spec = importlib.util.find_spec
     hidden = lambda name, *rest: None if name == "matplotlib" else find_spec(name, *rest)  # noqa: E731
-    monkeypatch.setattr(profile_options.importlib.util, "find_spec", hidden)
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", hidden)
 
 
 def test_a_plot_that_is_asked_for_without_matplotlib_is_refused_before_measuring(no_matplotlib, tmp_path):

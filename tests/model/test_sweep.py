@@ -13,6 +13,7 @@ pytest.importorskip("trl")
 pytest.importorskip("lm_eval")
 
 from graphmoe_model.analysis import one_run, sweeps
+from graphmoe_model.analysis.differences import differences
 from graphmoe_model.analysis.one_process import alone
 from graphmoe_model.analysis.sweep import (
     ADAPTERS,
@@ -20,7 +21,6 @@ from graphmoe_model.analysis.sweep import (
     RUNS,
     Setting,
     Sweep,
-    differences,
     fitted_recipe,
     run_name,
     run_sweep,
@@ -225,7 +225,10 @@ def test_a_folder_of_another_sweep_is_refused_with_both(base, tmp_path):
 
 
 def test_two_processes_do_not_share_a_sweep(base, tmp_path):
-    with alone(tmp_path / ".lock", "the sweep"), pytest.raises(ValueError, match=r"is in use by process \d+"):
+    with (
+        alone(tmp_path / ".lock", "the sweep is", "wait"),
+        pytest.raises(ValueError, match=r"is in use by process \d+"),
+    ):
         run_sweep(sweep_of(base), tmp_path, silent)
 
 
