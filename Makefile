@@ -9,7 +9,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.graphmoe-installed
 
 .DEFAULT_GOAL := help
-.PHONY: env demo study test test-all test-distributed test-newest test-oldest aot bench report gpu-report tune docs notebook dist check clean help
+.PHONY: env demo study test test-all test-distributed test-integrations test-newest test-oldest aot bench report gpu-report tune docs notebook dist check clean help
 
 env: $(STAMP)  ## build .venv, or bring it up to date (instant when nothing changed)
 
@@ -53,6 +53,23 @@ $(OVERLAY)/.graphmoe-installed: $(STAMP) | $(OVERLAY)/bin/python
 	    > "$$($(OVERLAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
 	DS_BUILD_OPS=0 $(OVERLAY)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,distributed,quant]' \
 	    -c constraints.txt
+	@touch $@
+
+# The real packages beside .venv's, each in a folder of its own before .venv's on the path, as their requirements exclude
+# each other's. The imports come first: where one fails, the tests of the real package would only be skipped.
+INTEGRATIONS := $(CURDIR)/.venv-integrations
+
+test-integrations: $(patsubst %,$(INTEGRATIONS)/%/.installed,axolotl kernels_hub vllm)  ## the integrations against the real Axolotl, kernels and vLLM on a CPU (a download of 900 MB)
+	PYTHONPATH=$(INTEGRATIONS)/axolotl $(PY) -c "import axolotl.loaders.adapter, axolotl.core.builders"
+	PYTHONPATH=$(INTEGRATIONS)/axolotl $(PY) -m pytest tests/integrations -k axolotl -m "slow or not slow" $(ARGS)
+	PYTHONPATH=$(INTEGRATIONS)/kernels_hub $(PY) -c "import kernels.cli"
+	PYTHONPATH=$(INTEGRATIONS)/kernels_hub $(PY) -m pytest tests/integrations -k kernels_hub $(ARGS)
+	PYTHONPATH=$(INTEGRATIONS)/vllm VLLM_TARGET_DEVICE=cpu $(PY) -c "import vllm.model_executor.models.llama"
+	PYTHONPATH=$(INTEGRATIONS)/vllm $(PY) -m pytest tests/integrations -k vllm $(ARGS)
+
+$(INTEGRATIONS)/%/.installed: integrations/%/requirements-tests.txt | env
+	rm -rf $(@D)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(@D) -r $<
 	@touch $@
 
 # Both ends of what pyproject.toml allows, each in an environment of its own: .venv stays as it is. HOLD names what keeps the
