@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoRALinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -21,12 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from graphmoe_inference.folder import BASE, CONFIG, WEIGHTS, ExportedModel, LinearExport, MLPExport, digest
 from graphmoe_model.config import GraphMoEConfig
+from graphmoe_model.exporting.base import place, write_base, write_settings
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.layers.linear import RoutedLoRALinear
 from graphmoe_model.machine import installed_version
 from graphmoe_model.module_names import plain_name
 from graphmoe_model.storage.dequantise import is_linear, is_quantised
 
+EXPORTED_WRAPPERS = (ModulesToSaveWrapper, TrainableTokensWrapper)
 PACKAGES = ("graphmoe", "torch", "transformers", "peft")
 
 
@@ -36,7 +37,8 @@ def export_for_inference(
     """Write a PEFT model's base and active adapter into one folder, whole or not at all.
 
     ``graphmoe_inference.load_for_inference(folder)`` then loads it without PEFT, and gives the same logits. Layers
-    without the adapter stay as they are. The model stays as it was.
+    without the adapter stay as they are; modules and tokens that it trained whole (``modules_to_save``,
+    ``trainable_token_indices``) take the place of the base's. The model stays as it was.
 
     Args:
         model: with one active GraphMoE adapter, its weights in place.
@@ -48,9 +50,9 @@ def export_for_inference(
 
     Raises:
         TypeError: it is no PEFT model with a GraphMoE adapter.
-        ValueError: the folder holds something, the base is quantised, or the adapter trains more than its own layers
-            (``modules_to_save``, tokens), counts at another scale than it was trained with, or is on linears that are
-            not plain ones; weights are offloaded or split over processes; the folder cannot be written.
+        ValueError: the folder holds something, the base is quantised, or the adapter counts at another scale than it
+            was trained with or is on linears that are not plain ones; weights are offloaded or split over processes;
+            the folder cannot be written.
     """
     folder = Path(folder)
     config = _config(model)
@@ -64,11 +66,11 @@ def export_for_inference(
     shutil.rmtree(new, ignore_errors=True)
     try:
         (new / BASE).mkdir(parents=True)
-        _write_base(base, new / BASE, tokenizer)
-        _write_settings(base, new, tokenizer)
+        written = write_base(base, str(name), new / BASE, tokenizer)
+        write_settings(base, new, tokenizer)
         save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, new / WEIGHTS)
         exported = _described(config, mlps, linears, digest(new / WEIGHTS))
-        text = json.dumps(exported.as_config(base.config.to_dict()), indent=2, default=str) + "\n"
+        text = json.dumps(exported.as_config(written.to_dict()), indent=2, default=str) + "\n"
         (new / CONFIG).write_text(text, encoding="utf-8")
         if folder.exists():
             folder.rmdir()
@@ -92,10 +94,9 @@ def _config(model: Any) -> GraphMoEConfig:
 def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         plain = plain_name(name)
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, EXPORTED_WRAPPERS):
             raise ValueError(
-                f"{plain} was trained beside the adapter (modules_to_save, trainable_token_indices), which an export "
-                "does not hold; load this adapter by PEFT"
+                f"{plain} is a {type(module).__name__}, which an export does not hold; load this adapter by PEFT"
             )
         if not isinstance(module, BaseTunerLayer) and is_linear(module) and is_quantised(module):
             raise ValueError(
@@ -121,7 +122,7 @@ def _adapter(
     for module_name, module in base.named_modules():
         if not isinstance(module, BaseTunerLayer) or name not in _adapters_of(module):
             continue
-        path = _place(module_name)
+        path = place(module_name)
         scale = _trained_scale(module, path, name)
         own: Any = module
         if isinstance(module, FusedGraphMoEFFN):
@@ -176,41 +177,6 @@ def _lora_tensors(module: Any, path: str, name: str, config: GraphMoEConfig) -> 
             norm = vector.get_weight_norm(weight.to(A.dtype), added.to(A.dtype), module.scaling[name])
             found["dora_scale"] = (vector.weight / norm).view(1, -1)
     return found
-
-
-def _write_base(base: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write the base as Transformers saves it, without what wraps its modules."""
-    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
-    dropped = set(getattr(base, "_tied_weights_keys", None) or ()) if tied else set()
-    state = {}
-    for name, tensor in base.state_dict().items():
-        plain = _base_key(name)
-        if plain is not None and plain not in dropped:
-            state[plain] = tensor.detach()
-    save_torch_state_dict(state, folder)
-    base.config.save_pretrained(folder)
-    _write_settings(base, folder, tokenizer)
-
-
-def _write_settings(base: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write what servers look for in a model's own folder, and Transformers beside the weights."""
-    if getattr(base, "generation_config", None) is not None:
-        base.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-def _base_key(name: str) -> str | None:
-    """A tensor's name in the base alone; None if it is an adapter's."""
-    parts = plain_name(name).split(".")
-    if any(part == "lora_graphmoe" or part.startswith("lora_") for part in parts):
-        return None
-    return ".".join(part for part in parts if part != "base_layer")
-
-
-def _place(name: str) -> str:
-    """A module's name in the base alone."""
-    return ".".join(part for part in plain_name(name).split(".") if part != "base_layer")
 
 
 def _described(

@@ -234,11 +234,6 @@ REFUSED = {
         TypeError,
         "is of LoraConfig, not of GraphMoE",
     ),
-    "trained modules": (
-        lambda _: routed(modules_to_save=["lm_head"]),
-        ValueError,
-        r"lm_head was trained beside the adapter \(modules_to_save",
-    ),
     "another scale": (scaled, ValueError, r"layers\.0\.mlp counts 0\.5 times what it was trained with"),
     "no weights": (nowhere, ValueError, r"model\.norm\.weight holds no whole weight here"),
     "a full folder": (full, ValueError, "is there already; name a new folder"),
