@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -46,6 +47,17 @@ def test_the_citation_is_of_this_version():
     assert str(cited["version"]) == project["version"]
     assert cited["license"] == project["license"]
     assert {"cff-version", "message", "title", "authors"} <= set(cited)
+
+
+def test_the_changelog_and_the_integrations_are_of_this_version():
+    """The newest section is what is installed, and a plugin says which version it was written for."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    sections = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert sections[0] == version
+    plugins = sorted((ROOT / "integrations").glob("*/pyproject.toml"))
+    assert [path.parent.name for path in plugins] == ["axolotl", "vllm"]
+    assert {tomllib.loads(path.read_text())["project"]["version"] for path in plugins} == {version}
+    assert f"version {version}." in (ROOT / "README.md").read_text()
 
 
 def test_the_oldest_set_is_the_lower_bounds():

@@ -39,9 +39,9 @@ def installed(tmp_path_factory) -> Any:
     folder = tmp_path_factory.mktemp("installed")
     if process(folder, "-c", "from vllm.model_executor.models.llama import LlamaForCausalLM").returncode != 0:
         pytest.skip("vLLM does not import here: it is no dependency of GraphMoE")
-    own = folder / "graphmoe_vllm-0.1.0.dist-info"
+    own = folder / "graphmoe_vllm-0.2.0.dist-info"
     own.mkdir()
-    (own / "METADATA").write_text("Metadata-Version: 2.1\nName: graphmoe-vllm\nVersion: 0.1.0\n")
+    (own / "METADATA").write_text("Metadata-Version: 2.1\nName: graphmoe-vllm\nVersion: 0.2.0\n")
     lines = [f"[{GROUP}]", *(f"{point.name} = {point.value}" for point in entry_points())]
     (own / "entry_points.txt").write_text("\n".join(lines) + "\n")
     return folder
