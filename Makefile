@@ -59,9 +59,10 @@ $(OVERLAY)/.graphmoe-installed: $(STAMP) | $(OVERLAY)/bin/python
 # each other's. The imports come first: where one fails, the tests of the real package would only be skipped.
 INTEGRATIONS := $(CURDIR)/.venv-integrations
 
-test-integrations: $(patsubst %,$(INTEGRATIONS)/%/.installed,axolotl kernels_hub vllm)  ## the integrations against the real Axolotl, kernels and vLLM on a CPU (a download of 900 MB)
+test-integrations: $(patsubst %,$(INTEGRATIONS)/%/.installed,axolotl kernels_hub vllm)  ## with the real Axolotl, kernels, vLLM and TensorBoard, on a CPU (a download of 900 MB)
 	PYTHONPATH=$(INTEGRATIONS)/axolotl $(PY) -c "import axolotl.loaders.adapter, axolotl.core.builders"
-	PYTHONPATH=$(INTEGRATIONS)/axolotl $(PY) -m pytest tests/integrations -k axolotl -m "slow or not slow" $(ARGS)
+	PYTHONPATH=$(INTEGRATIONS)/axolotl $(PY) -m pytest tests/integrations tests/model/test_training_tensorboard.py -k "axolotl or tensorboard" \
+	    -m "slow or not slow" $(ARGS)
 	PYTHONPATH=$(INTEGRATIONS)/kernels_hub $(PY) -c "import kernels.cli"
 	PYTHONPATH=$(INTEGRATIONS)/kernels_hub $(PY) -m pytest tests/integrations -k kernels_hub $(ARGS)
 	PYTHONPATH=$(INTEGRATIONS)/vllm VLLM_TARGET_DEVICE=cpu $(PY) -c "import vllm.model_executor.models.llama"
