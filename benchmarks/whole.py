@@ -273,7 +273,9 @@ def profiles(case: Case, device: Device) -> list[dict[str, Any]]:
     base = make_model(case.model, case.layers, DTYPES[case.sizes.dtype], device.torch)
     found = []
     for provider, sizes, _ in case.contenders:
-        title = TITLES.get(provider, "MixLoRA (T=1)" if sizes.rounds == 1 else f"GraphMoE (T={sizes.rounds})")
+        title = TITLES.get(
+            provider, "MixLoRA, T = 1" if sizes.rounds == 1 else f"GraphMoE(MixLoRA), T = {sizes.rounds}"
+        )
         adapted = with_adapter(base, provider, sizes)
         made = profile_model(adapted, title, lengths=case.lengths, name=case.model.name, repetitions=REPETITIONS)
         found += [profile.as_dict() for profile in made]

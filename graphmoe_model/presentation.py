@@ -17,6 +17,23 @@ STYLE: Any = {  # matplotlib types its settings by a list of literal names
 }
 
 
+def short_model(name: str) -> str:
+    """Return what pictures and tables call a model: a hub's name as it is, of a path its last part."""
+    parts = name.rstrip("/").split("/")
+    return name if len(parts) <= 2 and not name.startswith((".", "/", "~")) else parts[-1]
+
+
+def short_paths(paths: Sequence[str]) -> dict[str, str]:
+    """Return for each path the shortest end of it, in whole parts, by which it differs from all others."""
+    parts = {path: path.rstrip("/").split("/") for path in paths}
+    found = {}
+    for path, own in parts.items():
+        others = [other for name, other in parts.items() if name != path]
+        lengths = (n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others))
+        found[path] = "/".join(own[-next(lengths, len(own)) :])
+    return found
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table: the first column and those without a name to the left, others to the right.
 

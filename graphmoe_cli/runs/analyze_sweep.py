@@ -18,7 +18,9 @@ from graphmoe_model.analysis.statistics import percent
 from graphmoe_model.analysis.sweep import Sweep, fitted_recipe, run_sweep
 from graphmoe_model.analysis.sweep_report import SettingResult, document_of, results_of
 from graphmoe_model.evaluation.document import write_document
+from graphmoe_model.presentation import short_model
 from graphmoe_model.questions import load_questions, load_sets
+from graphmoe_tables.recipe import TrainingRecipe
 
 PLANS = {"sensitivity": sweeps.sensitivity, "parameters": sweeps.parameters, "activated": sweeps.activated}
 TITLES = {
@@ -51,13 +53,26 @@ def run(options: SweepOptions, console: Console) -> list[SettingResult]:
         from graphmoe_model.analysis.sweep_plot import draw_sweep  # needs matplotlib, an extra
 
         found = document["conditions"]
-        model = recipe.gguf_file or recipe.model
-        described = f"{model}, {', '.join(asked)}, {found['dtype']}, {found['device']}, torch {torch.__version__}"
+        described = (
+            f"{recipe.gguf_file or short_model(recipe.model)}; {sum(len(own.questions) for own in asked.values()):,} "
+            f"questions of {', '.join(asked)}; {_seeds(sweep)}; {_length(recipe)}; {found['dtype']}, "
+            f"{found['device']}, torch {torch.__version__}"
+        )
         draw_sweep(TITLES[options.kind], results, plan.series, described, options.out / f"{options.kind}.png")
         files.append(f"{options.kind}.png")
     _print(results, list(asked), console)
     say_written(options.out, files, options.plot, console)
     return results
+
+
+def _seeds(sweep: Sweep) -> str:
+    return "1 seed, so no intervals" if len(sweep.seeds) == 1 else f"{len(sweep.seeds)} seeds, bars are 95% intervals"
+
+
+def _length(recipe: TrainingRecipe) -> str:
+    rows = recipe.batch * recipe.accumulation
+    steps = f"{recipe.epochs:g} epochs" if recipe.max_steps is None else f"{recipe.max_steps:,} steps"
+    return f"{steps} of {rows} rows"
 
 
 def _print(results: list[SettingResult], tasks: list[str], console: Console) -> None:

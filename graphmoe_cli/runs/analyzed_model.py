@@ -19,6 +19,7 @@ from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.evaluation.adapters import attach_adapter, saved_config
 from graphmoe_model.evaluation.document import adapter_settings, conditions_of
 from graphmoe_model.machine import chosen_device
+from graphmoe_model.presentation import short_model, short_paths
 from graphmoe_model.profiling.models import adapter_title
 from graphmoe_model.questions import QuestionEncoder, QuestionSet
 
@@ -67,10 +68,10 @@ class AnalyzedModel:
             self._base = model.unload()
 
     def title(self, name: str) -> str:
-        """Return what tables call an adapter: its method where no other one has it too, else its name."""
+        """Return what tables call an adapter: its method, and its folder where another has that method too."""
         titles = [adapter_title(config) for config in self.configs.values()]
         own = adapter_title(self.configs[name])
-        return own if titles.count(own) == 1 else f"{own}, {name}"
+        return own if titles.count(own) == 1 else f"{own}, {short_paths(list(self.configs))[name]}"
 
     def prompts(self, questions: QuestionSet | Sequence[Any]) -> list[list[int]]:
         """Return the token ids of what `graphmoe eval` has the model read of each question by the first token."""
@@ -93,7 +94,7 @@ class AnalyzedModel:
     def described(self) -> str:
         """Say it on one line, for a picture."""
         found = self.conditions()
-        name = self.options.gguf_file or self.options.model
+        name = self.options.gguf_file or short_model(self.options.model)
         return f"{name}, {found['dtype']}, {found['device']}, torch {torch.__version__}"
 
 

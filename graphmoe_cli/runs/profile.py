@@ -16,6 +16,7 @@ from graphmoe_cli.pictures import NO_MATPLOTLIB
 from graphmoe_cli.profile_options import FreshAdapter, ProfileOptions
 from graphmoe_cli.runs.terminal import WIDTH, make_folder
 from graphmoe_model.machine import chosen_device, device_name
+from graphmoe_model.presentation import short_model
 from graphmoe_model.profiling.measure import profile_model
 from graphmoe_model.profiling.models import profiled_config, random_model, saved_model, with_adapter, with_fresh
 from graphmoe_model.profiling.report import describe, print_report, write_report
@@ -41,6 +42,8 @@ def run(options: ProfileOptions, console: Console) -> list[Profile]:
         with console.status("") as status:
             for variant in options.variants:
                 with _variant(model, variant, settings) as (adapted, title):
+                    if any(own.adapter == title for own in profiles):  # a saved adapter, of a fresh one's method
+                        title = f"{title}, {short_model(str(variant))}"
                     profiles += profile_model(
                         adapted,
                         title,

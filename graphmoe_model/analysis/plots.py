@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +20,8 @@ SERIES = (BLUE, ORANGE, "#2a9d6f", "#8a5a2b", "#b03a78", "#6b7785", "#c9a227", "
 EXPERTS = ("#9ec1f7", "#f2b880", "#a9dbc2", "#e6b3d1", "#f4e08a", "#c9b59f", "#b9e3ea", "#d0c4ee")
 HIGHEST = 24.0  # inches of a heat map; beyond it rows become thinner
 TOKENS = 56  # of a text in one picture; more could not be read
+NUMBERED = 8  # experts of a router in a heat map; more have no room for numbers
+DPI = 200
 
 
 def draw_balance(found: Sequence[TaskBalance], conditions: str, path: Path) -> None:
@@ -30,42 +32,51 @@ def draw_balance(found: Sequence[TaskBalance], conditions: str, path: Path) -> N
     ]
     by = {(b.adapter, b.task): b for b in found}
     width = 0.8 / len(bars)
+    columns = max(1, min(len(bars), 110 // (8 + max(len(_bar(*bar, by, tasks)) for bar in bars))))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(6.5, 3.0 + 0.32 * len(bars) * len(tasks)), 3.6), layout="constrained")
+        size = (max(6.5, 1.0 + 0.32 * len(bars) * len(tasks)), 3.4 + 0.2 * -(-len(bars) // columns))
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         for place, (adapter, i) in enumerate(bars):
             heights = [100 * by[adapter, task].rounds[i].deviation for task in tasks]
             at = [index + (place - (len(bars) - 1) / 2) * width for index in range(len(tasks))]
             colour = _shade(SERIES[adapters.index(adapter) % len(SERIES)], i, len(by[adapter, tasks[0]].rounds))
-            label = adapter if len(by[adapter, tasks[0]].rounds) == 1 else f"{adapter}, round {i + 1}"
-            axes.bar(at, heights, 0.9 * width, color=colour, label=label)
-        axes.set_xticks(range(len(tasks)), tasks)
+            axes.bar(at, heights, 0.9 * width, color=colour, label=_bar(adapter, i, by, tasks))
+        tight = 0.1 * max(map(len, tasks)) * len(tasks) > size[0] - 1
+        axes.set_xticks(range(len(tasks)), tasks, rotation=30 if tight else 0, ha="right" if tight else "center")
         axes.set_ylabel("percentage points")
         figure.suptitle("Load of the experts: standard deviation of their shares", x=0.01, ha="left", fontsize=11)
-        figure.legend(frameon=False, loc="outside right center")
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.28 if tight else -0.1), ncols=columns)
         add_conditions(figure, conditions)
-        figure.savefig(path, format="png", dpi=150)
+        figure.savefig(path, format="png", dpi=DPI)
 
 
 def draw_balance_map(found: Sequence[TaskBalance], conditions: str, path: Path) -> None:
-    """Write the PNG of every expert's share, a mean over tasks: routers in rows, rounds and experts in columns."""
-    adapters, _ = _names(found)
+    """Write the PNG of every expert's share, a mean over tasks: routers in rows, rounds and experts in columns.
+
+    Up to 8 experts are numbered, and their shares written into their fields.
+    """
+    adapters, tasks = _names(found)
     maps = [_share_map([b for b in found if b.adapter == adapter]) for adapter in adapters]
     top = max(float(np.nanmax(own)) for own, _, _ in maps)
     rows = max(own.shape[0] for own, _, _ in maps)
     widths = [own.shape[1] for own, _, _ in maps]
     colours = LinearSegmentedColormap.from_list("load", ["#f5f8fd", BLUE]).with_extremes(bad=PALE)
     with matplotlib.rc_context(STYLE):
-        size = (1.8 + sum(max(1.6, 0.16 * width) for width in widths), min(HIGHEST, 1.8 + 0.16 * rows))
-        figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(1, len(adapters), squeeze=False, width_ratios=widths)[0]
+        inches = [
+            max(1.6, 0.3 * width, 0.09 * max(map(len, _lines(adapter))))
+            for width, adapter in zip(widths, adapters, strict=True)
+        ]
+        figure = Figure(figsize=(1.8 + sum(inches), min(HIGHEST, 2.0 + 0.2 * rows)), layout="constrained")
+        panels = figure.subplots(1, len(adapters), squeeze=False, width_ratios=inches)[0]
         for panel, adapter, (shares, names, rounds) in zip(panels, adapters, maps, strict=True):
             image = panel.imshow(100 * shares, cmap=colours, vmin=0, vmax=100 * top, aspect="auto")
-            _label_map(panel, adapter, names, rounds, shares.shape[1] // rounds)
+            _label_map(panel, adapter, names, rounds, shares, top)
         figure.colorbar(image, ax=panels.tolist(), label="% of a round's load", shrink=0.6).outline.set_visible(False)
-        figure.suptitle("Load of each expert", x=0.01, ha="left", fontsize=11)
+        over = "" if len(tasks) == 1 else f", a mean over {len(tasks)} tasks"
+        figure.suptitle(f"Load of each expert{over}", x=0.01, ha="left", fontsize=11)
         add_conditions(figure, conditions)
-        figure.savefig(path, format="png", dpi=150)
+        figure.savefig(path, format="png", dpi=DPI)
 
 
 def draw_trace(trace: Trace, routers: Sequence[str], conditions: str, path: Path) -> None:
@@ -78,18 +89,17 @@ def draw_trace(trace: Trace, routers: Sequence[str], conditions: str, path: Path
     rounds = len(trace.routers[routers[0]].experts)
     with matplotlib.rc_context(STYLE):
         height = 1.4 + len(routers) * (0.5 + 0.34 * rounds) + 0.09 * max(map(len, tokens))
-        figure = Figure(figsize=(1.3 + 0.3 * max(12, len(tokens)), height), layout="constrained")
+        figure = Figure(figsize=(1.3 + 0.3 * max(16, len(tokens)), height), layout="constrained")
         panels = figure.subplots(len(routers), 1, squeeze=False, sharex=True)[:, 0]
         for panel, name in zip(panels, routers, strict=True):
             _trace_panel(panel, trace.routers[name], len(tokens))
-            own = trace.by_router[name]
-            panel.set_title(
-                f"{name}: specialisation by round {own.information:.3f}, by chance {own.null_mean:.3f}", fontsize=9
-            )
+            panel.set_title(name, fontsize=9)
         panels[-1].set_xticks(range(len(tokens)), tokens, rotation=90, fontfamily="monospace", fontsize=8)
         figure.suptitle("Experts that each token visits", x=0.01, ha="left", fontsize=11)
-        add_conditions(figure, conditions)
-        figure.savefig(path, format="png", dpi=150)
+        own = trace.overall
+        measured = f"specialisation by round, all routers and {trace.texts:,} texts: {own.information:.4f}"
+        add_conditions(figure, f"{measured} (95% by chance below {own.null_95:.4f}, p = {own.p:.3f})\n{conditions}")
+        figure.savefig(path, format="png", dpi=DPI)
 
 
 def _trace_panel(axes: Axes, router: RouterTrace, tokens: int) -> None:
@@ -120,15 +130,35 @@ def _share_map(found: Sequence[TaskBalance]) -> tuple[np.ndarray, list[str], int
     return shares.reshape(len(names), rounds * most), names, rounds
 
 
-def _label_map(axes: Axes, adapter: str, names: Sequence[str], rounds: int, experts: int) -> None:
-    axes.set_title(adapter, fontsize=9)
-    axes.set_xticks([t * experts + (experts - 1) / 2 for t in range(rounds)], [f"round {t + 1}" for t in range(rounds)])
+def _label_map(axes: Axes, adapter: str, names: Sequence[str], rounds: int, shares: np.ndarray, top: float) -> None:
+    experts = shares.shape[1] // rounds
+    axes.set_title("\n".join(_lines(adapter)), fontsize=9)
+    middles = [t * experts + (experts - 1) / 2 for t in range(rounds)]
+    below = "\n" if experts <= NUMBERED else ""
+    axes.set_xticks(middles, [f"{below}round {t + 1}" for t in range(rounds)])
+    if experts <= NUMBERED:
+        axes.set_xticks(range(shares.shape[1]), [str(i % experts) for i in range(shares.shape[1])], minor=True)
+        axes.tick_params(axis="x", which="minor", labelsize=7)
+        for (i, j), share in np.ndenumerate(shares):
+            if not np.isnan(share):
+                ink = "white" if share > 0.6 * top else INK
+                axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color=ink)
     for t in range(1, rounds):
         axes.axvline(t * experts - 0.5, color="white", linewidth=3)
     step = max(1, len(names) // 40)
     axes.set_yticks(range(0, len(names), step), [_short(name) for name in names[::step]], fontsize=7)
     axes.grid(False)
     axes.spines[:].set_visible(False)
+
+
+def _bar(adapter: str, i: int, by: Mapping[tuple[str, str], TaskBalance], tasks: Sequence[str]) -> str:
+    """What the legend calls an adapter's round."""
+    return adapter if len(by[adapter, tasks[0]].rounds) == 1 else f"{adapter}, round {i + 1}"
+
+
+def _lines(adapter: str) -> list[str]:
+    """An adapter's title with its folder, where it has one, on a line of its own."""
+    return adapter.split(", ")
 
 
 def _names(found: Sequence[TaskBalance]) -> tuple[list[str], list[str]]:

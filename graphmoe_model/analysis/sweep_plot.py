@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from graphmoe_model.analysis.plots import SERIES, add_conditions
+from graphmoe_model.analysis.plots import DPI, SERIES, add_conditions
 from graphmoe_model.analysis.sweep import BASE, Series
 from graphmoe_model.analysis.sweep_report import SettingResult
 from graphmoe_model.presentation import INK, STYLE
@@ -34,16 +34,18 @@ def draw_sweep(
                 _line(panels[0, column], panels[1, column], line, by_name, SERIES[i % len(SERIES)], label)
             base = by_name.get(BASE)
             if base is not None and base.average is not None:
-                panels[0, column].axhline(100 * base.average.mean, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+                level, dashes = 100 * base.average.mean, (0, (4, 3))
+                panels[0, column].axhline(level, color=INK, linewidth=1, linestyle=dashes, label="the base model")
             panels[1, column].set_xlabel(axis)
-            panels[1, column].set_ylim(bottom=0)
-            if len(lines) > 1:
-                panels[0, column].legend(frameon=False)
+            panels[1, column].set_ylim(0, 1.1 * panels[1, column].get_ylim()[1])
+            panels[0, column].margins(y=0.1)
+            if panels[0, column].get_legend_handles_labels()[1]:
+                panels[0, column].legend(frameon=False, fontsize=8)
         panels[0, 0].set_ylabel("right answers, %")
         panels[1, 0].set_ylabel("training step, s")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         add_conditions(figure, conditions)
-        figure.savefig(path, format="png", dpi=150)
+        figure.savefig(path, format="png", dpi=DPI)
 
 
 def _line(

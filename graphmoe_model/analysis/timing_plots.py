@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from graphmoe_model.analysis.plots import SERIES, add_conditions
+from graphmoe_model.analysis.plots import DPI, SERIES, add_conditions
 from graphmoe_model.analysis.timings import LayerTime, ModelTime, Timings
-from graphmoe_model.presentation import INK
+from graphmoe_model.presentation import INK, short_model
 from graphmoe_model.presentation import STYLE as BASE_STYLE
 from graphmoe_model.profiling.plot import COLOURS, LABELLED, TITLES
 from graphmoe_model.profiling.result import CATEGORIES
@@ -28,7 +28,7 @@ def draw_latency(found: Sequence[Timings], path: Path) -> None:
     rows = [_panels(own) for own in found]
     columns = max(map(len, rows))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(0.6 + 4.2 * columns, 0.6 + 3.4 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(0.6 + 4.2 * columns, 0.6 + 4.2 * len(rows)), layout="constrained")
         panels = figure.subplots(len(rows), columns, squeeze=False)
         for axes_row, row in zip(panels, rows, strict=True):
             for axes, panel in zip(axes_row, row, strict=False):
@@ -37,7 +37,7 @@ def draw_latency(found: Sequence[Timings], path: Path) -> None:
                 axes.axis("off")
         figure.suptitle("Latency", x=0.01, ha="left", fontsize=11)
         add_conditions(figure, "; ".join(dict.fromkeys(own.device for own in found)))
-        figure.savefig(path, format="png", dpi=150)
+        figure.savefig(path, format="png", dpi=DPI)
 
 
 def draw_composition(found: Sequence[Timings], path: Path) -> None:
@@ -49,16 +49,18 @@ def draw_composition(found: Sequence[Timings], path: Path) -> None:
     ]
     bars = max(len(models) for _, _, models in panels)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.6 + 4.6 * len(panels), 1.4 + 0.36 * bars), layout="constrained")
+        figure = Figure(figsize=(1.6 + 4.6 * len(panels), 1.7 + 0.36 * bars), layout="constrained")
         row = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (own, phase, models) in zip(row, panels, strict=True):
             _composition(axes, models)
             device = f", {own.device}" if len(found) > 1 else ""
-            axes.set_title(f"{models[0].model}, {phase} of {models[0].tokens:,} {AXES[phase]}{device}", fontsize=9)
+            length = f"{models[0].tokens:,} {AXES[phase]}"
+            what = f"decode of one token, {length}" if phase == "decode" else f"prefill of {length}"
+            axes.set_title(f"{short_model(models[0].model)}{device}\n{what}", fontsize=9)
         handles, labels = row[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(CATEGORIES), frameon=False)
         figure.suptitle("Where the time of a forward goes", x=0.01, ha="left", fontsize=11)
-        figure.savefig(path, format="png", dpi=150)
+        figure.savefig(path, format="png", dpi=DPI)
 
 
 Lines = dict[str, list[tuple[float, float]]]  # label -> (place, seconds)
@@ -69,7 +71,7 @@ def _panels(own: Timings) -> list[tuple[str, str, Lines, dict[str, float]]]:
     found: list[tuple[str, str, Lines, dict[str, float]]] = []
     for phase in dict.fromkeys(each.phase for each in own.models):
         models = [each for each in own.models if each.phase == phase]
-        title = f"{models[0].model}, " + ("one token of decode" if phase == "decode" else "prefill")
+        title = f"{short_model(models[0].model)}, " + ("one token of decode" if phase == "decode" else "prefill")
         found.append((title, AXES[phase], _by_adapter(models), {}))
     for case in dict.fromkeys(each.case for each in own.layers):
         layers = [each for each in own.layers if each.case == case]
@@ -113,7 +115,7 @@ def _panel(axes: Axes, title: str, axis: str, lines: Lines, levels: dict[str, fl
         axes.set_xticks(sorted({place for points in lines.values() for place, _ in points}))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:,.0f}"))
     axes.set_ylim(bottom=0)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
 
 
 def _composition(axes: Axes, models: Sequence[ModelTime]) -> None:

@@ -70,21 +70,29 @@ def read_timings(path: Path) -> Timings:
     """Read a file of `graphmoe profile` or of `pytest benchmarks`.
 
     Raises:
-        ValueError: it cannot be read, or is neither.
+        ValueError: it cannot be read, is neither, or has two adapters of one name.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the file in it, {path / 'profile.json'}")
     document = read_document(path, WHAT)
     try:
         conditions = dict(document["conditions"])
         device = conditions["device"]
-        return Timings(
+        found = Timings(
             file=str(path),
             device=device["name"] if isinstance(device, dict) else str(device),
             conditions=conditions,
             models=[_model_time(own) for own in document["profiles"] if own["phase"] in PHASES],
             layers=[_layer_time(own) for own in document.get("rows", ()) if own["group"] == ROUNDS],
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not {WHAT}: {type(error).__name__} {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{path} is not {WHAT}: it has no {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not {WHAT}: {error}") from error
+    places = [(each.model, each.adapter, each.phase, each.tokens) for each in found.models]
+    if twice := next((place for place in places if places.count(place) > 1), None):
+        raise ValueError(f"{path} has two adapters called {twice[1]}, which cannot be told apart; profile them anew")
+    return found
 
 
 def with_times(found: Sequence[Timings]) -> list[Timings]:

@@ -192,5 +192,5 @@ def _elapsed(call: Call, device: torch.device) -> float:
 
 
 def _slug(adapter: str) -> str:
-    """Write the adapter as a part of a file's name: "GraphMoE (T=3)" is graphmoe-t-3."""
+    """Write the adapter as a part of a file's name: "GraphMoE(MixLoRA), T = 3" is graphmoe-mixlora-t-3."""
     return "-".join("".join(c if c.isalnum() else " " for c in adapter.lower()).split())

@@ -93,8 +93,7 @@ def adapter_title(config: PeftConfig) -> str:
         return {"LORA": "LoRA"}.get(str(getattr(config.peft_type, "value", config.peft_type)), str(config.peft_type))
     if config.base_method.routers is None:
         return config.title  # no experts, and so no rounds
-    title = "GraphMoE" if config.title == "GraphMoE(MixLoRA)" else config.title  # the method unless another is named
-    return f"{title} (T={config.rounds})"
+    return f"{config.title}, T = {config.rounds}"
 
 
 @contextmanager

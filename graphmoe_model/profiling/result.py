@@ -13,7 +13,7 @@ class Profile(NamedTuple):
 
     Attributes:
         model: its name.
-        adapter: ``"none"``, ``"LoRA"``, ``"MixLoRA (T=1)"``, ``"GraphMoE (T=3)"``, ...
+        adapter: ``"none"``, ``"LoRA"``, ``"MixLoRA, T = 1"``, ``"GraphMoE(MixLoRA), T = 3"``, ...
         phase: ``"prefill"`` (all tokens at once, an empty cache) or ``"decode"`` (one token, a cache of ``tokens``).
         tokens: the sequence's length.
         seconds: median over the repetitions of every one of `CATEGORIES`. On a GPU the time that the kernels launched

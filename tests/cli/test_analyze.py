@@ -62,7 +62,7 @@ def test_balance_of_two_adapters_on_two_tasks(saved, tmp_path):
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "new" / "balance.json").read_text())
     pairs = [(own["adapter"], own["task"]) for own in document["balance"]]
-    names = ["MixLoRA (T=1)", "GraphMoE (T=3)"]
+    names = ["MixLoRA, T = 1", "GraphMoE(MixLoRA), T = 3"]
     assert pairs == [(adapter, task) for adapter in names for task in ("asked", "more")]
     assert [len(own["rounds"]) for own in document["balance"]] == [1, 1, 3, 3]
     tokenizer = AutoTokenizer.from_pretrained(saved["base"])
@@ -88,7 +88,7 @@ def test_adapters_of_one_method_have_their_folders_names(saved, tmp_path):
     assert graphmoe("analyze", "balance", *given, "--no-plot", "--out", tmp_path).exit_code == 0
     document = json.loads((tmp_path / "balance.json").read_text())
     assert [own["adapter"] for own in document["balance"]] == [
-        f"GraphMoE (T=3), {saved[name]}" for name in ("graphmoe", "again")
+        f"GraphMoE(MixLoRA), T = 3, {saved[name].name}" for name in ("graphmoe", "again")
     ]
     assert not list(tmp_path.glob("*.png"))
 
@@ -142,7 +142,7 @@ def test_a_long_text_is_said_to_be_drawn_in_part(saved, tmp_path):
 WRONG = {
     "balance --adapter PLAIN": "PLAIN is LoRA, which has no router, so there is no routing to analyze",
     "balance --adapter LORA": "LORA is LoRA, which has no router",
-    "trace --adapter MIXLORA": "MIXLORA is MixLoRA (T=1): it has one round, so there are no rounds to compare",
+    "trace --adapter MIXLORA": "MIXLORA is MixLoRA, T = 1: it has one round, so there are no rounds to compare",
     "balance --adapter ./nowhere": "there is no such folder here",
     "balance --adapter GRAPHMOE --model MORE_BASE": "was trained on the base model",
     "trace --adapter GRAPHMOE --router x": "--router x: there is no such router; there are model.layers.0.mlp",

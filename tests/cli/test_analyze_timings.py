@@ -27,7 +27,7 @@ def profile(adapter: str, phase: str, tokens: int, milliseconds: float, **more: 
 def written(folder: Path, name: str = "profile.json", **parts: Any) -> Path:
     entries = [
         profile(adapter, phase, tokens, 2.0 * (i + 1))
-        for i, adapter in enumerate(("none", "MixLoRA (T=1)", "GraphMoE(MoLA) (T=3)"))
+        for i, adapter in enumerate(("none", "MixLoRA, T = 1", "GraphMoE(MoLA), T = 3"))
         for phase in ("prefill", "decode")
         for tokens in (16, 64)
     ]
@@ -96,9 +96,13 @@ def test_files_without_what_is_asked_for_are_named(tmp_path):
     [
         ("{", "is not JSON"),
         ("[]", "must hold a JSON object"),
-        ("{}", "is not a profile.json of graphmoe profile, or a result of pytest benchmarks: KeyError"),
-        ('{"conditions": {"device": "x"}, "profiles": [{"phase": "decode"}]}', "KeyError"),
-        ('{"conditions": 3, "profiles": []}', "TypeError"),
+        ("{}", "is not a profile.json of graphmoe profile, or a result of pytest benchmarks: it has no 'conditions'"),
+        ('{"conditions": {"device": "x"}, "profiles": [{"phase": "decode"}]}', "it has no 'seconds'"),
+        ('{"conditions": 3, "profiles": []}', "is not a profile.json of graphmoe profile"),
+        (
+            json.dumps({"conditions": {"device": "x"}, "profiles": [profile("a", "decode", 4, 2.0)] * 2}),
+            "has two adapters called a, which cannot be told apart",
+        ),
         (
             json.dumps({"conditions": {"device": "x"}, "profiles": [profile("a", "decode", 4, 0.0)]}),
             "has no time in it",

@@ -31,7 +31,7 @@ def test_a_profile_writes_table_plot_data_and_traces(tmp_path):
     size = ("--preset", "tiny", "--layers", 1, "--seq", 4, 8, "--rounds", 0, 2)
     result = graphmoe("profile", *size, "--repetitions", 1, "--out", out)
     assert result.exit_code == 0, result.output
-    variants = [(a, p, n) for a in ("none", "GraphMoE (T=2)") for p in ("prefill", "decode") for n in (4, 8)]
+    variants = [(a, p, n) for a in ("none", "GraphMoE(MixLoRA), T = 2") for p in ("prefill", "decode") for n in (4, 8)]
 
     document = json.loads((out / "profile.json").read_text())
     assert [(e["adapter"], e["phase"], e["tokens"]) for e in document["profiles"]] == variants
@@ -46,11 +46,12 @@ def test_a_profile_writes_table_plot_data_and_traces(tmp_path):
 
     assert (out / "profile.png").read_bytes().startswith(PNG)
     table = (out / "profile.md").read_text()
-    assert table.count("| GraphMoE (T=2) |") == 4
+    assert table.count("| GraphMoE(MixLoRA), T = 2 |") == 4
     assert "dtype float32" in table
-    assert "GraphMoE (T=2)" in result.stdout
+    assert "GraphMoE(MixLoRA), T = 2" in result.stdout
     assert "attention" in result.stdout
-    names = [f"trace_{a}_{p}_{n}.json" for a in ("none", "graphmoe-t-2") for p in ("prefill", "decode") for n in (4, 8)]
+    adapters = ("none", "graphmoe-mixlora-t-2")
+    names = [f"trace_{a}_{p}_{n}.json" for a in adapters for p in ("prefill", "decode") for n in (4, 8)]
     for name in names:
         assert json.loads((out / name).read_text())["traceEvents"]
     assert {path.name for path in out.iterdir()} == {*names, "profile.json", "profile.md", "profile.png"}
@@ -74,7 +75,7 @@ def saved(tmp_path_factory) -> dict[str, Path]:
 QUICK = ("--seq", 4, "--phase", "prefill", "--repetitions", 1, "--no-plot")
 
 
-@pytest.mark.parametrize("adapter, title", [("graphmoe", "GraphMoE (T=3)"), ("lora", "LoRA")])
+@pytest.mark.parametrize("adapter, title", [("graphmoe", "GraphMoE(MixLoRA), T = 3"), ("lora", "LoRA")])
 def test_a_saved_model_with_its_adapter(saved, tmp_path, adapter, title):
     """The adapter alone unless rounds are asked for too; and no plot where none is wanted."""
     models = ("--model", saved["base"], "--adapter", saved[adapter])
@@ -85,6 +86,19 @@ def test_a_saved_model_with_its_adapter(saved, tmp_path, adapter, title):
         assert [entry["adapter"] for entry in profiles] == titles
         assert {entry["model"] for entry in profiles} == {str(saved["base"])}
     assert not (tmp_path / "profile.png").exists()
+
+
+def test_a_saved_adapter_of_a_fresh_one_s_method_has_its_folder_s_name(saved, tmp_path):
+    """Else their rows could not be told apart, and the one's traces would lie over the other's."""
+    given = ("--model", saved["base"], "--adapter", saved["graphmoe"], "--method", "mixlora", "--rounds", 3)
+    result = graphmoe("profile", *given, *QUICK, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    profiles = json.loads((tmp_path / "profile.json").read_text())["profiles"]
+    assert [entry["adapter"] for entry in profiles] == [
+        "GraphMoE(MixLoRA), T = 3",
+        "GraphMoE(MixLoRA), T = 3, graphmoe",
+    ]
+    assert len(list(tmp_path.glob("trace_*.json"))) == 2
 
 
 def test_fold_and_backend_reach_the_layers(saved, tmp_path, monkeypatch):
@@ -285,4 +299,4 @@ def test_methods_reach_the_table(tmp_path):
     result = graphmoe("profile", *size, "--method", "lora", "mola", "--rounds", 1, 2, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     profiles = json.loads((tmp_path / "profile.json").read_text())["profiles"]
-    assert [entry["adapter"] for entry in profiles] == ["LoRA", "MoLA (T=1)", "GraphMoE(MoLA) (T=2)"]
+    assert [entry["adapter"] for entry in profiles] == ["LoRA", "MoLA, T = 1", "GraphMoE(MoLA), T = 2"]

@@ -27,8 +27,8 @@ from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model, to
 
 ADAPTERS = {
     "none": {"attention", "mlp", "other"},
-    "MixLoRA (T=1)": {"attention", "mlp", "experts", "routing", "other"},
-    "GraphMoE (T=3)": set(CATEGORIES),
+    "MixLoRA, T = 1": {"attention", "mlp", "experts", "routing", "other"},
+    "GraphMoE(MixLoRA), T = 3": set(CATEGORIES),
 }
 
 
@@ -39,7 +39,7 @@ def test_categories_have_time_exactly_where_they_have_work(adapter, fold):
     if adapter == "none":
         model = tiny_model()
     else:
-        model = tiny_peft_model(rounds=int(adapter[-2]), fold=fold)
+        model = tiny_peft_model(rounds=int(adapter[-1]), fold=fold)
     for found in profile_model(model, adapter, lengths=[5], repetitions=1):
         assert {name for name, spent in found.seconds.items() if spent > 0} == ADAPTERS[adapter]
         assert set(found.seconds) == set(CATEGORIES)
@@ -88,9 +88,9 @@ def test_a_disabled_adapter_is_profiled_as_the_plain_model():
 def test_the_categories_sum_to_the_forward(tmp_path):
     """In a trace of a real model: whatever no range claims is "other", and nothing is claimed twice."""
     folder = tmp_path / "made" / "here"
-    profile_model(tiny_peft_model(), "GraphMoE (T=3)", lengths=[5], repetitions=1, traces=folder)
+    profile_model(tiny_peft_model(), "GraphMoE(MixLoRA), T = 3", lengths=[5], repetitions=1, traces=folder)
     traces = sorted(folder.iterdir())
-    assert [t.name for t in traces] == ["trace_graphmoe-t-3_decode_5.json", "trace_graphmoe-t-3_prefill_5.json"]
+    assert [t.name for t in traces] == [f"trace_graphmoe-mixlora-t-3_{phase}_5.json" for phase in ("decode", "prefill")]
     for trace in traces:
         events = json.loads(trace.read_text())["traceEvents"]
         (forward,) = attribute(events, on_device=False)
@@ -138,9 +138,9 @@ def test_nothing_stays_switched_on(fails, monkeypatch):
 
         monkeypatch.setattr(router, "forward", fail)
         with pytest.raises(RuntimeError, match="in the middle"):
-            profile_model(model, "GraphMoE (T=3)", ["prefill"], [5], repetitions=1)
+            profile_model(model, "GraphMoE(MixLoRA), T = 3", ["prefill"], [5], repetitions=1)
     else:
-        profile_model(model, "GraphMoE (T=3)", ["prefill"], [5], repetitions=1)
+        profile_model(model, "GraphMoE(MixLoRA), T = 3", ["prefill"], [5], repetitions=1)
     assert hooks(model) == before
     assert [module.training for module in model.modules()] == modes
     assert not ranges._recording
@@ -252,7 +252,7 @@ def test_fresh_adapters_count_in_every_term_and_leave_the_model_as_it_was():
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with with_fresh(model, "mixlora", 2) as (adapted, title):
-        assert title == "GraphMoE (T=2)"
+        assert title == "GraphMoE(MixLoRA), T = 2"
         trainable = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
         assert trainable
         zero = [n for n, p in trainable.items() if not p.any() and "candidate.bias" not in n]
@@ -263,10 +263,10 @@ def test_fresh_adapters_count_in_every_term_and_leave_the_model_as_it_was():
 
 
 def test_adapters_are_called_by_their_method():
-    assert adapter_title(tiny_config(rounds=1)) == "MixLoRA (T=1)"
-    assert adapter_title(tiny_config(rounds=4)) == "GraphMoE (T=4)"
-    assert adapter_title(tiny_config(method="mola", use_dora=True)) == "GraphMoE(MoDA) (T=3)"
-    assert adapter_title(tiny_config(method="loramoe", rounds=1)) == "LoRAMoE (T=1)"
+    assert adapter_title(tiny_config(rounds=1)) == "MixLoRA, T = 1"
+    assert adapter_title(tiny_config(rounds=4)) == "GraphMoE(MixLoRA), T = 4"
+    assert adapter_title(tiny_config(method="mola", use_dora=True)) == "GraphMoE(MoDA), T = 3"
+    assert adapter_title(tiny_config(method="loramoe", rounds=1)) == "LoRAMoE, T = 1"
     assert adapter_title(GraphMoEConfig(method="lora", rounds=1)) == "LoRA"
     assert adapter_title(LoraConfig()) == "LoRA"
 
@@ -276,7 +276,7 @@ def test_adapters_are_called_by_their_method():
 def test_fresh_adapters_of_every_method_have_their_time_in_its_parts(method, rounds):
     """At the sizes that its paper gives it; a later round has a GRU, whatever kind of experts it is on."""
     with with_fresh(tiny_model(), method, rounds) as (adapted, title):
-        assert title == f"{METHODS[method].name(False, rounds).replace('GraphMoE(MixLoRA)', 'GraphMoE')} (T={rounds})"
+        assert title == f"{METHODS[method].name(False, rounds)}, T = {rounds}"
         config = adapted.peft_config["default"]
         assert {name: getattr(config, name) for name in preset_settings(method)} == {
             **preset_settings(method),
@@ -290,7 +290,7 @@ def test_fresh_adapters_of_every_method_have_their_time_in_its_parts(method, rou
 def test_other_architectures_have_the_same_categories():
     """Attention and MLP are found by structure: a fused gate_up_proj, another attention class."""
     for kind in ("phi3", "gemma2"):
-        (found,) = profile_model(tiny_peft_model(kind), "GraphMoE (T=3)", ["decode"], [5], repetitions=1)
+        (found,) = profile_model(tiny_peft_model(kind), "GraphMoE(MixLoRA), T = 3", ["decode"], [5], repetitions=1)
         assert min(found.seconds.values()) > 0
 
 
