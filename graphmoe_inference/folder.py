@@ -104,6 +104,8 @@ def read_export(folder: str | Path) -> ExportedModel:
         raise ValueError(f"there is no folder {folder}; name one that graphmoe export wrote")
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} is an adapter; graphmoe export makes a folder for inference of it and its base")
+    if folder.name == BASE and (folder.parent / WEIGHTS).is_file():
+        raise ValueError(f"{folder} is the base model inside of an export; name {folder.parent}")
     try:
         own = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["graphmoe"]
         found = own.pop("format")

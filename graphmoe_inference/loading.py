@@ -31,8 +31,8 @@ def load_for_inference(
         device: where it goes.
 
     Raises:
-        ValueError: as `read_export`; the base lacks weights or a module that the adapter is on, or the weights' file
-            lacks a tensor or has another one.
+        ValueError: as `read_export`; there is no such device; the base lacks weights or a module that the adapter is
+            on, or the weights' file lacks a tensor or has another one.
     """
     folder = Path(folder)
     exported = read_export(folder)
@@ -48,11 +48,25 @@ def load_for_inference(
     # Copies: a file's tensors lie where the file has them, and products at odd addresses round otherwise.
     tensors = {key: tensor.clone() for key, tensor in load_file(folder / WEIGHTS).items()}
     put_into(model, exported, tensors, str(folder))
-    model = model.to(device).eval().requires_grad_(False)
+    try:
+        model = model.to(device).eval().requires_grad_(False)
+    except (
+        AssertionError,
+        RuntimeError,
+    ) as error:  # of PyTorch, where it was built without the device or there is none
+        raise ValueError(
+            f"the model cannot be moved to device={str(device)!r}: {error}; name another device"
+        ) from error
+    model.save_pretrained = partial(_no_saving, str(folder))
     for module in model.modules():
         if isinstance(module, RethinkingMLP | RoutedLinear):
             module.prepare()
     return model
+
+
+def _no_saving(folder: str, *_: Any, **__: Any) -> None:
+    """In place of Transformers' method, which would write layers that no class of its own reads back."""
+    raise ValueError(f"a model of load_for_inference is saved already: copy the folder {folder}")
 
 
 def put_into(model: nn.Module, exported: ExportedModel, tensors: dict[str, Tensor], source: str) -> None:

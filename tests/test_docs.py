@@ -171,8 +171,9 @@ def test_the_readme_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
     assert any(not torch.equal(before[name], after[name]) for name in before), "it trained nothing"
 
 
-def test_the_layers_page_runs_as_it_is_written():
+def test_the_layers_page_runs_as_it_is_written(tmp_path, monkeypatch):
     """It asserts for itself that the layer, the recurrence and a round by hand agree."""
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
     for code in blocks(ROOT / "docs/layer.md", "python"):
         exec(compile(code, "layer.md", "exec"), names)

@@ -15,6 +15,8 @@ from graphmoe_model.analysis.balance import TaskBalance, task_balance
 from graphmoe_model.evaluation.document import write_document
 from graphmoe_model.questions import load_sets
 
+SHARE_ROWS, SHARE_COLUMNS = 24, 8  # of the table of shares; a larger one is in the files alone
+
 
 def run(options: ModelOptions, data: DataOptions, console: Console) -> list[TaskBalance]:
     """Count the load of every adapter's experts on every task, and write the files.
@@ -46,9 +48,34 @@ def run(options: ModelOptions, data: DataOptions, console: Console) -> list[Task
         draw_balance(found, analyzed.described(), options.out / "balance.png")
         draw_balance_map(found, analyzed.described(), options.out / "balance_map.png")
         files += ["balance.png", "balance_map.png"]
+    _print_shares(found, console)
     _print(found, console)
     say_written(options.out, files, options.plot, console)
     return found
+
+
+def _print_shares(found: list[TaskBalance], console: Console) -> None:
+    """Print each expert's share of each round of each router, where that is no more than a screen of rows."""
+    console.width = max(console.width, WIDTH)
+    rows = [
+        (own, router, t, round_)
+        for own in found
+        for router, rounds in own.shares.items()
+        for t, round_ in enumerate(rounds)
+    ]
+    experts = max(len(round_) for *_, round_ in rows)
+    if len(rows) > SHARE_ROWS or experts > SHARE_COLUMNS:
+        console.print(Text("Each expert's share of each router and round is in balance.json, and in the map."))
+        return
+    table = Table(box=box.SIMPLE)
+    for name in ("adapter", "task", "router"):
+        table.add_column(name)
+    for name in ("round", *(f"expert {i}" for i in range(experts))):
+        table.add_column(name, justify="right")
+    for own, router, t, round_ in rows:
+        names = (Text(own.adapter), Text(own.task), Text(router)) if t == 0 else ("", "", "")
+        table.add_row(*names, str(t + 1), *(f"{100 * share:.1f}%" for share in round_))
+    console.print(table)
 
 
 def _print(found: list[TaskBalance], console: Console) -> None:
@@ -56,7 +83,7 @@ def _print(found: list[TaskBalance], console: Console) -> None:
     table = Table(box=box.SIMPLE)
     for name in ("adapter", "task"):
         table.add_column(name)
-    for name in ("tokens", "round", "deviation", "over mean", "largest", "smallest", "unused"):
+    for name in ("tokens", "round", "deviation", "variation", "largest", "smallest", "unused"):
         table.add_column(name, justify="right")
     for own in found:
         rows = [(str(i + 1), balance) for i, balance in enumerate(own.rounds)]
@@ -70,7 +97,7 @@ def _print(found: list[TaskBalance], console: Console) -> None:
     console.print(
         Text(
             "Shares of a round's load, means over the routers of MLPs (those of attention have no rounds): the "
-            "standard deviation over experts, the same over the mean share (0: even), the largest and the smallest "
+            "standard deviation over experts, its ratio to the mean share (0: even), the largest and the smallest "
             "share, and how many experts got nothing."
         )
     )

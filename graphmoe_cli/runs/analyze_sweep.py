@@ -19,7 +19,7 @@ from graphmoe_model.analysis.sweep import Sweep, fitted_recipe, run_sweep
 from graphmoe_model.analysis.sweep_report import SettingResult, document_of, results_of
 from graphmoe_model.evaluation.document import write_document
 from graphmoe_model.presentation import short_model
-from graphmoe_model.questions import load_questions, load_sets
+from graphmoe_model.questions import QuestionSet, load_questions, load_sets
 from graphmoe_tables.recipe import TrainingRecipe
 
 PLANS = {"sensitivity": sweeps.sensitivity, "parameters": sweeps.parameters, "activated": sweeps.activated}
@@ -39,10 +39,12 @@ def run(options: SweepOptions, console: Console) -> list[SettingResult]:
     hide_loading_bars()
     recipe = fitted_recipe(options.recipe)
     asked = load_sets(options.test_data or recipe.data)
+    train = tuple(load_questions(name, "train") for name in recipe.data)
+    if not options.test_data:
+        _check_others(train, asked)
     if options.limit is not None:
         asked = {task: replace(own, questions=own.questions[: options.limit]) for task, own in asked.items()}
     plan = PLANS[options.kind](recipe, **options.grid)  # type: ignore[operator]
-    train = tuple(load_questions(name, "train") for name in recipe.data)
     sweep = Sweep(options.kind, recipe, plan.settings, plan.series, options.seeds, train, asked)
     documents = run_sweep(sweep, options.out, lambda line: console.print(Text(line), soft_wrap=True))
     results = results_of(sweep, documents)
@@ -63,6 +65,15 @@ def run(options: SweepOptions, console: Console) -> list[SettingResult]:
     _print(results, list(asked), console)
     say_written(options.out, files, options.plot, console)
     return results
+
+
+def _check_others(train: tuple[QuestionSet, ...], asked: dict[str, QuestionSet]) -> None:
+    """Refuse to ask what was trained on: a file has one split."""
+    for own in train:
+        if any(own.source == other.source for other in asked.values()):
+            raise ValueError(
+                f"the recipe trains on {own.source}, which has no other questions to ask; name some by --test-data"
+            )
 
 
 def _seeds(sweep: Sweep) -> str:

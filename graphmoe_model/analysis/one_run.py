@@ -145,4 +145,4 @@ def load_variation(file: Path) -> list[float] | None:
 def _per_step(trained: TrainingResult) -> float | None:
     """The seconds of a step; a run that was gone on with has timed those after it alone."""
     timed = trained.steps - trained.resumed_from
-    return round(trained.seconds / timed, 4) if timed else None
+    return float(f"{trained.seconds / timed:.4g}") if timed else None

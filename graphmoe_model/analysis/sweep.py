@@ -28,6 +28,7 @@ from graphmoe_model.training.run_folder import checkpoints, remove
 from graphmoe_tables.recipe import FREE_ON_RESUME, TrainingRecipe
 
 SWEEP_FILE, RUNS, ADAPTERS, LOCK = "sweep.json", "runs", "adapters", ".lock"
+SETS = {"train": "trained on", "asked": "asked"}
 BASE = "base"  # the setting that is the base model as it is
 BATCH = 16  # prompts per forward
 
@@ -183,7 +184,11 @@ def check_folder(sweep: Sweep, folder: Path) -> None:
         except OSError as error:
             raise ValueError(f"--out {folder} cannot be written to: {error.strerror}; name another folder") from error
         return
-    changed = differences(read_document(file, "a sweep"), sweep.described())
+    then, now = read_document(file, "a sweep"), sweep.described()
+    changed = differences(_without_sets(then), _without_sets(now))
+    for key, verb in SETS.items():
+        if then.get(key) != now[key]:
+            changed.append(f"{verb} {_listed(then.get(key))}, not {_listed(now[key])}")
     if changed:
         raise ValueError(
             f"--out {folder} holds a sweep with {'; '.join(changed)}. Name another folder, or what it was begun with"
@@ -233,7 +238,16 @@ def _per_question(seconds: Mapping[str, float], asked: Mapping[str, Sequence[Any
     return round(sum(seconds.values()) / sum(map(len, asked.values())), 6)
 
 
+def _without_sets(described: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in described.items() if key not in SETS}
+
+
+def _listed(sets: Any) -> str:
+    """Questions by source, number and the beginning of their digest, in a sentence."""
+    return " and ".join(f"{source} ({told})" for source, told in dict(sets or {}).items())
+
+
 def _digest(found: QuestionSet) -> str:
     """Tell a set by its questions: a file may change under its name."""
     text = json.dumps([[q.prompt, q.answer] for q in found.questions])
-    return f"{len(found):,} questions {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{len(found):,} questions, {hashlib.sha256(text.encode()).hexdigest()[:12]}"

@@ -23,9 +23,10 @@ def check_base(config: PeftConfig, adapter: str, base: str) -> None:
     """
     recorded = config.base_model_name_or_path
     if recorded and recorded != base and not _same_folder(recorded, base):
+        missing = "" if Path(base).is_dir() else " (no folder here, so a name on the hub)"
         raise ValueError(
-            f"the adapter {adapter} was trained on the base model {recorded!r}, and --model is {base!r}; name that "
-            "one, or pass --allow-other-base if it is the same model elsewhere"
+            f"the adapter {adapter} was trained on the base model {recorded!r}, and --model is {base!r}{missing}; name "
+            "that one, or pass --allow-other-base if it is the same model elsewhere"
         )
 
 

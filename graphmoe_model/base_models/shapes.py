@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from graphmoe_inference.folder import BASE, WEIGHTS
 from graphmoe_model.base_models.hub import hub_arguments, not_loaded
 from graphmoe_tables.models import MODEL_SHAPES, check_layers, is_path, known_model, model_shape
 
@@ -52,7 +53,7 @@ def is_local_model(name: str) -> bool:
 
 
 def check_is_model(name: str) -> None:
-    """Refuse a path that is no folder, a file's, and an adapter's folder.
+    """Refuse a path that is no folder, a file's, an adapter's folder, and that of an export.
 
     Raises:
         ValueError: says which of them it is.
@@ -61,5 +62,10 @@ def check_is_model(name: str) -> None:
         raise ValueError(f"{name} would be a file; name the model's folder, whose config.json is read")
     if is_path(name) and not Path(name).is_dir():
         raise ValueError(f"there is no folder {name} to load a model from")
+    if (Path(name) / WEIGHTS).exists():
+        raise ValueError(
+            f"{name} was written by graphmoe export, for programs that have no PEFT; its base model is {name}/{BASE}, "
+            "and the adapter is where it was exported from"
+        )
     if (Path(name) / "adapter_config.json").exists():
         raise ValueError(f"{name} is an adapter: pass its base model with --model and the adapter with --adapter")

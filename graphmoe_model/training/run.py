@@ -240,7 +240,7 @@ def _result(
         best_step=trainer.state.best_global_step,
         questions=rows.questions,
         truncated=rows.truncated,
-        seconds=round(seconds, 1),
+        seconds=round(seconds, 3),
         peak_memory=peak_memory(device),
         trainable_parameters=sum(parameters_by_component(model).values()),
         adapter_bytes=weights.stat().st_size if weights.exists() else 0,

@@ -77,6 +77,9 @@ def test_balance_of_two_adapters_on_two_tasks(saved, tmp_path):
     assert conditions["limit"] == 6
     assert conditions["data"] == {"asked": str(saved["asked"]), "more": str(saved["more"])}
     assert [settings["rounds"] for settings in conditions["adapters"].values()] == [1, 3]
+    assert result.stdout.count("expert 0") == 1
+    first = own["shares"]["model.layers.0.mlp"][0]
+    assert " ".join(f"{100 * share:.1f}%" for share in first) in " ".join(result.stdout.split())
     for name in ("balance.png", "balance_map.png"):
         assert (tmp_path / "new" / name).read_bytes().startswith(PNG)
     for word in (*names, "asked", "more", "deviation"):
@@ -234,6 +237,14 @@ def test_a_sweep_over_rounds_and_scales(swept, tmp_path):
     assert "holds a sweep with seeds [0, 1], not [0]; settings.t-2-gru-0.25" in other.stderr
 
 
+def test_a_sweep_does_not_ask_what_it_trained_on(swept, tmp_path):
+    """A file has one split, so without others to ask the accuracy would be that of what was learnt by heart."""
+    result = graphmoe("analyze", "activated", "--config", swept / "recipe.yaml", "--top-k", 1, "--out", tmp_path / "s")
+    assert result.exit_code == 2
+    assert "train.jsonl, which has no other questions to ask; name some by --test-data" in result.stderr
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.parametrize(
     "kind, grid, titles",
     [
@@ -247,7 +258,7 @@ def test_sweeps_over_ranks_and_experts_per_token(swept, tmp_path, kind, grid, ti
     document = json.loads((tmp_path / "s" / f"{kind}.json").read_text())
     assert [own["title"] for own in document["results"]] == ["the base model", *titles]
     assert document["sweep"]["kind"] == kind
-    assert next(iter(document["sweep"]["asked"].values())).startswith("4 questions ")
+    assert next(iter(document["sweep"]["asked"].values())).startswith("4 questions, ")
     assert (tmp_path / "s" / f"{kind}.png").read_bytes().startswith(PNG)
 
 
