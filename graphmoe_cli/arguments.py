@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,18 @@ MODEL_NAMES = f"{', '.join(MODEL_SHAPES)}, a folder (before any of these) or a n
 NO_MODEL = f"name the base model by --model: {', '.join(MODEL_SHAPES)}, a folder or a name on the hub"
 
 
-def one_of(names: Iterable[str]) -> dict[str, Any]:
-    """Return what makes an option a choice of these names, for `typer.Option` (which takes choices from types only)."""
+def one_of(names: Iterable[str], hints: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return what makes an option a choice of these names, for `typer.Option` (which takes choices from types only).
+
+    ``hints`` say of other names that one might think of what to write.
+    """
     known = list(names)
 
     def parse(given: str) -> str:
         if given not in known:
-            raise typer.BadParameter(f"{given!r} is not one of {', '.join(map(repr, known))}")
+            hint = (hints or {}).get(given.lower())
+            listed = ", ".join(map(repr, known))
+            raise typer.BadParameter(f"{given!r} is not one of {listed}" + ("" if hint is None else f"; {hint}"))
         return given
 
     parser: Callable[[str], str] = parse

@@ -42,7 +42,7 @@ def profile(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            **one_of(METHODS),
+            **one_of(METHODS, {"graphmoe": "GraphMoE is mixlora with --rounds 3"}),
             help="Fresh adapters by their base method, at its published sizes: several of them.",
             show_default="mixlora",
         ),

@@ -34,6 +34,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(found, dict):
         raise ValueError(f"the recipe {path} must be lines of the form 'key: value', got {type(found).__name__}")
+    if "peft_type" in found:
+        raise ValueError(f"{path} is an adapter's configuration; name its recipe, recipe.yaml in the same folder")
     known = [field.name for field in dataclasses.fields(TrainingRecipe)]
     for key in found:
         if key not in known:

@@ -46,6 +46,10 @@ def run(
     adapted: Any = attach_adapter(load_base_model(source), adapter, config)
     exported = export_for_inference(adapted, output, tokenizer)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    what = f"{exported.title} on {len(exported.mlps)} MLPs and {len(exported.linears)} linears, {size / 1e9:.2f} GB"
+    what = f"{exported.title} on {len(exported.mlps)} MLPs and {len(exported.linears)} linears, {_told(size)}"
     console.print(Text(f"{output}: {what}"), soft_wrap=True)
     console.print(Text(f'graphmoe_inference.load_for_inference("{output}") loads it, without PEFT'), soft_wrap=True)
+
+
+def _told(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

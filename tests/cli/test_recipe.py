@@ -55,6 +55,7 @@ def test_the_command_line_overrules_the_file(tmp_path):
     ("learning_rte: 1\n", r"unknown key 'learning_rte'; did you mean 'learning_rate'\?"),
     ("gru-learning-rate: 1\n", r"unknown key 'gru-learning-rate'; did you mean 'gru_learning_rate'\?"),
     ("xyzzy: 1\n", r"has the unknown key 'xyzzy'$"),
+    ("peft_type: GRAPHMOE\nr: 8\n", "is an adapter's configuration; name its recipe, recipe.yaml"),
     ("- a\n", "must be lines of the form 'key: value', got list"),
     ("model: [\n", "is no YAML: .*line 2"),
     ("resume: true\n", "unknown key 'resume'"),
