@@ -35,6 +35,7 @@ WRONG = {
     "profile --preset tyni": "unknown model 'tyni'; there are tiny",
     "profile --preset tiny --layers 0": "at least 1 layer, got 0",
     "profile --preset tiny --rounds -1": "rounds must be 0 (no adapter) or more, got -1",
+    "profile --preset tiny --method graphmoe": "GraphMoE is mixlora with --rounds 3",
     "profile --preset tiny --method moe": "'moe' is not one of 'lora', 'mixlora'",
     "profile --preset tiny --method lora --rounds 2": "--method lora has no experts and so no rounds",
     "profile --preset tiny --batch 0": "batch must be at least 1, got 0",

@@ -140,7 +140,6 @@ WRONG = {
         "--preset tiny --method lora --rounds 3",
         "lora has no experts and so no rounds, got --rounds 3",
     ),
-    "the package's name": ("--preset tiny --method graphmoe", "GraphMoE is mixlora with --rounds 3"),
     "too long for a preset": ("--preset llama-3-8b --seq 9000", "longer than the model's 8192 positions"),
     "too long for a model": ("--model BASE --seq 200", "longer than the model's 128 positions"),
     "no batch": ("--model BASE --seq 4 --batch 0", "batch must be at least 1, got 0"),
