@@ -79,7 +79,7 @@ def test_each_model_answers_as_itself(saved, tmp_path):
         "ours": ("--adapter", saved["graphmoe"]),
         "lora": ("--adapter", saved["lora"]),
     }.items():
-        evaluated(saved, tmp_path / "e.json", "--records", tmp_path / name, "--limit", 8, *adapter)
+        evaluated(saved, tmp_path / f"{name}.json", "--records", tmp_path / name, "--limit", 8, *adapter)
         records[name] = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
     logprobs = {json.dumps([r["label_logprobs"] for r in found]) for found in records.values()}
     assert len(logprobs) == 3
@@ -114,6 +114,29 @@ def test_several_files_are_averaged_and_compared(saved, tmp_path):
     assert "left out: train." in page
 
 
+def test_an_evaluation_of_something_else_is_not_written_over(saved, tmp_path):
+    """Base, then adapter, both into the default file: hours of answers would be gone without a word."""
+    output = tmp_path / "e.json"
+    evaluated(saved, output, "--limit", 2)
+    evaluated(saved, output, "--limit", 3)  # the same again, further
+    before = output.read_bytes()
+    model = ("eval", "--model", saved["base"], "--output", output, "--limit", 2, "--data")
+    base, asked, adapter = saved["base"], saved["asked"], saved["lora"]
+    for more, now in (
+        ((asked, "--adapter", adapter), f"{base} with {adapter} on asked"),
+        ((saved["train"],), f"{base} without an adapter on train"),
+    ):
+        refused = graphmoe(*model, *more)
+        assert refused.exit_code == 2
+        assert f"holds the evaluation of {base} without an adapter on asked, and this one is of {now}" in refused.stderr
+        assert "name another --output" in refused.stderr
+        assert output.read_bytes() == before
+    for text in ("{}", "notes", json.dumps({"conditions": {"seed": 0}})):
+        output.write_text(text)
+        assert "holds something else than an evaluation" in graphmoe(*model, asked).stderr
+        assert output.read_text() == text
+
+
 def test_a_base_under_another_name_needs_consent(saved, tmp_path):
     other = tmp_path / "elsewhere"
     other.symlink_to(saved["base"])  # the same folder: no other base
@@ -134,7 +157,7 @@ def test_a_base_under_another_name_needs_consent(saved, tmp_path):
         "--data",
         saved["asked"],
         "--output",
-        tmp_path / "e.json",
+        tmp_path / "other.json",
     )
     refused = graphmoe("eval", *arguments)
     assert refused.exit_code == 2
