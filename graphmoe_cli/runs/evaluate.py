@@ -93,8 +93,14 @@ def _tasks(options: EvaluateOptions) -> tuple[list[EvaluationTask], dict[str, st
     """The tasks with their examples, and where each was read."""
     tasks, sources = [], {}
     for given, (name, found) in zip(options.data, load_sets(options.data, options.split).items(), strict=True):
-        examples = _examples(options, given).questions if options.shots else ()
-        tasks.append(EvaluationTask(name, found.questions[: options.limit], examples))
+        asked = found.questions[: options.limit]
+        if options.shots:
+            examples = _examples(options, given)
+            tasks.append(
+                EvaluationTask(name, asked, examples.questions, options.examples or f"{name}:{examples.split}")
+            )
+        else:
+            tasks.append(EvaluationTask(name, asked))
         sources[name] = found.source
     return tasks, sources
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from graphmoe_cli.app import app
 from graphmoe_cli.evaluate_options import EvaluateOptions
 from graphmoe_model.base_models import hub_is_reachable
+from graphmoe_model.questions import questions_digest
 from graphmoe_model.questions.json_lines import write_questions
 from tests.model.questions_made import byte_level, label_logits, made_questions, small_llama
 from tests.model.tiny_models import tiny_config
@@ -58,6 +59,8 @@ def test_scores_conditions_and_records(saved, tmp_path):
     scores = found["tasks"]["asked"]
     assert {"questions", "first_token_accuracy", "stderr", "acc", "acc_norm"} <= set(scores)
     assert scores["questions"] == 20
+    assert scores["questions_sha256"] == questions_digest(made_questions(20))
+    assert scores["questions_sha256"] != questions_digest(made_questions(20)[::-1])
     conditions = found["conditions"]
     assert conditions["adapter_settings"]["rounds"] == 2
     assert conditions["adapter_settings"]["peft_type"] == "GRAPHMOE"
@@ -172,7 +175,7 @@ def test_a_base_under_another_name_needs_consent(saved, tmp_path):
         (("--data", "boolk"), "unknown task 'boolk', did you mean 'boolq'?"),
         (("--data", "none.jsonl"), "there is no file none.jsonl"),
         (("--data", "{asked}", "--shots", "2"), "is a file, which has no training split"),
-        (("--data", "{asked}", "--shots", "7", "--examples", "{train}"), "7 examples (shots)"),
+        (("--data", "{asked}", "--shots", "7", "--examples", "{train}"), "of asked, and {train} has 6; ask"),
         (("--data", "{asked}", "--adapter", "/no/such"), "no folder /no/such"),
         (("--data", "{asked}", "--adapter", "{base}"), "adapter_config.json"),
         (("--data", "{asked}", "--gguf-file", "a.gguf"), "has no file a.gguf"),
@@ -183,7 +186,7 @@ def test_wrong_input_ends_in_one_line(saved, tmp_path, arguments, told):
     given = [argument.format_map(saved) for argument in arguments]
     result = graphmoe("eval", "--model", saved["base"], "--output", tmp_path / "e.json", *given)
     assert result.exit_code == 2, result.output
-    assert told in result.stderr
+    assert told.format_map(saved) in result.stderr
     assert "\n" not in result.stderr.strip()
     assert not (tmp_path / "e.json").exists()
 
@@ -231,8 +234,10 @@ def test_a_page_that_cannot_be_written_is_said_with_its_option(tmp_path):
 def test_what_is_no_evaluation_is_not_compared(tmp_path):
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "b.json").write_text("{}")
+    (tmp_path / "c.json").write_text(json.dumps({"trainable_parameters": 1, "conditions": {"seed": 0}}))
     for names, told in ((("none.json", "b.json"), "cannot be read"), (("a.json", "b.json"), "must hold a JSON object"),
-                        (("b.json", "b.json"), "has no conditions")):  # fmt: skip
+                        (("b.json", "b.json"), "b.json is no evaluation: it has no tasks and no conditions"),
+                        (("c.json", "b.json"), "c.json is what graphmoe train wrote: it has no tasks;")):  # fmt: skip
         result = graphmoe("compare", *(tmp_path / name for name in names))
         assert result.exit_code == 2
         assert told in result.stderr
