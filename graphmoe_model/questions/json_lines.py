@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from graphmoe_model.messages import shortened
+from graphmoe_model.messages import looked_for, shortened
 from graphmoe_model.questions.question import Question
 from graphmoe_tables.tasks import nearest
 
@@ -60,7 +60,7 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     place = f"{path}, line {number}"
                     yield place, _object(line, place)
     except FileNotFoundError as error:
-        raise ValueError(f"there is no file {path} to read questions from") from error
+        raise ValueError(f"there is no file {path} to read questions from{looked_for(path)}") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 

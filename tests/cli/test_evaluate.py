@@ -205,6 +205,17 @@ def test_an_adapter_of_an_unknown_method_is_named(saved, tmp_path):
     assert "\n" not in result.stderr.strip()
 
 
+def test_an_adapter_without_its_weights_is_named(saved, tmp_path):
+    """PEFT would ask the hub for them, and speak of the network."""
+    for name in ("graphmoe", "lora"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text((saved[name] / "adapter_config.json").read_text())
+        result = graphmoe("eval", "--model", saved["base"], "--adapter", tmp_path / name, "--data", saved["asked"])
+        assert result.exit_code == 2
+        told = f"{tmp_path / name} holds neither adapter_model.safetensors nor adapter_model.bin; name the folder in"
+        assert told in result.stderr
+
+
 def test_lm_evals_tasks_without_the_hub_end_within_seconds(saved, tmp_path, monkeypatch):
     """With its retries, the hub's client would try for half a minute per file."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
