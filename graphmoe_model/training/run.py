@@ -86,8 +86,8 @@ def train(
         tell(line)
     in_a_step = min(recipe.batch * recipe.accumulation, len(rows.dataset))
     tell(
-        f"{rows.questions:,} questions, {steps:,} steps of {in_a_step:,} rows, {parameters:,} trainable parameters; "
-        f"the loss is shown of step 1 and of every {recipe.logging_steps:,} steps"
+        f"questions: {rows.questions:,}, steps: {steps:,}, rows per step: {in_a_step:,}, trainable parameters: "
+        f"{parameters:,}; the loss is shown of step 1 and then by --logging-steps {recipe.logging_steps}"
     )
     arguments = make_arguments(recipe, processes, steps)
     _ = arguments.device  # starts the process group, for FSDP and DeepSpeed in their own way

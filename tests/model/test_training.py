@@ -212,8 +212,9 @@ def said(base: Path, folder: Path, eval_questions=(), **changes: Any) -> list[st
 def test_a_run_says_first_what_it_will_do(base, tmp_path):
     """Steps may take minutes, and the rows of few questions are fewer than a step has."""
     lines = said(base, tmp_path / "out", batch=4, accumulation=8, logging_steps=100)
-    first = next(i for i, line in enumerate(lines) if line.startswith("24 questions, 1 steps of 24 rows, "))
-    assert " trainable parameters" in lines[first]
+    first = next(i for i, line in enumerate(lines) if line.startswith("questions: 24, "))
+    assert lines[first].startswith("questions: 24, steps: 1, rows per step: 24, trainable parameters: ")
+    assert f": {trained(base, tmp_path / 'counted').trainable_parameters:,}; the loss" in lines[first]
     assert lines[first + 1].startswith("step 1/1: loss ")
 
 
