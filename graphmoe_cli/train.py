@@ -41,11 +41,11 @@ def train(config: Path | None = None, resume: bool = False, **options: Any) -> N
         check_installed()
         if not (first and sys.stderr.isatty()):
             os.environ.setdefault("TQDM_DISABLE", "1")  # a file is no place for bars; tqdm reads it when it is imported
-        from rich.console import Console
-
-        from graphmoe_cli.runs import train as runs
-
         try:
+            from rich.console import Console
+
+            from graphmoe_cli.runs import train as runs
+
             runs.run(recipe, resume=resume, console=Console(quiet=not first))
         except KeyboardInterrupt as error:
             if first:

@@ -74,6 +74,13 @@ def test_scores_conditions_and_records(saved, tmp_path):
     assert f"{100 * scores['first_token_accuracy']:.1f}" in printed
 
 
+def test_prompts_that_were_cut_are_counted_of_all(saved, tmp_path):
+    found, printed = evaluated(saved, tmp_path / "e.json", "--max-length", 24)
+    cut = found["tasks"]["asked"]["truncated_prompts"]
+    assert cut > 0
+    assert f"{cut} of 40 prompts (two per question) were too long and lost their start" in printed
+
+
 def test_each_model_answers_as_itself(saved, tmp_path):
     """Base, our adapter and PEFT's: three models, and the base's answers are those of raw logits."""
     records = {}
