@@ -23,6 +23,20 @@ MODEL_NAMES = f"{', '.join(MODEL_SHAPES)}, a folder (before any of these) or a n
 NO_MODEL = f"name the base model by --model: {', '.join(MODEL_SHAPES)}, a folder or a name on the hub"
 
 
+# Options as other trainers call them, by the name here: suggested where the spelling is nearer to others.
+MEANT = {
+    **dict.fromkeys(("--lr", "--learning_rate"), "--learning-rate"),
+    **dict.fromkeys(("--rank", "--lora-r", "--lora-rank"), "--r"),
+    **dict.fromkeys(("--num-epochs", "--num-train-epochs"), "--epochs"),
+    **dict.fromkeys(("--gradient-accumulation-steps", "--grad-accum"), "--accumulation"),
+    **dict.fromkeys(("--bs", "--per-device-train-batch-size"), "--batch"),
+    **dict.fromkeys(("--train-data", "--dataset", "--train-file"), "--data"),
+    **dict.fromkeys(("--validation-data", "--val-data", "--dev-data"), "--eval-data"),
+    **dict.fromkeys(("--output-dir", "--out"), "--output"),
+    **dict.fromkeys(("--max-seq-length", "--max-seq-len", "--cutoff-len"), "--max-length"),
+}
+
+
 def one_of(names: Iterable[str], hints: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return what makes an option a choice of these names, for `typer.Option` (which takes choices from types only).
 
@@ -90,6 +104,7 @@ class ListCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As Typer's, with a list option's name repeated before each of its values."""
+        own = {name for param in self.params for name in (*param.opts, *param.secondary_opts)}
         lists = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
         spread: list[str] = []
         current: str | None = None
@@ -103,6 +118,10 @@ class ListCommand(TyperCommand):
             if waiting is not None:
                 raise typer.BadParameter("it needs at least one value", ctx=ctx, param_hint=f"'{waiting}'")
             name, _, value = arg.partition("=")
+            if name not in own and MEANT.get(name) in own:
+                raise typer.BadParameter(
+                    f"no such option; did you mean {MEANT[name]}?", ctx=ctx, param_hint=f"'{name}'"
+                )
             current = name if name in lists else None
             waiting = None if value else current
             _no_commas(ctx, current, value)

@@ -60,7 +60,9 @@ def evaluate(
     allow_other_base: Annotated[
         bool, typer.Option("--allow-other-base", help="Also evaluate on another base than the adapter names.")
     ] = False,
-    output: Annotated[Path, typer.Option(help="The JSON with scores and conditions.")] = Path("evaluation.json"),
+    output: Annotated[Path, typer.Option(help="The JSON with scores; never over another evaluation.")] = Path(
+        "evaluation.json"
+    ),
     records: Annotated[Path | None, typer.Option(help="One JSON line per question, too.")] = None,
 ) -> None:
     """How well a model, with or without an adapter, answers questions.

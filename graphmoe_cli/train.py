@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ import typer
 from graphmoe_cli.arguments import PRESET_NAMES, one_line_errors, one_of
 from graphmoe_tables.recipe import OUTPUT, TrainingRecipe
 from graphmoe_tables.recipe_fields import Field, field_of, flag
-from graphmoe_tables.recipe_files import recipe_of
+from graphmoe_tables.recipe_files import RECIPE_FILE, recipe_of
 
 FILE = "Recipe file"
 EXTRA = ("trl", "accelerate", "datasets")  # packages of graphmoe[train]
@@ -40,11 +41,26 @@ def train(config: Path | None = None, resume: bool = False, **options: Any) -> N
         check_installed()
         if not (first and sys.stderr.isatty()):
             os.environ.setdefault("TQDM_DISABLE", "1")  # a file is no place for bars; tqdm reads it when it is imported
-        from rich.console import Console
+        try:
+            from rich.console import Console
 
-        from graphmoe_cli.runs import train as runs
+            from graphmoe_cli.runs import train as runs
 
-        runs.run(recipe, resume=resume, console=Console(quiet=not first))
+            runs.run(recipe, resume=resume, console=Console(quiet=not first))
+        except KeyboardInterrupt as error:
+            if first:
+                typer.echo(f"graphmoe train: {_interrupted(recipe)}", err=True)
+            raise typer.Exit(130) from error  # as shells have it of what Ctrl-C ended
+
+
+def _interrupted(recipe: TrainingRecipe) -> str:
+    """Say how a run that Ctrl-C ended goes on."""
+    saved = Path(recipe.output) / RECIPE_FILE
+    if not saved.is_file():
+        return "interrupted before training began; give the same command again"
+    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    command = "torchrun ... -m graphmoe_cli train" if launched else "graphmoe train"
+    return f"interrupted; go on by {command} --config {shlex.quote(str(saved))} --resume"
 
 
 def check_installed() -> None:

@@ -21,6 +21,7 @@ from graphmoe_model.evaluation.adapters import attach_adapter, saved_config
 from graphmoe_model.evaluation.document import (
     adapter_settings,
     averages,
+    check_overwriting,
     conditions_of,
     evaluation_document,
     training_result,
@@ -53,6 +54,8 @@ def run(options: EvaluateOptions, console: Console) -> list[TaskResult]:
     training = None if options.adapter is None else training_result(options.adapter)
     check_reachable(options.tasks)
     tasks, sources = _tasks(options)
+    asked = _asked(options, config, sources)
+    check_overwriting(options.output, asked)
     tokenizer = load_tokenizer(source)
     model: Any = load_base_model(source)
     if config is not None:
@@ -77,7 +80,7 @@ def run(options: EvaluateOptions, console: Console) -> list[TaskResult]:
             standard = evaluate_standard(
                 model, tokenizer, options.tasks, shots=shots, limit=options.limit, progress=told, **common
             )
-    conditions = {**conditions_of(model, device), **_asked(options, config, sources)}
+    conditions = {**conditions_of(model, device), **asked}
     conditions["seconds"] = round(time.perf_counter() - start, 2)
     write_document(evaluation_document(results, standard, conditions, training), options.output)
     if options.records is not None:
@@ -90,8 +93,14 @@ def _tasks(options: EvaluateOptions) -> tuple[list[EvaluationTask], dict[str, st
     """The tasks with their examples, and where each was read."""
     tasks, sources = [], {}
     for given, (name, found) in zip(options.data, load_sets(options.data, options.split).items(), strict=True):
-        examples = _examples(options, given).questions if options.shots else ()
-        tasks.append(EvaluationTask(name, found.questions[: options.limit], examples))
+        asked = found.questions[: options.limit]
+        if options.shots:
+            examples = _examples(options, given)
+            tasks.append(
+                EvaluationTask(name, asked, examples.questions, options.examples or f"{name}:{examples.split}")
+            )
+        else:
+            tasks.append(EvaluationTask(name, asked))
         sources[name] = found.source
     return tasks, sources
 
@@ -127,6 +136,7 @@ def _asked(options: EvaluateOptions, config: PeftConfig | None, sources: dict[st
         "adapter": options.adapter,
         "adapter_settings": None if config is None else adapter_settings(config),
         "data": sources,
+        "tasks": list(options.tasks),
         "shots": options.shots,
         "examples": options.examples,
         "samples": options.samples,
@@ -147,7 +157,9 @@ def _print(
         console.print(_table(results, options.samples))
         cut = sum(result.truncated_prompts for result in results)
         if cut:
-            console.print(Text(f"{cut:,} prompts were too long and lost their start"), soft_wrap=True)
+            prompts = 2 * sum(result.questions for result in results)
+            line = f"{cut:,} of {prompts:,} prompts (two per question) were too long and lost their start"
+            console.print(Text(line), soft_wrap=True)
     if standard:
         console.print(Text(f"{what}, by lm-eval's own tasks"), soft_wrap=True)
         console.print(_standard_table(standard))

@@ -12,6 +12,9 @@ from rich.text import Text
 from graphmoe_model.questions import Question, load_questions
 from graphmoe_model.training import TrainingRecipe, TrainingResult, train
 from graphmoe_model.training.callbacks import duration
+from graphmoe_tables.tasks import TASKS
+
+TEST_FILE = "YOUR-TEST.jsonl"  # stands in the command that evaluates for questions that training has not seen
 
 
 def run(recipe: TrainingRecipe, *, resume: bool, console: Console) -> TrainingResult:
@@ -62,7 +65,10 @@ def _pair(first: float | None, last: float | None) -> str:
 
 
 def _eval_command(recipe: TrainingRecipe) -> str:
-    data = [shlex.quote(name) for name in recipe.eval_data or recipe.data]
+    names = [name.partition(":")[0] for name in recipe.eval_data or recipe.data]
+    tasks = list(dict.fromkeys(name for name in names if name in TASKS))  # each on the split that it is reported on
+    # A file is one split, and these were trained on, or chose the checkpoint.
+    data = [*tasks, *([TEST_FILE] if any(name not in TASKS for name in names) else [])]
     words = ["graphmoe eval", "--model", shlex.quote(recipe.model), "--adapter", shlex.quote(recipe.output)]
     if recipe.gguf_file is not None:
         words += ["--gguf-file", shlex.quote(recipe.gguf_file)]

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from graphmoe_inference.folder import BASE, WEIGHTS
 from graphmoe_model.base_models.hub import hub_arguments, not_loaded
+from graphmoe_model.messages import looked_for
 from graphmoe_tables.models import MODEL_SHAPES, check_layers, is_path, known_model, model_shape
 
 
@@ -61,11 +62,14 @@ def check_is_model(name: str) -> None:
     if name.endswith(".json"):
         raise ValueError(f"{name} would be a file; name the model's folder, whose config.json is read")
     if is_path(name) and not Path(name).is_dir():
-        raise ValueError(f"there is no folder {name} to load a model from")
+        raise ValueError(f"there is no folder {name} to load a model from{looked_for(name)}")
     if (Path(name) / WEIGHTS).exists():
         raise ValueError(
             f"{name} was written by graphmoe export, for programs that have no PEFT; its base model is {name}/{BASE}, "
             "and the adapter is where it was exported from"
         )
     if (Path(name) / "adapter_config.json").exists():
-        raise ValueError(f"{name} is an adapter: pass its base model with --model and the adapter with --adapter")
+        raise ValueError(
+            f"{name} is an adapter: pass its base model with --model and the adapter with --adapter, or to train it on "
+            "with --start-from"
+        )

@@ -19,7 +19,7 @@ from graphmoe_model.checkpoints.loading import (
 from graphmoe_model.checkpoints.saving import save_whole
 from graphmoe_model.checkpoints.spread import load_into_spread, loaded_in_place
 from graphmoe_model.checkpoints.tensor_names import own_tensors, saved_key
-from graphmoe_model.checkpoints.weights import Weights, read_weights_file
+from graphmoe_model.checkpoints.weights import Weights, read_weights_file, weights_file
 from graphmoe_model.checkpoints.whole import NotWhole, whole_adapter_state, whole_transformers_state
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "saved_adapter_config",
     "saved_key",
     "stamp",
+    "weights_file",
     "whole_adapter_state",
     "whole_transformers_state",
 ]

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from graphmoe_kernels import shown
-from graphmoe_model.messages import first_line
+from graphmoe_model.messages import first_line, looked_for
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"there is no folder {folder}; name an adapter's folder on disk (one on the hub is fetched by "
-            "huggingface_hub.snapshot_download)"
+            f"huggingface_hub.snapshot_download){looked_for(folder)}"
         )
     path = folder / CONFIG_NAME
     if not path.is_file():

@@ -40,6 +40,17 @@ def weights_path(folder: Path) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+def weights_file(folder: Path) -> Path:
+    """Find it, or say that it is missing: `FileNotFoundError`. PEFT would ask the hub for a model of that name."""
+    found = weights_path(folder)
+    if found is None:
+        raise FileNotFoundError(
+            f"{folder} holds neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}; name the folder in which an "
+            "adapter was saved whole"
+        )
+    return found
+
+
 def read_weights_file(path: Path) -> Weights:
     """Read a weight file on the CPU, in the dtypes it was saved in.
 

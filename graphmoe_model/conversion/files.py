@@ -8,7 +8,7 @@ from pathlib import Path
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 
-from graphmoe_model.checkpoints import Weights, check_target, fill_folder, in_use, read_weights_file
+from graphmoe_model.checkpoints import Weights, check_target, fill_folder, in_use, read_weights_file, weights_file
 
 
 def read_weights(folder: str | Path) -> Weights:
@@ -21,15 +21,13 @@ def read_weights(folder: str | Path) -> Weights:
         ValueError: there are two, or what `read_weights_file` refuses.
     """
     folder = Path(folder)
-    files = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).is_file()]
-    if not files:
-        raise FileNotFoundError(f"{folder} holds neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
-    if len(files) > 1:
+    file = weights_file(folder)
+    if file.name != WEIGHTS_NAME and (folder / WEIGHTS_NAME).is_file():
         raise ValueError(
             f"{folder} holds both {SAFETENSORS_WEIGHTS_NAME} and {WEIGHTS_NAME}, and they may differ; move away the "
             "one that is out of date"
         )
-    return read_weights_file(files[0])
+    return read_weights_file(file)
 
 
 def write_folder(folder: str | Path, write: Callable[[Path], None], overwrite: bool) -> None:

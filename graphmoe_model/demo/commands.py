@@ -26,7 +26,7 @@ def real_commands() -> list[str]:
     return [
         f"graphmoe data fetch {TASK} {MODEL}",
         f"graphmoe train {model} --data {TASK} --output tuned {BRIEF}",
-        f"graphmoe eval {model} --data {TASK} --adapter tuned --dtype bfloat16",
+        f"graphmoe eval {model} --data {TASK} --adapter tuned --dtype bfloat16 --output tuned.json",
     ]
 
 

@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from graphmoe_model.base_models import check_task, hub_is_reachable
-from graphmoe_model.checkpoints import saved_adapter_config
+from graphmoe_model.checkpoints import saved_adapter_config, weights_file
 from graphmoe_model.messages import first_line
 
 
@@ -37,9 +37,12 @@ def saved_config(adapter: str) -> PeftConfig:
 
     Raises:
         ValueError: there is none, or it is of a method or a version that is not known.
+        FileNotFoundError: it is a folder without a weight file.
     """
     if not Path(adapter).is_dir() and not hub_is_reachable():
         raise ValueError(f"there is no folder {adapter} to load an adapter from, and the hub cannot be reached")
     config = saved_adapter_config(adapter)
+    if Path(adapter).is_dir():
+        weights_file(Path(adapter))
     config.inference_mode = True
     return config

@@ -19,9 +19,8 @@ def method_record(evaluation: dict[str, Any], training: dict[str, Any] | None = 
     Raises:
         ValueError: it is no evaluation's.
     """
-    tasks, conditions = evaluation.get("tasks"), evaluation.get("conditions")
-    if not isinstance(tasks, dict) or not isinstance(conditions, dict):
-        raise ValueError(f"an evaluation has tasks and conditions, this has {', '.join(evaluation) or 'nothing'}")
+    check_evaluation(evaluation, "the document")
+    tasks, conditions = evaluation["tasks"], evaluation["conditions"]
     training = evaluation.get("training") if training is None else training
     metrics = [{"split": "test", "task": name, **scores} for name, scores in tasks.items()]
     train_info: dict[str, Any] = {"status": "success" if training else "no training known"}
@@ -51,22 +50,36 @@ def method_record(evaluation: dict[str, Any], training: dict[str, Any] | None = 
     }
 
 
+def check_evaluation(document: dict[str, Any], name: str) -> None:
+    """`ValueError` that names a document which is no evaluation's, and says what it seems to be."""
+    missing = [part for part in ("tasks", "conditions") if not isinstance(document.get(part), dict)]
+    if missing:
+        seems = "is what graphmoe train wrote" if "trainable_parameters" in document else "is no evaluation"
+        raise ValueError(
+            f"{name} {seems}: it has no {' and no '.join(missing)}; name a JSON file that graphmoe eval wrote"
+        )
+
+
 def comparison_page(evaluations: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown page: accuracies of each run by task, then what its training took.
+    """Return a Markdown page: accuracies of each run by task, then what its training took, then where runs were
+    evaluated otherwise than the first.
 
     Raises:
-        ValueError: fewer than two runs, or runs without a common task.
+        ValueError: fewer than two runs, runs without a common task, or whose questions of a task are others.
     """
     if len(evaluations) < 2:
         raise ValueError(f"a comparison needs at least two evaluations, got {len(evaluations)}")
     records = [method_record(evaluation) for evaluation in evaluations]
     by_task = [{metric["task"]: metric for metric in record["train_info"]["metrics"]} for record in records]
+    names = [str(record["run_info"]["experiment_name"]) for record in records]
     tasks = [task for task in by_task[0] if all(task in own for own in by_task)]
     if not tasks:
         raise ValueError(
-            "the evaluations have no task in common: " + "; ".join(", ".join(own) or "none" for own in by_task)
+            "the evaluations have no task in common: "
+            + "; ".join(f"{name} has {', '.join(own) or 'none'}" for name, own in zip(names, by_task, strict=True))
         )
-    names = [str(record["run_info"]["experiment_name"]) for record in records]
+    for task in tasks:
+        _check_same_questions(task, names, [own[task] for own in by_task])
     lines = ["# Comparison", "", "First-token accuracy in percent, with its standard error.", ""]
     rows = [
         [name, *(_accuracy(own[task]) for task in tasks), _mean([own[task]["first_token_accuracy"] for task in tasks])]
@@ -95,10 +108,58 @@ def comparison_page(evaluations: Sequence[dict[str, Any]]) -> str:
             for name, r, own in zip(names, records, by_task, strict=True)
         ],
     )
+    lines += _differences(names, [evaluation["conditions"] for evaluation in evaluations])
+    unknown = [n for n, own in zip(names, by_task, strict=True) if any("questions_sha256" not in own[t] for t in tasks)]
+    if unknown:
+        lines += [
+            "",
+            f"Whether the questions are the same is not known of {', '.join(unknown)}, written without their SHA-256 "
+            "by an earlier graphmoe eval.",
+        ]
     left_out = sorted({task for own in by_task for task in own} - set(tasks))
     if left_out:
         lines += ["", f"Not in every evaluation, so left out: {', '.join(left_out)}."]
     return "\n".join(lines) + "\n"
+
+
+# Conditions that change what an accuracy means; the questions themselves are held by their digest.
+_MEANING = (
+    "shots",
+    "examples",
+    "seed",
+    "samples",
+    "temperature",
+    "max_length",
+    "dtype",
+    "load_in_4bit",
+    "load_in_8bit",
+)
+
+
+def _check_same_questions(task: str, names: Sequence[str], metrics: Sequence[dict[str, Any]]) -> None:
+    """`ValueError` if two runs answered other questions under a task's name."""
+    for part, what in (("questions", "{:,} questions"), ("questions_sha256", "questions with the SHA-256 {:.12}")):
+        known = [(name, metric[part]) for name, metric in zip(names, metrics, strict=True) if part in metric]
+        for name, value in known[1:]:
+            if value != known[0][1]:
+                raise ValueError(
+                    f"{known[0][0]} and {name} answered other questions as {task}: {what.format(known[0][1])} and "
+                    f"{what.format(value)}; evaluate both on the same file or split, with the same --limit"
+                )
+
+
+def _differences(names: Sequence[str], conditions: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each condition in which runs differ, so that figures do not stand side by side as if they were of one
+    kind."""
+    lines = []
+    for key in _MEANING:
+        values = [own.get(key) for own in conditions]
+        if key == "seed" and not any(own.get("shots") or own.get("samples") for own in conditions):
+            continue  # nothing is drawn
+        if any(value != values[0] for value in values):
+            shown = ", ".join(f"{'none' if v is None else v} in {n}" for n, v in zip(names, values, strict=True))
+            lines.append(f"- {key}: {shown}")
+    return ["", "**Not evaluated alike**, so the accuracies above are not of one kind:", "", *lines] if lines else []
 
 
 def _accuracy(metric: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from graphmoe_model.evaluation.language_model import Progress, QuestionLM, quiet
 from graphmoe_model.evaluation.records import QuestionRecord, TaskResult, accuracy, standard_error
 from graphmoe_model.evaluation.tasks import FIRST_TOKEN, TEXT, EncodedTask, EvaluationTask
 from graphmoe_model.evaluation.voting import SelfConsistency, majority
-from graphmoe_model.questions import Question, QuestionEncoder
+from graphmoe_model.questions import Question, QuestionEncoder, questions_digest
 
 
 def evaluate_questions(
@@ -151,6 +151,7 @@ def _task_result(
         self_consistency_accuracy=voted,
         truncated_prompts=encoded.truncated,
         seconds=seconds_per_question * len(records),
+        questions_sha256=questions_digest(questions),
         records=records,
     )
 

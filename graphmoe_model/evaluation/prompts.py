@@ -32,10 +32,13 @@ class Shots:
         examples: what is drawn from, the training split; those that occur twice count once.
         count: K, how many examples each question gets.
         seed: of the draw.
+        source: what errors call the examples.
     """
 
-    def __init__(self, name: str, examples: Sequence[Question], count: int, seed: int) -> None:
-        self.name, self.count, self.seed = name, count, seed
+    def __init__(
+        self, name: str, examples: Sequence[Question], count: int, seed: int, source: str = "its training split"
+    ) -> None:
+        self.name, self.count, self.seed, self.source = name, count, seed, source
         self._examples = list(dict.fromkeys(examples))
 
     def of(self, question: Question) -> list[Question]:
@@ -50,8 +53,8 @@ class Shots:
         if len(others) < self.count:
             without = "" if len(others) == len(self._examples) else " besides the question itself"
             raise ValueError(
-                f"{self.count} examples (shots) were asked for before each question, and the training split of "
-                f"{self.name} has {len(others)}{without}"
+                f"{self.count} examples (shots) were asked for before each question of {self.name}, and "
+                f"{self.source} has {len(others)}{without}; ask for fewer, or name where there are more"
             )
         return random.Random(f"{self.seed} {question.prompt}").sample(others, self.count)
 

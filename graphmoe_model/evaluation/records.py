@@ -57,6 +57,7 @@ class TaskResult:
         self_consistency_accuracy: by the majority of sampled labels; None if none were sampled.
         truncated_prompts: how many prompts lost their start, of twice as many as there are questions.
         seconds: wall-clock time of both scorings.
+        questions_sha256: `questions_digest` of what was asked: scores of other questions are not compared.
         records: of each question.
     """
 
@@ -69,6 +70,7 @@ class TaskResult:
     self_consistency_accuracy: float | None
     truncated_prompts: int
     seconds: float
+    questions_sha256: str
     records: list[QuestionRecord] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:

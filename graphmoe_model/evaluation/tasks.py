@@ -23,6 +23,7 @@ class EvaluationTask:
         name: of the task.
         questions: what is asked, at least one.
         examples: the training split, which solved examples are drawn from.
+        examples_from: what messages call that split, or the file that stands for it.
 
     Raises:
         ValueError: no questions.
@@ -31,6 +32,7 @@ class EvaluationTask:
     name: str
     questions: Sequence[Question]
     examples: Sequence[Question] = ()
+    examples_from: str = "its training split"
 
     def __post_init__(self) -> None:
         check_split(self.name, self.questions)
@@ -57,7 +59,7 @@ class EncodedTask:
         self.task = task
         cut_before = encoder.truncated
         encoder.check_labels(task.questions)
-        choose = Shots(task.name, task.examples, shots, seed)
+        choose = Shots(task.name, task.examples, shots, seed, task.examples_from)
         self._rows: dict[str, list[dict[str, Any]]] = {scoring: [] for scoring in scorings}
         for question in task.questions:
             before = choose.of(question)

@@ -3,6 +3,14 @@
 from graphmoe_model.questions.encoding import QuestionEncoder
 from graphmoe_model.questions.loading import load_questions, load_sets
 from graphmoe_model.questions.question import Question, check_split
-from graphmoe_model.questions.question_set import QuestionSet
+from graphmoe_model.questions.question_set import QuestionSet, questions_digest
 
-__all__ = ["Question", "QuestionEncoder", "QuestionSet", "check_split", "load_questions", "load_sets"]
+__all__ = [
+    "Question",
+    "QuestionEncoder",
+    "QuestionSet",
+    "check_split",
+    "load_questions",
+    "load_sets",
+    "questions_digest",
+]

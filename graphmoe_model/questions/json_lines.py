@@ -8,25 +8,38 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from graphmoe_model.messages import shortened
+from graphmoe_model.messages import looked_for, shortened
 from graphmoe_model.questions.question import Question
 from graphmoe_tables.tasks import nearest
 
 NEEDED = ("question", "choices", "answer")
 KEYS = (*NEEDED, "context", "labels")
+# What other projects' files call these, by the key here; told as a suggestion.
+MEANT = {
+    **dict.fromkeys(("options", "candidates", "endings", "alternatives"), "choices"),
+    **dict.fromkeys(("label", "target", "gold", "correct", "correct_answer", "solution", "answerkey"), "answer"),
+    **dict.fromkeys(("passage", "paragraph", "text", "article", "background"), "context"),
+    **dict.fromkeys(("prompt", "query", "stem", "question_stem", "input"), "question"),
+}
 
 
-def read_questions(path: Path) -> tuple[Question, ...]:
+def read_questions(path: Path, *, equal_choices: bool = False) -> tuple[Question, ...]:
     """Return the questions of a UTF-8 file with one JSON object per line; lines of white space are left out.
 
     The keys of an object are ``question``, ``choices``, ``answer`` (an index from 0, or one of the labels) and, where
     there are any, ``context`` and ``labels`` (without labels the choices are A, B, ...).
 
+    Args:
+        path: the file.
+        equal_choices: whether a question may have a choice twice, as some of a published task have.
+
     Raises:
-        ValueError: there is no such file or it cannot be read, a line is no such object (file and line are named), or
-            no line has a question.
+        ValueError: there is no such file or it cannot be read, a line is no such object or has a choice twice (file and
+            line are named), or no line has a question.
     """
     questions = tuple(question_of(fields, place) for place, fields in read_objects(path))
+    for question in () if equal_choices else questions:
+        _check_choices_differ(question)
     if not questions:
         raise ValueError(f"{path} has no questions; write one JSON object per line, with {', '.join(NEEDED)}")
     return questions
@@ -47,7 +60,7 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     place = f"{path}, line {number}"
                     yield place, _object(line, place)
     except FileNotFoundError as error:
-        raise ValueError(f"there is no file {path} to read questions from") from error
+        raise ValueError(f"there is no file {path} to read questions from{looked_for(path)}") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -67,7 +80,9 @@ def question_of(fields: dict[str, Any], place: str) -> Question:
     """Return the question that an object holds; ``ValueError`` that begins with the place and names the key."""
     for key in fields:
         if key not in KEYS:
-            raise ValueError(f"{place}: unknown key {key!r}{nearest(key, KEYS)}; there are {', '.join(KEYS)}")
+            meant = MEANT.get(key.lower())
+            hint = nearest(key, KEYS) if meant is None else f", did you mean {meant!r}?"
+            raise ValueError(f"{place}: unknown key {key!r}{hint}; there are {', '.join(KEYS)}")
     for key in NEEDED:
         if key not in fields:
             raise ValueError(f"{place}: {key!r} is missing; an object needs {', '.join(NEEDED)}")
@@ -80,6 +95,17 @@ def question_of(fields: dict[str, Any], place: str) -> Question:
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     return dataclasses.replace(read, answer=_answer(fields["answer"], read.answers, place))
+
+
+def _check_choices_differ(question: Question) -> None:
+    texts = [choice.strip() for choice in question.choices]
+    for i, text in enumerate(texts):
+        first = texts.index(text)
+        if first != i:
+            raise ValueError(
+                f"{question.place}: choices {first} and {i} are the same, {shortened(text)}, so no answer tells them "
+                "apart; change one, or leave the question out"
+            )
 
 
 def _object(line: bytes, place: str) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _task_questions(name: str, asked: str) -> QuestionSet:
         raise ValueError(
             f"{name} is not in {folder}: run graphmoe data fetch {name}, or set {DATA_FOLDER} to the folder where it is"
         )
-    questions = read_questions(path)
+    questions = read_questions(path, equal_choices=True)  # as they were published
     if len(questions) != task.splits[split]:
         raise ValueError(
             f"{path} has {len(questions):,} questions, and {task.title}'s {split} has {task.splits[split]:,}: it was "

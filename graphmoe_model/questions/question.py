@@ -28,7 +28,8 @@ class Question:
 
     Raises:
         ValueError: no question, fewer than 2 choices or more than 26, an empty choice, an answer that is none of them,
-            a label that is empty or has space around it, not as many labels as choices, or the same one twice.
+            a label that is empty or has space around it, not as many labels as choices, the same one twice, or labels
+            that only count the choices, which then no prompt would have.
     """
 
     question: str
@@ -53,6 +54,11 @@ class Question:
                 raise ValueError(f"the label {label!r} is empty or has space around it")
         if self.labels is not None and not len(self.choices) == len(self.labels) == len(set(self.labels)):
             raise ValueError(f"{len(self.choices)} choices need as many different labels, got {list(self.labels)}")
+        if self.labels is not None and _only_count(self.labels) and self.labels != self.choices:
+            raise ValueError(
+                f"the labels {', '.join(self.labels)} only count the choices, and with labels a prompt lists none; "
+                "leave the labels out, and the choices are listed as A, B, ..."
+            )
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -79,6 +85,13 @@ class Question:
     def solved(self) -> str:
         """The prompt with the right answer."""
         return f"{self.prompt} {self.label}"
+
+
+def _only_count(labels: Sequence[str]) -> bool:
+    """Whether labels are the first letters, or the first digits from 0 or 1, in whatever order."""
+    count, found = len(labels), {label.strip("().:").upper() for label in labels}
+    digits = [str(number) for number in range(len(LETTERS) + 1)]
+    return found in (set(LETTERS[:count]), set(digits[:count]), set(digits[1 : count + 1]))
 
 
 def prompt_after(shots: Sequence[Question], question: Question) -> str:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from graphmoe_model.questions.question import Question, check_split
+
+
+def questions_digest(questions: Sequence[Question]) -> str:
+    """Return the SHA-256 of all that questions say, in their order; where they were read does not count."""
+    rows = [[each.question, each.choices, each.answer, each.context, each.labels] for each in questions]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,8 @@ class ExpertLoadLog(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count in the steps that are logged alone: what counting costs is paid there."""
         step = state.global_step + 1
-        if step % args.logging_steps == 0 or step >= state.max_steps:
+        first = step == 1 and args.logging_first_step
+        if first or step % args.logging_steps == 0 or step >= state.max_steps:
             self._load = self._blocks.enter_context(collect_routing(kwargs["model"]))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import tempfile
@@ -43,6 +44,17 @@ def base_source(recipe: TrainingRecipe) -> ModelSource:
         device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if own_gpu else None,  # of torchrun and accelerate
         storage=dtype if recipe.fsdp else torch.uint8,
     )
+
+
+def within_positions(recipe: TrainingRecipe, base: Any) -> TrainingRecipe:
+    """Return the recipe with no more tokens per row than the base model's configuration has positions.
+
+    `graphmoe eval` cuts prompts at those too: what is trained is then what is asked.
+    """
+    positions = getattr(base.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions >= recipe.max_length:
+        return recipe
+    return dataclasses.replace(recipe, max_length=positions)
 
 
 def adapter_config(recipe: TrainingRecipe) -> GraphMoEConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -55,6 +55,34 @@ def make_rows(
     if packing:
         dataset = pack_dataset(dataset, recipe.max_length, "bfd", {"load_from_cache_file": False})
     return Rows(dataset, len(rows), encoder.truncated, digest)
+
+
+def notes_on(
+    recipe: TrainingRecipe,
+    asked_length: int,
+    rows: Rows,
+    questions: Sequence[Question],
+    eval_questions: Sequence[Question],
+) -> Iterator[str]:
+    """Yield what the user should know of the questions before they are trained on."""
+    if recipe.max_length < asked_length:
+        yield (
+            f"--max-length {asked_length} is more than the {recipe.max_length} positions that the model has: rows have "
+            f"up to {recipe.max_length} tokens"
+        )
+    if rows.truncated:
+        more = "the model" if recipe.max_length < asked_length else "--max-length"
+        yield (
+            f"{rows.truncated} of {rows.questions} questions are longer than {recipe.max_length} tokens and lose their "
+            f"start; {more} sets how many there may be"
+        )
+    trained = {(question.question, question.choices, question.context) for question in questions}
+    shared = sum((question.question, question.choices, question.context) in trained for question in eval_questions)
+    if shared:
+        yield (
+            f"{shared:,} of {len(eval_questions):,} questions of --eval-data are in --data too: their loss is of what "
+            "was learned by heart, and chooses the checkpoint by it; leave them out of one of the two"
+        )
 
 
 def make_collator(tokenizer: PreTrainedTokenizerBase, model: nn.Module, *, packing: bool) -> Any:

@@ -18,13 +18,14 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks, is_tensorboard_available
 
 from graphmoe_model.base_models import ModelSource, load_base_config, load_tokenizer
+from graphmoe_model.messages import looked_for
 from graphmoe_model.parameters import adapter_parameters, parameters_by_component
 from graphmoe_model.questions import Question
 from graphmoe_model.routing.callback import RouterLossCallback
 from graphmoe_model.training.callbacks import ExpertLoadLog, LastStep, ProgressLine
-from graphmoe_model.training.models import adapter_config, base_source, check_installed, load_model
+from graphmoe_model.training.models import adapter_config, base_source, check_installed, load_model, within_positions
 from graphmoe_model.training.result import TrainingResult, conditions, peak_memory, read_result, write_result
-from graphmoe_model.training.rows import Rows, make_collator, make_rows
+from graphmoe_model.training.rows import Rows, make_collator, make_rows, notes_on
 from graphmoe_model.training.run_folder import DATA_FILE, PREFIX, check_folder, check_space, last_whole, remove
 from graphmoe_model.training.trainer import RecipeTrainer, check_processes, make_arguments
 from graphmoe_model.whole_files import write_whole
@@ -65,6 +66,8 @@ def train(
     recipe = fitted(recipe.resolved(), processes)
     source = base_source(recipe)
     config = adapter_config(recipe)
+    base = load_base_config(source)
+    asked_length, recipe = recipe.max_length, within_positions(recipe, base)
     tokenizer = load_tokenizer(source)
     rows = make_rows(questions, tokenizer, recipe, packing=recipe.packing)
     evaluation = make_rows(eval_questions, tokenizer, recipe, packing=False) if recipe.eval_data is not None else None
@@ -72,17 +75,20 @@ def train(
     recipe = dataclasses.replace(recipe, save_steps=recipe.save_steps or max(1, steps // 10))
     folder = Path(recipe.output)
     goes_on = check_folder(recipe, resume)
+    check_data(folder, rows, evaluation, goes_on)  # also of a finished run: what it finished may be other questions
     finished = read_result(folder) if goes_on else None
     if finished is not None:
         tell(f"{folder} holds the finished run of this recipe: nothing is left to do")
         return finished
-    check_space(recipe, adapter_parameters(config, load_base_config(source)).total)
-    check_data(folder, rows, evaluation, goes_on)
-    if rows.truncated:
-        tell(
-            f"{rows.truncated} of {rows.questions} questions are longer than {recipe.max_length} tokens and lose their "
-            "start; --max-length sets how many there may be"
-        )
+    parameters = adapter_parameters(config, base).total
+    check_space(recipe, parameters)
+    for line in notes_on(recipe, asked_length, rows, questions, eval_questions):
+        tell(line)
+    in_a_step = min(recipe.batch * recipe.accumulation, len(rows.dataset))
+    tell(
+        f"questions: {rows.questions:,}, steps: {steps:,}, rows per step: {in_a_step:,}, trainable parameters: "
+        f"{parameters:,}; the loss is shown of step 1 and then by --logging-steps {recipe.logging_steps}"
+    )
     arguments = make_arguments(recipe, processes, steps)
     _ = arguments.device  # starts the process group, for FSDP and DeepSpeed in their own way
     state = PartialState()
@@ -124,7 +130,8 @@ def fitted(recipe: TrainingRecipe, processes: int) -> TrainingRecipe:
         )
     if recipe.fsdp and processes == 1:
         raise ValueError(
-            "--fsdp splits the model over processes: start several, torchrun --nproc_per_node 2 -m graphmoe_cli"
+            "--fsdp splits the model over processes: start several, "
+            "torchrun --nproc_per_node 2 -m graphmoe_cli train ... --fsdp"
         )
     for asked, given, option in (
         ("FSDP", recipe.fsdp, "--fsdp"),
@@ -137,7 +144,8 @@ def fitted(recipe: TrainingRecipe, processes: int) -> TrainingRecipe:
             )
     if recipe.deepspeed is not None and not Path(recipe.deepspeed).is_file():
         raise ValueError(
-            f"--deepspeed {recipe.deepspeed}: there is no such file; docs/configs has zero2.json and zero3.json"
+            f"--deepspeed {recipe.deepspeed}: there is no such file (docs/configs has zero2.json and zero3.json)"
+            f"{looked_for(recipe.deepspeed)}"
         )
     bf16 = (on_gpu and torch.cuda.is_bf16_supported()) if recipe.bf16 is None else recipe.bf16
     checkpointing = on_gpu if recipe.gradient_checkpointing is None else recipe.gradient_checkpointing

@@ -147,6 +147,7 @@ def make_arguments(recipe: TrainingRecipe, processes: int, steps: int) -> Traini
         metric_for_best_model="eval_loss" if evaluates else None,
         prediction_loss_only=True,
         logging_steps=recipe.logging_steps,
+        logging_first_step=True,  # a run of few long steps would say nothing for hours
         logging_nan_inf_filter=False,  # with it a loss that is not finite would be logged as an earlier one
         remove_unused_columns=False,  # packed rows have one that the model does not take but the collator does
         disable_tqdm=True,

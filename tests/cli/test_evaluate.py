@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from graphmoe_cli.app import app
 from graphmoe_cli.evaluate_options import EvaluateOptions
 from graphmoe_model.base_models import hub_is_reachable
+from graphmoe_model.questions import questions_digest
 from graphmoe_model.questions.json_lines import write_questions
 from tests.model.questions_made import byte_level, label_logits, made_questions, small_llama
 from tests.model.tiny_models import tiny_config
@@ -58,6 +59,8 @@ def test_scores_conditions_and_records(saved, tmp_path):
     scores = found["tasks"]["asked"]
     assert {"questions", "first_token_accuracy", "stderr", "acc", "acc_norm"} <= set(scores)
     assert scores["questions"] == 20
+    assert scores["questions_sha256"] == questions_digest(made_questions(20))
+    assert scores["questions_sha256"] != questions_digest(made_questions(20)[::-1])
     conditions = found["conditions"]
     assert conditions["adapter_settings"]["rounds"] == 2
     assert conditions["adapter_settings"]["peft_type"] == "GRAPHMOE"
@@ -71,6 +74,13 @@ def test_scores_conditions_and_records(saved, tmp_path):
     assert f"{100 * scores['first_token_accuracy']:.1f}" in printed
 
 
+def test_prompts_that_were_cut_are_counted_of_all(saved, tmp_path):
+    found, printed = evaluated(saved, tmp_path / "e.json", "--max-length", 24)
+    cut = found["tasks"]["asked"]["truncated_prompts"]
+    assert cut > 0
+    assert f"{cut} of 40 prompts (two per question) were too long and lost their start" in printed
+
+
 def test_each_model_answers_as_itself(saved, tmp_path):
     """Base, our adapter and PEFT's: three models, and the base's answers are those of raw logits."""
     records = {}
@@ -79,7 +89,7 @@ def test_each_model_answers_as_itself(saved, tmp_path):
         "ours": ("--adapter", saved["graphmoe"]),
         "lora": ("--adapter", saved["lora"]),
     }.items():
-        evaluated(saved, tmp_path / "e.json", "--records", tmp_path / name, "--limit", 8, *adapter)
+        evaluated(saved, tmp_path / f"{name}.json", "--records", tmp_path / name, "--limit", 8, *adapter)
         records[name] = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
     logprobs = {json.dumps([r["label_logprobs"] for r in found]) for found in records.values()}
     assert len(logprobs) == 3
@@ -114,6 +124,29 @@ def test_several_files_are_averaged_and_compared(saved, tmp_path):
     assert "left out: train." in page
 
 
+def test_an_evaluation_of_something_else_is_not_written_over(saved, tmp_path):
+    """Base, then adapter, both into the default file: hours of answers would be gone without a word."""
+    output = tmp_path / "e.json"
+    evaluated(saved, output, "--limit", 2)
+    evaluated(saved, output, "--limit", 3)  # the same again, further
+    before = output.read_bytes()
+    model = ("eval", "--model", saved["base"], "--output", output, "--limit", 2, "--data")
+    base, asked, adapter = saved["base"], saved["asked"], saved["lora"]
+    for more, now in (
+        ((asked, "--adapter", adapter), f"{base} with {adapter} on asked"),
+        ((saved["train"],), f"{base} without an adapter on train"),
+    ):
+        refused = graphmoe(*model, *more)
+        assert refused.exit_code == 2
+        assert f"holds the evaluation of {base} without an adapter on asked, and this one is of {now}" in refused.stderr
+        assert "name another --output" in refused.stderr
+        assert output.read_bytes() == before
+    for text in ("{}", "notes", json.dumps({"conditions": {"seed": 0}})):
+        output.write_text(text)
+        assert "holds something else than an evaluation" in graphmoe(*model, asked).stderr
+        assert output.read_text() == text
+
+
 def test_a_base_under_another_name_needs_consent(saved, tmp_path):
     other = tmp_path / "elsewhere"
     other.symlink_to(saved["base"])  # the same folder: no other base
@@ -134,7 +167,7 @@ def test_a_base_under_another_name_needs_consent(saved, tmp_path):
         "--data",
         saved["asked"],
         "--output",
-        tmp_path / "e.json",
+        tmp_path / "other.json",
     )
     refused = graphmoe("eval", *arguments)
     assert refused.exit_code == 2
@@ -149,7 +182,7 @@ def test_a_base_under_another_name_needs_consent(saved, tmp_path):
         (("--data", "boolk"), "unknown task 'boolk', did you mean 'boolq'?"),
         (("--data", "none.jsonl"), "there is no file none.jsonl"),
         (("--data", "{asked}", "--shots", "2"), "is a file, which has no training split"),
-        (("--data", "{asked}", "--shots", "7", "--examples", "{train}"), "7 examples (shots)"),
+        (("--data", "{asked}", "--shots", "7", "--examples", "{train}"), "of asked, and {train} has 6; ask"),
         (("--data", "{asked}", "--adapter", "/no/such"), "no folder /no/such"),
         (("--data", "{asked}", "--adapter", "{base}"), "adapter_config.json"),
         (("--data", "{asked}", "--gguf-file", "a.gguf"), "has no file a.gguf"),
@@ -160,7 +193,7 @@ def test_wrong_input_ends_in_one_line(saved, tmp_path, arguments, told):
     given = [argument.format_map(saved) for argument in arguments]
     result = graphmoe("eval", "--model", saved["base"], "--output", tmp_path / "e.json", *given)
     assert result.exit_code == 2, result.output
-    assert told in result.stderr
+    assert told.format_map(saved) in result.stderr
     assert "\n" not in result.stderr.strip()
     assert not (tmp_path / "e.json").exists()
 
@@ -177,6 +210,17 @@ def test_an_adapter_of_an_unknown_method_is_named(saved, tmp_path):
     assert result.exit_code == 2
     assert "'MIXLORA'" in result.stderr
     assert "\n" not in result.stderr.strip()
+
+
+def test_an_adapter_without_its_weights_is_named(saved, tmp_path):
+    """PEFT would ask the hub for them, and speak of the network."""
+    for name in ("graphmoe", "lora"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text((saved[name] / "adapter_config.json").read_text())
+        result = graphmoe("eval", "--model", saved["base"], "--adapter", tmp_path / name, "--data", saved["asked"])
+        assert result.exit_code == 2
+        told = f"{tmp_path / name} holds neither adapter_model.safetensors nor adapter_model.bin; name the folder in"
+        assert told in result.stderr
 
 
 def test_lm_evals_tasks_without_the_hub_end_within_seconds(saved, tmp_path, monkeypatch):
@@ -208,8 +252,10 @@ def test_a_page_that_cannot_be_written_is_said_with_its_option(tmp_path):
 def test_what_is_no_evaluation_is_not_compared(tmp_path):
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "b.json").write_text("{}")
+    (tmp_path / "c.json").write_text(json.dumps({"trainable_parameters": 1, "conditions": {"seed": 0}}))
     for names, told in ((("none.json", "b.json"), "cannot be read"), (("a.json", "b.json"), "must hold a JSON object"),
-                        (("b.json", "b.json"), "has no conditions")):  # fmt: skip
+                        (("b.json", "b.json"), "b.json is no evaluation: it has no tasks and no conditions"),
+                        (("c.json", "b.json"), "c.json is what graphmoe train wrote: it has no tasks;")):  # fmt: skip
         result = graphmoe("compare", *(tmp_path / name for name in names))
         assert result.exit_code == 2
         assert told in result.stderr

@@ -49,9 +49,7 @@ def test_a_run_from_the_command_line(root, tmp_path):
     for name in ("steps", "evaluation loss", "time", "peak memory", "trainable parameters", "adapter"):
         assert name in result.stdout
     text = " ".join(result.stdout.split())
-    assert (
-        f"graphmoe eval --model {root / 'base'} --adapter {tmp_path / 'out'} --data {root / 'held_out.jsonl'}" in text
-    )
+    assert f"graphmoe eval --model {root / 'base'} --adapter {tmp_path / 'out'} --data YOUR-TEST.jsonl" in text
     saved = json.loads((tmp_path / "out" / "train_result.json").read_text(encoding="utf-8"))
     assert (saved["steps"], saved["questions"]) == (2, 16)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))["rounds"] == 3
@@ -65,8 +63,46 @@ def test_a_run_from_the_command_line(root, tmp_path):
     assert "nothing is left to do" in resumed.stdout
 
 
+def test_what_was_trained_on_is_not_what_the_adapter_is_evaluated_on():
+    """A task is, on the split that it is reported on; a file is one split."""
+    for data, eval_data, asked in (
+        (("boolq",), None, "boolq"),
+        (("boolq:train", "mine.jsonl"), None, "boolq YOUR-TEST.jsonl"),
+        (("mine.jsonl",), ("arc_easy:validation", "arc_easy:train"), "arc_easy"),
+        (("mine.jsonl", "more.jsonl"), ("held_out.jsonl",), "YOUR-TEST.jsonl"),
+    ):
+        recipe = TrainingRecipe(model="m", output="o", data=data, eval_data=eval_data)
+        assert runs._eval_command(recipe) == f"graphmoe eval --model m --adapter o --data {asked}"
+
+
+def test_an_interrupted_run_says_how_it_goes_on(tmp_path, monkeypatch):
+    def interrupted(recipe, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "run", interrupted)
+    given = ("train", "--model", "m", "--data", "d", "--output", tmp_path / "my out")
+    result = graphmoe(*given)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr == "graphmoe train: interrupted before training began; give the same command again\n"
+    (tmp_path / "my out").mkdir()
+    (tmp_path / "my out" / "recipe.yaml").touch()
+    result = graphmoe(*given)
+    assert result.exit_code == 130
+    assert f"go on by graphmoe train --config '{tmp_path / 'my out' / 'recipe.yaml'}' --resume" in result.stderr
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "go on by torchrun ... -m graphmoe_cli train --config" in graphmoe(*given).stderr
+
+
+@pytest.mark.parametrize("given, meant", [("--lr", "--learning-rate"), ("--rank=8", "--r"), ("--dataset", "--data")])
+def test_options_of_other_trainers_are_told_with_the_one_that_is_meant(given, meant):
+    result = graphmoe("train", given, "1")
+    assert result.exit_code == 2
+    assert f"no such option; did you mean {meant}?" in result.stderr
+
+
 WRONG = {
-    "no such file": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    "no such file": (["--data", "nowhere.jsonl"], f"it was looked for as {Path.cwd() / 'nowhere.jsonl'}; run from the"),
+    "an adapter as the model": (["--model", "ADAPTER"], "is an adapter: pass its base model with --model and the"),
     "no such task": (["--data", "boolk"], "boolk"),
     "an unknown key": (["--config", "KEY"], "unknown key 'learning'; did you mean 'learning_rate'?"),
     "no such model": (["--model", "./nowhere"], "there is no folder ./nowhere"),
@@ -81,7 +117,9 @@ def test_what_is_wrong_ends_in_one_line_and_status_2(case, root, tmp_path):
     (tmp_path / "KEY").write_text("learning: 1\n", encoding="utf-8")
     (tmp_path / "EMPTY").write_text("use_cpu: true\n", encoding="utf-8")
     more, message = WRONG[case]
-    places = {"KEY": tmp_path / "KEY", "EMPTY": tmp_path / "EMPTY", "ROOT": root}
+    (tmp_path / "ADAPTER").mkdir()
+    (tmp_path / "ADAPTER" / "adapter_config.json").touch()
+    places = {"ADAPTER": tmp_path / "ADAPTER", "KEY": tmp_path / "KEY", "EMPTY": tmp_path / "EMPTY", "ROOT": root}
     given = [places.get(word, word) for word in more]
     names = [word for word in given if str(word).startswith("--")]
     kept = list(arguments(root, tmp_path / "out")[1:])
@@ -89,6 +127,8 @@ def test_what_is_wrong_ends_in_one_line_and_status_2(case, root, tmp_path):
     result = graphmoe("train", *kept, *given)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
+    if case == "an adapter as the model":
+        assert result.stderr.endswith("with --adapter, or to train it on with --start-from\n")
     assert result.stderr.startswith("graphmoe train: error: ")
     assert len(result.stderr.splitlines()) == 1
 

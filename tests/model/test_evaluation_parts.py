@@ -48,10 +48,10 @@ def test_a_question_is_no_example_of_itself():
 
 def test_more_examples_than_there_are():
     pool = made_questions(5)
-    with pytest.raises(ValueError, match=r"6 examples \(shots\).*training split of made has 5$"):
+    with pytest.raises(ValueError, match=r"6 examples \(shots\).*of made, and its training split has 5; ask"):
         Shots("made", pool, 6, seed=0).of(made_questions(1, seed=9)[0])
-    with pytest.raises(ValueError, match=r"5 examples.*training split of made has 4 besides the question itself"):
-        Shots("made", pool, 5, seed=0).of(pool[0])
+    with pytest.raises(ValueError, match=r"5 examples.*and few.jsonl has 4 besides the question itself"):
+        Shots("made", pool, 5, seed=0, source="few.jsonl").of(pool[0])
 
 
 def test_solved_texts_stand_before_a_cloze_prompt():
@@ -202,7 +202,7 @@ def test_an_adapter_of_another_kind_of_model_is_refused(lora):
 
 
 def scored(task: str, accuracy: float, stderr: float | None = 0.03) -> TaskResult:
-    return TaskResult(task, 100, accuracy, stderr, 0.4, 0.5, None, 0, 1.0, [])
+    return TaskResult(task, 100, accuracy, stderr, 0.4, 0.5, None, 0, 1.0, "5e1f", [])
 
 
 def test_average_counts_each_task_once():
@@ -241,7 +241,7 @@ def test_a_record_has_the_sections_of_pefts_results():
     assert info["metrics"][0]["first_token_accuracy"] == 0.5
     assert record["run_info"]["seed"] == 3
     assert json.loads(json.dumps(record)) == record
-    with pytest.raises(ValueError, match="an evaluation has tasks and conditions, this has loss"):
+    with pytest.raises(ValueError, match="is no evaluation: it has no tasks and no conditions"):
         method_record({"loss": 1})
 
 
@@ -256,8 +256,27 @@ def test_the_page_compares_what_all_have():
     assert "left out: b, c." in page
     with pytest.raises(ValueError, match="at least two evaluations, got 1"):
         comparison_page([base])
-    with pytest.raises(ValueError, match="no task in common: a, b; d"):
+    with pytest.raises(ValueError, match="no task in common: base has a, b; other has d"):
         comparison_page([base, evaluation("other", scored("d", 0.1))])
+
+
+def test_unlike_evaluations_are_not_compared_as_like_ones():
+    """Other questions under one name are refused; what else gives an accuracy another meaning is said."""
+    base, tuned = evaluation("base", scored("a", 0.5)), evaluation("tuned", scored("a", 0.75))
+    assert "Not evaluated alike" not in comparison_page([base, tuned])
+    tuned["tasks"]["a"]["questions_sha256"] = "0ther"
+    with pytest.raises(ValueError, match=r"base and tuned answered other questions as a: questions with .* 5e1f and "):
+        comparison_page([base, tuned])
+    tuned["tasks"]["a"]["questions"] = 99
+    with pytest.raises(ValueError, match=r"base and tuned .* as a: 100 questions and 99 questions; .* same --limit"):
+        comparison_page([base, tuned])
+    tuned["tasks"]["a"] = {k: v for k, v in base["tasks"]["a"].items() if k != "questions_sha256"}  # of version 0.2.0
+    base["conditions"] |= {"shots": 5, "seed": 1}
+    page = comparison_page([base, tuned])
+    assert "not known of tuned, written without their SHA-256" in page
+    assert "Not evaluated alike" in page
+    assert "- shots: 5 in base, none in tuned" in page
+    assert "- seed: 1 in base, none in tuned" in page
 
 
 def test_the_dtype_of_a_result_is_the_base_s_not_that_of_the_adapter_s_many_tensors():

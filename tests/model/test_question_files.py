@@ -53,6 +53,22 @@ def test_what_editors_and_other_systems_write_is_read(tmp_path):
     assert [question.question for question in load_questions(path)] == ["Which\u2028floats?"] * 2
 
 
+def test_a_published_tasks_file_may_have_a_choice_twice(tmp_path, monkeypatch):
+    """Its questions are as they were; by a task's name alone, as a file of one's own is refused."""
+    twice = {**GOOD, "choices": ["iron", "cork", "iron"]}
+    written(tmp_path, *[twice] * TASKS["quartz"].splits["validation"], name="validation.jsonl")
+    (tmp_path / "quartz").mkdir()
+    (tmp_path / "validation.jsonl").rename(tmp_path / "quartz" / "validation.jsonl")
+    monkeypatch.setenv("GRAPHMOE_DATA", str(tmp_path))
+    assert load_questions("quartz:validation").questions[0].choices == ("iron", "cork", "iron")
+
+
+def test_labels_may_be_the_choices_themselves(tmp_path):
+    """Then nothing is lost where they are numbers."""
+    row = {"question": "How many?", "choices": ["1", "2"], "labels": ["1", "2"], "answer": "2"}
+    assert load_questions(written(tmp_path, row)).questions[0].prompt.startswith("Question: How many? (1 or 2)")
+
+
 def test_written_questions_are_read_back(tmp_path):
     questions = [
         Question("Which floats?", ("iron", "Kork ↑"), 1, "Cörk."),
@@ -74,6 +90,13 @@ def test_written_questions_are_read_back(tmp_path):
         ([1, 2], "a JSON object is expected, got [1, 2]"),
         ("text", "a JSON object is expected, got 'text'"),
         ({**GOOD, "anwser": 1}, "unknown key 'anwser', did you mean 'answer'?; there are question, choices, answer"),
+        ({**GOOD, "options": []}, "unknown key 'options', did you mean 'choices'?; there are"),
+        ({**GOOD, "answerKey": "A"}, "unknown key 'answerKey', did you mean 'answer'?; there are"),
+        ({**GOOD, "passage": "A"}, "unknown key 'passage', did you mean 'context'?; there are"),
+        ({**GOOD, "choices": ["a", "b", " a "]}, "choices 0 and 2 are the same, 'a', so no answer tells them apart"),
+        ({**GOOD, "labels": ["A", "B"]}, "only count the choices, and with labels a prompt lists none; leave the"),
+        ({**GOOD, "labels": ["2.", "1."]}, "the labels 2., 1. only count the choices"),
+        ({**GOOD, "labels": ["0", "1"]}, "the labels 0, 1 only count the choices"),
         ({**GOOD, "zzz": 1}, "unknown key 'zzz'; there are question, choices, answer, context, labels"),
         ({"question": "q", "choices": ["a", "b"]}, "'answer' is missing; an object needs question, choices, answer"),
         ({"question": "q", "answer": 1}, "'choices' is missing"),

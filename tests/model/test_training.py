@@ -204,7 +204,9 @@ def test_the_best_checkpoint_is_what_is_saved(base, tmp_path):
 
 def test_the_last_step_is_logged_and_evaluated_whatever_the_intervals(base, tmp_path):
     result = trained(base, tmp_path / "out", held_out=4, max_steps=3, save_steps=2, logging_steps=100)
-    assert [log["step"] for log in logs(tmp_path / "out")] == [3]
+    assert [log["step"] for log in logs(tmp_path / "out")] == [1, 3]
+    lines = (tmp_path / "out" / "expert_load.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 3]
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8"))
     assert [log["step"] for log in state["log_history"] if "eval_loss" in log] == [2, 3]
     assert result.last_loss is not None

@@ -178,10 +178,12 @@ def test_another_recipe_is_refused(changes, named, base, whole, tmp_path):
         train(recipe(base, tmp_path / "out", **changes), QUESTIONS, HELD_OUT, resume=True)
 
 
-def test_other_questions_are_refused(base, whole, tmp_path):
-    """The recipe names a file; what is in it may have changed."""
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_questions_are_refused(finished, base, whole, tmp_path):
+    """The recipe names a file; what is in it may have changed. A finished run has not finished it for those."""
     shutil.copytree(whole, tmp_path / "out")
-    (tmp_path / "out" / "train_result.json").unlink()
+    if not finished:
+        (tmp_path / "out" / "train_result.json").unlink()
     with pytest.raises(
         ValueError, match="holds a run on other questions: what --data or --eval-data names has changed"
     ):
