@@ -130,8 +130,8 @@ class ListCommand(TyperCommand):
 
 
 def _no_commas(ctx: Any, option: str | None, value: str) -> None:
-    """Refuse several values of a list option in one word."""
-    if option is not None and "," in value:
+    """Refuse several values of a list option in one word; what has blanks is a text, and its commas are its own."""
+    if option is not None and "," in value and " " not in value.strip():
         apart = " ".join(part for part in value.split(",") if part)
         hint = f"{value!r} has commas; values are separated by spaces: {option} {apart}"
         raise typer.BadParameter(hint, ctx=ctx, param_hint=f"'{option}'")

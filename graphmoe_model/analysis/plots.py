@@ -32,9 +32,11 @@ def draw_balance(found: Sequence[TaskBalance], conditions: str, path: Path) -> N
     ]
     by = {(b.adapter, b.task): b for b in found}
     width = 0.8 / len(bars)
-    columns = max(1, min(len(bars), 110 // (8 + max(len(_bar(*bar, by, tasks)) for bar in bars))))
+    wide = max(6.5, 1.0 + 0.32 * len(bars) * len(tasks))
+    entry = 0.6 + 0.07 * max(len(_bar(*bar, by, tasks)) for bar in bars)  # inches of an entry of the legend
+    columns = max(1, min(len(bars), int((wide - 0.6) / entry)))
     with matplotlib.rc_context(STYLE):
-        size = (max(6.5, 1.0 + 0.32 * len(bars) * len(tasks)), 3.4 + 0.2 * -(-len(bars) // columns))
+        size = (wide, 3.4 + 0.2 * -(-len(bars) // columns))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         for place, (adapter, i) in enumerate(bars):
@@ -46,7 +48,8 @@ def draw_balance(found: Sequence[TaskBalance], conditions: str, path: Path) -> N
         axes.set_xticks(range(len(tasks)), tasks, rotation=30 if tight else 0, ha="right" if tight else "center")
         axes.set_ylabel("percentage points")
         figure.suptitle("Load of the experts: standard deviation of their shares", x=0.01, ha="left", fontsize=11)
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.28 if tight else -0.1), ncols=columns)
+        below = -0.28 if tight else -0.1
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, below), ncols=columns)
         add_conditions(figure, conditions)
         figure.savefig(path, format="png", dpi=DPI)
 

@@ -38,7 +38,8 @@ def draw_sweep(
                 panels[0, column].axhline(level, color=INK, linewidth=1, linestyle=dashes, label="the base model")
             panels[1, column].set_xlabel(axis)
             panels[1, column].set_ylim(0, 1.1 * panels[1, column].get_ylim()[1])
-            panels[0, column].margins(y=0.1)
+            low, high = panels[0, column].get_ylim()
+            panels[0, column].set_ylim(max(low, 0), min(high, 102))  # an interval may pass both ends
             if panels[0, column].get_legend_handles_labels()[1]:
                 panels[0, column].legend(frameon=False, fontsize=8)
         panels[0, 0].set_ylabel("right answers, %")

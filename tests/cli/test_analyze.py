@@ -237,6 +237,14 @@ def test_a_sweep_over_rounds_and_scales(swept, tmp_path):
     assert "holds a sweep with seeds [0, 1], not [0]; settings.t-2-gru-0.25" in other.stderr
 
 
+def test_a_text_may_have_commas(saved, tmp_path):
+    """Values of other lists with commas are refused, as several in one word."""
+    given = ("--model", saved["base"], "--adapter", saved["graphmoe"], "--text", "yes, no, or neither", "--no-plot")
+    result = graphmoe("analyze", "trace", *given, "--draws", 10, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "trace.json").read_text())["conditions"]["text"] == ["yes, no, or neither"]
+
+
 def test_a_sweep_does_not_ask_what_it_trained_on(swept, tmp_path):
     """A file has one split, so without others to ask the accuracy would be that of what was learnt by heart."""
     result = graphmoe("analyze", "activated", "--config", swept / "recipe.yaml", "--top-k", 1, "--out", tmp_path / "s")

@@ -60,7 +60,7 @@ def test_no_other_rank_has_the_parameters_of_what_is_compared_with_more_closely(
 def test_every_method_has_a_grid_of_one_size_with_the_grus_rate_in_it(part):
     for method in part.methods:
         if method.trained:
-            assert len(method.rates) == len(set(method.rates)) == {"real": 6, "hard": 6, "depth": 12}[part.name]
+            assert len(method.rates) == len(set(method.rates)) == {"real": 7, "hard": 3, "depth": 12}[part.name]
             assert all((rate.gru_factor is not None) == (method.adapter["rounds"] > 1) for rate in method.rates)
 
 
