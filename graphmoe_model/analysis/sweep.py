@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from graphmoe_model.analysis.one_run import marks, run_once
 from graphmoe_model.analysis.statistics import MOST_SEEDS
 from graphmoe_model.base_models import ModelSource
 from graphmoe_model.evaluation.document import read_document, write_document
-from graphmoe_model.questions import QuestionSet
+from graphmoe_model.questions import QuestionSet, questions_digest
 from graphmoe_model.training.models import adapter_config, base_source
 from graphmoe_model.training.run import fitted
 from graphmoe_model.training.run_folder import checkpoints, remove
@@ -249,5 +248,4 @@ def _listed(sets: Any) -> str:
 
 def _digest(found: QuestionSet) -> str:
     """Tell a set by its questions: a file may change under its name."""
-    text = json.dumps([[q.prompt, q.answer] for q in found.questions])
-    return f"{len(found):,} questions, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{len(found):,} questions, {questions_digest(found.questions)[:12]}"
