@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from graphmoe_model.evaluation.paired import paired_lines
+from graphmoe_model.evaluation.records import RIGHT
 from graphmoe_model.presentation import markdown_table
+
+_COMPARED = ("questions", "questions_sha256", "first_token_accuracy", RIGHT, "acc", "acc_norm")  # of each task
 
 
 def method_record(evaluation: dict[str, Any], training: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -22,7 +26,10 @@ def method_record(evaluation: dict[str, Any], training: dict[str, Any] | None = 
     check_evaluation(evaluation, "the document")
     tasks, conditions = evaluation["tasks"], evaluation["conditions"]
     training = evaluation.get("training") if training is None else training
-    metrics = [{"split": "test", "task": name, **scores} for name, scores in tasks.items()]
+    metrics = [
+        {"split": "test", "task": name, **{key: value for key, value in scores.items() if key != RIGHT}}
+        for name, scores in tasks.items()
+    ]
     train_info: dict[str, Any] = {"status": "success" if training else "no training known"}
     if training:
         train_info |= {
@@ -51,18 +58,26 @@ def method_record(evaluation: dict[str, Any], training: dict[str, Any] | None = 
 
 
 def check_evaluation(document: dict[str, Any], name: str) -> None:
-    """`ValueError` that names a document which is no evaluation's, and says what it seems to be."""
+    """`ValueError` that names a document which is no evaluation's and says what it seems to be, or one whose tasks lack
+    a score."""
     missing = [part for part in ("tasks", "conditions") if not isinstance(document.get(part), dict)]
     if missing:
         seems = "is what graphmoe train wrote" if "trainable_parameters" in document else "is no evaluation"
         raise ValueError(
             f"{name} {seems}: it has no {' and no '.join(missing)}; name a JSON file that graphmoe eval wrote"
         )
+    for task, scores in document["tasks"].items():
+        lacking = [part for part in _COMPARED if not isinstance(scores, dict) or part not in scores]
+        if lacking:
+            raise ValueError(
+                f"{name} has no {' and no '.join(lacking)} of {task}: it was written by an earlier version or changed "
+                "since; evaluate again"
+            )
 
 
 def comparison_page(evaluations: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown page: accuracies of each run by task, then what its training took, then where runs were
-    evaluated otherwise than the first.
+    """Return a Markdown page: accuracies of each run by task, how far each is from the first run on the same
+    questions, what its training took, and where runs were evaluated otherwise than the first.
 
     Raises:
         ValueError: fewer than two runs, runs without a common task, or whose questions of a task are others.
@@ -70,53 +85,46 @@ def comparison_page(evaluations: Sequence[dict[str, Any]]) -> str:
     if len(evaluations) < 2:
         raise ValueError(f"a comparison needs at least two evaluations, got {len(evaluations)}")
     records = [method_record(evaluation) for evaluation in evaluations]
-    by_task = [{metric["task"]: metric for metric in record["train_info"]["metrics"]} for record in records]
     names = [str(record["run_info"]["experiment_name"]) for record in records]
-    tasks = [task for task in by_task[0] if all(task in own for own in by_task)]
+    scores = [evaluation["tasks"] for evaluation in evaluations]
+    tasks = [task for task in scores[0] if all(task in own for own in scores)]
     if not tasks:
         raise ValueError(
             "the evaluations have no task in common: "
-            + "; ".join(f"{name} has {', '.join(own) or 'none'}" for name, own in zip(names, by_task, strict=True))
+            + "; ".join(f"{name} has {', '.join(own) or 'none'}" for name, own in zip(names, scores, strict=True))
         )
     for task in tasks:
-        _check_same_questions(task, names, [own[task] for own in by_task])
+        _check_same_questions(task, names, [own[task] for own in scores])
+    runs = list(zip(names, records, scores, strict=True))
     lines = ["# Comparison", "", "First-token accuracy in percent, with its standard error.", ""]
     rows = [
         [name, *(_accuracy(own[task]) for task in tasks), _mean([own[task]["first_token_accuracy"] for task in tasks])]
-        for name, own in zip(names, by_task, strict=True)
+        for name, _, own in runs
     ]
     lines += markdown_table(["run", *tasks, "average"], rows)
+    lines += paired_lines(names, tasks, scores)
     lines += ["", "Log-likelihood of the choices' texts: acc / acc_norm in percent.", ""]
     rows = [
         [name, *(f"{100 * own[task]['acc']:.1f} / {100 * own[task]['acc_norm']:.1f}" for task in tasks)]
-        for name, own in zip(names, by_task, strict=True)
+        for name, _, own in runs
     ]
     lines += markdown_table(["run", *tasks], rows)
     lines += ["", "What training took.", ""]
     header = ["run", "seconds", "peak memory, GB", "trainable parameters", "adapter, MB", "last loss"]
-    lines += markdown_table(header, [[name, *_costs(r["train_info"])] for name, r in zip(names, records, strict=True)])
+    lines += markdown_table(header, [[name, *_costs(record["train_info"])] for name, record, _ in runs])
     lines += ["", "Conditions.", ""]
-    lines += markdown_table(
-        ["run", "base model", "device", "questions"],
+    rows = [
         [
-            [
-                name,
-                str(r["meta_info"]["model_info"]["model_id"]),
-                str(r["meta_info"]["system_info"]["device"]),
-                ", ".join(f"{own[task]['questions']:,}" for task in tasks),
-            ]
-            for name, r, own in zip(names, records, by_task, strict=True)
-        ],
-    )
-    lines += _differences(names, [evaluation["conditions"] for evaluation in evaluations])
-    unknown = [n for n, own in zip(names, by_task, strict=True) if any("questions_sha256" not in own[t] for t in tasks)]
-    if unknown:
-        lines += [
-            "",
-            f"Whether the questions are the same is not known of {', '.join(unknown)}, written without their SHA-256 "
-            "by an earlier graphmoe eval.",
+            name,
+            str(record["meta_info"]["model_info"]["model_id"]),
+            str(record["meta_info"]["system_info"]["device"]),
+            ", ".join(f"{own[task]['questions']:,}" for task in tasks),
         ]
-    left_out = sorted({task for own in by_task for task in own} - set(tasks))
+        for name, record, own in runs
+    ]
+    lines += markdown_table(["run", "base model", "device", "questions"], rows)
+    lines += _differences(names, [evaluation["conditions"] for evaluation in evaluations])
+    left_out = sorted({task for own in scores for task in own} - set(tasks))
     if left_out:
         lines += ["", f"Not in every evaluation, so left out: {', '.join(left_out)}."]
     return "\n".join(lines) + "\n"
@@ -139,12 +147,12 @@ _MEANING = (
 def _check_same_questions(task: str, names: Sequence[str], metrics: Sequence[dict[str, Any]]) -> None:
     """`ValueError` if two runs answered other questions under a task's name."""
     for part, what in (("questions", "{:,} questions"), ("questions_sha256", "questions with the SHA-256 {:.12}")):
-        known = [(name, metric[part]) for name, metric in zip(names, metrics, strict=True) if part in metric]
-        for name, value in known[1:]:
-            if value != known[0][1]:
+        first = metrics[0][part]
+        for name, metric in zip(names, metrics, strict=True):
+            if metric[part] != first:
                 raise ValueError(
-                    f"{known[0][0]} and {name} answered other questions as {task}: {what.format(known[0][1])} and "
-                    f"{what.format(value)}; evaluate both on the same file or split, with the same --limit"
+                    f"{names[0]} and {name} answered other questions as {task}: {what.format(first)} and "
+                    f"{what.format(metric[part])}; evaluate both on the same file or split, with the same --limit"
                 )
 
 

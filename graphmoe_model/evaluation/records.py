@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+RIGHT = "first_token_right"  # in a task's JSON
+
 
 @dataclass(frozen=True)
 class QuestionRecord:
@@ -74,10 +76,12 @@ class TaskResult:
     records: list[QuestionRecord] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the scores as JSON takes them, without the records."""
+        """Return the scores as JSON takes them; of the records whether each first token is right (``1``) or not
+        (``0``), in the questions' order: two models' answers to the same questions are compared in pairs."""
         values = {name: value for name, value in vars(self).items() if name not in ("task", "records")}
         if self.self_consistency_accuracy is None:
             del values["self_consistency_accuracy"]
+        values[RIGHT] = "".join(str(int(record.first_token == record.answer)) for record in self.records)
         return values
 
 

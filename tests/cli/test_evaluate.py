@@ -69,7 +69,9 @@ def test_scores_conditions_and_records(saved, tmp_path):
     assert conditions["commit"] is None or len(conditions["commit"].rstrip("+")) == 40
     assert conditions["data"] == {"asked": str(saved["asked"])}
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert sum(r["first_token"] == r["answer"] for r in records) / 20 == scores["first_token_accuracy"]
+    right = [r["first_token"] == r["answer"] for r in records]
+    assert sum(right) / 20 == scores["first_token_accuracy"]
+    assert scores["first_token_right"] == "".join("1" if each else "0" for each in right)
     assert "asked" in printed
     assert f"{100 * scores['first_token_accuracy']:.1f}" in printed
 

@@ -1,4 +1,4 @@
-"""Examples before a question, votes, adapters' base models, and runs side by side."""
+"""Examples before a question, votes, and adapters' base models."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from graphmoe_model.base_models import check_base
 from graphmoe_model.evaluation import EvaluationTask, SelfConsistency, evaluate_questions
 from graphmoe_model.evaluation.adapters import attach_adapter, saved_config
-from graphmoe_model.evaluation.comparison import comparison_page, method_record
-from graphmoe_model.evaluation.document import averages, conditions_of, evaluation_document
+from graphmoe_model.evaluation.document import conditions_of
 from graphmoe_model.evaluation.prompts import Shots, cloze_after
-from graphmoe_model.evaluation.records import TaskResult, standard_error
+from graphmoe_model.evaluation.records import standard_error
 from graphmoe_model.evaluation.voting import majority
 from graphmoe_model.questions import Question, QuestionEncoder
 from tests.model.questions_made import byte_level, label_logits, made_questions, small_llama
@@ -198,85 +197,12 @@ def test_an_adapter_of_another_kind_of_model_is_refused(lora):
         attach_adapter(tiny_model(), str(lora), saved_config(str(lora)))
 
 
-# --- Documents -------------------------------------------------------------------------------------------------------
-
-
-def scored(task: str, accuracy: float, stderr: float | None = 0.03) -> TaskResult:
-    return TaskResult(task, 100, accuracy, stderr, 0.4, 0.5, None, 0, 1.0, "5e1f", [])
-
-
-def test_average_counts_each_task_once():
-    found = averages([scored("a", 0.5, 0.03), scored("b", 0.7, 0.04)])
-    assert found == {"first_token_accuracy": pytest.approx(0.6), "acc": 0.4, "acc_norm": 0.5, "stderr": 0.025}
-    assert averages([scored("a", 0.5, None), scored("b", 0.7)])["stderr"] is None
+# --- What is said of a result -----------------------------------------------------------------------------------------
 
 
 def test_standard_error_of_one_answer_is_unknown():
     assert standard_error([True]) is None
     assert standard_error([True, False, True, False]) == pytest.approx((1 / 3) ** 0.5 / 2)
-
-
-TRAINING = {
-    "seconds": 120.0,
-    "peak_memory": 2_500_000_000,
-    "trainable_parameters": 1234,
-    "adapter_bytes": 3_000_000,
-    "last_loss": 0.25,
-    "steps": 10,
-    "conditions": {"seed": 3},
-}
-
-
-def evaluation(name: str, *results: TaskResult, training: dict | None = None) -> dict:
-    conditions = {"name": name, "model": "base", "device": "cpu (x)", "parameters": 10, "versions": {"torch": "2"}}
-    return evaluation_document(results, {}, conditions, training)
-
-
-def test_a_record_has_the_sections_of_pefts_results():
-    record = method_record(evaluation("run", scored("a", 0.5), training=TRAINING))
-    assert set(record) == {"run_info", "train_info", "meta_info"}
-    info = record["train_info"]
-    assert (info["train_time"], info["accelerator_memory_max"]) == (120.0, 2_500_000_000)
-    assert (info["num_trainable_params"], info["num_total_params"], info["file_size"]) == (1234, 10, 3_000_000)
-    assert info["metrics"][0]["first_token_accuracy"] == 0.5
-    assert record["run_info"]["seed"] == 3
-    assert json.loads(json.dumps(record)) == record
-    with pytest.raises(ValueError, match="is no evaluation: it has no tasks and no conditions"):
-        method_record({"loss": 1})
-
-
-def test_the_page_compares_what_all_have():
-    base = evaluation("base", scored("a", 0.5), scored("b", 0.25))
-    tuned = evaluation("tuned", scored("a", 0.75), scored("c", 0.1), training=TRAINING)
-    page = comparison_page([base, tuned])
-    assert "| base | 50.0 ± 3.0 | 50.0 |" in page
-    assert "| tuned | 75.0 ± 3.0 | 75.0 |" in page
-    assert "| tuned | 120 | 2.50 | 1,234 | 3.0 | 0.25 |" in page
-    assert "| base | – | – | – | – | – |" in page
-    assert "left out: b, c." in page
-    with pytest.raises(ValueError, match="at least two evaluations, got 1"):
-        comparison_page([base])
-    with pytest.raises(ValueError, match="no task in common: base has a, b; other has d"):
-        comparison_page([base, evaluation("other", scored("d", 0.1))])
-
-
-def test_unlike_evaluations_are_not_compared_as_like_ones():
-    """Other questions under one name are refused; what else gives an accuracy another meaning is said."""
-    base, tuned = evaluation("base", scored("a", 0.5)), evaluation("tuned", scored("a", 0.75))
-    assert "Not evaluated alike" not in comparison_page([base, tuned])
-    tuned["tasks"]["a"]["questions_sha256"] = "0ther"
-    with pytest.raises(ValueError, match=r"base and tuned answered other questions as a: questions with .* 5e1f and "):
-        comparison_page([base, tuned])
-    tuned["tasks"]["a"]["questions"] = 99
-    with pytest.raises(ValueError, match=r"base and tuned .* as a: 100 questions and 99 questions; .* same --limit"):
-        comparison_page([base, tuned])
-    tuned["tasks"]["a"] = {k: v for k, v in base["tasks"]["a"].items() if k != "questions_sha256"}  # of version 0.2.0
-    base["conditions"] |= {"shots": 5, "seed": 1}
-    page = comparison_page([base, tuned])
-    assert "not known of tuned, written without their SHA-256" in page
-    assert "Not evaluated alike" in page
-    assert "- shots: 5 in base, none in tuned" in page
-    assert "- seed: 1 in base, none in tuned" in page
 
 
 def test_the_dtype_of_a_result_is_the_base_s_not_that_of_the_adapter_s_many_tensors():
