@@ -10,6 +10,7 @@ from pathlib import Path
 
 from graphmoe_cli.evaluate_options import check_names
 from graphmoe_cli.pictures import drawn
+from graphmoe_tables.data_names import data_named
 from graphmoe_tables.recipe import TrainingRecipe
 from graphmoe_tables.tasks import EVALUATION
 
@@ -65,7 +66,7 @@ class DataOptions:
     """Questions of which the prompts are read.
 
     Raises:
-        ValueError: a name that is empty or there twice, or a limit below 1.
+        ValueError: a name that is empty, there twice or of no questions, or a limit below 1.
     """
 
     data: tuple[str, ...] = ()
@@ -76,6 +77,8 @@ class DataOptions:
         check_names("--data", self.data)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit must be at least 1, got {self.limit}")
+        for name in self.data:
+            data_named(name, self.split)
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,9 @@ class SweepOptions:
             )
         if self.recipe.fsdp or self.recipe.deepspeed:
             raise ValueError("a sweep runs in one process; leave fsdp and deepspeed out of the recipe")
-        DataOptions(self.test_data, limit=self.limit)
+        for name in self.recipe.data:
+            data_named(name, "train")
+        DataOptions(self.test_data or self.recipe.data, limit=self.limit)
         for option, values in self.grid.items():
             name = f"--{option.replace('_', '-')}"
             if len(set(values)) < len(values):

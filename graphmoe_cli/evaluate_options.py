@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from graphmoe_tables.data_names import data_named
 from graphmoe_tables.tasks import EVALUATION
 
 
@@ -17,8 +18,8 @@ class EvaluateOptions:
     """The command's options; `graphmoe_cli.evaluate` says what each means.
 
     Raises:
-        ValueError: options that exclude each other, that need one another, or out of range; a file that cannot be
-            written; lm-eval is not installed.
+        ValueError: options that exclude each other, that need one another, or out of range; questions that
+            there are not; a file that cannot be written; lm-eval is not installed.
     """
 
     model: str
@@ -59,6 +60,10 @@ class EvaluateOptions:
             raise ValueError(f"--output and --records are both {self.output}; name two files")
         if importlib.util.find_spec("lm_eval") is None:
             raise ValueError("evaluation needs lm-eval: pip install 'graphmoe[eval]'")
+        for name in self.data:
+            data_named(name, self.split)
+        if self.examples is not None:
+            data_named(self.examples, "train")
 
     def _check_data(self) -> None:
         if not self.data and not self.tasks:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from graphmoe_cli.arguments import PRESET_NAMES, one_line_errors, one_of
+from graphmoe_tables.data_names import data_named
 from graphmoe_tables.recipe import OUTPUT, TrainingRecipe
 from graphmoe_tables.recipe_fields import Field, field_of, flag
 from graphmoe_tables.recipe_files import RECIPE_FILE, recipe_of
@@ -39,6 +40,9 @@ def train(config: Path | None = None, resume: bool = False, **options: Any) -> N
     with one_line_errors("train", said=first):
         recipe = recipe_of(options, config)
         check_installed()
+        for names, split in ((recipe.data, "train"), (recipe.eval_data or (), "validation")):
+            for name in names:
+                data_named(name, split)
         if not (first and sys.stderr.isatty()):
             os.environ.setdefault("TQDM_DISABLE", "1")  # a file is no place for bars; tqdm reads it when it is imported
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 
 def as_written(value: object) -> str:
@@ -20,14 +19,6 @@ def shortened(value: object, most: int = 60) -> str:
 def some(items: Sequence[str], most: int = 8) -> str:
     """List the first items for a message, and how many more there are."""
     return ", ".join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")
-
-
-def looked_for(path: str | Path) -> str:
-    """Say where a path that is not absolute was looked for, as a recipe or an adapter may name it from another folder;
-    nothing of one that is."""
-    if Path(path).is_absolute():
-        return ""
-    return f": it was looked for as {Path(path).absolute()}; run from the folder that the name is meant from"
 
 
 def first_line(error: Exception) -> str:

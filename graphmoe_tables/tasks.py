@@ -226,29 +226,6 @@ def check_fetched(names: Iterable[str]) -> None:
             raise ValueError(f"nothing to fetch is called {name!r}{nearest(name, known)}; there are {', '.join(known)}")
 
 
-def unknown_task(name: str) -> ValueError:
-    """Return the error for a name that `TASKS` does not have; it says which is nearest."""
-    return ValueError(f"unknown task {name!r}{nearest(name, TASKS)}; there are {', '.join(TASKS)}, or a .jsonl file")
-
-
-def task_split(name: str, split: str) -> str:
-    """Return what the source of a task calls the split.
-
-    Raises:
-        ValueError: there is no such task, or it has no split of that name with answers.
-    """
-    if name not in TASKS:
-        raise unknown_task(name)
-    task = TASKS[name]
-    found = task.evaluation if split == EVALUATION else split
-    if found not in task.splits:
-        raise ValueError(
-            f"the task {name} has no split {split!r} with answers; it has {', '.join(task.splits)} "
-            f"({task.evaluation} for evaluation)"
-        )
-    return found
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``", did you mean 'boolq'?"`` for a message, or nothing where no known name is near."""
     near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)

@@ -9,8 +9,8 @@ from transformers import AutoConfig
 
 from graphmoe_inference.folder import BASE, WEIGHTS
 from graphmoe_model.base_models.hub import hub_arguments, not_loaded
-from graphmoe_model.messages import looked_for
 from graphmoe_tables.models import MODEL_SHAPES, check_layers, is_path, known_model, model_shape
+from graphmoe_tables.paths import looked_for
 
 
 def model_config(name: str, layers: int | None = None) -> Any:

@@ -10,7 +10,8 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from graphmoe_kernels import shown
-from graphmoe_model.messages import first_line, looked_for
+from graphmoe_model.messages import first_line
+from graphmoe_tables.paths import looked_for
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from graphmoe_model.messages import looked_for, shortened
+from graphmoe_model.messages import shortened
 from graphmoe_model.questions.question import Question
 from graphmoe_tables.tasks import nearest
 
@@ -51,16 +51,12 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: as `read_questions`, but for the objects' content.
     """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name one file of questions in it, with one JSON object per line")
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     place = f"{path}, line {number}"
                     yield place, _object(line, place)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no file {path} to read questions from{looked_for(path)}") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 

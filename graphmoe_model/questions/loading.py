@@ -9,7 +9,8 @@ from pathlib import Path
 from graphmoe_model.questions.hub import read_hub_task
 from graphmoe_model.questions.json_lines import read_questions
 from graphmoe_model.questions.question_set import QuestionSet
-from graphmoe_tables.tasks import DATA_FOLDER, EVALUATION, TASKS, WheelFile, data_folder, task_split, unknown_task
+from graphmoe_tables.data_names import TaskSplit, data_named, fetched_file
+from graphmoe_tables.tasks import EVALUATION, TASKS, WheelFile
 
 
 def load_questions(data: str | os.PathLike[str], split: str = EVALUATION) -> QuestionSet:
@@ -27,14 +28,12 @@ def load_questions(data: str | os.PathLike[str], split: str = EVALUATION) -> Que
             ``datasets`` is needed and missing; a fault in a row, with the file and its line, or the dataset and its
             row.
     """
-    text = os.fspath(data)
-    name, _, own = text.partition(":")
-    if name in TASKS:
-        return _task_questions(name, own or split)
-    path = Path(text)
-    if path.suffix or path.exists() or len(path.parts) > 1:
-        return QuestionSet(path.stem, path.stem, text, read_questions(path))
-    raise unknown_task(name)
+    found = data_named(data, split)
+    if isinstance(found, Path):
+        return QuestionSet(found.stem, found.stem, os.fspath(data), read_questions(found))
+    if isinstance(TASKS[found.task].source, WheelFile):
+        return _fetched_questions(found)
+    return read_hub_task(found.task, found.split)
 
 
 def load_sets(data: Sequence[str], split: str = EVALUATION) -> dict[str, QuestionSet]:
@@ -54,20 +53,14 @@ def load_sets(data: Sequence[str], split: str = EVALUATION) -> dict[str, Questio
     return {found.name if names.count(found.name) == 1 else given: found for given, found in sets.items()}
 
 
-def _task_questions(name: str, asked: str) -> QuestionSet:
-    split, task = task_split(name, asked), TASKS[name]
-    if not isinstance(task.source, WheelFile):
-        return read_hub_task(name, split)
-    folder = data_folder()
-    path = folder / name / f"{split}.jsonl"
-    if not path.is_file():
+def _fetched_questions(found: TaskSplit) -> QuestionSet:
+    """A task's questions from the folder of fetched data, as they were published."""
+    task, path = TASKS[found.task], fetched_file(found)
+    questions = read_questions(path, equal_choices=True)
+    if len(questions) != task.splits[found.split]:
         raise ValueError(
-            f"{name} is not in {folder}: run graphmoe data fetch {name}, or set {DATA_FOLDER} to the folder where it is"
+            f"{path} has {len(questions):,} questions, and {task.title}'s {found.split} has "
+            f"{task.splits[found.split]:,}: it was changed; run graphmoe data fetch {found.task}, or name the file "
+            "itself"
         )
-    questions = read_questions(path, equal_choices=True)  # as they were published
-    if len(questions) != task.splits[split]:
-        raise ValueError(
-            f"{path} has {len(questions):,} questions, and {task.title}'s {split} has {task.splits[split]:,}: it was "
-            f"changed; run graphmoe data fetch {name}, or name the file itself"
-        )
-    return QuestionSet(name, split, f"{task.source}, {split}", questions)
+    return QuestionSet(found.task, found.split, f"{task.source}, {found.split}", questions)

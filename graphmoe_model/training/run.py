@@ -18,7 +18,6 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks, is_tensorboard_available
 
 from graphmoe_model.base_models import ModelSource, load_base_config, load_tokenizer
-from graphmoe_model.messages import looked_for
 from graphmoe_model.parameters import adapter_parameters, parameters_by_component
 from graphmoe_model.questions import Question
 from graphmoe_model.routing.callback import RouterLossCallback
@@ -29,6 +28,7 @@ from graphmoe_model.training.rows import Rows, make_collator, make_rows, notes_o
 from graphmoe_model.training.run_folder import DATA_FILE, PREFIX, check_folder, check_space, last_whole, remove
 from graphmoe_model.training.trainer import RecipeTrainer, check_processes, make_arguments
 from graphmoe_model.whole_files import write_whole
+from graphmoe_tables.paths import looked_for
 from graphmoe_tables.recipe import TrainingRecipe
 from graphmoe_tables.recipe_files import write_recipe
 

@@ -80,7 +80,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runs, "run", interrupted)
-    given = ("train", "--model", "m", "--data", "d", "--output", tmp_path / "my out")
+    given = ("train", "--model", "m", "--data", "boolq", "--output", tmp_path / "my out")
     result = graphmoe(*given)
     assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr == "graphmoe train: interrupted before training began; give the same command again\n"
@@ -137,7 +137,7 @@ def test_every_field_is_an_option_that_reaches_the_run(monkeypatch):
     """Each with a value of its kind; --no-... where it is true or false."""
     seen: list[TrainingRecipe] = []
     monkeypatch.setattr(runs, "run", lambda recipe, **_: seen.append(recipe))
-    values = {"model": "m", "data": "d", "output": "o", "scheduler": "cosine", "report_to": "none"}
+    values = {"model": "m", "data": "boolq", "eval_data": "piqa", "output": "o", "scheduler": "cosine", "report_to": "none"}
     values |= {
         "preset": "mixlora",
         "router_aux_loss_scope": "local",

@@ -141,7 +141,7 @@ def test_files_that_are_none_are_named(tmp_path, monkeypatch):
     for path, told in (
         (tmp_path, f"{tmp_path} is a folder; name one file of questions in it"),
         (tmp_path / "none.jsonl", f"there is no file {tmp_path / 'none.jsonl'}"),
-        (empty / "below", "cannot be read: Not a directory"),
+        (empty / "below", f"there is no file {empty / 'below'}"),
         (empty, f"{empty} has no questions; write one JSON object per line"),
     ):
         with pytest.raises(ValueError, match=re.escape(told)):
