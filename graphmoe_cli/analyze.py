@@ -11,6 +11,7 @@ import typer
 
 from graphmoe_cli.analyze_options import DataOptions, ModelOptions, SweepOptions, TraceOptions, check_files
 from graphmoe_cli.arguments import ListCommand, folder, one_line_errors, tell_of_the_hub
+from graphmoe_cli.results_folder import results_folder
 from graphmoe_cli.train import check_installed
 from graphmoe_tables.recipe_files import recipe_of
 from graphmoe_tables.tasks import EVALUATION, TASKS
@@ -72,7 +73,8 @@ def balance(
 
         from graphmoe_cli.runs import analyze_balance
 
-        analyze_balance.run(options, questions, Console())
+        with results_folder(out):
+            analyze_balance.run(options, questions, Console())
 
 
 @analyze.command(cls=ListCommand)
@@ -119,7 +121,8 @@ def trace(
 
         from graphmoe_cli.runs import analyze_trace
 
-        analyze_trace.run(options, traced, Console())
+        with results_folder(out):
+            analyze_trace.run(options, traced, Console())
 
 
 Config = Annotated[Path, typer.Option(help="The recipe that is varied: a YAML file of graphmoe train.")]
@@ -221,7 +224,8 @@ def latency(
 
         from graphmoe_cli.runs import analyze_timings
 
-        analyze_timings.run_latency(files, out, plot, Console())
+        with results_folder(out):
+            analyze_timings.run_latency(files, out, plot, Console())
 
 
 @analyze.command()
@@ -245,7 +249,8 @@ def composition(
 
         from graphmoe_cli.runs import analyze_timings
 
-        analyze_timings.run_composition(files, tokens, out, plot, Console())
+        with results_folder(out):
+            analyze_timings.run_composition(files, tokens, out, plot, Console())
 
 
 def _sweep(

@@ -11,6 +11,7 @@ import typer
 
 from graphmoe_cli.arguments import folder, one_line_errors, one_of, tell_of_the_hub
 from graphmoe_cli.profile_options import ProfileOptions
+from graphmoe_cli.results_folder import results_folder
 from graphmoe_tables.methods import METHODS
 from graphmoe_tables.models import MODEL_SHAPES
 
@@ -118,5 +119,6 @@ def profile(
         from graphmoe_cli.runs import profile as runs
 
         console = Console()
-        runs.run(options, console)
+        with results_folder(out):
+            runs.run(options, console)
         console.print(f"Report: {out}")

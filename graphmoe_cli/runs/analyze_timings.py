@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphmoe_cli.pictures import drawn
-from graphmoe_cli.runs.terminal import WIDTH, make_folder, say_written
+from graphmoe_cli.runs.terminal import WIDTH, say_written
 from graphmoe_model.analysis.timings import Timings, read_timings, with_shares, with_times
 from graphmoe_model.evaluation.document import write_document
 from graphmoe_model.profiling.result import CATEGORIES
@@ -22,10 +22,9 @@ def run_latency(files: Sequence[Path], out: Path, plot: bool | None, console: Co
     """Show the latencies of files.
 
     Raises:
-        ValueError: a file that holds none, or a folder that cannot be written to.
+        ValueError: a file that holds none.
     """
     found = with_times([read_timings(path) for path in files])
-    make_folder(out)
     write_document({"latency": [_latency_document(own) for own in found]}, out / "latency.json")
     for own in found:
         _print_latency(own, console)
@@ -42,10 +41,9 @@ def run_composition(files: Sequence[Path], tokens: int | None, out: Path, plot: 
     """Show what the latencies of files are composed of.
 
     Raises:
-        ValueError: a file that holds no profile, or none of that length, or a folder that cannot be written to.
+        ValueError: a file that holds no profile, or none of that length.
     """
     found = with_shares([read_timings(path) for path in files], tokens)
-    make_folder(out)
     documents = [
         {"file": own.file, "conditions": own.conditions, "models": [each._asdict() for each in own.models]}
         for own in found

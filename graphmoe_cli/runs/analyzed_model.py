@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from graphmoe_cli.analyze_options import ModelOptions
 from graphmoe_cli.runs.evaluate import DTYPES
-from graphmoe_cli.runs.terminal import hide_loading_bars, make_folder
+from graphmoe_cli.runs.terminal import hide_loading_bars
 from graphmoe_model.base_models import ModelSource, check_base, load_base_model, load_tokenizer
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.evaluation.adapters import attach_adapter, saved_config
@@ -31,7 +31,7 @@ class AnalyzedModel:
         options: of the command.
 
     Raises:
-        ValueError: whatever is wrong with an adapter, the device, or the folder of the results, before the model is
+        ValueError: whatever is wrong with an adapter, or the device, before the model is
             loaded; then what is wrong with the model.
     """
 
@@ -39,7 +39,6 @@ class AnalyzedModel:
         hide_loading_bars()
         self.options, self.device = options, chosen_device(options.device)
         self.configs = {name: _checked(name, options, at_least_rounds) for name in options.adapter}
-        make_folder(options.out)
         dtype = DTYPES.get(options.dtype)
         self._source = ModelSource(options.model, options.gguf_file, dtype=dtype, device=str(self.device))
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._source)

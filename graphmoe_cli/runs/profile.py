@@ -14,7 +14,7 @@ from torch import nn
 
 from graphmoe_cli.pictures import NO_MATPLOTLIB
 from graphmoe_cli.profile_options import FreshAdapter, ProfileOptions
-from graphmoe_cli.runs.terminal import WIDTH, make_folder
+from graphmoe_cli.runs.terminal import WIDTH
 from graphmoe_model.machine import chosen_device, device_name
 from graphmoe_model.presentation import short_model
 from graphmoe_model.profiling.measure import profile_model
@@ -32,7 +32,6 @@ def run(options: ProfileOptions, console: Console) -> list[Profile]:
         ValueError: whatever is wrong with the options, the model or the adapter, before anything is measured.
         MemoryError: the model or a forward does not fit into memory.
     """
-    make_folder(options.out)
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # of others: nothing has run here yet
     with _threads(options.threads):
         device = chosen_device(options.device)

@@ -23,14 +23,6 @@ def hide_loading_bars() -> None:
         logging.disable_progress_bar()
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder of ``--out``; ``ValueError`` if it cannot be written to."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written to: {error.strerror}; name another folder") from error
-
-
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Show on stderr how many of how many are done, which the function is told."""

@@ -169,7 +169,7 @@ def test_what_cannot_be_analyzed_ends_in_one_line_and_status_2(line, saved, tmp_
     }
     which, *words = line.split()
     given = [places.get(word, word) for word in words]
-    for option, value in (("--model", saved["base"]), ("--data", saved["more"]), ("--out", tmp_path / "out")):
+    for option, value in (("--model", saved["base"]), ("--data", saved["more"]), ("--out", tmp_path / "new" / "out")):
         given += [] if option in words else [option, value]
     if line.startswith("balance --adapter GRAPHMOE --model EMPTY"):
         given.append("--allow-other-base")
@@ -180,6 +180,7 @@ def test_what_cannot_be_analyzed_ends_in_one_line_and_status_2(line, saved, tmp_
         said = said.replace(str(path), name)
     assert WRONG[line] in said
     assert result.stderr.startswith(f"graphmoe analyze {which}: error: ")
+    assert not (tmp_path / "new").exists()  # a refused command leaves no empty folder
 
 
 def test_pictures_without_matplotlib(saved, tmp_path, monkeypatch):

@@ -152,13 +152,14 @@ def test_a_wrong_argument_ends_in_one_line_and_status_2(case, saved, tmp_path):
     (tmp_path / "file").touch()
     places = {"TMP": tmp_path, "FILE": tmp_path / "file", **{name.upper(): path for name, path in saved.items()}}
     arguments, message = WRONG[case]
-    out = () if "--out" in arguments else ("--out", tmp_path / "out")
+    out = () if "--out" in arguments else ("--out", tmp_path / "new" / "out")
     result = graphmoe("profile", *(places.get(word, word) for word in arguments.split()), "--device", "cpu", *out)
     assert result.exit_code == 2
     assert message in result.stderr
     first, *_ = result.stderr.splitlines()
     assert first.startswith("graphmoe profile: error: ")
     assert "Traceback" not in result.output
+    assert not (tmp_path / "new").exists()  # a refused command leaves no empty folder
 
 
 @pytest.mark.parametrize("arguments", ["--phase train", "--seq many", "--dtype int8", "--sequence 4", "extra"])

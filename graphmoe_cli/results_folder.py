@@ -1,0 +1,27 @@
+"""The folder of ``--out``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def results_folder(out: Path) -> Iterator[None]:
+    """Make a folder that a command will write into, and take it away again if nothing was written.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]  # the innermost first
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written to: {error.strerror}; name another folder") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # one that is not empty stays, and so do those around it
+            for folder in new:
+                folder.rmdir()
