@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from graphmoe_tables.printing import print_whole
 from graphmoe_tables.tasks import MODELS, TASKS, Task, WheelFile, data_folder
 
 
@@ -25,9 +25,7 @@ def print_tasks(console: Console) -> None:
         size = f"{model.source.size / 1e6:.0f} MB"
         models.add_row(name, model.title, _source(name, model.source), model.licence, size)
     for shown in (table, models):
-        whole = Measurement.get(console, console.options.update_width(1000), shown).maximum
-        console.width = max(console.width, whole)  # shortened names could not be typed
-        console.print(shown)
+        print_whole(shown, console)
     console.print(
         Text(
             "Those from the hub come when they are named, those from the package index by graphmoe data fetch: "

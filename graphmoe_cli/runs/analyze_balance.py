@@ -10,10 +10,11 @@ from rich.text import Text
 from graphmoe_cli.analyze_options import DataOptions, ModelOptions
 from graphmoe_cli.pictures import drawn
 from graphmoe_cli.runs.analyzed_model import AnalyzedModel
-from graphmoe_cli.runs.terminal import WIDTH, progress, say_written
+from graphmoe_cli.runs.terminal import progress, say_written
 from graphmoe_model.analysis.balance import TaskBalance, task_balance
 from graphmoe_model.evaluation.document import write_document
 from graphmoe_model.questions import load_sets
+from graphmoe_tables.printing import print_whole
 
 SHARE_ROWS, SHARE_COLUMNS = 24, 8  # of the table of shares; a larger one is in the files alone
 
@@ -56,7 +57,6 @@ def run(options: ModelOptions, data: DataOptions, console: Console) -> list[Task
 
 def _print_shares(found: list[TaskBalance], console: Console) -> None:
     """Print each expert's share of each round of each router, where that is no more than a screen of rows."""
-    console.width = max(console.width, WIDTH)
     rows = [
         (own, router, t, round_)
         for own in found
@@ -75,11 +75,10 @@ def _print_shares(found: list[TaskBalance], console: Console) -> None:
     for own, router, t, round_ in rows:
         names = (Text(own.adapter), Text(own.task), Text(router)) if t == 0 else ("", "", "")
         table.add_row(*names, str(t + 1), *(f"{100 * share:.1f}%" for share in round_))
-    console.print(table)
+    print_whole(table, console)
 
 
 def _print(found: list[TaskBalance], console: Console) -> None:
-    console.width = max(console.width, WIDTH)
     table = Table(box=box.SIMPLE)
     for name in ("adapter", "task"):
         table.add_column(name)
@@ -93,7 +92,7 @@ def _print(found: list[TaskBalance], console: Console) -> None:
             shares = (balance.deviation, balance.largest, balance.smallest)
             deviation, largest, smallest = (f"{100 * share:.1f}%" for share in shares)
             table.add_row(*first, title, deviation, f"{balance.variation:.2f}", largest, smallest, str(balance.unused))
-    console.print(table)
+    print_whole(table, console)
     console.print(
         Text(
             "Shares of a round's load, means over the routers of MLPs (those of attention have no rounds): the "

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from graphmoe_cli.analyze_options import SweepOptions
 from graphmoe_cli.pictures import drawn
-from graphmoe_cli.runs.terminal import WIDTH, hide_loading_bars, say_written
+from graphmoe_cli.runs.terminal import hide_loading_bars, say_written
 from graphmoe_model.analysis import sweeps
 from graphmoe_model.analysis.statistics import percent
 from graphmoe_model.analysis.sweep import Sweep, fitted_recipe, run_sweep
@@ -20,6 +20,7 @@ from graphmoe_model.analysis.sweep_report import SettingResult, document_of, res
 from graphmoe_model.evaluation.document import write_document
 from graphmoe_model.presentation import short_model
 from graphmoe_model.questions import QuestionSet, load_questions, load_sets
+from graphmoe_tables.printing import print_whole
 from graphmoe_tables.recipe import TrainingRecipe
 
 PLANS = {"sensitivity": sweeps.sensitivity, "parameters": sweeps.parameters, "activated": sweeps.activated}
@@ -87,7 +88,6 @@ def _length(recipe: TrainingRecipe) -> str:
 
 
 def _print(results: list[SettingResult], tasks: list[str], console: Console) -> None:
-    console.width = max(console.width, WIDTH)
     table = Table(box=box.SIMPLE)
     table.add_column("setting")
     averaged = ["average"] if len(tasks) > 1 else []
@@ -105,7 +105,7 @@ def _print(results: list[SettingResult], tasks: list[str], console: Console) -> 
             "–" if own.question_seconds is None else f"{1000 * own.question_seconds:.3g}",
             "–" if own.trainable_parameters is None else f"{own.trainable_parameters:,}",
         )
-    console.print(table)
+    print_whole(table, console)
     console.print(
         Text("Right answers by the first token in percent, ± the half of the 95% interval over seeds (Student's t).")
     )

@@ -12,10 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from graphmoe_cli.pictures import drawn
-from graphmoe_cli.runs.terminal import WIDTH, say_written
+from graphmoe_cli.runs.terminal import say_written
 from graphmoe_model.analysis.timings import Timings, read_timings, with_shares, with_times
 from graphmoe_model.evaluation.document import write_document
 from graphmoe_model.profiling.result import CATEGORIES
+from graphmoe_tables.printing import print_whole
 
 
 def run_latency(files: Sequence[Path], out: Path, plot: bool | None, console: Console) -> None:
@@ -70,7 +71,6 @@ def _latency_document(own: Timings) -> dict[str, Any]:
 
 
 def _print_latency(own: Timings, console: Console) -> None:
-    console.width = max(console.width, WIDTH)
     if own.models:
         lengths = sorted({(each.phase, each.tokens) for each in own.models}, key=lambda place: (place[0], place[1]))
         console.print(Text(f"{own.models[0].model}, {own.device}: ms"), soft_wrap=True)
@@ -81,7 +81,7 @@ def _print_latency(own: Timings, console: Console) -> None:
         for adapter in dict.fromkeys(each.adapter for each in own.models):
             times = {(each.phase, each.tokens): each.seconds for each in own.models if each.adapter == adapter}
             table.add_row(Text(adapter), *(_ms(times.get(place)) for place in lengths))
-        console.print(table)
+        print_whole(table, console)
     for case in dict.fromkeys(each.case for each in own.layers):
         layers = [each for each in own.layers if each.case == case]
         rounds = sorted({each.rounds for each in layers if each.rounds is not None})
@@ -94,11 +94,10 @@ def _print_latency(own: Timings, console: Console) -> None:
             by_rounds = {each.rounds: each.seconds for each in layers if each.provider == provider}
             plain = by_rounds.get(None)  # a provider without rounds: the same whatever T
             table.add_row(Text(provider), *(_ms(by_rounds.get(T, plain)) for T in rounds))
-        console.print(table)
+        print_whole(table, console)
 
 
 def _print_composition(own: Timings, console: Console) -> None:
-    console.width = max(console.width, WIDTH)
     for phase in dict.fromkeys(each.phase for each in own.models):
         models = [each for each in own.models if each.phase == phase]
         title = f"{models[0].model}, {phase} of {models[0].tokens:,} tokens, {own.device}"
@@ -109,7 +108,7 @@ def _print_composition(own: Timings, console: Console) -> None:
             table.add_column(category, justify="right")
         for each in models:
             table.add_row(Text(each.adapter), *(f"{100 * each.shares[category]:.1f}%" for category in CATEGORIES))
-        console.print(table)
+        print_whole(table, console)
 
 
 def _ms(seconds: float | None) -> str:

@@ -12,12 +12,13 @@ from rich.text import Text
 from graphmoe_cli.analyze_options import ModelOptions, TraceOptions
 from graphmoe_cli.pictures import drawn
 from graphmoe_cli.runs.analyzed_model import AnalyzedModel
-from graphmoe_cli.runs.terminal import WIDTH, progress, say_written
+from graphmoe_cli.runs.terminal import progress, say_written
 from graphmoe_model.analysis.routers import check_routers, mlp_routers
 from graphmoe_model.analysis.specialisation import Specialisation
 from graphmoe_model.analysis.trace import Trace, trace_prompts
 from graphmoe_model.evaluation.document import write_document
 from graphmoe_model.questions import load_sets
+from graphmoe_tables.printing import print_whole
 
 
 def run(options: ModelOptions, traced: TraceOptions, console: Console) -> Trace:
@@ -85,7 +86,6 @@ def _shown(routers: Sequence[str], asked: Sequence[str]) -> list[str]:
 
 
 def _print(trace: Trace, title: str, console: Console) -> None:
-    console.width = max(console.width, WIDTH)
     table = Table(box=box.SIMPLE)
     table.add_column("router")
     for name in ("specialisation", "by chance", "95% below", "p", "kept"):
@@ -95,7 +95,7 @@ def _print(trace: Trace, title: str, console: Console) -> None:
     table.add_section()
     table.add_row("all", *_cells(trace.overall))
     console.print(Text(f"{title}: {trace.num_tokens:,} tokens of {trace.texts:,} texts"), soft_wrap=True)
-    console.print(table)
+    print_whole(table, console)
     console.print(
         Text(
             "Specialisation: the information that a round gives about the expert, 0 (none) to 1 (each round has "

@@ -19,6 +19,7 @@ from graphmoe_model.conversion.peer_config import PEER_TYPES
 from graphmoe_model.conversion.rounds import with_rounds
 from graphmoe_model.module_names import ROOT
 from graphmoe_tables.formats import check_format
+from graphmoe_tables.printing import print_whole
 
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
@@ -123,7 +124,7 @@ def _print(adapter: Adapter, notes: list[str], target: Path, to: str, console: C
     for name, value in rows.items():
         if value:
             table.add_row(name, Text(value))  # a pattern's key is no markup
-    console.print(table)
+    print_whole(table, console)
     for note in notes:
         console.print(f"Note: {note}", style="yellow", markup=False, highlight=False)
     console.print(f"Written as {to}: {target}", markup=False, highlight=False)

@@ -31,6 +31,7 @@ from graphmoe_model.evaluation.document import (
 from graphmoe_model.evaluation.standard import check_reachable, evaluate_standard
 from graphmoe_model.machine import chosen_device
 from graphmoe_model.questions import QuestionSet, load_questions, load_sets
+from graphmoe_tables.printing import print_whole
 from graphmoe_tables.tasks import TASKS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -154,7 +155,7 @@ def _print(
     what = options.model if options.adapter is None else f"{options.adapter} on {options.model}"
     if results:
         console.print(Text(f"{what}, accuracy in percent"), soft_wrap=True)
-        console.print(_table(results, options.samples))
+        print_whole(_table(results, options.samples), console)
         cut = sum(result.truncated_prompts for result in results)
         if cut:
             prompts = 2 * sum(result.questions for result in results)
@@ -162,7 +163,7 @@ def _print(
             console.print(Text(line), soft_wrap=True)
     if standard:
         console.print(Text(f"{what}, by lm-eval's own tasks"), soft_wrap=True)
-        console.print(_standard_table(standard))
+        print_whole(_standard_table(standard), console)
     console.print(Text(f"JSON: {options.output}"), soft_wrap=True)
 
 

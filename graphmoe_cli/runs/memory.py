@@ -8,13 +8,13 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from graphmoe_cli.runs.configs import named_configs
 from graphmoe_model.base_models import load_config
 from graphmoe_model.memory import COMPONENTS, STRATEGIES, Memory, memory_per_gpu
+from graphmoe_tables.printing import print_whole
 
 
 def run(
@@ -65,8 +65,7 @@ def run(
             f"GB on each GPU, to train {title} on {model}: {_count(names, gpus)}, {tokens:,} tokens on each{in_loss}, "
             f"bf16, AdamW, {'with' if checkpointing else 'without'} gradient checkpointing"
         )
-        console.width = max(console.width, Measurement.get(console, console.options.update_width(1000), table).maximum)
-        console.print(table)
+        print_whole(table, console)
 
 
 def _count(strategies: Sequence[str], gpus: int) -> str:

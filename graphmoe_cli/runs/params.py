@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +19,7 @@ from graphmoe_model.checkpoints import saved_adapter_config
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.parameters import COMPONENTS, AdapterParameters, adapter_parameters
 from graphmoe_tables.models import known_model
+from graphmoe_tables.printing import print_whole
 
 
 class _Row(NamedTuple):
@@ -65,10 +65,7 @@ def run(
     if as_json:
         print(json.dumps(_document(model, rows), indent=2))
         return
-    table = _table(model, rows)
-    whole = Measurement.get(console, console.options.update_width(1000), table).maximum
-    console.width = max(console.width, whole)  # shortened numbers would be wrong ones
-    console.print(table)
+    print_whole(_table(model, rows), console)
 
 
 def _configs(

@@ -14,7 +14,6 @@ from torch import nn
 
 from graphmoe_cli.pictures import NO_MATPLOTLIB
 from graphmoe_cli.profile_options import FreshAdapter, ProfileOptions
-from graphmoe_cli.runs.terminal import WIDTH
 from graphmoe_model.machine import chosen_device, device_name
 from graphmoe_model.presentation import short_model
 from graphmoe_model.profiling.measure import profile_model
@@ -60,7 +59,6 @@ def run(options: ProfileOptions, console: Console) -> list[Profile]:
         from graphmoe_model.profiling.plot import draw_shares  # needs matplotlib, which is an extra
 
         draw_shares(profiles, describe(conditions), options.out / "profile.png")
-    console.width = max(console.width, WIDTH)
     print_report(profiles, conditions, console)
     if options.plot is None and not options.drawn:
         console.print(f"No profile.png: {NO_MATPLOTLIB}.", markup=False, highlight=False, soft_wrap=True)

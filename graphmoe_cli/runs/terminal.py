@@ -14,8 +14,6 @@ from transformers.utils import logging
 
 from graphmoe_cli.pictures import NO_MATPLOTLIB
 
-WIDTH = 118  # of wide tables, where the output goes to a file or a pipe
-
 
 def hide_loading_bars() -> None:
     """Leave out Transformers' bars of loading where there is no terminal: a file is no place for them."""

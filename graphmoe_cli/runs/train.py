@@ -12,6 +12,7 @@ from rich.text import Text
 from graphmoe_model.questions import Question, load_questions
 from graphmoe_model.training import TrainingRecipe, TrainingResult, train
 from graphmoe_model.training.callbacks import duration
+from graphmoe_tables.printing import print_whole
 from graphmoe_tables.tasks import TASKS
 
 TEST_FILE = "YOUR-TEST.jsonl"  # stands in the command that evaluates for questions that training has not seen
@@ -28,7 +29,7 @@ def run(recipe: TrainingRecipe, *, resume: bool, console: Console) -> TrainingRe
     result = train(
         recipe, questions, evaluation, resume=resume, say=lambda line: console.print(Text(line), soft_wrap=True)
     )
-    console.print(_table(recipe, result))
+    print_whole(_table(recipe, result), console)
     console.print(Text(f"Adapter, recipe.yaml and train_result.json: {recipe.output}"), soft_wrap=True)
     console.print(Text(f"Evaluate it: {_eval_command(recipe)}"), soft_wrap=True)
     return result

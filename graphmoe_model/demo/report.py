@@ -17,15 +17,16 @@ from graphmoe_model.demo.comparison_report import (
 )
 from graphmoe_model.demo.results import DemoResults
 from graphmoe_model.demo.tables import Table, rich_table, titled_markdown
+from graphmoe_tables.printing import print_whole
 
 
 def print_results(results: DemoResults, console: Console) -> None:
     """Print the tables of the report to a rich console."""
     for table in _tables(results):
-        console.print(rich_table(table))
+        print_whole(rich_table(table), console)
     console.print(_reload_sentence(results), markup=False)
     if results.comparison is not None:
-        console.print(rich_table(comparison_table(results.comparison)))
+        print_whole(rich_table(comparison_table(results.comparison)), console)
         console.print(f"{what_was_measured(results.comparison)} {NO_RANKING}", markup=False)
 
 

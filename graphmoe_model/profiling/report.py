@@ -11,6 +11,7 @@ from rich.table import Table
 
 from graphmoe_model.presentation import markdown_table
 from graphmoe_model.profiling.result import Profile
+from graphmoe_tables.printing import print_whole
 
 MLP = ("mlp", "experts", "routing")  # what stands in the MLP's place
 HEADINGS = (
@@ -60,7 +61,7 @@ def print_report(profiles: list[Profile], conditions: dict[str, Any], console: C
             table.add_column(heading, justify="left" if heading == "adapter" else "right")
         for profile in rows:
             table.add_row(*_cells(profile))
-        console.print(table)
+        print_whole(table, console)
         console.print()
     console.print(_legend(conditions), highlight=False)
     console.print(describe(conditions), highlight=False)

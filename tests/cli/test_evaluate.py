@@ -225,6 +225,15 @@ def test_an_adapter_without_its_weights_is_named(saved, tmp_path):
         assert told in result.stderr
 
 
+def test_a_table_in_a_pipe_is_not_cut(saved, tmp_path):
+    long = tmp_path / f"{'a_file_of_questions_with_a_long_name_' * 3}.jsonl"
+    long.write_bytes(saved["asked"].read_bytes())
+    found, printed = evaluated(saved, tmp_path / "e.json", long)
+    assert set(found["tasks"]) == {"asked", long.stem}
+    assert long.stem in printed
+    assert "…" not in printed
+
+
 def test_lm_evals_tasks_without_the_hub_end_within_seconds(saved, tmp_path, monkeypatch):
     """With its retries, the hub's client would try for half a minute per file."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -137,7 +137,14 @@ def test_every_field_is_an_option_that_reaches_the_run(monkeypatch):
     """Each with a value of its kind; --no-... where it is true or false."""
     seen: list[TrainingRecipe] = []
     monkeypatch.setattr(runs, "run", lambda recipe, **_: seen.append(recipe))
-    values = {"model": "m", "data": "boolq", "eval_data": "piqa", "output": "o", "scheduler": "cosine", "report_to": "none"}
+    values = {
+        "model": "m",
+        "data": "boolq",
+        "eval_data": "piqa",
+        "output": "o",
+        "scheduler": "cosine",
+        "report_to": "none",
+    }
     values |= {
         "preset": "mixlora",
         "router_aux_loss_scope": "local",
