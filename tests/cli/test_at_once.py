@@ -118,6 +118,7 @@ WRONG = {
     "train --model m --data boolk --output o": "unknown task 'boolk', did you mean 'boolq'?",
     "train --model m --data boolq --eval-data boolq:dev --output o": "the task boolq has no split 'dev'",
     "train --model m --data q --output o --load-in-4bit --load-in-8bit": "--load-in-4bit and --load-in-8bit exclude",
+    "train --model m --data q --output o --fsdp --load-in-8bit": "FSDP2 splits floating dtypes only; --load-in-4bit",
     "train --model m --data q --output o --start-from a --r 8": "--start-from has the adapter's own settings",
     "train --model m --data q --output o --fsdp --deepspeed zero2.json": "--fsdp and --deepspeed exclude each other",
     "convert a b --to moe-peft --rounds 3": "goes with the format 'graphmoe' alone",
