@@ -273,4 +273,5 @@ def _sweep(
 
         from graphmoe_cli.runs import analyze_sweep
 
-        analyze_sweep.run(options, Console())
+        with results_folder(out):
+            analyze_sweep.run(options, Console())

@@ -1,4 +1,4 @@
-"""The folder of ``--out``."""
+"""The folder that a command writes into."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from pathlib import Path
 
 
 @contextmanager
-def results_folder(out: Path) -> Iterator[None]:
+def results_folder(out: Path, option: str = "--out") -> Iterator[None]:
     """Make a folder that a command will write into, and take it away again if nothing was written.
 
+    Args:
+        out: the folder; it may be there.
+        option: that names it.
+
     Raises:
-        ValueError: it cannot be made.
+        ValueError: it is a file, or cannot be made.
     """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{option} {out} is a file; name a folder")
     new = [folder for folder in (out, *out.parents) if not folder.exists()]  # the innermost first
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written to: {error.strerror}; name another folder") from error
+        raise ValueError(f"{option} {out} cannot be written to: {error.strerror}; name another folder") from error
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from graphmoe_cli.arguments import PRESET_NAMES, one_line_errors, one_of
+from graphmoe_cli.results_folder import results_folder
 from graphmoe_tables.data_names import data_named
 from graphmoe_tables.recipe import OUTPUT, TrainingRecipe
 from graphmoe_tables.recipe_fields import Field, field_of, flag
@@ -50,7 +51,8 @@ def train(config: Path | None = None, resume: bool = False, **options: Any) -> N
 
             from graphmoe_cli.runs import train as runs
 
-            runs.run(recipe, resume=resume, console=Console(quiet=not first))
+            with results_folder(Path(recipe.output), "--output"):
+                runs.run(recipe, resume=resume, console=Console(quiet=not first))
         except KeyboardInterrupt as error:
             if first:
                 typer.echo(f"graphmoe train: {_interrupted(recipe)}", err=True)

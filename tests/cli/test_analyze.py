@@ -294,4 +294,4 @@ def test_wrong_sweeps_end_in_one_line_and_status_2(swept, tmp_path):
         assert result.exit_code == 2, result.output
         assert message in result.stderr
         assert result.stderr.startswith(f"graphmoe analyze {which}: error: ")
-        assert not list((tmp_path / "out").glob("runs/*"))
+        assert not (tmp_path / "out").exists()

@@ -63,6 +63,14 @@ def test_a_run_from_the_command_line(root, tmp_path):
     assert "nothing is left to do" in resumed.stdout
 
 
+def test_a_refused_run_leaves_no_folder(root, tmp_path):
+    """Refused where the folder was there already: the disk is asked for room in it."""
+    result = graphmoe(*arguments(root, tmp_path / "new" / "out", "--keep-checkpoints", 10**12))
+    assert result.exit_code == 2
+    assert "GB free, and this run writes up to" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_was_trained_on_is_not_what_the_adapter_is_evaluated_on():
     """A task is, on the split that it is reported on; a file is one split."""
     for data, eval_data, asked in (
