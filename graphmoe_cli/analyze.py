@@ -52,13 +52,13 @@ def balance(
     max_length: MaxLength = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    out: Annotated[Path, typer.Option(help="The folder of JSON and PNG.", parser=folder)] = Path("balance"),
+    out: Annotated[Path, typer.Option(help="The folder of JSON and pictures.", parser=folder)] = Path("balance"),
     plot: Plot = None,
 ) -> None:
     """How evenly the experts share the tokens, by task, layer and round (Fig. 4).
 
     Counts the tokens of the questions' prompts. Writes balance.json, and
-    balance.png and balance_map.png where matplotlib is installed.
+    two pictures as PNG and PDF where matplotlib is installed.
 
     Example: graphmoe analyze balance --model my-llama --adapter mixlora graphmoe --data boolq piqa
     """
@@ -99,14 +99,14 @@ def trace(
     max_length: MaxLength = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    out: Annotated[Path, typer.Option(help="The folder of JSON and PNG.", parser=folder)] = Path("trace"),
+    out: Annotated[Path, typer.Option(help="The folder of JSON and pictures.", parser=folder)] = Path("trace"),
     plot: Plot = None,
 ) -> None:
     """Which experts each token visits in each round, and whether experts specialise by round.
 
     The specialisation is the information that a round gives about the
     expert, 0 to 1, beside what it would be if rounds did not matter. Writes
-    trace.json, and trace.png where matplotlib is installed.
+    trace.json, and a picture as PNG and PDF where matplotlib is installed.
 
     Example: graphmoe analyze trace --model my-llama --adapter graphmoe --data boolq --text "Is water wet?"
     """
@@ -152,7 +152,7 @@ def sensitivity(
 
     Trains and asks an adapter for each setting and seed. The same command
     goes on with what was interrupted. Writes sensitivity.json, and
-    sensitivity.png where matplotlib is installed.
+    a picture as PNG and PDF where matplotlib is installed.
 
     Example: graphmoe analyze sensitivity --config arc.yaml --rounds 1 2 3 --scales 0.05 0.1 0.2 --seeds 0 1 2
     """
@@ -173,7 +173,7 @@ def parameters(
 
     The recipe at each rank, and the method without rounds at the rank that
     has the same number of parameters. The same command goes on with what was
-    interrupted. Writes parameters.json, and parameters.png.
+    interrupted. Writes parameters.json, and a picture.
 
     Example: graphmoe analyze parameters --config arc.yaml --ranks 8 16 32
     """
@@ -193,7 +193,7 @@ def activated(
     """Accuracy and time against the experts of each token (Table 6).
 
     The same command goes on with what was interrupted. Writes
-    activated.json, and activated.png where matplotlib is installed.
+    activated.json, and a picture where matplotlib is installed.
 
     Example: graphmoe analyze activated --config arc.yaml --top-k 2 4
     """
@@ -208,7 +208,7 @@ Files = Annotated[
 @analyze.command()
 def latency(
     files: Files,
-    out: Annotated[Path, typer.Option(help="The folder of JSON and PNG.", parser=folder)] = Path("latency"),
+    out: Annotated[Path, typer.Option(help="The folder of JSON and pictures.", parser=folder)] = Path("latency"),
     plot: Plot = None,
 ) -> None:
     """Time of a decoded token and of a prefill by adapter and length, and of a layer by T (Fig. 5c).
@@ -234,7 +234,7 @@ def composition(
     tokens: Annotated[
         int | None, typer.Option(help="Of which length of the sequences.", show_default="each phase's longest")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The folder of JSON and PNG.", parser=folder)] = Path("composition"),
+    out: Annotated[Path, typer.Option(help="The folder of JSON and pictures.", parser=folder)] = Path("composition"),
     plot: Plot = None,
 ) -> None:
     """Shares of attention, MLP, experts, routing and GRU, by adapter (Fig. 6).

@@ -76,12 +76,12 @@ def profile(
         typer.Option(help="Whether later rounds run folded.", show_default="the adapter's, auto"),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="PyTorch's")] = None,
-    out: Annotated[Path, typer.Option(help="The report's folder: JSON, Markdown, PNG, traces.", parser=folder)] = Path(
+    out: Annotated[Path, typer.Option(help="The report's folder: JSON, Markdown, plot, traces.", parser=folder)] = Path(
         "profile_report"
     ),
     plot: Annotated[
         bool | None,
-        typer.Option("--plot/--no-plot", help="Whether to draw profile.png.", show_default="where matplotlib is"),
+        typer.Option("--plot/--no-plot", help="Whether to draw (PNG and PDF).", show_default="where matplotlib is"),
     ] = None,
 ) -> None:
     """Where a model's time goes: attention, MLP, experts, routing and GRU.

@@ -72,7 +72,7 @@ class ProfileOptions:
 
     @property
     def drawn(self) -> bool:
-        """Whether profile.png is drawn: where it is not ruled out, and matplotlib is installed."""
+        """Whether the shares are drawn: where it is not ruled out, and matplotlib is installed."""
         return drawn(self.plot)
 
     @property

@@ -14,6 +14,7 @@ STYLE: Any = {  # matplotlib types its settings by a list of literal names
     **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": PALE, "grid.linewidth": 0.8},
     **{"axes.titlelocation": "left", "axes.titlesize": 10, "xtick.major.size": 0, "ytick.major.size": 0},
     **{"xtick.minor.size": 0, "ytick.minor.size": 0},
+    "pdf.fonttype": 42,  # text stays text, which editors and search engines read
 }
 
 

@@ -46,9 +46,8 @@ def run(options: ModelOptions, data: DataOptions, console: Console) -> list[Task
     if drawn(options.plot):
         from graphmoe_model.analysis.plots import draw_balance, draw_balance_map  # needs matplotlib, an extra
 
-        draw_balance(found, analyzed.described(), options.out / "balance.png")
-        draw_balance_map(found, analyzed.described(), options.out / "balance_map.png")
-        files += ["balance.png", "balance_map.png"]
+        files += draw_balance(found, analyzed.described(), options.out / "balance.png")
+        files += draw_balance_map(found, analyzed.described(), options.out / "balance_map.png")
     _print_shares(found, console)
     _print(found, console)
     say_written(options.out, files, options.plot, console)

@@ -61,8 +61,8 @@ def run(options: SweepOptions, console: Console) -> list[SettingResult]:
             f"questions of {', '.join(asked)}; {_seeds(sweep)}; {_length(recipe)}; {found['dtype']}, "
             f"{found['device']}, torch {torch.__version__}"
         )
-        draw_sweep(TITLES[options.kind], results, plan.series, described, options.out / f"{options.kind}.png")
-        files.append(f"{options.kind}.png")
+        path = options.out / f"{options.kind}.png"
+        files += draw_sweep(TITLES[options.kind], results, plan.series, described, path)
     _print(results, list(asked), console)
     say_written(options.out, files, options.plot, console)
     return results

@@ -33,8 +33,7 @@ def run_latency(files: Sequence[Path], out: Path, plot: bool | None, console: Co
     if drawn(plot):
         from graphmoe_model.analysis.timing_plots import draw_latency  # needs matplotlib, an extra
 
-        draw_latency(found, out / "latency.png")
-        written.append("latency.png")
+        written += draw_latency(found, out / "latency.png")
     say_written(out, written, plot, console)
 
 
@@ -56,8 +55,7 @@ def run_composition(files: Sequence[Path], tokens: int | None, out: Path, plot: 
     if drawn(plot):
         from graphmoe_model.analysis.timing_plots import draw_composition  # needs matplotlib, an extra
 
-        draw_composition(found, out / "composition.png")
-        written.append("composition.png")
+        written += draw_composition(found, out / "composition.png")
     say_written(out, written, plot, console)
 
 

@@ -62,8 +62,8 @@ def run(options: ModelOptions, traced: TraceOptions, console: Console) -> Trace:
     if drawn(options.plot):
         from graphmoe_model.analysis.plots import TOKENS, draw_trace  # needs matplotlib, an extra
 
-        draw_trace(trace, shown, f"{analyzed.title(name)}, {analyzed.described()}", options.out / "trace.png")
-        files.append("trace.png")
+        described = f"{analyzed.title(name)}, {analyzed.described()}"
+        files += draw_trace(trace, shown, described, options.out / "trace.png")
         if len(trace.tokens) > TOKENS:
             console.print(Text(f"The picture has the first {TOKENS} of {len(trace.tokens)} tokens; the JSON has all."))
     say_written(options.out, files, options.plot, console)

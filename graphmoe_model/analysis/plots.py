@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from graphmoe_model.analysis.balance import TaskBalance
 from graphmoe_model.analysis.trace import RouterTrace, Trace
+from graphmoe_model.pictures import write_picture
 from graphmoe_model.presentation import BLUE, INK, MUTED, ORANGE, PALE, STYLE
 
 # Adapters in a plot of bars, and experts in a trace: distinguishable in every common form of colour blindness.
@@ -21,11 +22,10 @@ EXPERTS = ("#9ec1f7", "#f2b880", "#a9dbc2", "#e6b3d1", "#f4e08a", "#c9b59f", "#b
 HIGHEST = 24.0  # inches of a heat map; beyond it rows become thinner
 TOKENS = 56  # of a text in one picture; more could not be read
 NUMBERED = 8  # experts of a router in a heat map; more have no room for numbers
-DPI = 200
 
 
-def draw_balance(found: Sequence[TaskBalance], conditions: str, path: Path) -> None:
-    """Write the PNG of Fig. 4: each task's deviation of the experts' shares, by adapter and round."""
+def draw_balance(found: Sequence[TaskBalance], conditions: str, path: Path) -> list[str]:
+    """Write the picture of Fig. 4: each task's deviation of the experts' shares, by adapter and round."""
     adapters, tasks = _names(found)
     bars = [
         (adapter, i) for adapter in adapters for i in range(max(len(b.rounds) for b in found if b.adapter == adapter))
@@ -51,11 +51,11 @@ def draw_balance(found: Sequence[TaskBalance], conditions: str, path: Path) -> N
         below = -0.28 if tight else -0.1
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, below), ncols=columns)
         add_conditions(figure, conditions)
-        figure.savefig(path, format="png", dpi=DPI)
+        return write_picture(figure, path)
 
 
-def draw_balance_map(found: Sequence[TaskBalance], conditions: str, path: Path) -> None:
-    """Write the PNG of every expert's share, a mean over tasks: routers in rows, rounds and experts in columns.
+def draw_balance_map(found: Sequence[TaskBalance], conditions: str, path: Path) -> list[str]:
+    """Write the picture of every expert's share, a mean over tasks: routers in rows, rounds and experts in columns.
 
     Up to 8 experts are numbered, and their shares written into their fields.
     """
@@ -79,11 +79,11 @@ def draw_balance_map(found: Sequence[TaskBalance], conditions: str, path: Path) 
         over = "" if len(tasks) == 1 else f", a mean over {len(tasks)} tasks"
         figure.suptitle(f"Load of each expert{over}", x=0.01, ha="left", fontsize=11)
         add_conditions(figure, conditions)
-        figure.savefig(path, format="png", dpi=DPI)
+        return write_picture(figure, path)
 
 
-def draw_trace(trace: Trace, routers: Sequence[str], conditions: str, path: Path) -> None:
-    """Write the PNG of a text's way: a panel for each router, tokens in columns, rounds in rows, colours are experts.
+def draw_trace(trace: Trace, routers: Sequence[str], conditions: str, path: Path) -> list[str]:
+    """Write the picture of a text's way: a panel for each router, tokens in columns, rounds in rows, experts by colour.
 
     The number is the expert with the largest probability, the smaller ones those that were chosen beside it. Of more
     than `TOKENS` tokens the first are shown.
@@ -102,7 +102,7 @@ def draw_trace(trace: Trace, routers: Sequence[str], conditions: str, path: Path
         own = trace.overall
         measured = f"specialisation by round, all routers and {trace.texts:,} texts: {own.information:.4f}"
         add_conditions(figure, f"{measured} (95% by chance below {own.null_95:.4f}, p = {own.p:.3f})\n{conditions}")
-        figure.savefig(path, format="png", dpi=DPI)
+        return write_picture(figure, path)
 
 
 def _trace_panel(axes: Axes, router: RouterTrace, tokens: int) -> None:

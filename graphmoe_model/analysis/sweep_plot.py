@@ -9,16 +9,17 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from graphmoe_model.analysis.plots import DPI, SERIES, add_conditions
+from graphmoe_model.analysis.plots import SERIES, add_conditions
 from graphmoe_model.analysis.sweep import BASE, Series
 from graphmoe_model.analysis.sweep_report import SettingResult
+from graphmoe_model.pictures import write_picture
 from graphmoe_model.presentation import INK, STYLE
 
 
 def draw_sweep(
     title: str, results: Sequence[SettingResult], series: Sequence[Series], conditions: str, path: Path
-) -> None:
-    """Write the PNG: accuracy above, seconds of a training step below, a column for each axis.
+) -> list[str]:
+    """Write the picture: accuracy above, seconds of a training step below, a column for each axis.
 
     Accuracy is the mean over tasks and seeds, bars are its 95% interval over seeds; the base model is the dashed line.
     """
@@ -46,7 +47,7 @@ def draw_sweep(
         panels[1, 0].set_ylabel("training step, s")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         add_conditions(figure, conditions)
-        figure.savefig(path, format="png", dpi=DPI)
+        return write_picture(figure, path)
 
 
 def _line(

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from graphmoe_model.analysis.plots import DPI, SERIES, add_conditions
+from graphmoe_model.analysis.plots import SERIES, add_conditions
 from graphmoe_model.analysis.timings import LayerTime, ModelTime, Timings
+from graphmoe_model.pictures import write_picture
 from graphmoe_model.presentation import INK, short_model
 from graphmoe_model.presentation import STYLE as BASE_STYLE
 from graphmoe_model.profiling.plot import COLOURS, LABELLED, TITLES
@@ -22,9 +23,9 @@ MARKERS = "osD^vPX*"
 AXES = {"decode": "tokens in the cache", "prefill": "tokens"}
 
 
-def draw_latency(found: Sequence[Timings], path: Path) -> None:
-    """Write the PNG of Fig. 5c: milliseconds of a decoded token and of a prefill against the length, by adapter, and of
-    a layer against T; a row for each file."""
+def draw_latency(found: Sequence[Timings], path: Path) -> list[str]:
+    """Write the picture of Fig. 5c: milliseconds of a decoded token and of a prefill against the length, by adapter,
+    and of a layer against T; a row for each file."""
     rows = [_panels(own) for own in found]
     columns = max(map(len, rows))
     with matplotlib.rc_context(STYLE):
@@ -37,11 +38,11 @@ def draw_latency(found: Sequence[Timings], path: Path) -> None:
                 axes.axis("off")
         figure.suptitle("Latency", x=0.01, ha="left", fontsize=11)
         add_conditions(figure, "; ".join(dict.fromkeys(own.device for own in found)))
-        figure.savefig(path, format="png", dpi=DPI)
+        return write_picture(figure, path)
 
 
-def draw_composition(found: Sequence[Timings], path: Path) -> None:
-    """Write the PNG of Fig. 6: shares of attention, MLP, experts, routing and GRU, a bar for each adapter."""
+def draw_composition(found: Sequence[Timings], path: Path) -> list[str]:
+    """Write the picture of Fig. 6: shares of attention, MLP, experts, routing and GRU, a bar for each adapter."""
     panels = [
         (own, phase, [each for each in own.models if each.phase == phase])
         for own in found
@@ -60,7 +61,7 @@ def draw_composition(found: Sequence[Timings], path: Path) -> None:
         handles, labels = row[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(CATEGORIES), frameon=False)
         figure.suptitle("Where the time of a forward goes", x=0.01, ha="left", fontsize=11)
-        figure.savefig(path, format="png", dpi=DPI)
+        return write_picture(figure, path)
 
 
 Lines = dict[str, list[tuple[float, float]]]  # label -> (place, seconds)

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from graphmoe_model.pictures import write_picture
 from graphmoe_model.presentation import INK, MUTED, STYLE
 from graphmoe_model.profiling.result import CATEGORIES, Profile
 
@@ -25,8 +26,8 @@ TITLES = {"attention": "attention", "mlp": "base MLP", "experts": "experts", "ro
 LABELLED = 0.045  # the smallest share whose figure fits into its bar
 
 
-def draw_shares(profiles: list[Profile], conditions: str, path: Path) -> None:
-    """Write the PNG: stacked shares of `CATEGORIES`, phases in rows, adapters in columns."""
+def draw_shares(profiles: list[Profile], conditions: str, path: Path) -> list[str]:
+    """Write the picture: stacked shares of `CATEGORIES`, phases in rows, adapters in columns."""
     phases = list(dict.fromkeys(p.phase for p in profiles))
     adapters = list(dict.fromkeys(p.adapter for p in profiles))
     with matplotlib.rc_context(STYLE):
@@ -43,7 +44,7 @@ def draw_shares(profiles: list[Profile], conditions: str, path: Path) -> None:
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", frameon=False, reverse=True)
         figure.supxlabel(conditions, x=0.01, ha="left", fontsize=7, color=MUTED, wrap=True)
-        figure.savefig(path, format="png", dpi=150)
+        return write_picture(figure, path)
 
 
 def _stack(axes: Axes, profiles: list[Profile]) -> None:

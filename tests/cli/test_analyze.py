@@ -19,11 +19,10 @@ from graphmoe_model import collect_routing
 from graphmoe_model.analysis.prompts import read_prompts
 from graphmoe_model.questions import QuestionEncoder
 from graphmoe_model.questions.json_lines import write_questions
+from tests.cli.drawn_pictures import assert_picture
 from tests.model import training_runs
 from tests.model.questions_made import byte_level, made_questions, small_llama
 from tests.model.tiny_models import tiny_config
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def graphmoe(*arguments: object) -> Any:
@@ -81,7 +80,7 @@ def test_balance_of_two_adapters_on_two_tasks(saved, tmp_path):
     first = own["shares"]["model.layers.0.mlp"][0]
     assert " ".join(f"{100 * share:.1f}%" for share in first) in " ".join(result.stdout.split())
     for name in ("balance.png", "balance_map.png"):
-        assert (tmp_path / "new" / name).read_bytes().startswith(PNG)
+        assert_picture(tmp_path / "new" / name)
     for word in (*names, "asked", "more", "deviation"):
         assert word in result.stdout
 
@@ -93,7 +92,7 @@ def test_adapters_of_one_method_have_their_folders_names(saved, tmp_path):
     assert [own["adapter"] for own in document["balance"]] == [
         f"GraphMoE(MixLoRA), T = 3, {saved[name].name}" for name in ("graphmoe", "again")
     ]
-    assert not list(tmp_path.glob("*.png"))
+    assert not [*tmp_path.glob("*.png"), *tmp_path.glob("*.pdf")]
 
 
 def test_experts_that_differ_by_layer_and_on_attention_are_drawn(saved, tmp_path):
@@ -102,7 +101,7 @@ def test_experts_that_differ_by_layer_and_on_attention_are_drawn(saved, tmp_path
     result = graphmoe("analyze", "balance", *given)
     assert result.exit_code == 0, result.output
     assert "attention" in result.stdout
-    assert (tmp_path / "balance_map.png").read_bytes().startswith(PNG)
+    assert_picture(tmp_path / "balance_map.png")
     result = graphmoe("analyze", "trace", *given, "--draws", 5)
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "trace.json").read_text())
@@ -130,7 +129,7 @@ def test_a_trace_of_texts_and_questions(saved, tmp_path):
     overall = document["specialisation"]
     assert set(overall) == {"information", "null_mean", "null_95", "p", "kept"}
     assert f"{overall['information']:.4f}" in result.stdout
-    assert (tmp_path / "trace.png").read_bytes().startswith(PNG)
+    assert_picture(tmp_path / "trace.png")
     assert "The picture has the first" not in result.stdout
 
 
@@ -226,7 +225,7 @@ def test_a_sweep_over_rounds_and_scales(swept, tmp_path):
     assert [own["title"] for own in document["results"]] == titles
     assert [own["seeds"] for own in document["results"]] == [[0], [0, 1], [0, 1], [0, 1]]
     assert [own["axis"] for own in document["series"]] == ["rounds T", "GRU width over the hidden size"]
-    assert (tmp_path / "s" / "sensitivity.png").read_bytes().startswith(PNG)
+    assert_picture(tmp_path / "s" / "sensitivity.png")
     for own in document["results"]:
         assert f"{100 * own['accuracy']['test']['mean']:.1f}" in result.stdout
         assert own["title"] in result.stdout
@@ -268,7 +267,7 @@ def test_sweeps_over_ranks_and_experts_per_token(swept, tmp_path, kind, grid, ti
     assert [own["title"] for own in document["results"]] == ["the base model", *titles]
     assert document["sweep"]["kind"] == kind
     assert next(iter(document["sweep"]["asked"].values())).startswith("4 questions, ")
-    assert (tmp_path / "s" / f"{kind}.png").read_bytes().startswith(PNG)
+    assert_picture(tmp_path / "s" / f"{kind}.png")
 
 
 def test_wrong_sweeps_end_in_one_line_and_status_2(swept, tmp_path):

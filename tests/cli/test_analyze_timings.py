@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from graphmoe_cli.app import app
 from graphmoe_model.analysis.timings import read_timings, with_shares, with_times
 from graphmoe_model.profiling.result import CATEGORIES
+from tests.cli.drawn_pictures import assert_picture
 
-PNG = b"\x89PNG\r\n\x1a\n"
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
@@ -58,7 +58,7 @@ def test_latency_of_profiles_and_of_layers_by_rounds(tmp_path):
     found = {(each["provider"], each["rounds"]): each["seconds"] for each in layers["layers"] if each["case"] == case}
     assert set(found) >= {("dense", None), ("triton", 1), ("triton", 5), ("literal", 3)}
     assert f"layer, {case}, NVIDIA H100 80GB HBM3: ms" in result.stdout
-    assert (tmp_path / "out" / "latency.png").read_bytes().startswith(PNG)
+    assert_picture(tmp_path / "out" / "latency.png")
 
 
 def test_composition_at_the_longest_or_at_a_named_length(tmp_path):
@@ -70,7 +70,7 @@ def test_composition_at_the_longest_or_at_a_named_length(tmp_path):
         assert [each["tokens"] for each in own["models"]] == [tokens] * 6
         assert own["models"][0]["shares"] == pytest.approx({n: 0.5 if n == "attention" else 0.1 for n in CATEGORIES})
         assert f"m, decode of {tokens} tokens, cpu (X)" in result.stdout
-    assert (tmp_path / "composition.png").read_bytes().startswith(PNG)
+    assert_picture(tmp_path / "composition.png")
 
 
 def test_every_committed_result_can_be_read():

@@ -16,9 +16,8 @@ from graphmoe_cli.app import app
 from graphmoe_cli.profile_options import FreshAdapter, ProfileOptions
 from graphmoe_cli.runs import profile as runs
 from graphmoe_model.profiling import CATEGORIES, out_of_memory
+from tests.cli.drawn_pictures import assert_picture
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def graphmoe(*arguments: object) -> Any:
@@ -44,7 +43,7 @@ def test_a_profile_writes_table_plot_data_and_traces(tmp_path):
         document["conditions"]
     )
 
-    assert (out / "profile.png").read_bytes().startswith(PNG)
+    assert_picture(out / "profile.png")
     table = (out / "profile.md").read_text()
     assert table.count("| GraphMoE(MixLoRA), T = 2 |") == 4
     assert "dtype float32" in table
@@ -54,7 +53,10 @@ def test_a_profile_writes_table_plot_data_and_traces(tmp_path):
     names = [f"trace_{a}_{p}_{n}.json" for a in adapters for p in ("prefill", "decode") for n in (4, 8)]
     for name in names:
         assert json.loads((out / name).read_text())["traceEvents"]
-    assert {path.name for path in out.iterdir()} == {*names, "profile.json", "profile.md", "profile.png"}
+    assert {path.name for path in out.iterdir()} == {
+        *names,
+        *(f"profile.{kind}" for kind in ("json", "md", "png", "pdf")),
+    }
 
 
 @pytest.fixture(scope="module")
