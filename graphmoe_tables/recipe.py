@@ -16,7 +16,8 @@ DEFAULT_PRESET = "graphmoe-mixlora"
 # Fields of a GraphMoEConfig that a preset sets and a recipe may overrule.
 ADAPTER_FIELDS = (
     *("rounds", "r", "lora_alpha", "lora_dropout", "num_experts", "top_k", "use_dora", "gru_hidden_scale"),
-    *("router_aux_loss_coef", "router_aux_loss_scope"),
+    *("router_aux_loss_coef", "router_aux_loss_scope", "router_aux_loss", "norm_topk_prob"),
+    *("candidate_input", "candidate_activation", "use_rslora", "target_modules"),
 )
 # What a trained adapter can be given when training starts from it.
 _WITH_START = ("rounds", "gru_hidden_scale")
@@ -88,6 +89,33 @@ class TrainingRecipe:
         "Whose tokens that loss counts: of all processes, which then train as one, or each its own.",
         choices=("global", "local"),
         unset="global",
+    )
+    router_aux_loss: str | None = option(
+        str,
+        ADAPTER,
+        "That loss: of the chosen experts' weights (Eq. 8), or of all probabilities.",
+        choices=("paper", "switch"),
+        unset="paper",
+    )
+    norm_topk_prob: bool | None = option(
+        bool, ADAPTER, "Divide the chosen routing weights by their sum.", unset="the preset's"
+    )
+    candidate_input: str | None = option(
+        str,
+        ADAPTER,
+        "What the GRU's candidate reads: the experts' output (Eq. 6), or the state (Algorithm 1).",
+        choices=("expert_output", "hidden_state"),
+        unset="expert_output",
+    )
+    candidate_activation: str | None = option(
+        str, ADAPTER, "Of the GRU's candidate.", choices=("sigmoid", "tanh"), unset="sigmoid"
+    )
+    use_rslora: bool | None = option(bool, ADAPTER, "Scale by alpha / sqrt(r) instead of alpha / r.", unset="false")
+    target_modules: tuple[str, ...] | None = option(
+        tuple,
+        ADAPTER,
+        "What the adapter is on: mlp, and names of linears for LoRA beside it.",
+        unset="attention and MLPs",
     )
 
     batch: int = option(int, OPTIMIZATION, "Rows per batch, of all processes together.", 16, least=1)
@@ -208,4 +236,6 @@ class TrainingRecipe:
         """Return the fields of a `GraphMoEConfig` that are set, beside the preset's."""
         settings = {name: getattr(self, name) for name in ADAPTER_FIELDS if getattr(self, name) is not None}
         experts = settings.get("num_experts", "")
+        if "target_modules" in settings:
+            settings["target_modules"] = list(settings["target_modules"])
         return settings | ({"num_experts": int(experts)} if experts.isdecimal() and len(experts) < 20 else {})

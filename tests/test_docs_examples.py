@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from graphmoe_model import GraphMoEConfig
 from graphmoe_model.exporting import export_for_inference
 from graphmoe_model.questions.json_lines import write_questions
+from tests.model.gguf_files import FILE, llama_for, write_gguf
 from tests.model.peer_format import peer_settings, write_peer
 from tests.model.questions_made import byte_level, made_questions, small_llama
 from tests.model.tiny_models import tiny_config
@@ -53,6 +56,15 @@ def inference() -> dict[str, Any]:
     return {}
 
 
+def models() -> dict[str, Any]:
+    """A GGUF file."""
+    tokenizer = byte_level(special_first=False)
+    Path("my-model").mkdir()
+    write_gguf(Path("my-model"), llama_for(tokenizer), tokenizer)
+    Path("my-model", FILE).rename("my-model/my-model.gguf")
+    return {}
+
+
 def questions() -> dict[str, Any]:
     write_questions(Path("mine.jsonl"), made_questions(4))
     return {}
@@ -80,6 +92,10 @@ def check_evaluate(names: dict[str, Any]) -> None:
     assert names["results"][0].questions == 4
 
 
+def check_models(names: dict[str, Any]) -> None:
+    assert AutoModelForCausalLM.from_pretrained("my-model").dtype == torch.bfloat16
+
+
 def check_questions(names: dict[str, Any]) -> None:
     assert len(names["questions"]) == 4
 
@@ -94,6 +110,7 @@ RUN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], No
     "docs/evaluate.md": (evaluate, check_evaluate),
     "docs/inference.md": (inference, check_inference),
     "docs/methods.md": (methods, check_methods),
+    "docs/models.md": (models, check_models),
     "docs/questions.md": (questions, check_questions),
     "docs/training.md": (training, check_training),
 }

@@ -11,6 +11,7 @@ from graphmoe_model.base_models.loading import (
 from graphmoe_model.base_models.matching import check_base, check_task
 from graphmoe_model.base_models.on_meta import AdaptedOnMeta, adapted_on_meta
 from graphmoe_model.base_models.shapes import check_is_model, is_local_model, load_config, model_config
+from graphmoe_model.base_models.unpacking import unpack
 from graphmoe_tables.models import MODEL_SHAPES, ModelShape, model_shape
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "load_tokenizer",
     "model_config",
     "model_shape",
+    "unpack",
 ]

@@ -23,7 +23,7 @@ from transformers import (
 
 from graphmoe_model.base_models.gguf_tokens import check_first_token
 from graphmoe_model.base_models.hub import hub_arguments, not_loaded
-from graphmoe_model.base_models.shapes import check_is_model
+from graphmoe_model.base_models.shapes import check_has_model, check_is_model
 from graphmoe_model.messages import some
 
 Bits = Literal[4, 8]
@@ -74,9 +74,8 @@ class ModelSource:
             if not (folder / self.gguf_file).is_file():
                 found = f"it has {some(there)}" if there else "it has no .gguf file"
                 raise ValueError(f"{folder} has no file {self.gguf_file}; {found}")
-        elif not (folder / "config.json").is_file():
-            todo = f"it has {some(there)}: name it by --gguf-file" if there else "name the folder of a saved model"
-            raise ValueError(f"{folder} has no config.json, so it is no model that Transformers can load; {todo}")
+        else:
+            check_has_model(self.name)
 
     @cached_property
     def arguments(self) -> dict[str, Any]:

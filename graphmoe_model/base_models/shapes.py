@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import AutoConfig
 
 from graphmoe_inference.folder import BASE, WEIGHTS
 from graphmoe_model.base_models.hub import hub_arguments, not_loaded
+from graphmoe_model.messages import some
 from graphmoe_tables.models import MODEL_SHAPES, check_layers, is_path, known_model, model_shape
 from graphmoe_tables.paths import looked_for
 
@@ -40,6 +42,8 @@ def load_config(name: str) -> Any:
     if known_model(name) is not None and not is_local_model(name):
         return model_config(name)
     check_is_model(name)
+    if Path(name).is_dir():
+        check_has_model(name)
     arguments = hub_arguments(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False, **arguments)
@@ -53,6 +57,24 @@ def is_local_model(name: str) -> bool:
     return (Path(name) / "config.json").is_file()
 
 
+def check_has_model(folder: str) -> None:
+    """Refuse a folder without a model's configuration, as that of a GGUF file alone.
+
+    Raises:
+        ValueError: says what the folder has, and what can be done with it.
+    """
+    if is_local_model(folder):
+        return
+    there = sorted(path.name for path in Path(folder).glob("*.gguf"))
+    todo = "name the folder of a saved model"
+    if there:
+        todo = (
+            f"it has {some(there)}: name it by --gguf-file where the command has that option, else write it out as "
+            "Transformers saves models (docs/models.md, GGUF files)"
+        )
+    raise ValueError(f"{folder} has no config.json, so it is no model that Transformers can load; {todo}")
+
+
 def check_is_model(name: str) -> None:
     """Refuse a path that is no folder, a file's, an adapter's folder, and that of an export.
 
@@ -61,6 +83,9 @@ def check_is_model(name: str) -> None:
     """
     if name.endswith(".json"):
         raise ValueError(f"{name} would be a file; name the model's folder, whose config.json is read")
+    if name.endswith(".gguf") and Path(name).is_file():
+        folder, file = os.path.split(name)
+        raise ValueError(f"{name} is a file; name its folder, and the file by --gguf-file: {folder or '.'} and {file}")
     if is_path(name) and not Path(name).is_dir():
         raise ValueError(f"there is no folder {name} to load a model from{looked_for(name)}")
     if (Path(name) / WEIGHTS).exists():

@@ -60,6 +60,7 @@ WRONG = {
     "data fetch quarz": "nothing to fetch is called 'quarz', did you mean 'quartz'?",
     "data fetch quartz piqa": "piqa comes from the hub, when it is named",
     "data fetch quartz --to=": "name a folder",
+    "data fetch quartz --unpack": "--unpack is about models, and none is named; there are smollm2",
     "eval --data boolq": "Missing option '--model'",
     "eval --model m": "name what to evaluate on: --data",
     "eval --model m --data": "it needs at least one value",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import warnings
 from io import StringIO
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 pytest.importorskip("gguf", reason="pip install 'graphmoe[gguf]'")
@@ -21,7 +22,7 @@ pytest.importorskip("trl", reason="pip install 'graphmoe[train]'")
 
 from graphmoe_cli.evaluate_options import EvaluateOptions
 from graphmoe_cli.runs import evaluate
-from graphmoe_model.base_models import ModelSource, load_base_config, load_base_model, load_tokenizer
+from graphmoe_model.base_models import ModelSource, load_base_config, load_base_model, load_tokenizer, unpack, unpacking
 from graphmoe_model.checkpoints import saved_adapter_config
 from graphmoe_model.questions.json_lines import write_questions
 from tests.model.gguf_files import BLOCK, FILE, FORMATS, llama_for, tensor_name, write_gguf
@@ -128,6 +129,31 @@ def test_texts_have_the_ids_of_the_tokenizer_that_was_written(source):
         ids = TOKENIZER(text)["input_ids"]
         assert tokenizer(text)["input_ids"] == ids
         assert tokenizer.decode(ids) == text
+
+
+def test_unpacked_it_is_the_same_model_for_everything(held, folder, source, tmp_path):
+    """Weights, texts, and what Trainer and saving ask of a model; a second time nothing is done."""
+    shutil.copy(folder / FILE, tmp_path)
+    assert unpack(tmp_path, FILE, torch.float32)
+    assert not unpack(tmp_path, FILE, torch.float32)
+    assert not list(tmp_path.glob(".unpacked-*"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = load_base_model(source).state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert [name for name, weight in loaded.state_dict().items() if not torch.equal(weight, expected[name])] == []
+    assert getattr(loaded, "quantization_method", None) is None
+    made, again = load_tokenizer(source), AutoTokenizer.from_pretrained(tmp_path)
+    for question in made_questions(5):
+        assert again(question.solved)["input_ids"] == made(question.solved)["input_ids"]
+    loaded.save_pretrained(tmp_path / "saved")
+
+
+def test_unpacking_that_fails_leaves_the_folder_as_it_was(folder, tmp_path, monkeypatch):
+    shutil.copy(folder / FILE, tmp_path)
+    monkeypatch.setattr(unpacking.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(ValueError, match="cannot be written to: No space left"):
+        unpack(tmp_path, FILE)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_an_adapter_trains_on_it_as_on_the_same_model_elsewhere(held, source, folder, tmp_path):
