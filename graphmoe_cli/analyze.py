@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from graphmoe_cli.analyze_options import DataOptions, ModelOptions, SweepOptions, TraceOptions, check_files
-from graphmoe_cli.arguments import ListCommand, folder, one_line_errors, tell_of_the_hub
+from graphmoe_cli.arguments import ListCommand, folder, no_bars_in_files, one_line_errors, tell_of_the_hub
 from graphmoe_cli.results_folder import results_folder
 from graphmoe_cli.train import check_installed
 from graphmoe_tables.recipe_files import recipe_of
@@ -63,6 +61,7 @@ def balance(
     Example: graphmoe analyze balance --model my-llama --adapter mixlora graphmoe --data boolq piqa
     """
     with one_line_errors("analyze balance"):
+        no_bars_in_files()
         options = ModelOptions(
             model, tuple(adapter), gguf_file, allow_other_base, batch_size, max_length, dtype, device, out, plot
         )
@@ -111,6 +110,7 @@ def trace(
     Example: graphmoe analyze trace --model my-llama --adapter graphmoe --data boolq --text "Is water wet?"
     """
     with one_line_errors("analyze trace"):
+        no_bars_in_files()
         options = ModelOptions(
             model, (adapter,), gguf_file, allow_other_base, batch_size, max_length, dtype, device, out, plot
         )
@@ -267,8 +267,7 @@ def _sweep(
         recipe = recipe_of({"output": str(out)}, config)
         options = SweepOptions(kind, recipe, grid, tuple(test_data or ()), limit, tuple(seeds), out, plot)
         check_installed()
-        if not sys.stderr.isatty():
-            os.environ.setdefault("TQDM_DISABLE", "1")  # a file is no place for bars; tqdm reads it when imported
+        no_bars_in_files()
         from rich.console import Console
 
         from graphmoe_cli.runs import analyze_sweep

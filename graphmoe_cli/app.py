@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib.metadata import version
 from typing import Annotated
 
@@ -54,4 +56,6 @@ def graphmoe(
 
 def main() -> None:
     """Run the command that the process was called with."""
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        os.environ.setdefault("TERMINAL_WIDTH", "120")  # Typer's; in a pipe it would cut names of options at 80 columns
     app(prog_name="graphmoe")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +137,12 @@ def _no_commas(ctx: Any, option: str | None, value: str) -> None:
         apart = " ".join(part for part in value.split(",") if part)
         hint = f"{value!r} has commas; values are separated by spaces: {option} {apart}"
         raise typer.BadParameter(hint, ctx=ctx, param_hint=f"'{option}'")
+
+
+def no_bars_in_files() -> None:
+    """Leave out tqdm's bars where stderr is no terminal: a file is no place for them. tqdm reads it when imported."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 @contextmanager

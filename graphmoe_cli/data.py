@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from graphmoe_cli.arguments import folder, one_line_errors
+from graphmoe_cli.arguments import folder, no_bars_in_files, one_line_errors
 from graphmoe_tables.tasks import DATA_FOLDER, MODELS, check_fetched, fetched_names
 
 data = typer.Typer(name="data", help="The questions that models are trained and evaluated on.", no_args_is_help=True)
@@ -53,6 +53,7 @@ def fetch(
     """
     with one_line_errors("data fetch"):
         check_fetched(names)
+        no_bars_in_files()
         if unpack:
             check_unpacked(names)
         from rich.console import Console

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from graphmoe_cli.arguments import one_line_errors
+from graphmoe_cli.arguments import no_bars_in_files, one_line_errors
 from graphmoe_cli.evaluate_options import EvaluateOptions, check_file
 from graphmoe_tables.tasks import EVALUATION, TASKS
 
@@ -73,8 +71,7 @@ def evaluate(
 
     Example: graphmoe eval --model my-llama --adapter my-adapter --data arc_easy boolq
     """
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # Transformers' bars: a file is no place for them
+    no_bars_in_files()
     with one_line_errors("eval"):
         options = EvaluateOptions(
             model=model,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from graphmoe_cli.arguments import folder, one_line_errors, tell_of_the_hub
+from graphmoe_cli.arguments import folder, no_bars_in_files, one_line_errors, tell_of_the_hub
 
 
 def export(
@@ -33,6 +33,7 @@ def export(
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise ValueError(f"--output {output} is there already; name a new folder")
         tell_of_the_hub(adapter=adapter)
+        no_bars_in_files()
         from rich.console import Console
 
         from graphmoe_cli.runs import export as runs

@@ -7,13 +7,12 @@ import importlib.util
 import inspect
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from graphmoe_cli.arguments import PRESET_NAMES, one_line_errors, one_of
+from graphmoe_cli.arguments import PRESET_NAMES, no_bars_in_files, one_line_errors, one_of
 from graphmoe_cli.results_folder import results_folder
 from graphmoe_tables.data_names import data_named
 from graphmoe_tables.recipe import OUTPUT, TrainingRecipe
@@ -44,8 +43,9 @@ def train(config: Path | None = None, resume: bool = False, **options: Any) -> N
         for names, split in ((recipe.data, "train"), (recipe.eval_data or (), "validation")):
             for name in names:
                 data_named(name, split)
-        if not (first and sys.stderr.isatty()):
-            os.environ.setdefault("TQDM_DISABLE", "1")  # a file is no place for bars; tqdm reads it when it is imported
+        no_bars_in_files()
+        if not first:
+            os.environ.setdefault("TQDM_DISABLE", "1")
         try:
             from rich.console import Console
 

@@ -107,9 +107,9 @@ def _print(trace: Trace, title: str, console: Console) -> None:
 
 def _cells(own: Specialisation) -> list[str]:
     return [
-        f"{own.information:.4f}",
-        f"{own.null_mean:.4f}",
-        f"{own.null_95:.4f}",
+        f"{own.information:.2g}",
+        f"{own.null_mean:.2g}",
+        f"{own.null_95:.2g}",
         f"{own.p:.3f}",
         f"{100 * own.kept:.1f}%",
     ]

@@ -31,7 +31,7 @@ def run(recipe: TrainingRecipe, *, resume: bool, console: Console) -> TrainingRe
     )
     print_whole(_table(recipe, result), console)
     console.print(Text(f"Adapter, recipe.yaml and train_result.json: {recipe.output}"), soft_wrap=True)
-    console.print(Text(f"Evaluate it: {_eval_command(recipe)}"), soft_wrap=True)
+    console.print(Text(f"Evaluate it: {_eval_command(recipe, result.conditions['dtype'])}"), soft_wrap=True)
     return result
 
 
@@ -65,7 +65,8 @@ def _pair(first: float | None, last: float | None) -> str:
     return f"{_number(first)}, {_number(last)}"
 
 
-def _eval_command(recipe: TrainingRecipe) -> str:
+def _eval_command(recipe: TrainingRecipe, dtype: str) -> str:
+    """The command that evaluates the adapter, on the base as it was trained on."""
     names = [name.partition(":")[0] for name in recipe.eval_data or recipe.data]
     tasks = list(dict.fromkeys(name for name in names if name in TASKS))  # each on the split that it is reported on
     # A file is one split, and these were trained on, or chose the checkpoint.
@@ -74,4 +75,4 @@ def _eval_command(recipe: TrainingRecipe) -> str:
     if recipe.gguf_file is not None:
         words += ["--gguf-file", shlex.quote(recipe.gguf_file)]
     words += ["--load-in-4bit"] * recipe.load_in_4bit + ["--load-in-8bit"] * recipe.load_in_8bit
-    return " ".join([*words, "--data", *data])
+    return " ".join([*words, "--dtype", dtype, "--data", *data])

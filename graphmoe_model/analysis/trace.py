@@ -93,7 +93,7 @@ def trace_prompts(
     compared = {name: chosen(ids, collected.num_experts[name]) for name, ids in choices.items()}
     by_router, overall = specialisation(compared, collected.num_experts, draws=draws, seed=seed, progress=drawing)
     return Trace(
-        tokens=[str(tokenizer.decode([token])) for token in prompts[0]],
+        tokens=[str(tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in prompts[0]],
         routers=_of_first(collected, choices, len(prompts[0])),
         by_router=by_router,
         overall=overall,

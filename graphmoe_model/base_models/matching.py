@@ -11,7 +11,8 @@ from peft import PeftConfig
 def check_base(config: PeftConfig, adapter: str, base: str) -> None:
     """Refuse an adapter of another base model.
 
-    Names are compared, and folders by where they lead. An adapter that names no base model fits any.
+    Names are compared, and folders by where they lead: from here, or from where the adapter's folder is, beside which a
+    relative name was often meant. An adapter that names no base model fits any.
 
     Args:
         config: the adapter's.
@@ -22,7 +23,9 @@ def check_base(config: PeftConfig, adapter: str, base: str) -> None:
         ValueError: names both.
     """
     recorded = config.base_model_name_or_path
-    if recorded and recorded != base and not _same_folder(recorded, base):
+    own = Path(adapter).absolute()
+    beside = [str(parent / recorded) for parent in own.parents] if recorded and own.is_dir() else []
+    if recorded and recorded != base and not any(_same_folder(place, base) for place in (recorded, *beside)):
         missing = "" if Path(base).is_dir() else " (no folder here, so a name on the hub)"
         raise ValueError(
             f"the adapter {adapter} was trained on the base model {recorded!r}, and --model is {base!r}{missing}; name "

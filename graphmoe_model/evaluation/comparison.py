@@ -97,11 +97,11 @@ def comparison_page(evaluations: Sequence[dict[str, Any]]) -> str:
         _check_same_questions(task, names, [own[task] for own in scores])
     runs = list(zip(names, records, scores, strict=True))
     lines = ["# Comparison", "", "First-token accuracy in percent, with its standard error.", ""]
-    rows = [
-        [name, *(_accuracy(own[task]) for task in tasks), _mean([own[task]["first_token_accuracy"] for task in tasks])]
-        for name, _, own in runs
-    ]
-    lines += markdown_table(["run", *tasks, "average"], rows)
+    rows = [[name, *(_accuracy(own[task]) for task in tasks)] for name, _, own in runs]
+    if len(tasks) > 1:
+        for row, (_, _, own) in zip(rows, runs, strict=True):
+            row.append(_mean([own[task]["first_token_accuracy"] for task in tasks]))
+    lines += markdown_table(["run", *tasks, *(["average"] if len(tasks) > 1 else [])], rows)
     lines += paired_lines(names, tasks, scores)
     lines += ["", "Log-likelihood of the choices' texts: acc / acc_norm in percent.", ""]
     rows = [

@@ -168,6 +168,7 @@ def _record(
     lengths = [len(choice) for choice in text_sample["doc"]["choices"]]
     return QuestionRecord(
         index=index,
+        context=question.context,
         question=question.question,
         labels=list(question.answers),
         answer=question.answer,

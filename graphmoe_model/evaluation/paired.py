@@ -64,13 +64,14 @@ def paired_lines(
     rows = []
     for name, own in zip(names[1:], scores[1:], strict=True):
         found = [paired_difference(own[task][RIGHT], scores[0][task][RIGHT]) for task in tasks]
-        rows.append([name, *(f"{_points(d.mean, d.stderr)} (+{d.gained:,}, -{d.lost:,})" for d in found), _all(found)])
+        cells = [f"{_points(d.mean, d.stderr)} (+{d.gained:,}, -{d.lost:,})" for d in found]
+        rows.append([name, *cells, *([_all(found)] if len(found) > 1 else [])])
     return [
         "",
         f"First-token accuracy less that of {names[0]} on the same questions: points, with the standard error of this "
         "difference, and how many questions were won and lost.",
         "",
-        *markdown_table(["run", *tasks, "average"], rows),
+        *markdown_table(["run", *tasks, *(["average"] if len(tasks) > 1 else [])], rows),
     ]
 
 

@@ -16,6 +16,7 @@ class QuestionRecord:
 
     Attributes:
         index: of the question in its task.
+        context: the passage before the question; None where it has none.
         question: what was asked.
         labels: what the model could answer.
         answer: index of the right choice.
@@ -29,6 +30,7 @@ class QuestionRecord:
     """
 
     index: int
+    context: str | None
     question: str
     labels: list[str]
     answer: int

@@ -72,6 +72,13 @@ class GraphMoEAdapter(nn.Module):
         if config.rounds > 1:
             self.gru = RethinkingGRU(hidden, config.gru_width(hidden), zero_output=neutral)
 
+    def extra_repr(self) -> str:
+        """Say what is in it, for ``print(model)``."""
+        return (
+            f"{self.config.title}, num_experts={self.num_experts}, r={self.rank}, top_k={self.config.top_k}, "
+            f"rounds={self.rounds}, scale={self.scale:g}"
+        )
+
     @property
     def scale(self) -> float:
         """s, as trained; a layer's ``scaling`` says how it counts now."""

@@ -17,6 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from graphmoe_model.questions import Question, QuestionEncoder
 from graphmoe_model.questions.encoding import IGNORED
+from graphmoe_tables.methods import preset_settings
 from graphmoe_tables.recipe import TrainingRecipe
 
 
@@ -64,7 +65,8 @@ def notes_on(
     questions: Sequence[Question],
     eval_questions: Sequence[Question],
 ) -> Iterator[str]:
-    """Yield what the user should know of the questions before they are trained on."""
+    """Yield what the user should know before training begins."""
+    yield from _note_on_scale(recipe)
     if recipe.max_length < asked_length:
         yield (
             f"--max-length {asked_length} is more than the {recipe.max_length} positions that the model has: rows have "
@@ -82,6 +84,19 @@ def notes_on(
         yield (
             f"{shared:,} of {len(eval_questions):,} questions of --eval-data are in --data too: their loss is of what "
             "was learned by heart, and chooses the checkpoint by it; leave them out of one of the two"
+        )
+
+
+def _note_on_scale(recipe: TrainingRecipe) -> Iterator[str]:
+    """A rank that is given alone changes the scale alpha / r with it, as in PEFT."""
+    if recipe.preset is None or recipe.use_rslora:
+        return
+    preset = preset_settings(recipe.preset)
+    r, alpha = recipe.r, recipe.lora_alpha
+    if r is not None and alpha == preset["lora_alpha"] and r != preset["r"]:
+        yield (
+            f"--r {r} with the preset's alpha of {alpha} is a scale alpha / r of {alpha / r:g}, where the preset has "
+            f"{alpha / preset['r']:g}; for that one give --lora-alpha {alpha * r / preset['r']:g} too"
         )
 
 

@@ -84,6 +84,8 @@ def train(
     check_space(recipe, parameters)
     for line in notes_on(recipe, asked_length, rows, questions, eval_questions):
         tell(line)
+    if evaluation is not None:
+        tell(f"evaluation: {evaluation.questions:,} questions, each {recipe.save_steps:,} steps (--save-steps)")
     in_a_step = min(recipe.batch * recipe.accumulation, len(rows.dataset))
     tell(
         f"questions: {rows.questions:,}, steps: {steps:,}, rows per step: {in_a_step:,}, trainable parameters: "

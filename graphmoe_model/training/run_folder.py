@@ -39,8 +39,9 @@ def check_folder(recipe: TrainingRecipe, resume: bool) -> bool:
     changed = differences(recipe_of({}, folder / RECIPE_FILE), recipe)
     if changed:
         raise ValueError(
-            f"--output {folder} holds a run of another recipe: {'; '.join(changed)}. Name another folder, or go on "
-            f"with that run as it is: --config {folder / RECIPE_FILE} --resume"
+            f"--output {folder} holds a run of another recipe: {'; '.join(changed)}. Name another folder (with "
+            f"--start-from {folder} to train its adapter on, from a new schedule), or go on with that run as it is: "
+            f"--config {folder / RECIPE_FILE} --resume"
         )
     if not resume:
         raise ValueError(

@@ -79,6 +79,7 @@ OF_FIELD: dict[str, list[str]] = {
     "start_from": ADAPTERS,
     "gguf_file": ["a.gguf", "config.json", ""],
     "preset": ["mixlora", "graphmoe-mola", "lora", "nothing", ""],
+    "target_modules": ["mlp", "mlp q_proj", "q_proj", "all-linear", "nothing", ""],
     "num_experts": ["1", "4", "2-4", "2,4", "0", "٣", "9" * 5000],
     "output": ["TMP/new", "TMP/new/er", "EMPTY", "BASE", "FILE", "FILE/new", ""],
 }
@@ -161,7 +162,7 @@ FLAGS = {
     },
     "compare": ["--help", "--nothing", "--"],
     "export": ["--allow-other-base", "--help", "--nothing", "extra", "--"],
-    "data": ["--to", "--nothing", "--help", "extra", "--"],
+    "data": ["--to", "--unpack", "--nothing", "--help", "extra", "--"],
     "memory": ["--json", "--checkpointing", "--no-checkpointing", "--help", "--nothing", "--", "extra"],
     "params": ["--json", "--dora", "--no-dora", "--help", "--nothing", "--", "extra"],
     "convert": ["--overwrite", "--nothing", "--help", "extra"],

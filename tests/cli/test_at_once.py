@@ -6,6 +6,7 @@ They are told by what a fresh process has loaded, not by a clock: PyTorch, PEFT 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -187,3 +188,12 @@ def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "graphmoe_cli", "--help"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Usage: graphmoe" in done.stdout
+
+
+def test_names_of_options_are_whole_in_a_pipe():
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "TERMINAL_WIDTH")}
+    command = [sys.executable, "-m", "graphmoe_cli", "train", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    words = done.stdout.split()
+    assert "…" not in done.stdout
+    assert {"--router-aux-loss-coef", "--router-aux-loss-scope", "--no-gradient-checkpointing"} <= set(words)

@@ -109,7 +109,7 @@ def not_trained(recipe, *questions, **options):
     try:
         return train(recipe, *questions, **options)
     except _Enough:
-        return TrainingResult(1, 0, 1.0, 0.5, None, None, None, 12, 0, 1.0, None, 10, 40, {})
+        return TrainingResult(1, 0, 1.0, 0.5, None, None, None, 12, 0, 1.0, None, 10, 40, {"dtype": "float32"})
 
 
 def not_swept(sweep, folder, say):

@@ -71,6 +71,7 @@ def test_scores_conditions_and_records(saved, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     right = [r["first_token"] == r["answer"] for r in records]
     assert sum(right) / 20 == scores["first_token_accuracy"]
+    assert [r["context"] for r in records] == [question.context for question in made_questions(20)]
     assert scores["first_token_right"] == "".join("1" if each else "0" for each in right)
     assert "asked" in printed
     assert f"{100 * scores['first_token_accuracy']:.1f}" in printed

@@ -147,7 +147,7 @@ WRONG_PARAMS = {
     "unknown preset": ("--preset mixlor --model tiny", "unknown preset 'mixlor'; there are lora, dora, mixlora"),
     "unknown model": ("--preset mixlora --model ./nowhere", "there is no folder ./nowhere"),
     "a file": ("--preset mixlora --model models/config.json", "name the model's folder, whose config.json is read"),
-    "not a model": ("--preset mixlora --model TMP", "cannot read the configuration of the model"),
+    "not a model": ("--preset mixlora --model TMP", "has no config.json, so it is no model"),
     "an adapter as the model": ("--preset mixlora --model GRAPHMOE", "is an adapter: pass its base model"),
     "not an adapter": ("--adapter BASE --model tiny", "cannot load the adapter"),
     "another method's adapter": ("--adapter LORA --model tiny", "is an adapter of LoraConfig; GraphMoE adapters"),

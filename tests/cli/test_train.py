@@ -49,7 +49,9 @@ def test_a_run_from_the_command_line(root, tmp_path):
     for name in ("steps", "evaluation loss", "time", "peak memory", "trainable parameters", "adapter"):
         assert name in result.stdout
     text = " ".join(result.stdout.split())
-    assert f"graphmoe eval --model {root / 'base'} --adapter {tmp_path / 'out'} --data YOUR-TEST.jsonl" in text
+    told = f"graphmoe eval --model {root / 'base'} --adapter {tmp_path / 'out'} --dtype float32 --data YOUR-TEST.jsonl"
+    assert told in text
+    assert "evaluation: 5 questions, each 2 steps (--save-steps)" in text
     saved = json.loads((tmp_path / "out" / "train_result.json").read_text(encoding="utf-8"))
     assert (saved["steps"], saved["questions"]) == (2, 16)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))["rounds"] == 3
@@ -80,7 +82,8 @@ def test_what_was_trained_on_is_not_what_the_adapter_is_evaluated_on():
         (("mine.jsonl", "more.jsonl"), ("held_out.jsonl",), "YOUR-TEST.jsonl"),
     ):
         recipe = TrainingRecipe(model="m", output="o", data=data, eval_data=eval_data)
-        assert runs._eval_command(recipe) == f"graphmoe eval --model m --adapter o --data {asked}"
+        told = runs._eval_command(recipe, "bfloat16")
+        assert told == f"graphmoe eval --model m --adapter o --dtype bfloat16 --data {asked}"
 
 
 def test_an_interrupted_run_says_how_it_goes_on(tmp_path, monkeypatch):
@@ -153,6 +156,7 @@ def test_every_field_is_an_option_that_reaches_the_run(monkeypatch):
         "scheduler": "cosine",
         "report_to": "none",
     }
+    values |= {"router_aux_loss": "switch", "candidate_input": "hidden_state", "candidate_activation": "tanh"}
     values |= {
         "preset": "mixlora",
         "router_aux_loss_scope": "local",

@@ -63,6 +63,12 @@ def test_folders_without_a_model_are_told_apart(tmp_path):
     (tmp_path / "a.gguf").touch()
     with pytest.raises(ValueError, match=r"it has a\.gguf: name it by --gguf-file"):
         ModelSource(str(tmp_path))
+    with pytest.raises(ValueError, match=r"it has a\.gguf: .* else write it out"):
+        load_config(str(tmp_path))
+    with pytest.raises(
+        ValueError, match=rf"is a file; name its folder, and the file by --gguf-file: {tmp_path} and a\.g"
+    ):
+        ModelSource(str(tmp_path / "a.gguf"))
     with pytest.raises(ValueError, match=r"has no file b\.gguf; it has a\.gguf"):
         ModelSource(str(tmp_path), gguf_file="b.gguf")
     with pytest.raises(ValueError, match="quantised already"):

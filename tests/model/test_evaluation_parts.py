@@ -171,6 +171,11 @@ def test_another_base_is_refused_with_both_named(lora, tmp_path):
         check_base(config, str(lora), "org/other")
     config.base_model_name_or_path = str(tmp_path)
     check_base(config, str(lora), f"{tmp_path}/./")  # the same folder
+    (lora.parent / "beside").mkdir()
+    config.base_model_name_or_path = "beside"  # as it was called where the adapter was trained
+    check_base(config, str(lora), str(lora.parent / "beside"))
+    with pytest.raises(ValueError, match="'beside', and --model is"):
+        check_base(config, str(lora), str(tmp_path))
     config.base_model_name_or_path = None
     check_base(config, str(lora), "org/other")
 

@@ -46,6 +46,14 @@ def test_rows_are_no_longer_than_the_model_has_positions(base, tmp_path):
     assert not any("positions" in line for line in said(base, tmp_path / "short", max_length=64))
 
 
+def test_a_rank_alone_changes_the_scale_and_a_run_says_so(base, tmp_path):
+    told = "--r 4 with the preset's alpha of 32 is a scale alpha / r of 8, where the preset has 2; for that one give"
+    preset = {"preset": "graphmoe-mixlora", "lora_alpha": None}
+    assert any(told in line for line in said(base, tmp_path / "alone", r=4, **preset))
+    for name, settings in {"both": {"r": 4, "lora_alpha": 8}, "neither": {"r": None}}.items():
+        assert not any("scale" in line for line in said(base, tmp_path / name, **{**preset, **settings}))
+
+
 def test_questions_that_choose_the_checkpoint_are_not_those_that_are_trained_on(base, tmp_path):
     """Whatever answer they are said to have."""
     same = QUESTIONS[:3]
