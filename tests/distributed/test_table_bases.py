@@ -44,12 +44,13 @@ def load(folder: Path, **arguments: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments)
 
 
-def same_adapter(trainer: str, out: Path, base: PreTrainedModel, dense: PreTrainedModel, atol: float = 1e-5) -> None:
-    """Train over both bases and compare the saved adapters."""
+def same_adapter(trainer: str, out: Path, base: PreTrainedModel, dense: PreTrainedModel, bf16: bool = False) -> None:
+    """Train over both bases and compare the saved adapters; those in bf16 may differ by one rounding."""
     for name, model in (("base", base), ("dense", dense)):
         trainer_worker.train_model(trainer, model, str(out / name), {})
     found, expected = (load_file(out / name / "adapter_model.safetensors") for name in ("base", "dense"))
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+    rtol, atol = (2**-7, 1e-3) if bf16 else (0, 1e-5)  # a step is up to 0.1
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("trainer", trainer_worker.TRAINERS)
@@ -58,8 +59,8 @@ def test_quantised_bases(kind, trainer, folder, tmp_path):
     """Two steps: the adapter is that of the dequantised base. (On a CPU 8-bit training rounds no input.)"""
     pytest.importorskip("bitsandbytes")
     base, other = (load(folder, quantization_config=BitsAndBytesConfig(**QUANTISED[kind])) for _ in range(2))
-    atol = 1e-5 if trainer == "Trainer" else 1e-3  # TRL has adapters on quantised bases in bf16; a step is up to 0.1
-    same_adapter(trainer, tmp_path, base, other.dequantize(), atol)
+    in_bf16 = trainer != "Trainer"  # TRL has adapters on quantised bases in bf16
+    same_adapter(trainer, tmp_path, base, other.dequantize(), in_bf16)
 
 
 def on_cpu(folder: Path, _: Path) -> PreTrainedModel:
