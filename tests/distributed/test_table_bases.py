@@ -49,7 +49,7 @@ def same_adapter(trainer: str, out: Path, base: PreTrainedModel, dense: PreTrain
     for name, model in (("base", base), ("dense", dense)):
         trainer_worker.train_model(trainer, model, str(out / name), {})
     found, expected = (load_file(out / name / "adapter_model.safetensors") for name in ("base", "dense"))
-    rtol, atol = (2**-7, 1e-3) if bf16 else (0, 1e-5)  # a step is up to 0.1
+    rtol, atol = (2**-7, 3e-3) if bf16 else (0, 1e-5)  # of steps of 0.3; in bf16 up to 2e-3 was seen
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
