@@ -93,7 +93,7 @@ def _note_on_scale(recipe: TrainingRecipe) -> Iterator[str]:
         return
     preset = preset_settings(recipe.preset)
     r, alpha = recipe.r, recipe.lora_alpha
-    if r is not None and alpha == preset["lora_alpha"] and r != preset["r"]:
+    if r is not None and alpha is not None and alpha == preset["lora_alpha"] and r != preset["r"]:
         yield (
             f"--r {r} with the preset's alpha of {alpha} is a scale alpha / r of {alpha / r:g}, where the preset has "
             f"{alpha / preset['r']:g}; for that one give --lora-alpha {alpha * r / preset['r']:g} too"
