@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -58,4 +59,6 @@ def main() -> None:
     """Run the command that the process was called with."""
     if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
         os.environ.setdefault("TERMINAL_WIDTH", "120")  # Typer's; in a pipe it would cut names of options at 80 columns
+    elif shutil.get_terminal_size().columns < 100:
+        app.rich_markup_mode = None  # Typer's tables would cut names of options; the plain list wraps
     app(prog_name="graphmoe")

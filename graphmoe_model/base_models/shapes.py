@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from graphmoe_inference.folder import BASE, WEIGHTS
+from graphmoe_inference.folder import BASE, CONFIG, WEIGHTS
 from graphmoe_model.base_models.hub import hub_arguments, not_loaded
 from graphmoe_model.messages import some
 from graphmoe_tables.models import MODEL_SHAPES, check_layers, is_path, known_model, model_shape
@@ -54,7 +54,7 @@ def load_config(name: str) -> Any:
 
 def is_local_model(name: str) -> bool:
     """Tell whether a name is that of a folder with a model's configuration."""
-    return (Path(name) / "config.json").is_file()
+    return (Path(name) / CONFIG).is_file()
 
 
 def check_has_model(folder: str) -> None:

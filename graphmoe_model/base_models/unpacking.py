@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from graphmoe_inference.folder import CONFIG
 from graphmoe_model.base_models.loading import ModelSource, load_base_model, load_tokenizer
-
-CONFIG = "config.json"  # what makes a folder a model's; it is put there last
+from graphmoe_model.base_models.shapes import is_local_model
 
 
 def unpack(folder: Path, gguf_file: str, dtype: torch.dtype = torch.bfloat16) -> bool:
@@ -30,7 +30,7 @@ def unpack(folder: Path, gguf_file: str, dtype: torch.dtype = torch.bfloat16) ->
     Raises:
         ValueError: there is no such file, the package ``gguf`` is missing, or the folder cannot be written.
     """
-    if (folder / CONFIG).exists():
+    if is_local_model(str(folder)):
         return False
     source = ModelSource(str(folder), gguf_file, dtype=dtype)
     tokenizer, model = load_tokenizer(source), load_base_model(source)
@@ -38,7 +38,7 @@ def unpack(folder: Path, gguf_file: str, dtype: torch.dtype = torch.bfloat16) ->
         with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder) as work:
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
-            for path in sorted(Path(work).iterdir(), key=lambda path: path.name == CONFIG):
+            for path in sorted(Path(work).iterdir(), key=lambda path: path.name == CONFIG):  # that one last
                 os.replace(path, folder / path.name)
     except OSError as error:
         raise ValueError(f"{folder} cannot be written to: {error.strerror or error}; name another folder") from error

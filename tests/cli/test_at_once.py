@@ -190,8 +190,11 @@ def test_the_package_runs_as_a_module():
     assert "Usage: graphmoe" in done.stdout
 
 
-def test_names_of_options_are_whole_in_a_pipe():
+@pytest.mark.parametrize("columns", [None, "60", "80", "99", "100", "200"], ids=lambda value: value or "pipe")
+def test_names_of_options_are_whole(columns):
+    """At every width of a terminal, and in a pipe."""
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "TERMINAL_WIDTH")}
+    environment |= {} if columns is None else {"COLUMNS": columns}
     command = [sys.executable, "-m", "graphmoe_cli", "train", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     words = done.stdout.split()
