@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -108,4 +109,4 @@ def _round_balance(routers: Sequence[Sequence[float]]) -> RoundBalance:
 
 def _deviation(shares: Sequence[float]) -> float:
     mean = 1 / len(shares)
-    return (sum((share - mean) ** 2 for share in shares) / len(shares)) ** 0.5
+    return math.sqrt(math.fsum((share - mean) ** 2 for share in shares) / len(shares))

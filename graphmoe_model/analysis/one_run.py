@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -139,7 +140,7 @@ def load_variation(file: Path) -> list[float] | None:
     variation = [own.std(dim=-1, correction=0) / own.mean(dim=-1) for own in shares]  # each [T]
     longest = max(len(own) for own in variation)
     rounds = [[float(own[i]) for own in variation if len(own) > i] for i in range(longest)]
-    return [round(sum(own) / len(own), 4) for own in rounds]
+    return [round(fmean(own), 4) for own in rounds]
 
 
 def _per_step(trained: TrainingResult) -> float | None:

@@ -1,9 +1,14 @@
-"""Means with 95% intervals over seeds, by Student's t."""
+"""Means with 95% intervals over seeds, by Student's t.
+
+Sums are `math.fsum`'s and means `fmean`'s here and wherever figures are written: Python 3.12 changed how ``sum``
+rounds.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 # The 97.5% quantiles of Student's t for 1 to 9 degrees of freedom: 2 to 10 seeds.
@@ -27,10 +32,10 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     count = len(values)
     if not 1 <= count <= MOST_SEEDS:
         raise ValueError(f"an interval over seeds is of 1 to {MOST_SEEDS} of them, got {count}")
-    mean = sum(values) / count
+    mean = fmean(values)
     if count == 1:
         return Estimate(mean, None)
-    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     return Estimate(mean, T_QUANTILES[count - 2] * math.sqrt(variance / count))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from graphmoe_model.evaluation.paired import paired_lines
@@ -176,7 +177,7 @@ def _accuracy(metric: dict[str, Any]) -> str:
 
 
 def _mean(values: Sequence[float]) -> str:
-    return f"{100 * sum(values) / len(values):.1f}"
+    return f"{100 * fmean(values):.1f}"
 
 
 def _costs(info: dict[str, Any]) -> list[str]:

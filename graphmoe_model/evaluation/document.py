@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -58,10 +60,10 @@ def averages(results: Sequence[TaskResult]) -> dict[str, float | None]:
     for name in names:
         values = [getattr(result, name) for result in results]
         if None not in values:
-            found[name] = sum(values) / count
+            found[name] = fmean(values)
     errors = [result.stderr for result in results]
     known = [error for error in errors if error is not None]
-    found["stderr"] = sum(error**2 for error in known) ** 0.5 / count if len(known) == count else None
+    found["stderr"] = math.sqrt(math.fsum(error**2 for error in known)) / count if len(known) == count else None
     return found
 
 

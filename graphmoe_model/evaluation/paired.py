@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from graphmoe_model.evaluation.records import RIGHT
@@ -78,8 +79,8 @@ def paired_lines(
 def _all(found: Sequence[PairedDifference]) -> str:
     """The mean over tasks, each counting once."""
     errors = [own.stderr for own in found if own.stderr is not None]
-    together = math.sqrt(sum(error**2 for error in errors)) / len(found) if len(errors) == len(found) else None
-    return _points(sum(own.mean for own in found) / len(found), together)
+    together = math.sqrt(math.fsum(error**2 for error in errors)) / len(found) if len(errors) == len(found) else None
+    return _points(fmean(own.mean for own in found), together)
 
 
 def _points(mean: float, error: float | None) -> str:

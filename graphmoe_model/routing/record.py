@@ -107,7 +107,8 @@ class ForwardRouting:
         differentiable: it ran in training mode with gradients enabled.
         repeats: it runs inside a backward pass, where checkpointing repeats a forward of before.
         alone: the decoder was called without the model around it.
-        frame: identity of the Python frame in which it runs, 0 in a compiled graph.
+        frame: the Python frame in which it runs, until it ends; None in a compiled graph. Held, and not known by its
+            address, which a frame after it may get.
         outer: the forward inside which it runs, where a hook or a loss calls the model again.
         records: of the routers that a loss reads.
         in_loss: its router loss is part of its ``outputs.loss``.
@@ -119,7 +120,7 @@ class ForwardRouting:
     differentiable: bool = False
     repeats: bool = False
     alone: bool = False
-    frame: int = 0
+    frame: FrameType | None = None
     outer: ForwardRouting | None = None
     records: list[RoutingRecord] = field(default_factory=list)
     in_loss: bool = False
@@ -128,10 +129,10 @@ class ForwardRouting:
 
     def runs(self) -> bool:
         """Tell whether its frame is on this thread's stack: an interrupt (Ctrl-C) ends a forward without any hook."""
-        if self.frame == 0 or torch.compiler.is_compiling():
+        if self.frame is None or torch.compiler.is_compiling():
             return True
         frame: FrameType | None = sys._getframe()
-        while frame is not None and id(frame) != self.frame:
+        while frame is not None and frame is not self.frame:
             frame = frame.f_back
         return frame is not None
 
@@ -201,7 +202,7 @@ class RoutingContext:
         if forward is None:
             forward, self._traced = self._traced, None
         else:
-            self._thread.running, forward.outer = forward.outer, None
+            self._thread.running, forward.outer, forward.frame = forward.outer, None, None
         return forward
 
     def keep(self, forward: ForwardRouting) -> None:

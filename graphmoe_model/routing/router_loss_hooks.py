@@ -151,7 +151,7 @@ class RouterLossHooks:
             token_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             differentiable=model.training and torch.is_grad_enabled(),
             repeats=in_backward(),
-            frame=0 if torch.compiler.is_compiling() else id(sys._getframe(2)),
+            frame=None if torch.compiler.is_compiling() else sys._getframe(2),
         )
         last = self.context.trained
         if forward.differentiable and not forward.repeats and last is not None and self._active():
