@@ -50,6 +50,9 @@ class Frozen(nn.Module):
         """Return the tensor that was exported by a name."""
         return self._parameters[_stored(name)]
 
+    def prepare(self) -> None:
+        """Compute what is kept between forwards, before the first; nothing, where a layer keeps nothing."""
+
 
 class RethinkingMLP(Frozen):
     """A gated MLP with T rounds of experts: y = layer(x) for x [..., D] (GraphMoE, Algorithm 1).
@@ -219,9 +222,6 @@ class LoRALinear(Frozen):
         dora_scale, bias = self.tensor("dora_scale"), self.base.bias
         plain: Any = result if bias is None else result - bias
         return (result + ((dora_scale - 1) * plain + dora_scale * low * self.scale)).to(result.dtype)
-
-    def prepare(self) -> None:
-        """Nothing is kept between forwards."""
 
 
 def settings(exported: ExportedModel, scale: float, num_experts: int, activation: str = "silu") -> RethinkingSpec:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graphmoe_inference.folder import BASE, WEIGHTS, ExportedModel, read_export
-from graphmoe_inference.layers import LoRALinear, RethinkingMLP, RoutedLinear
+from graphmoe_inference.layers import Frozen, LoRALinear, RethinkingMLP, RoutedLinear
+from graphmoe_kernels import get_activation
 
 
 def load_for_inference(
@@ -31,20 +33,15 @@ def load_for_inference(
         device: where it goes.
 
     Raises:
+        TypeError: ``dtype`` is no dtype of PyTorch.
         ValueError: as `read_export`; there is no such device; the base lacks weights or a module that the adapter is
-            on, or the weights' file lacks a tensor or has another one.
+            on, or has others; a file is not whole, or lacks a tensor; an activation is not registered here.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype such as torch.bfloat16, or None, got {dtype!r}")
     folder = Path(folder)
     exported = read_export(folder)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder / BASE, dtype="auto" if dtype is None else dtype, output_loading_info=True, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / BASE} holds no model: {error}; export the model again") from error
-    model, found = loaded
-    if found["missing_keys"]:
-        raise ValueError(f"{folder / BASE} lacks weights: {sorted(found['missing_keys'])[:4]}; export the model again")
+    model = _load_base(folder / BASE, "auto" if dtype is None else dtype)
     # Copies: a file's tensors lie where the file has them, and products at odd addresses round otherwise.
     tensors = {key: tensor.clone() for key, tensor in load_file(folder / WEIGHTS).items()}
     put_into(model, exported, tensors, str(folder))
@@ -58,9 +55,29 @@ def load_for_inference(
             f"the model cannot be moved to device={str(device)!r}: {error}; name another device"
         ) from error
     model.save_pretrained = partial(_no_saving, str(folder))
-    for module in model.modules():
-        if isinstance(module, RethinkingMLP | RoutedLinear):
-            module.prepare()
+    prepare(model)
+    return model
+
+
+def _load_base(folder: Path, dtype: Any) -> Any:
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named here
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last where a file is cut off
+        raise ValueError(f"{folder} holds no whole model: {error}; export the model again") from error
+    wrong = {
+        "lacks weights": sorted(found["missing_keys"]),
+        "has weights that its class does not take": sorted(found["unexpected_keys"]),
+        "has weights of other sizes": sorted(name for name, *_ in found["mismatched_keys"]),
+    }
+    for what, names in wrong.items():
+        if names:
+            raise ValueError(f"{folder} {what}: {names[:4]}; export the model again")
     return model
 
 
@@ -79,8 +96,11 @@ def put_into(model: nn.Module, exported: ExportedModel, tensors: dict[str, Tenso
         source: what errors name.
 
     Raises:
-        ValueError: the model has no such module, or tensors that are missing or too many.
+        ValueError: the model has no such module, tensors are missing or too many, or an activation is not registered in
+            this process.
     """
+    for mlp in exported.mlps.values():
+        get_activation(mlp.activation)
     by_module: dict[str, dict[str, Tensor]] = {name: {} for name in (*exported.mlps, *exported.linears)}
     for key, tensor in tensors.items():
         module = next((name for name in by_module if key.startswith(f"{name}.")), None)
@@ -92,6 +112,13 @@ def put_into(model: nn.Module, exported: ExportedModel, tensors: dict[str, Tenso
     for name, linear in exported.linears.items():
         kind: Any = LoRALinear if linear.num_experts is None else RoutedLinear
         _replace(model, name, source, partial(kind, exported=exported, own=linear, tensors=by_module[name]))
+
+
+def prepare(model: nn.Module) -> None:
+    """Compute what an adapter's layers keep between forwards (folds, joined experts), before the first."""
+    for module in model.modules():
+        if isinstance(module, Frozen):
+            module.prepare()
 
 
 def _replace(model: nn.Module, name: str, source: str, make: Callable[[Any], nn.Module]) -> None:

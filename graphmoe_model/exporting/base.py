@@ -21,6 +21,9 @@ def write_base(base: Any, adapter: str, folder: Path, tokenizer: PreTrainedToken
     Modules and tokens that the adapter trained beside its layers (``modules_to_save``, ``trainable_token_indices``)
     take the place of the base's. A head or embedding that is tied by the configuration and no longer equal to what it
     is tied to has weights of its own, and the configuration says so.
+
+    Raises:
+        ValueError: the weights are of several dtypes.
     """
     state = _state(base, adapter)
     config = copy.deepcopy(base.config)
@@ -32,10 +35,29 @@ def write_base(base: Any, adapter: str, folder: Path, tokenizer: PreTrainedToken
             state = {name: tensor for name, tensor in state.items() if name not in tied}
         else:
             config.tie_word_embeddings = text.tie_word_embeddings = False
+    # Loading casts to what the configuration names, and `.to` and `.float` leave it as it was.
+    config.dtype = text.dtype = _dtype(base, state)
     save_torch_state_dict(state, folder)
     config.save_pretrained(folder)
     write_settings(base, folder, tokenizer)
     return config
+
+
+def check_generation_settings(base: Any) -> None:
+    """Check that Transformers will save the base's generation settings: it loads some that it does not save.
+
+    Raises:
+        ValueError: says which contradict each other.
+    """
+    if getattr(base, "generation_config", None) is None:
+        return
+    try:
+        base.generation_config.validate(strict=True)
+    except ValueError as error:
+        raise ValueError(
+            f"the base's generation settings contradict each other, and Transformers does not save them: "
+            f"{' '.join(str(error).split())}; correct its generation_config.json, or model.generation_config"
+        ) from error
 
 
 def write_settings(base: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -63,6 +85,24 @@ def _state(base: nn.Module, adapter: str) -> dict[str, Tensor]:
         if plain is not None and not any(plain.startswith(f"{name}.") for name in beside):
             found[plain] = tensor
     return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _dtype(base: Any, state: dict[str, Tensor]) -> torch.dtype:
+    """The one dtype of the base's parameters, but for those that Transformers holds in fp32 whatever is asked for.
+
+    Raises:
+        ValueError: there are several, of which loading would keep one.
+    """
+    kept = {*(base._keep_in_fp32_modules or ()), *(base._keep_in_fp32_modules_strict or ())}
+    buffers = {place(name) for name, _ in base.named_buffers()}
+    first: dict[torch.dtype, str] = {}
+    for name, own in state.items():
+        if name not in buffers and own.is_floating_point() and not any(part in name for part in kept):
+            first.setdefault(own.dtype, name)
+    if len(first) > 1:
+        found = ", ".join(f"{name} is in {str(dtype).removeprefix('torch.')}" for dtype, name in first.items())
+        raise ValueError(f"the base's weights are of several dtypes ({found}), and loading keeps one: cast them to one")
+    return next(iter(first))
 
 
 def _trained(module: AuxiliaryTrainingWrapper, adapter: str) -> dict[str, Tensor]:

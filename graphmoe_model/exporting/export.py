@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoRALinear
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerBase
 
 from graphmoe_inference.folder import BASE, CONFIG, WEIGHTS, ExportedModel, LinearExport, MLPExport, digest
 from graphmoe_model.config import GraphMoEConfig
-from graphmoe_model.exporting.base import place, write_base, write_settings
+from graphmoe_model.exporting.base import check_generation_settings, place, write_base, write_settings
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
 from graphmoe_model.layers.linear import RoutedLoRALinear
 from graphmoe_model.machine import installed_version
@@ -50,19 +52,19 @@ def export_for_inference(
 
     Raises:
         TypeError: it is no PEFT model with a GraphMoE adapter.
-        ValueError: the folder holds something, the base is quantised, or the adapter counts at another scale than it
-            was trained with or is on linears that are not plain ones; weights are offloaded or split over processes;
-            the folder cannot be written.
+        ValueError: the folder holds something or is the current one, the base is no causal language model or quantised,
+            its generation settings contradict each other, or the adapter counts at another scale than it was trained
+            with or is on modules that are neither MLPs nor plain linears; weights are offloaded or split over
+            processes; the folder cannot be written.
     """
-    folder = Path(folder)
     config = _config(model)
-    _check_model(model)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already; name a new folder")
     base: Any = model.get_base_model()
+    _check_model(model, base)
+    given, folder = folder, Path(folder).resolve()
+    _check_folder(folder, given)
     name = model.active_adapter
     mlps, linears, tensors = _adapter(base, str(name), config)
-    new = folder.with_name(f".{folder.name}.new")
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.new")  # of this process: another may export there too
     shutil.rmtree(new, ignore_errors=True)
     try:
         (new / BASE).mkdir(parents=True)
@@ -75,8 +77,9 @@ def export_for_inference(
         if folder.exists():
             folder.rmdir()
         os.replace(new, folder)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {error.strerror or error}; name another folder") from error
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{given} cannot be written: {reason}; free space there, or name another folder") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return exported
@@ -91,7 +94,23 @@ def _config(model: Any) -> GraphMoEConfig:
     return config
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_folder(folder: Path, given: str | Path) -> None:
+    if folder == Path.cwd():
+        raise ValueError(
+            f"{str(given)!r} is the current folder, which an export cannot take the place of; name a new one"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{given} is there already; name a new folder")
+
+
+def _check_model(model: nn.Module, base: Any) -> None:
+    loaded: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base.config), ())
+    if type(base) not in (loaded if isinstance(loaded, tuple) else (loaded,)):
+        raise ValueError(
+            f"the base is a {type(base).__name__}, and an export is of a causal language model, as "
+            "AutoModelForCausalLM loads it; load this adapter by PEFT"
+        )
+    check_generation_settings(base)
     for name, module in model.named_modules():
         plain = plain_name(name)
         if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, EXPORTED_WRAPPERS):
@@ -120,9 +139,10 @@ def _adapter(
     linears: dict[str, LinearExport] = {}
     tensors: dict[str, Tensor] = {}
     for module_name, module in base.named_modules():
-        if not isinstance(module, BaseTunerLayer) or name not in _adapters_of(module):
+        if not isinstance(module, BaseTunerLayer) or not _has_adapter(module, name):
             continue
         path = place(module_name)
+        _check_kind(module, path)
         scale = _trained_scale(module, path, name)
         own: Any = module
         if isinstance(module, FusedGraphMoEFFN):
@@ -140,8 +160,20 @@ def _adapter(
     return mlps, linears, tensors
 
 
-def _adapters_of(module: Any) -> Any:
-    return getattr(module, "lora_graphmoe", None) or getattr(module, "lora_A", {})
+def _has_adapter(module: BaseTunerLayer, name: str) -> bool:
+    if isinstance(module, TrainableTokensLayer):
+        return False  # inside of a wrapper, with which the base's weights are written
+    return any(name in getattr(module, own, {}) for own in module.adapter_layer_names)
+
+
+def _check_kind(module: Any, path: str) -> None:
+    plain = isinstance(module, LoRALinear) and not module.fan_in_fan_out
+    if not plain and not isinstance(module, FusedGraphMoEFFN | RoutedLoRALinear):
+        kind = type(module.get_base_layer()).__name__
+        raise ValueError(
+            f"the adapter is on {path}, of the kind {kind}, and an export holds adapters on MLPs and plain linears; "
+            "load this one by PEFT"
+        )
 
 
 def _trained_scale(module: Any, path: str, name: str) -> float:
@@ -161,8 +193,6 @@ def _trained_scale(module: Any, path: str, name: str) -> float:
 
 def _lora_tensors(module: Any, path: str, name: str, config: GraphMoEConfig) -> dict[str, Tensor]:
     """A and B of plain LoRA, and DoRA's scale of the rows, as PEFT computes it."""
-    if not isinstance(module, LoRALinear) or module.fan_in_fan_out:
-        raise ValueError(f"{path} is a {type(module).__name__}; an export holds LoRA on plain linears")
     lora_A, lora_B = module.lora_A[name], module.lora_B[name]
     A: Any = lora_A.weight
     B: Any = lora_B.weight

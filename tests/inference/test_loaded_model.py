@@ -17,6 +17,11 @@ def test_a_loaded_model_is_not_saved_as_one_that_transformers_would_fill_with_ra
     assert not (tmp_path / "again").exists()
 
 
+def test_a_dtype_is_one_of_pytorch(tmp_path):
+    with pytest.raises(TypeError, match=r"a torch\.dtype such as torch\.bfloat16, or None, got 'bf16'"):
+        load_for_inference(tmp_path, dtype="bf16")
+
+
 def test_a_part_of_an_export_and_a_missing_device_are_named(tmp_path):
     export_for_inference(routed(), tmp_path / "out")
     with pytest.raises(ValueError, match=r"is the base model inside of an export; name .*out$"):

@@ -88,11 +88,9 @@ def test_half_precision(installed, tmp_path):
 def test_what_cannot_be_served_is_refused_by_name(installed, tmp_path):
     """By vLLM where its own words say what to leave out, else by the plugin."""
     folder = exported(tmp_path / "out", base=tiny_model(**SIZE))
-    gemma, lacking = tmp_path / "gemma", tmp_path / "lacking"
-    for copy in (gemma, lacking):
-        shutil.copytree(folder, copy)
+    gemma = tmp_path / "gemma"
+    shutil.copytree(folder, gemma)
     changed(gemma, of_gemma)
-    without(lacking, "base/model.safetensors", "model.layers.1.mlp.down_proj.weight")
     jobs = [
         (folder, {"tensor_parallel_size": 2}, "ValueError: tensor_parallel_size is 2"),
         (folder, {"pipeline_parallel_size": 2}, "Pipeline parallelism is not supported for this model"),
@@ -100,8 +98,12 @@ def test_what_cannot_be_served_is_refused_by_name(installed, tmp_path):
         (folder, {"quantization": "fp8", "dtype": "bfloat16"}, "quantization is 'fp8'"),
         (folder, {"load_format": "dummy"}, "ValueError: load_format is 'dummy'"),
         (gemma, {}, "the base is a GemmaForCausalLM"),
-        (lacking, {}, r"lacks weights: ['model.layers.1.mlp.down_proj.weight']"),
     ]
+    for linear in ("mlp.down_proj", "mlp.gate_proj", "self_attn.k_proj"):
+        lacking, lost = tmp_path / linear, f"model.layers.1.{linear}.weight"
+        shutil.copytree(folder, lacking)
+        without(lacking, "base/model.safetensors", lost)
+        jobs.append((lacking, {}, f"lacks weights: ['{lost}']"))
     found = run(installed, tmp_path, *(job[:2] for job in jobs))
     for (_, _, message), error in zip(jobs, found, strict=True):
         assert message in str(error)

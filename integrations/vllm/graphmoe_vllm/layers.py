@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 
 from graphmoe_inference.folder import ExportedModel
-from graphmoe_inference.loading import put_into
+from graphmoe_inference.loading import prepare, put_into
 
 QKV = ("q_proj", "k_proj", "v_proj")
 FUSED_QKV, OUTPUT = "qkv_proj", "o_proj"
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
+FUSED = {FUSED_QKV: QKV, GATE_UP: ("gate_proj", "up_proj")}  # vLLM's linears that hold several of the base's
 
 
 class Part(nn.Module):
@@ -113,10 +114,7 @@ def adapt(
         for name, part in _parts(own, fused, f"{attention}.{fused}" in exported.linears).items():
             _grow(by_name, f"{attention}.{name}", part)
     put_into(by_name, exported, tensors, source)
-    for module in by_name.modules():
-        prepare: Any = getattr(module, "prepare", None)
-        if prepare is not None:
-            prepare()
+    prepare(by_name)
     for name in exported.mlps:
         parent, _, last = name.rpartition(".")
         width = _vllm_module(model, f"{name}.{DOWN}", source).weight.shape[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graphmoe_inference.folder import BASE, WEIGHTS, read_export
 from graphmoe_vllm.config import BASES
-from graphmoe_vllm.layers import adapt
+from graphmoe_vllm.layers import FUSED, adapt
 
 
 class GraphMoEForCausalLM(nn.Module):
@@ -87,10 +87,9 @@ class GraphMoEForCausalLM(nn.Module):
         """
         if self._adapted:
             raise RuntimeError("the weights of a GraphMoE model are loaded once; start the engine again for others")
-        loaded = self.base.load_weights(weights)
-        # vLLM lets linears pass that were not in the files, and would compute with what memory held.
-        expected = {name for name, _ in self.base.named_parameters() if name.endswith((".weight", ".bias"))}
-        if missing := sorted(expected - loaded):
+        in_files: set[str] = set()
+        loaded = self.base.load_weights(_noted(weights, in_files))
+        if missing := self._missing(loaded, in_files):
             raise ValueError(f"{self.folder / BASE} lacks weights: {missing[:4]}; export the model again")
         device = next(self.base.parameters()).device
         # Copies: a file's tensors lie where the file has them, and products at odd addresses round otherwise.
@@ -99,6 +98,29 @@ class GraphMoEForCausalLM(nn.Module):
         self.requires_grad_(False)
         self._adapted = True
         return {name for name, _ in self.named_parameters()}
+
+    def _missing(self, loaded: set[str], in_files: set[str]) -> list[str]:
+        """Name the weights that were in no file: vLLM lets them pass, and would compute with what memory held.
+
+        It counts a fused linear as loaded once it has one of its parts.
+        """
+        missing = []
+        for name, _ in self.base.named_parameters():
+            if not name.endswith((".weight", ".bias")):
+                continue
+            *parent, last, kind = name.split(".")
+            parts = [".".join((*parent, part, kind)) for part in FUSED.get(last, ())]
+            if name not in loaded:
+                missing.append(name)
+            elif parts and name not in in_files:
+                missing += [part for part in parts if part not in in_files]
+        return sorted(missing)
+
+
+def _noted(weights: Iterable[tuple[str, Tensor]], names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights:
+        names.add(name)
+        yield name, tensor
 
 
 def check_engine(vllm_config: Any) -> None:
