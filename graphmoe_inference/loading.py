@@ -60,8 +60,9 @@ def load_for_inference(
 
 
 def _load_base(folder: Path, dtype: Any) -> Any:
+    loaded: Any
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -70,6 +71,7 @@ def _load_base(folder: Path, dtype: Any) -> Any:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last where a file is cut off
         raise ValueError(f"{folder} holds no whole model: {error}; export the model again") from error
+    model, found = loaded
     wrong = {
         "lacks weights": sorted(found["missing_keys"]),
         "has weights that its class does not take": sorted(found["unexpected_keys"]),

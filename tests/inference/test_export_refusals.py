@@ -177,7 +177,11 @@ BROKEN = {
         r"weights of other sizes: \['model\.norm",
     ),
     "a weight less": (lambda f: resized(f, "model.norm.weight", None), "", r"base lacks weights: \['model\.norm"),
-    "a weight more": (lambda f: resized(f, "score.weight", 2), "", r"weights that its class does not take: \['score\.weight'\]"),
+    "a weight more": (
+        lambda f: resized(f, "score.weight", 2),
+        "",
+        r"weights that its class does not take: \['score\.weight'\]",
+    ),
     "an activation": (renamed_activation, "", "unknown activation 'elsewhere'.*register_activation"),
 }
 
