@@ -9,7 +9,7 @@ which tensors are an adapter's, `configuration` reads its settings.
 from graphmoe_model.checkpoints.configuration import read_config, saved_adapter_config
 from graphmoe_model.checkpoints.digest import check_digest, stamp
 from graphmoe_model.checkpoints.fitting import fitting_state
-from graphmoe_model.checkpoints.folder import check_target, fill_folder, in_use
+from graphmoe_model.checkpoints.folder import check_target, fill_folder, in_use, temporary_folder
 from graphmoe_model.checkpoints.loading import (
     check_source,
     checked_from_pretrained,
@@ -43,6 +43,7 @@ __all__ = [
     "saved_adapter_config",
     "saved_key",
     "stamp",
+    "temporary_folder",
     "weights_file",
     "whole_adapter_state",
     "whole_transformers_state",

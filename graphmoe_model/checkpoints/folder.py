@@ -54,7 +54,7 @@ def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
     check_target(folder)
     created = not folder.exists()
     try:
-        with _temporary_folder(folder) as temporary:
+        with temporary_folder(folder) as temporary:
             write(temporary)
             _move_into(temporary, folder)
     except BaseException:
@@ -70,8 +70,11 @@ def stale_folders(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder inside ``folder``, locked for as long as its process needs it and lives."""
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder inside ``folder``, locked for as long as its process needs it and lives.
+
+    What killed processes left of such folders goes first.
+    """
     for attempt in range(5):
         folder.mkdir(parents=True, exist_ok=True)
         try:

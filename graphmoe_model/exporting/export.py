@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerBase
 
 from graphmoe_inference.folder import BASE, CONFIG, WEIGHTS, ExportedModel, LinearExport, MLPExport, digest
+from graphmoe_model.checkpoints import temporary_folder
 from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.exporting.base import check_generation_settings, place, write_base, write_settings
 from graphmoe_model.layers.ffn import FusedGraphMoEFFN
@@ -64,24 +64,22 @@ def export_for_inference(
     _check_folder(folder, given)
     name = model.active_adapter
     mlps, linears, tensors = _adapter(base, str(name), config)
-    new = folder.with_name(f".{folder.name}.{os.getpid()}.new")  # of this process: another may export there too
-    shutil.rmtree(new, ignore_errors=True)
     try:
-        (new / BASE).mkdir(parents=True)
-        written = write_base(base, str(name), new / BASE, tokenizer)
-        write_settings(base, new, tokenizer)
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, new / WEIGHTS)
-        exported = _described(config, mlps, linears, digest(new / WEIGHTS))
-        text = json.dumps(exported.as_config(written.to_dict()), indent=2, default=str) + "\n"
-        (new / CONFIG).write_text(text, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(new, folder)
+        with temporary_folder(folder.parent) as work:
+            new = work / folder.name
+            (new / BASE).mkdir(parents=True)
+            written = write_base(base, str(name), new / BASE, tokenizer)
+            write_settings(base, new, tokenizer)
+            save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, new / WEIGHTS)
+            exported = _described(config, mlps, linears, digest(new / WEIGHTS))
+            text = json.dumps(exported.as_config(written.to_dict()), indent=2, default=str) + "\n"
+            (new / CONFIG).write_text(text, encoding="utf-8")
+            if folder.exists():
+                folder.rmdir()
+            os.replace(new, folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{given} cannot be written: {reason}; free space there, or name another folder") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     return exported
 
 

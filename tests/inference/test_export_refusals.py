@@ -126,7 +126,6 @@ def test_two_processes_may_export_into_one_folder(tmp_path, monkeypatch):
 
     def other(*arguments: Any) -> str:
         monkeypatch.setattr("graphmoe_model.exporting.export.digest", digest)
-        monkeypatch.setattr(os, "getpid", lambda: 1)
         export_for_inference(model, tmp_path / "out")
         return digest(*arguments)
 
@@ -135,6 +134,12 @@ def test_two_processes_may_export_into_one_folder(tmp_path, monkeypatch):
         export_for_inference(model, tmp_path / "out")
     assert torch.equal(logits(load_for_inference(tmp_path / "out")), logits(model))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_export_left_goes_with_the_next(tmp_path):
+    (tmp_path / ".saving-killed" / "out" / BASE).mkdir(parents=True)
+    export_for_inference(routed(), tmp_path / "another")
+    assert [path.name for path in tmp_path.iterdir()] == ["another"]
 
 
 @pytest.fixture

@@ -222,7 +222,7 @@ def test_only_the_remains_of_dead_savers_are_removed(models, tmp_path):
     (tmp_path / ".saving-dead" / WEIGHTS).write_text("half")
     (tmp_path / ".saving-other" / "second").mkdir(parents=True)  # its weights are in place
     (tmp_path / ".saving-other" / "second" / CONFIG).write_text("{}")
-    with folder_module._temporary_folder(tmp_path) as live:
+    with folder_module.temporary_folder(tmp_path) as live:
         (live / PICKLE).write_text("half")
         models["one"].save_pretrained(tmp_path)
         assert {path.name for path in tmp_path.glob(".saving-*")} == {live.name, ".saving-other"}
