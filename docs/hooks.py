@@ -1,4 +1,4 @@
-"""What the site needs besides the pages of this folder: the pages at the root, and the files that pages link to.
+"""What the site needs besides the pages of this folder: pages at the root, files that pages link to, tables of fields.
 
 Pages are written for Git hosts, where links are paths in the repository. A link that leaves this folder gets a place in
 the site: README, CONTRIBUTING and CHANGELOG are pages, any other file is copied under ``files/``.
@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fields import with_fields  # beside this file
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
@@ -38,7 +39,7 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Turn the page's links from paths in the repository into paths in the site."""
+    """Turn the page's links from paths in the repository into paths in the site; put in the tables it asks for."""
     source = _source(page.file.src_uri)
     if source is None:  # made by a plugin, or a copied file
         return markdown
@@ -55,7 +56,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     for block in FENCED.finditer(markdown):  # what is to be typed stays as it is
         pieces += [LINK.sub(moved, markdown[end : block.start()]), block[0]]
         end = block.end()
-    return "".join([*pieces, LINK.sub(moved, markdown[end:])])
+    return with_fields("".join([*pieces, LINK.sub(moved, markdown[end:])]))
 
 
 def _source(uri: str) -> Path | None:
