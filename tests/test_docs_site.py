@@ -38,3 +38,14 @@ def test_the_tables_have_every_field():
     assert (
         "| `scheduler` | `str` | `'linear'` | How the learning rate falls. One of linear, cosine, constant. |" in page
     )
+
+
+def test_the_notebooks_page_has_its_texts_code_and_outputs():
+    """On the site it was a file of JSON, with links that led nowhere."""
+    page = loaded("notebook_pages").as_page(DOCS / "notebooks" / "first-steps.ipynb")
+    assert page.startswith("# First steps with GraphMoE\n")
+    assert "```python\nsizes = {" in page
+    assert "```text\nunchanged: True\n" in page
+    assert "```text\n[{'loss': " in page
+    assert page.count("```") % 2 == 0
+    assert "[Settings](../settings.md)" in page
