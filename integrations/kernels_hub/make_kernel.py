@@ -23,7 +23,7 @@ LICENSE = "apache-2.0"
 HERE = Path(__file__).resolve().parent
 LAYOUT = HERE / "layout"
 HIDDEN = {"gitignore": ".gitignore"}  # in this repository it would hide files
-# By the hub's convention what may still change its interface, as graphmoe 0.1 may.
+# By the hub's convention what may still change its interface, as graphmoe before 1.0 may.
 VERSION = 0
 # What the card offers of the functions that the package exports; the others are for graphmoe_model.
 OPERATORS = (
