@@ -125,10 +125,10 @@ dist: env  ## build wheel and source distribution, install the wheel into an emp
 	$(PY) -m build --quiet --outdir dist .
 	$(PYTHON) -m venv .venv-dist
 	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[train]" -c constraints.txt
-	.venv-dist/bin/python -P tests/installed/check.py README.md
+	.venv-dist/bin/python -P tests/installed/check.py README.md dist/*.tar.gz
 
 # From the wheel, in an environment of its own that sees what else .venv has, and in a folder that is not this one.
-notebook: .venv-notebook/.installed  ## build the wheel, install it, and run the notebook outside of the repository
+notebook: .venv-notebook/.installed  ## run the notebook from a wheel, outside of the repository (ARGS=docs/notebooks/first-steps.ipynb: keep its outputs)
 	rm -rf build dist && $(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	.venv-notebook/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall dist/*.whl
 	.venv-notebook/bin/python -P docs/notebooks/run.py docs/notebooks/first-steps.ipynb $(ARGS)

@@ -1,7 +1,7 @@
-"""What the site needs besides the pages of this folder: the pages at the root, and the files that pages link to.
+"""What the site needs besides the pages of this folder: pages at the root, files that pages link to, tables of fields.
 
 Pages are written for Git hosts, where links are paths in the repository. A link that leaves this folder gets a place in
-the site: README, CONTRIBUTING and CHANGELOG are pages, any other file is copied under ``files/``.
+the site: README, CONTRIBUTING and CHANGELOG are pages, any other file is copied under ``files/``. A notebook is a page.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fields import with_fields  # beside this file
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from notebook_pages import as_page
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    **{"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"},
+    "docs/notebooks/first-steps.ipynb": "notebooks/first-steps.md",
+}
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
@@ -24,10 +29,10 @@ FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 def on_files(files: Files, *, config: Any) -> Files:
     """Add the pages at the root, and all files outside of this folder that a page links to."""
     for name, place in PAGES.items():
-        files.append(File.generated(config, place, abs_src_path=str(ROOT / name)))
+        files.append(File.generated(config, place, content=_text(ROOT / name)))
     linked: set[Path] = set()
     for page in [*(ROOT / name for name in PAGES), *DOCS.rglob("*.md")]:
-        text = FENCED.sub("", page.read_text(encoding="utf-8"))
+        text = FENCED.sub("", _text(page))
         linked |= {_target(page, found[2]) for found in LINK.finditer(text) if "://" not in found[2]}
     for target in sorted(linked):
         if not target.exists() or target.is_dir():
@@ -38,7 +43,7 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Turn the page's links from paths in the repository into paths in the site."""
+    """Turn the page's links from paths in the repository into paths in the site; put in the tables it asks for."""
     source = _source(page.file.src_uri)
     if source is None:  # made by a plugin, or a copied file
         return markdown
@@ -55,7 +60,11 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     for block in FENCED.finditer(markdown):  # what is to be typed stays as it is
         pieces += [LINK.sub(moved, markdown[end : block.start()]), block[0]]
         end = block.end()
-    return "".join([*pieces, LINK.sub(moved, markdown[end:])])
+    return with_fields("".join([*pieces, LINK.sub(moved, markdown[end:])]))
+
+
+def _text(page: Path) -> str:
+    return as_page(page) if page.suffix == ".ipynb" else page.read_text(encoding="utf-8")
 
 
 def _source(uri: str) -> Path | None:

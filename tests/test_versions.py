@@ -60,6 +60,16 @@ def test_the_changelog_and_the_integrations_are_of_this_version():
     assert f"version {version}." in (ROOT / "README.md").read_text()
 
 
+def test_one_list_of_pythons_is_tested_and_named():
+    """What the package index shows, what the README says was tested, and what CI runs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [line.rpartition(" :: ")[2] for line in project["classifiers"] if re.search(r":: Python :: 3\.\d", line)]
+    (tested,) = re.findall(r"^\| Python \|.*\| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    workflow = yaml.safe_load((ROOT / ".github/workflows/cpu.yml").read_text())
+    assert named == tested.split(", ") == workflow["jobs"]["check-and-test"]["strategy"]["matrix"]["python"]
+    assert project["requires-python"] == f">={named[0]}"
+
+
 def test_the_oldest_set_is_the_lower_bounds():
     """A bound that no run has used is a guess."""
     imported = {**requirements(), **requirements("train"), **requirements("eval")}

@@ -42,7 +42,7 @@ def write_report(results: DemoResults, folder: Path) -> Path:
     try:
         from graphmoe_model.demo.plots import draw_plots
     except ImportError as error:
-        raise ImportError("the demo's plots need matplotlib: pip install graphmoe[demo]") from error
+        raise ImportError("the demo's plots need matplotlib: pip install 'graphmoe[demo]'") from error
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"the report needs a folder, but {folder} is a file; name another one")
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,13 @@ LICENSE = "apache-2.0"
 HERE = Path(__file__).resolve().parent
 LAYOUT = HERE / "layout"
 HIDDEN = {"gitignore": ".gitignore"}  # in this repository it would hide files
-# By the hub's convention what may still change its interface, as graphmoe 0.1 may.
+# By the hub's convention what may still change its interface, as graphmoe before 1.0 may.
 VERSION = 0
+# What the card offers of the functions that the package exports; the others are for graphmoe_model.
+OPERATORS = (
+    *("topk_softmax_routing", "route_tokens", "expert_swiglu", "swiglu", "gru_step", "rethink"),
+    "register_activation",
+)
 
 
 def assemble(
@@ -68,7 +73,7 @@ def assemble(
         "backends": _listed(ARCHITECTURES),
         "cuda": _listed(ARCHITECTURES["cuda"]),
         "rocm": _listed(ARCHITECTURES["rocm"]),
-        "functions": _bullets(name for name in exported if name.islower()),
+        "functions": _bullets(OPERATORS),
         "types": _bullets(name for name in exported if not name.islower() and not name.isupper()),
     }
     files = {path.relative_to(LAYOUT).as_posix(): path for path in LAYOUT.rglob("*") if path.is_file()}

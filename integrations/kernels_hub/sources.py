@@ -62,12 +62,12 @@ def relative_imports(path: Path, package: Path) -> tuple[str, list[Path]]:
         where = f"{path}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Import):
             for each in node.names:
-                _check_allowed(each.name, package.name, where)
+                _check_allowed(each.name, package.name, where, lines[node.lineno - 1])
         if not isinstance(node, ast.ImportFrom):
             continue
         root, *parts = (node.module or "").split(".")
         if node.level or root != package.name:
-            _check_allowed("." * node.level + (node.module or ""), package.name, where)
+            _check_allowed("." * node.level + (node.module or ""), package.name, where, lines[node.lineno - 1])
             continue
         old = f"from {node.module} import"
         line, start = lines[node.lineno - 1], node.col_offset
@@ -79,10 +79,10 @@ def relative_imports(path: Path, package: Path) -> tuple[str, list[Path]]:
     return "".join(lines), imported
 
 
-def _check_allowed(module: str, package: str, where: str) -> None:
+def _check_allowed(module: str, package: str, where: str, line: str) -> None:
     root = module.partition(".")[0]
     if root in (package, ""):
-        raise ValueError(f"{where}: write 'import {module}' as 'from {package}... import ...', to be made relative")
+        raise ValueError(f"{where}: write '{line.strip()}' as 'from {package}... import ...', to be made relative")
     if root not in ALLOWED and root not in sys.stdlib_module_names:
         raise ValueError(
             f"{where}: imports {root}, and a kernel may import the standard library and {' and '.join(ALLOWED)} alone; "

@@ -1,6 +1,6 @@
 """What must work where nothing but the wheel and its dependencies is installed; run by `make dist`, not by pytest.
 
-python -P tests/installed/check.py README.md
+python -P tests/installed/check.py README.md dist/graphmoe-VERSION.tar.gz
 """
 
 from __future__ import annotations
@@ -10,16 +10,25 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 from importlib import metadata
 from pathlib import Path
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 DOWNLOADED = "HuggingFaceTB/SmolLM2-135M"
+# What the source distribution has beside the packages: written by people, and by the build.
+WRITTEN = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "README.md", "constraints.txt", "pyproject.toml"}
+BUILT = {"PKG-INFO", "setup.cfg", "graphmoe.egg-info"}
 
 
-def main(readme: Path) -> None:
-    """Run the command, the operators alone, package data, and README's fine-tuning on a small model made here."""
+def main(readme: Path, archive: Path) -> None:
+    """Run the command, the operators alone, package data, and README's fine-tuning on a small model made here; look
+    what the source distribution has."""
+    with tarfile.open(archive) as files:
+        tops = {Path(name).parts[1] for name in files.getnames() if "/" in name}
+    packages = {path.parent.name for path in readme.resolve().parent.glob("graphmoe_*/__init__.py")}
+    assert tops == WRITTEN | BUILT | packages, f"{archive}: {sorted(tops ^ (WRITTEN | BUILT | packages))}"
     blocks = BLOCK.findall(readme.read_text(encoding="utf-8"))
     repository = str(readme.resolve().parent)
     with tempfile.TemporaryDirectory() as folder:
@@ -65,4 +74,4 @@ def run(*command: str) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -255,7 +256,11 @@ def test_the_card_says_what_the_hub_asks_for(kernel):
     expected = ["How to use", "Available functions", "Available types", "Available layers", "Benchmarks", "Source"]
     assert headings == expected
     assert f'get_kernel("{REPOSITORY}", version=0, trust_remote_code=True)' in card
-    assert all(f"- `{name}`\n" in card for name in graphmoe_kernels.__all__ if not name.isupper())
+    listed = re.findall(r"^- `(\w+)`$", card, re.MULTILINE)
+    page = (HERE.parents[1] / "docs" / "api" / "kernels.md").read_text()
+    operators = {name for name in re.findall(r"^::: graphmoe_kernels\.(\w+)$", page, re.MULTILINE) if name.islower()}
+    assert {name for name in listed if name.islower()} == operators, "the card and the site's page offer the same"
+    assert set(listed) - operators == {n for n in graphmoe_kernels.__all__ if not n.isupper() and not n.islower()}
     assert UPSTREAM in card
     assert "{{" not in card, "the builder fills the card as a template: it must find nothing to fill"
     assert "{%" not in card

@@ -45,6 +45,7 @@ def test_wrong_options_are_refused(tmp_path, options, error, message):
     "line, error, message",
     [
         ("import graphmoe_kernels.b", ValueError, "__init__.py:2: write 'import graphmoe_kernels.b' as 'from"),
+        ("from .b import c", ValueError, "__init__.py:2: write 'from .b import c' as 'from graphmoe_kernels... import"),
         ("from  graphmoe_kernels.b import c", ValueError, "with single spaces on one line"),
         ("from graphmoe_kernels.none import c", FileNotFoundError, "imports graphmoe_kernels.none, which"),
         (
