@@ -57,11 +57,13 @@ def draw_balance(found: Sequence[TaskBalance], conditions: str, path: Path) -> l
 def draw_balance_map(found: Sequence[TaskBalance], conditions: str, path: Path) -> list[str]:
     """Write the picture of every expert's share, a mean over tasks: routers in rows, rounds and experts in columns.
 
-    Up to 8 experts are numbered, and their shares written into their fields.
+    Colours are shares over 1/n, so that layers and adapters with other n compare. Up to 8 experts are numbered, and
+    their shares written into their fields in percent.
     """
     adapters, tasks = _names(found)
     maps = [_share_map([b for b in found if b.adapter == adapter]) for adapter in adapters]
-    top = max(float(np.nanmax(own)) for own, _, _ in maps)
+    relative = [shares * _experts(shares, rounds)[:, None] for shares, _, rounds in maps]
+    top = max(float(np.nanmax(own)) for own in relative)
     rows = max(own.shape[0] for own, _, _ in maps)
     widths = [own.shape[1] for own, _, _ in maps]
     colours = LinearSegmentedColormap.from_list("load", ["#f5f8fd", BLUE]).with_extremes(bad=PALE)
@@ -72,10 +74,13 @@ def draw_balance_map(found: Sequence[TaskBalance], conditions: str, path: Path) 
         ]
         figure = Figure(figsize=(1.8 + sum(inches), min(HIGHEST, 2.0 + 0.2 * rows)), layout="constrained")
         panels = figure.subplots(1, len(adapters), squeeze=False, width_ratios=inches)[0]
-        for panel, adapter, (shares, names, rounds) in zip(panels, adapters, maps, strict=True):
-            image = panel.imshow(100 * shares, cmap=colours, vmin=0, vmax=100 * top, aspect="auto")
-            _label_map(panel, adapter, names, rounds, shares, top)
-        figure.colorbar(image, ax=panels.tolist(), label="% of a round's load", shrink=0.6).outline.set_visible(False)
+        for panel, adapter, (shares, names, rounds), own in zip(panels, adapters, maps, relative, strict=True):
+            image = panel.imshow(own, cmap=colours, vmin=0, vmax=top, aspect="auto")
+            _label_map(panel, adapter, names, rounds, shares, own > 0.6 * top)
+        label = "load over that of even shares, 1/n"
+        figure.colorbar(image, ax=panels.tolist(), label=label, shrink=0.6).outline.set_visible(False)
+        if any(shares.shape[1] // rounds <= NUMBERED for shares, _, rounds in maps):
+            conditions = f"columns are experts, numbers their shares of a round's load in %\n{conditions}"
         over = "" if len(tasks) == 1 else f", a mean over {len(tasks)} tasks"
         figure.suptitle(f"Load of each expert{over}", x=0.01, ha="left", fontsize=11)
         add_conditions(figure, conditions)
@@ -101,7 +106,7 @@ def draw_trace(trace: Trace, routers: Sequence[str], conditions: str, path: Path
         figure.suptitle("Experts that each token visits", x=0.01, ha="left", fontsize=11)
         own = trace.overall
         measured = f"specialisation by round, all routers and {trace.texts:,} texts: {own.information:.4f}"
-        add_conditions(figure, f"{measured} (95% by chance below {own.null_95:.4f}, p = {own.p:.3f})\n{conditions}")
+        add_conditions(figure, f"{measured} (95% by chance below {own.null_95:.2g}, p = {own.p:.3f})\n{conditions}")
         return write_picture(figure, path)
 
 
@@ -113,7 +118,7 @@ def _trace_panel(axes: Axes, router: RouterTrace, tokens: int) -> None:
         for i, own in enumerate(round_[:tokens]):
             axes.text(i, t, str(own[0]), ha="center", va="center" if dense or len(own) == 1 else "bottom", fontsize=8)
             if not dense and len(own) > 1:
-                axes.text(i, t, " ".join(map(str, own[1:])), ha="center", va="top", fontsize=5, color=MUTED)
+                axes.text(i, t, " ".join(map(str, own[1:])), ha="center", va="top", fontsize=6, color=INK)
     for t in range(1, len(router.experts)):
         axes.axhline(t - 0.5, color="white", linewidth=2)
     axes.set_yticks(range(len(router.experts)), [f"round {t + 1}" for t in range(len(router.experts))])
@@ -133,7 +138,14 @@ def _share_map(found: Sequence[TaskBalance]) -> tuple[np.ndarray, list[str], int
     return shares.reshape(len(names), rounds * most), names, rounds
 
 
-def _label_map(axes: Axes, adapter: str, names: Sequence[str], rounds: int, shares: np.ndarray, top: float) -> None:
+def _experts(shares: np.ndarray, rounds: int) -> np.ndarray:
+    """n of each router [routers] of shares [routers, T * n]."""
+    return np.sum(~np.isnan(shares[:, : shares.shape[1] // rounds]), axis=1)
+
+
+def _label_map(
+    axes: Axes, adapter: str, names: Sequence[str], rounds: int, shares: np.ndarray, dark: np.ndarray
+) -> None:
     experts = shares.shape[1] // rounds
     axes.set_title("\n".join(_lines(adapter)), fontsize=9)
     middles = [t * experts + (experts - 1) / 2 for t in range(rounds)]
@@ -144,7 +156,7 @@ def _label_map(axes: Axes, adapter: str, names: Sequence[str], rounds: int, shar
         axes.tick_params(axis="x", which="minor", labelsize=7)
         for (i, j), share in np.ndenumerate(shares):
             if not np.isnan(share):
-                ink = "white" if share > 0.6 * top else INK
+                ink = "white" if dark[i, j] else INK
                 axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color=ink)
     for t in range(1, rounds):
         axes.axvline(t * experts - 0.5, color="white", linewidth=3)

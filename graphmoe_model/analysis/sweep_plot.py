@@ -21,13 +21,14 @@ def draw_sweep(
 ) -> list[str]:
     """Write the picture: accuracy above, seconds of a training step below, a column for each axis.
 
-    Accuracy is the mean over tasks and seeds, bars are its 95% interval over seeds; the base model is the dashed line.
+    Accuracy is the mean over tasks and seeds, bars are its 95% interval over seeds, as far as accuracies go; the base
+    model is the dashed line.
     """
     by_name = {own.setting: own for own in results}
     columns = list(dict.fromkeys(own.axis for own in series))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.0 + 3.6 * len(columns), 4.8), layout="constrained")
-        panels = figure.subplots(2, len(columns), squeeze=False, sharex="col")
+        panels = figure.subplots(2, len(columns), squeeze=False, sharex="col", sharey="row")
         for column, axis in enumerate(columns):
             lines = [own for own in series if own.axis == axis]
             for i, line in enumerate(lines):
@@ -38,11 +39,11 @@ def draw_sweep(
                 level, dashes = 100 * base.average.mean, (0, (4, 3))
                 panels[0, column].axhline(level, color=INK, linewidth=1, linestyle=dashes, label="the base model")
             panels[1, column].set_xlabel(axis)
-            panels[1, column].set_ylim(0, 1.1 * panels[1, column].get_ylim()[1])
-            low, high = panels[0, column].get_ylim()
-            panels[0, column].set_ylim(max(low, 0), min(high, 102))  # an interval may pass both ends
             if panels[0, column].get_legend_handles_labels()[1]:
-                panels[0, column].legend(frameon=False, fontsize=8)
+                panels[0, column].legend(
+                    frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2
+                )
+        panels[1, 0].set_ylim(0, 1.1 * panels[1, 0].get_ylim()[1])
         panels[0, 0].set_ylabel("right answers, %")
         panels[1, 0].set_ylabel("training step, s")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -56,10 +57,14 @@ def _line(
     points = {x: results[name] for x, name in sorted(line.points.items()) if results[name].average is not None}
     places = list(points)
     averages = [own.average for own in points.values() if own.average is not None]
+    means = [100 * own.mean for own in averages]
+    halves = [100 * (own.half or 0.0) for own in averages]
+    below = [min(half, mean) for half, mean in zip(halves, means, strict=True)]  # an interval may pass both ends
+    above = [min(half, 100 - mean) for half, mean in zip(halves, means, strict=True)]
     accuracy.errorbar(
         places,
-        [100 * own.mean for own in averages],
-        [100 * (own.half or 0.0) for own in averages],
+        means,
+        [below, above],
         color=colour,
         marker="o",
         capsize=3,
