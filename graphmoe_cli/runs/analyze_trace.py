@@ -98,9 +98,9 @@ def _print(trace: Trace, title: str, console: Console) -> None:
     print_whole(table, console)
     console.print(
         Text(
-            "Specialisation: the information that a round gives about the expert, 0 (none) to 1 (each round has "
-            "experts of its own). By chance: where each token's experts are dealt out anew among its rounds. Kept: the "
-            "share of later rounds' choices that the first round made too."
+            "Specialisation: the information that a round gives about the expert, 0 (none) to 1 (the most there can "
+            "be, as where each round has experts of its own). By chance: where each token's experts are dealt out anew "
+            "among its rounds. Kept: the share of later rounds' choices that the first round made too."
         )
     )
 
