@@ -124,7 +124,7 @@ def test_files_that_are_not_there_or_twice(tmp_path):
     for arguments, message in (
         (("latency", tmp_path / "no.json"), "there is no file"),
         (("composition", file, file), "is named twice"),
-        (("latency", file, "--out", file), "is a file; it must be a folder"),
+        (("latency", file, "--out", file), "is a file; name a folder"),
     ):
         result = graphmoe(*arguments)
         assert result.exit_code == 2
