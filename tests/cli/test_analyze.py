@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,9 +17,11 @@ from typer.testing import CliRunner
 from graphmoe_cli import pictures
 from graphmoe_cli.app import app
 from graphmoe_model import collect_routing
+from graphmoe_model.analysis import one_run
 from graphmoe_model.analysis.prompts import read_prompts
 from graphmoe_model.questions import QuestionEncoder
 from graphmoe_model.questions.json_lines import write_questions
+from graphmoe_model.training import DivergedError, train
 from tests.cli.drawn_pictures import assert_picture
 from tests.model import training_runs
 from tests.model.questions_made import byte_level, made_questions, small_llama
@@ -150,7 +153,7 @@ WRONG = {
     "trace --adapter GRAPHMOE --router x": "--router x: there is no such router; there are model.layers.0.mlp",
     "balance --adapter GRAPHMOE --data ./x.jsonl": "there is no file x.jsonl",
     "trace --adapter GRAPHMOE --text LONG": "a text of --text has",
-    "balance --adapter GRAPHMOE --out ASKED": "is a file; it must be a folder",
+    "balance --adapter GRAPHMOE --out ASKED": "is a file; name a folder",
     "balance --adapter GRAPHMOE --model EMPTY": "so it is no model",
 }
 
@@ -237,6 +240,46 @@ def test_a_sweep_over_rounds_and_scales(swept, tmp_path):
     assert "holds a sweep with seeds [0, 1], not [0]; settings.t-2-gru-0.25" in other.stderr
 
 
+def test_a_sweep_whose_last_setting_diverges_ends_and_ends_again(swept, tmp_path, monkeypatch):
+    """The conditions are of those that answered; those of other machines are said."""
+
+    def diverges(run: Any, *args: Any, **kwargs: Any) -> Any:
+        if run.rounds == 2:
+            raise DivergedError("the loss is nan at step 1")
+        return train(run, *args, **kwargs)
+
+    monkeypatch.setattr(one_run, "train", diverges)
+    for _ in range(2):
+        result = sweep(swept, "sensitivity", "--rounds", 1, 2, out=tmp_path / "s")
+        assert result.exit_code == 0, result.output
+        assert "0, 1 diverged" in result.stdout
+        assert "made alike" not in result.stdout
+        document = json.loads((tmp_path / "s" / "sensitivity.json").read_text())
+        base = json.loads((tmp_path / "s" / "runs" / "base.json").read_text())
+        assert document["conditions"]["dtype"] == base["conditions"]["dtype"] == "float32"
+        assert document["varied"] == {}
+        assert document["commits"] == [commit for commit in [base["conditions"]["commit"]] if commit]
+    base["conditions"].update(device="cuda (X)", versions={**base["conditions"]["versions"], "torch": "1.0"})
+    (tmp_path / "s" / "runs" / "base.json").write_text(json.dumps({**base}), encoding="utf-8")
+    result = sweep(swept, "sensitivity", "--rounds", 1, 2, out=tmp_path / "s")
+    document = json.loads((tmp_path / "s" / "sensitivity.json").read_text())
+    here = document["conditions"]["device"]
+    assert document["varied"] == {"device": ["cuda (X)", here], "torch's version": ["1.0", torch.__version__]}
+    said = f"Not all runs were made alike, so compare them with care: device cuda (X) and {here}; torch's version 1.0 "
+    assert said in result.stdout
+
+
+def test_a_sweep_has_the_recipes_seed_unless_others_are_given(swept, tmp_path):
+    recipe = {**yaml.safe_load((swept / "recipe.yaml").read_text()), "seed": 7}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    for seeds, expected in (((), [7]), (("--seeds", 0), [0])):
+        given = ("--top-k", 2, "--config", tmp_path / "recipe.yaml", "--test-data", swept / "test.jsonl", *seeds)
+        result = graphmoe("analyze", "activated", *given, "--no-plot", "--out", tmp_path / str(expected))
+        assert result.exit_code == 0, result.output
+        document = json.loads((tmp_path / str(expected) / "activated.json").read_text())
+        assert document["sweep"]["seeds"] == document["results"][1]["seeds"] == expected
+
+
 def test_a_text_may_have_commas(saved, tmp_path):
     """Values of other lists with commas are refused, as several in one word."""
     given = ("--model", saved["base"], "--adapter", saved["graphmoe"], "--text", "yes, no, or neither", "--no-plot")
@@ -275,13 +318,19 @@ def test_wrong_sweeps_end_in_one_line_and_status_2(swept, tmp_path):
     (tmp_path / "full" / "notes.txt").touch()
     for changes, arguments, message in (
         ({}, ("activated", "--top-k", 2, 9), "top 9: "),
-        ({}, ("activated", "--top-k", 2, 2), "--top-k has a number twice, got [2, 2]"),
+        ({}, ("activated", "--top-k", 2, 2), "--top-k must be at least one number, each once, got [2, 2]"),
         ({}, ("sensitivity", "--rounds", 0), "--rounds must be numbers above 0, got 0"),
-        ({}, ("parameters", "--ranks", 4, "--seeds", 1, 1), "--seeds must be numbers of 0 or more, each once"),
+        ({}, ("parameters", "--ranks", 4, "--seeds", 1, 1), "--seeds must be 1 to 10 different numbers"),
         ({}, ("parameters", "--ranks", 4, "--limit", 0), "--limit must be at least 1, got 0"),
         ({"eval_data": ["boolq"]}, ("activated",), "the recipe has eval_data, which would choose a checkpoint"),
         ({"use_cpu": False, "fsdp": True}, ("activated",), "a sweep runs in one process; leave fsdp and deepspeed out"),
         ({"rounds": 1, "gru_hidden_scale": None}, ("parameters", "--ranks", 4), "it is its own base method"),
+        ({"lora_alpha": 5}, ("parameters", "--ranks", 3), "needs alpha 7.5 at this rank"),
+        (
+            {"report_to": "wandb"},
+            ("activated", "--top-k", 2),
+            "a sweep reports to no one, and the recipe has report_to",
+        ),
         ({}, ("activated", "--out", tmp_path / "full"), "holds notes.txt and no sweep; name a new folder"),
     ):
         recipe = {**yaml.safe_load((swept / "recipe.yaml").read_text()), **changes}
