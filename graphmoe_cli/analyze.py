@@ -235,7 +235,8 @@ def latency(
 def composition(
     files: Files,
     tokens: Annotated[
-        int | None, typer.Option(help="Of which length of the sequences.", show_default="each phase's longest")
+        int | None,
+        typer.Option(help="Of which length of the sequences.", show_default="the longest of each model and phase"),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder of JSON and pictures.", parser=folder)] = Path("composition"),
     plot: Plot = None,

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from graphmoe_cli.pictures import drawn
 from graphmoe_cli.runs.terminal import say_written
-from graphmoe_model.analysis.timings import Timings, read_timings, with_shares, with_times
+from graphmoe_model.analysis.timings import Timings, left_out, read_timings, with_shares, with_times
 from graphmoe_model.evaluation.document import write_document
 from graphmoe_model.profiling.result import CATEGORIES
 from graphmoe_tables.printing import print_whole
@@ -43,7 +43,8 @@ def run_composition(files: Sequence[Path], tokens: int | None, out: Path, plot: 
     Raises:
         ValueError: a file that holds no profile, or none of that length.
     """
-    found = with_shares([read_timings(path) for path in files], tokens)
+    measured = [read_timings(path) for path in files]
+    found = with_shares(measured, tokens)
     documents = [
         {"file": own.file, "conditions": own.conditions, "models": [each._asdict() for each in own.models]}
         for own in found
@@ -51,6 +52,8 @@ def run_composition(files: Sequence[Path], tokens: int | None, out: Path, plot: 
     write_document({"composition": documents}, out / "composition.json")
     for own in found:
         _print_composition(own, console)
+    for line in left_out(measured, found):
+        console.print(Text(line), soft_wrap=True)
     written = ["composition.json"]
     if drawn(plot):
         from graphmoe_model.analysis.timing_plots import draw_composition  # needs matplotlib, an extra
@@ -69,15 +72,15 @@ def _latency_document(own: Timings) -> dict[str, Any]:
 
 
 def _print_latency(own: Timings, console: Console) -> None:
-    if own.models:
-        lengths = sorted({(each.phase, each.tokens) for each in own.models}, key=lambda place: (place[0], place[1]))
-        console.print(Text(f"{own.models[0].model}, {own.device}: ms"), soft_wrap=True)
+    for model, timed in own.by_model().items():
+        lengths = sorted({(each.phase, each.tokens) for each in timed})
+        console.print(Text(f"{model}, {own.device}: ms"), soft_wrap=True)
         table = Table(box=box.SIMPLE)
         table.add_column("adapter")
         for phase, tokens in lengths:
             table.add_column(f"{phase} {tokens:,}", justify="right")
-        for adapter in dict.fromkeys(each.adapter for each in own.models):
-            times = {(each.phase, each.tokens): each.seconds for each in own.models if each.adapter == adapter}
+        for adapter in dict.fromkeys(each.adapter for each in timed):
+            times = {(each.phase, each.tokens): each.seconds for each in timed if each.adapter == adapter}
             table.add_row(Text(adapter), *(_ms(times.get(place)) for place in lengths))
         print_whole(table, console)
     for case in dict.fromkeys(each.case for each in own.layers):
@@ -96,9 +99,8 @@ def _print_latency(own: Timings, console: Console) -> None:
 
 
 def _print_composition(own: Timings, console: Console) -> None:
-    for phase in dict.fromkeys(each.phase for each in own.models):
-        models = [each for each in own.models if each.phase == phase]
-        title = f"{models[0].model}, {phase} of {models[0].tokens:,} tokens, {own.device}"
+    for (model, phase), models in own.by_phase().items():
+        title = f"{model}, {phase} of {models[0].tokens:,} tokens, {own.device}"
         console.print(Text(title), soft_wrap=True)
         table = Table(box=box.SIMPLE)
         table.add_column("adapter")
