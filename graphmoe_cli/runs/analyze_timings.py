@@ -15,6 +15,7 @@ from graphmoe_cli.pictures import drawn
 from graphmoe_cli.runs.terminal import say_written
 from graphmoe_model.analysis.timings import Timings, left_out, read_timings, with_shares, with_times
 from graphmoe_model.evaluation.document import write_document
+from graphmoe_model.evaluation.overwriting import COMPOSITION, LATENCY, check_overwriting
 from graphmoe_model.profiling.result import CATEGORIES
 from graphmoe_tables.printing import print_whole
 
@@ -23,10 +24,13 @@ def run_latency(files: Sequence[Path], out: Path, plot: bool | None, console: Co
     """Show the latencies of files.
 
     Raises:
-        ValueError: a file that holds none.
+        ValueError: a file that holds none; ``out`` holds the latencies of others.
     """
-    found = with_times([read_timings(path) for path in files])
-    write_document({"latency": [_latency_document(own) for own in found]}, out / "latency.json")
+    measured = [read_timings(path) for path in files]
+    found, conditions = with_times(measured), _conditions(measured)
+    check_overwriting(out / "latency.json", LATENCY, conditions)
+    document = {"latency": [_latency_document(own) for own in found], "conditions": conditions}
+    write_document(document, out / "latency.json")
     for own in found:
         _print_latency(own, console)
     written = ["latency.json"]
@@ -41,15 +45,16 @@ def run_composition(files: Sequence[Path], tokens: int | None, out: Path, plot: 
     """Show what the latencies of files are composed of.
 
     Raises:
-        ValueError: a file that holds no profile, or none of that length.
+        ValueError: a file that holds no profile, or none of that length; ``out`` holds the composition of others.
     """
     measured = [read_timings(path) for path in files]
-    found = with_shares(measured, tokens)
+    found, conditions = with_shares(measured, tokens), _conditions(measured)
+    check_overwriting(out / "composition.json", COMPOSITION, conditions)
     documents = [
         {"file": own.file, "conditions": own.conditions, "models": [each._asdict() for each in own.models]}
         for own in found
     ]
-    write_document({"composition": documents}, out / "composition.json")
+    write_document({"composition": documents, "conditions": conditions}, out / "composition.json")
     for own in found:
         _print_composition(own, console)
     for line in left_out(measured, found):
@@ -60,6 +65,17 @@ def run_composition(files: Sequence[Path], tokens: int | None, out: Path, plot: 
 
         written += draw_composition(found, out / "composition.png")
     say_written(out, written, plot, console)
+
+
+def _conditions(found: Sequence[Timings]) -> dict[str, list[str]]:
+    """Say which files were read, and of what they are, whichever part of that is shown."""
+    models = [each for own in found for each in own.models]
+    return {
+        "files": [own.file for own in found],
+        "devices": list(dict.fromkeys(own.device for own in found)),
+        "models": list(dict.fromkeys(each.model for each in models)),
+        "adapters": list(dict.fromkeys(each.adapter for each in models)),
+    }
 
 
 def _latency_document(own: Timings) -> dict[str, Any]:

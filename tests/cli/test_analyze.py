@@ -136,6 +136,36 @@ def test_a_trace_of_texts_and_questions(saved, tmp_path):
     assert "The picture has the first" not in result.stdout
 
 
+def test_results_of_something_else_are_not_written_over(saved, tmp_path):
+    """Nor their pictures; the same again may be, with more or fewer questions. As `graphmoe eval` has it."""
+    base, adapter, asked = saved["base"], saved["graphmoe"], saved["asked"]
+    for which, of in (
+        ("balance", f"{base} with {adapter} on asked"),
+        ("trace", f"{base} with {adapter} on asked, 'a'"),
+    ):
+        file, more = tmp_path / f"{which}.json", () if which == "balance" else ("--text", "a", "--draws", 3)
+        given = ("analyze", which, "--model", base, "--no-plot", "--out", tmp_path, "--adapter")
+        for limit in (2, 3):
+            result = graphmoe(*given, adapter, "--data", asked, "--limit", limit, *more)
+            assert result.exit_code == 0, result.output
+        before = file.read_bytes()
+        for words in ((saved["again"], "--data", asked), (adapter, "--data", saved["more"])):
+            refused = graphmoe(*given, *words, *more)
+            assert refused.exit_code == 2
+            now = f"{base} with {words[0]} on {words[2].stem}"
+            assert f"{file} holds the {which} of {of}, and this one is of {now}" in refused.stderr
+            assert "; name another --out, or move its files and pictures away" in refused.stderr
+        if which == "trace":
+            refused = graphmoe(*given, adapter, "--data", asked, "--text", "b")
+            assert f"holds the trace of {of}, and this one is of {base} with {adapter} on asked, 'b'" in refused.stderr
+        assert file.read_bytes() == before
+        for text in ("[]", "notes", json.dumps({"conditions": {"model": str(base), "adapter": "a"}})):
+            file.write_text(text)
+            said = graphmoe(*given, adapter, "--data", asked, *more).stderr
+            assert f"{file} holds something else than an earlier {which}" in said
+            assert file.read_text() == text
+
+
 def test_a_long_text_is_said_to_be_drawn_in_part(saved, tmp_path):
     given = ("--model", saved["base"], "--adapter", saved["graphmoe"], "--out", tmp_path, "--draws", 2)
     result = graphmoe("analyze", "trace", *given, "--text", "river " * 60)

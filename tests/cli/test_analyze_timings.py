@@ -116,8 +116,28 @@ def test_what_has_no_profile_of_the_length_is_named(tmp_path):
     assert result.exit_code == 0, result.output
     assert f"{file}: not shown is the prefill of m with none, which is of 512 tokens" in result.stdout
     short = [profile("none", "decode", 64, 7), *(profile("LoRA", "decode", tokens, 7) for tokens in (16, 8))]
-    result = graphmoe("composition", written(tmp_path, profiles=short), "--out", tmp_path / "out", "--no-plot")
+    result = graphmoe("composition", written(tmp_path, profiles=short), "--out", tmp_path / "short", "--no-plot")
     assert f"{file}: not shown is the decode of m with LoRA, which is of 8, 16 tokens" in result.stdout
+
+
+@pytest.mark.parametrize("which", ["latency", "composition"])
+def test_timings_of_something_else_are_not_written_over(which, tmp_path):
+    """The same file of another model is something else: `graphmoe profile` may have written it anew."""
+    file = written(tmp_path)
+    assert graphmoe(which, file, "--out", tmp_path / "out", "--no-plot").exit_code == 0
+    assert graphmoe(which, file, "--out", tmp_path / "out", "--no-plot").exit_code == 0
+    here = tmp_path / "out" / f"{which}.json"
+    before = here.read_bytes()
+    of = f"{file} (m with none, MixLoRA, T = 1, GraphMoE(MoLA), T = 3, cpu (X))"
+    (tmp_path / "other").mkdir()
+    other = written(tmp_path / "other")
+    refused = graphmoe(which, other, "--out", tmp_path / "out", "--no-plot")
+    assert refused.exit_code == 2
+    assert f"{here} holds the {which} of {of}, and this one is of {other} (m" in refused.stderr
+    written(tmp_path, profiles=[{**profile("none", "decode", 16, 7), "model": "n"}])
+    refused = graphmoe(which, file, "--out", tmp_path / "out", "--no-plot")
+    assert f"holds the {which} of {of}, and this one is of {file} (n with none, cpu (X)); name" in refused.stderr
+    assert here.read_bytes() == before
 
 
 def test_every_committed_result_can_be_read():
