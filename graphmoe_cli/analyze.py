@@ -131,7 +131,10 @@ TestData = Annotated[
     typer.Option(help=f"What adapters are asked. {DATA_HELP}", show_default="the recipe's tasks, evaluation split"),
 ]
 Limit = Annotated[int | None, typer.Option(help="Only the first N questions of each.", show_default="all")]
-Seeds = Annotated[list[int], typer.Option(help="Each setting is trained with each of them.")]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option(help="Each setting is trained with each of them.", show_default="the recipe's"),
+]
 
 
 @analyze.command(cls=ListCommand)
@@ -144,7 +147,7 @@ def sensitivity(
     ] = None,
     test_data: TestData = None,
     limit: Limit = None,
-    seeds: Seeds = [0],  # noqa: B006
+    seeds: Seeds = None,
     out: Annotated[Path, typer.Option(help="The folder of the sweep.", parser=folder)] = Path("sensitivity"),
     plot: Plot = None,
 ) -> None:
@@ -165,7 +168,7 @@ def parameters(
     ranks: Annotated[list[int], typer.Option(help="LoRA ranks of the recipe's method.")],
     test_data: TestData = None,
     limit: Limit = None,
-    seeds: Seeds = [0],  # noqa: B006
+    seeds: Seeds = None,
     out: Annotated[Path, typer.Option(help="The folder of the sweep.", parser=folder)] = Path("parameters"),
     plot: Plot = None,
 ) -> None:
@@ -186,7 +189,7 @@ def activated(
     top_k: Annotated[list[int], typer.Option(help="Experts per token.")] = [2, 4],  # noqa: B006
     test_data: TestData = None,
     limit: Limit = None,
-    seeds: Seeds = [0],  # noqa: B006
+    seeds: Seeds = None,
     out: Annotated[Path, typer.Option(help="The folder of the sweep.", parser=folder)] = Path("activated"),
     plot: Plot = None,
 ) -> None:
@@ -232,7 +235,8 @@ def latency(
 def composition(
     files: Files,
     tokens: Annotated[
-        int | None, typer.Option(help="Of which length of the sequences.", show_default="each phase's longest")
+        int | None,
+        typer.Option(help="Of which length of the sequences.", show_default="the longest of each model and phase"),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder of JSON and pictures.", parser=folder)] = Path("composition"),
     plot: Plot = None,
@@ -259,13 +263,13 @@ def _sweep(
     grid: dict[str, list[Any]],
     test_data: list[str] | None,
     limit: int | None,
-    seeds: list[int],
+    seeds: list[int] | None,
     out: Path,
     plot: bool | None,
 ) -> None:
     with one_line_errors(f"analyze {kind}"):
         recipe = recipe_of({"output": str(out)}, config)
-        options = SweepOptions(kind, recipe, grid, tuple(test_data or ()), limit, tuple(seeds), out, plot)
+        options = SweepOptions(kind, recipe, grid, tuple(test_data or ()), limit, tuple(seeds or ()), out, plot)
         check_installed()
         no_bars_in_files()
         from rich.console import Console

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from graphmoe_cli.evaluate_options import check_names
 from graphmoe_cli.pictures import drawn
+from graphmoe_cli.results_folder import check_folder
 from graphmoe_tables.data_names import data_named
 from graphmoe_tables.recipe import TrainingRecipe
 from graphmoe_tables.tasks import EVALUATION
@@ -22,8 +23,7 @@ def check_files(files: Sequence[Path], out: Path, plot: bool | None) -> None:
             raise ValueError(f"there is no file {file}; name a profile.json, or a result of pytest benchmarks")
         if files.count(file) > 1:
             raise ValueError(f"{file} is named twice")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; it must be a folder")
+    check_folder(out)
     drawn(plot)
 
 
@@ -56,8 +56,7 @@ class ModelOptions:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
         if self.max_length is not None and self.max_length < 16:
             raise ValueError(f"--max-length must be at least 16, got {self.max_length}")
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out {self.out} is a file; it must be a folder")
+        check_folder(self.out)
         drawn(self.plot)
 
 
@@ -119,7 +118,7 @@ class SweepOptions:
     grid: Mapping[str, Sequence[float]]
     test_data: tuple[str, ...] = ()
     limit: int | None = None
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = ()
     out: Path = Path("sweep")
     plot: bool | None = None
 
@@ -136,15 +135,10 @@ class SweepOptions:
         DataOptions(self.test_data or self.recipe.data, limit=self.limit)
         for option, values in self.grid.items():
             name = f"--{option.replace('_', '-')}"
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} has a number twice, got {list(values)}")
             for value in values:
                 if not (0 < value < math.inf):
                     raise ValueError(f"{name} must be numbers above 0, got {value:g}")
-        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"--seeds must be numbers of 0 or more, each once, got {list(self.seeds)}")
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out {self.out} is a file; it must be a folder")
+        check_folder(self.out)
         if importlib.util.find_spec("lm_eval") is None:
             raise ValueError("asking adapters needs lm-eval: pip install 'graphmoe[eval]'")
         drawn(self.plot)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from graphmoe_cli.pictures import drawn
+from graphmoe_cli.results_folder import check_folder
 from graphmoe_tables.methods import METHODS
 from graphmoe_tables.models import MODEL_SHAPES, PHASES, check_layers, check_lengths, model_shape
 
@@ -66,8 +67,7 @@ class ProfileOptions:
             )
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {self.threads}")
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out {self.out} is a file; it must be a folder")
+        check_folder(self.out)
         drawn(self.plot)  # refused now, not after the measuring
 
     @property

@@ -7,6 +7,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def check_folder(out: Path, option: str = "--out") -> None:
+    """`ValueError` that names the option, for a folder that is a file."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{option} {out} is a file; name a folder")
+
+
 @contextmanager
 def results_folder(out: Path, option: str = "--out") -> Iterator[None]:
     """Make a folder that a command will write into, and take it away again if nothing was written.
@@ -18,8 +24,7 @@ def results_folder(out: Path, option: str = "--out") -> Iterator[None]:
     Raises:
         ValueError: it is a file, or cannot be made.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{option} {out} is a file; name a folder")
+    check_folder(out, option)
     new = [folder for folder in (out, *out.parents) if not folder.exists()]  # the innermost first
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from graphmoe_cli.runs.analyzed_model import AnalyzedModel
 from graphmoe_cli.runs.terminal import progress, say_written
 from graphmoe_model.analysis.balance import TaskBalance, task_balance
 from graphmoe_model.evaluation.document import write_document
+from graphmoe_model.evaluation.overwriting import BALANCE, check_overwriting
 from graphmoe_model.questions import load_sets
 from graphmoe_tables.printing import print_whole
 
@@ -27,6 +28,8 @@ def run(options: ModelOptions, data: DataOptions, console: Console) -> list[Task
     """
     sets = load_sets(data.data, data.split)
     analyzed = AnalyzedModel(options)
+    data_read = {task: own.source for task, own in sets.items()}
+    check_overwriting(options.out / "balance.json", BALANCE, {**analyzed.asked(), "data": data_read})
     prompts = {task: analyzed.prompts(found.questions[: data.limit]) for task, found in sets.items()}
     found: list[TaskBalance] = []
     for name in options.adapter:
@@ -35,11 +38,7 @@ def run(options: ModelOptions, data: DataOptions, console: Console) -> list[Task
             for task, own in prompts.items():
                 with progress(f"{title}, {task}") as told:
                     found.append(task_balance(model, title, task, own, options.batch_size, told))
-    conditions = {
-        **analyzed.conditions(),
-        "data": {task: own.source for task, own in sets.items()},
-        "limit": data.limit,
-    }
+    conditions = {**analyzed.conditions(), "data": data_read, "limit": data.limit}
     document = {"balance": [own.as_dict() for own in found], "conditions": conditions}
     write_document(document, options.out / "balance.json")
     files = ["balance.json"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -46,7 +46,7 @@ def run(options: SweepOptions, console: Console) -> list[SettingResult]:
     if options.limit is not None:
         asked = {task: replace(own, questions=own.questions[: options.limit]) for task, own in asked.items()}
     plan = PLANS[options.kind](recipe, **options.grid)  # type: ignore[operator]
-    sweep = Sweep(options.kind, recipe, plan.settings, plan.series, options.seeds, train, asked)
+    sweep = Sweep(options.kind, recipe, plan.settings, plan.series, options.seeds or (recipe.seed,), train, asked)
     documents = run_sweep(sweep, options.out, lambda line: console.print(Text(line), soft_wrap=True))
     results = results_of(sweep, documents)
     document = document_of(sweep, results, documents)
@@ -55,15 +55,16 @@ def run(options: SweepOptions, console: Console) -> list[SettingResult]:
     if drawn(options.plot):
         from graphmoe_model.analysis.sweep_plot import draw_sweep  # needs matplotlib, an extra
 
-        found = document["conditions"]
         described = (
             f"{recipe.gguf_file or short_model(recipe.model)}; {sum(len(own.questions) for own in asked.values()):,} "
-            f"questions of {', '.join(asked)}; {_seeds(sweep)}; {_length(recipe)}; {found['dtype']}, "
-            f"{found['device']}, torch {torch.__version__}"
+            f"questions of {', '.join(asked)}; {_seeds(sweep)}; {_length(recipe)}; {_machine(document)}"
         )
         path = options.out / f"{options.kind}.png"
         files += draw_sweep(TITLES[options.kind], results, plan.series, described, path)
     _print(results, list(asked), console)
+    if document["varied"]:
+        differing = "; ".join(f"{name} {' and '.join(values)}" for name, values in document["varied"].items())
+        console.print(Text(f"Not all runs were made alike, so compare them with care: {differing}."), soft_wrap=True)
     say_written(options.out, files, options.plot, console)
     return results
 
@@ -85,6 +86,14 @@ def _length(recipe: TrainingRecipe) -> str:
     rows = recipe.batch * recipe.accumulation
     steps = f"{recipe.epochs:g} epochs" if recipe.max_steps is None else f"{recipe.max_steps:,} steps"
     return f"{steps} of {rows} rows"
+
+
+def _machine(document: dict[str, Any]) -> str:
+    """Say on what the runs were made, all of it where they were not made alike."""
+    conditions, varied = document["conditions"], document["varied"]
+    dtypes, devices = (" and ".join(varied.get(name, [conditions[name]])) for name in ("dtype", "device"))
+    versions = " and ".join(varied.get("torch's version", [conditions["versions"]["torch"]]))
+    return f"{dtypes}, {devices}, torch {versions}"
 
 
 def _print(results: list[SettingResult], tasks: list[str], console: Console) -> None:

@@ -13,8 +13,9 @@ from rich.text import Text
 
 from graphmoe_cli.pictures import drawn
 from graphmoe_cli.runs.terminal import say_written
-from graphmoe_model.analysis.timings import Timings, read_timings, with_shares, with_times
+from graphmoe_model.analysis.timings import Timings, left_out, read_timings, with_shares, with_times
 from graphmoe_model.evaluation.document import write_document
+from graphmoe_model.evaluation.overwriting import COMPOSITION, LATENCY, check_overwriting
 from graphmoe_model.profiling.result import CATEGORIES
 from graphmoe_tables.printing import print_whole
 
@@ -23,10 +24,13 @@ def run_latency(files: Sequence[Path], out: Path, plot: bool | None, console: Co
     """Show the latencies of files.
 
     Raises:
-        ValueError: a file that holds none.
+        ValueError: a file that holds none; ``out`` holds the latencies of others.
     """
-    found = with_times([read_timings(path) for path in files])
-    write_document({"latency": [_latency_document(own) for own in found]}, out / "latency.json")
+    measured = [read_timings(path) for path in files]
+    found, conditions = with_times(measured), _conditions(measured)
+    check_overwriting(out / "latency.json", LATENCY, conditions)
+    document = {"latency": [_latency_document(own) for own in found], "conditions": conditions}
+    write_document(document, out / "latency.json")
     for own in found:
         _print_latency(own, console)
     written = ["latency.json"]
@@ -41,22 +45,37 @@ def run_composition(files: Sequence[Path], tokens: int | None, out: Path, plot: 
     """Show what the latencies of files are composed of.
 
     Raises:
-        ValueError: a file that holds no profile, or none of that length.
+        ValueError: a file that holds no profile, or none of that length; ``out`` holds the composition of others.
     """
-    found = with_shares([read_timings(path) for path in files], tokens)
+    measured = [read_timings(path) for path in files]
+    found, conditions = with_shares(measured, tokens), _conditions(measured)
+    check_overwriting(out / "composition.json", COMPOSITION, conditions)
     documents = [
         {"file": own.file, "conditions": own.conditions, "models": [each._asdict() for each in own.models]}
         for own in found
     ]
-    write_document({"composition": documents}, out / "composition.json")
+    write_document({"composition": documents, "conditions": conditions}, out / "composition.json")
     for own in found:
         _print_composition(own, console)
+    for line in left_out(measured, found):
+        console.print(Text(line), soft_wrap=True)
     written = ["composition.json"]
     if drawn(plot):
         from graphmoe_model.analysis.timing_plots import draw_composition  # needs matplotlib, an extra
 
         written += draw_composition(found, out / "composition.png")
     say_written(out, written, plot, console)
+
+
+def _conditions(found: Sequence[Timings]) -> dict[str, list[str]]:
+    """Say which files were read, and of what they are, whichever part of that is shown."""
+    models = [each for own in found for each in own.models]
+    return {
+        "files": [own.file for own in found],
+        "devices": list(dict.fromkeys(own.device for own in found)),
+        "models": list(dict.fromkeys(each.model for each in models)),
+        "adapters": list(dict.fromkeys(each.adapter for each in models)),
+    }
 
 
 def _latency_document(own: Timings) -> dict[str, Any]:
@@ -69,15 +88,15 @@ def _latency_document(own: Timings) -> dict[str, Any]:
 
 
 def _print_latency(own: Timings, console: Console) -> None:
-    if own.models:
-        lengths = sorted({(each.phase, each.tokens) for each in own.models}, key=lambda place: (place[0], place[1]))
-        console.print(Text(f"{own.models[0].model}, {own.device}: ms"), soft_wrap=True)
+    for model, timed in own.by_model().items():
+        lengths = sorted({(each.phase, each.tokens) for each in timed})
+        console.print(Text(f"{model}, {own.device}: ms"), soft_wrap=True)
         table = Table(box=box.SIMPLE)
         table.add_column("adapter")
         for phase, tokens in lengths:
             table.add_column(f"{phase} {tokens:,}", justify="right")
-        for adapter in dict.fromkeys(each.adapter for each in own.models):
-            times = {(each.phase, each.tokens): each.seconds for each in own.models if each.adapter == adapter}
+        for adapter in dict.fromkeys(each.adapter for each in timed):
+            times = {(each.phase, each.tokens): each.seconds for each in timed if each.adapter == adapter}
             table.add_row(Text(adapter), *(_ms(times.get(place)) for place in lengths))
         print_whole(table, console)
     for case in dict.fromkeys(each.case for each in own.layers):
@@ -96,9 +115,8 @@ def _print_latency(own: Timings, console: Console) -> None:
 
 
 def _print_composition(own: Timings, console: Console) -> None:
-    for phase in dict.fromkeys(each.phase for each in own.models):
-        models = [each for each in own.models if each.phase == phase]
-        title = f"{models[0].model}, {phase} of {models[0].tokens:,} tokens, {own.device}"
+    for (model, phase), models in own.by_phase().items():
+        title = f"{model}, {phase} of {models[0].tokens:,} tokens, {own.device}"
         console.print(Text(title), soft_wrap=True)
         table = Table(box=box.SIMPLE)
         table.add_column("adapter")

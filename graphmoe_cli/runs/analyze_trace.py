@@ -17,6 +17,7 @@ from graphmoe_model.analysis.routers import check_routers, mlp_routers
 from graphmoe_model.analysis.specialisation import Specialisation
 from graphmoe_model.analysis.trace import Trace, trace_prompts
 from graphmoe_model.evaluation.document import write_document
+from graphmoe_model.evaluation.overwriting import TRACE, check_overwriting
 from graphmoe_model.questions import load_sets
 from graphmoe_tables.printing import print_whole
 
@@ -30,6 +31,8 @@ def run(options: ModelOptions, traced: TraceOptions, console: Console) -> Trace:
     """
     sets = load_sets(traced.data.data, traced.data.split)
     analyzed = AnalyzedModel(options, at_least_rounds=2)
+    read = {"text": list(traced.text), "data": {task: own.source for task, own in sets.items()}}
+    check_overwriting(options.out / "trace.json", TRACE, {**analyzed.asked(), **read})
     prompts = [_text_ids(analyzed, text) for text in traced.text]
     for found in sets.values():
         prompts += analyzed.prompts(found.questions[: traced.data.limit])
@@ -50,8 +53,7 @@ def run(options: ModelOptions, traced: TraceOptions, console: Console) -> Trace:
     shown = _shown(list(trace.routers), traced.router)
     conditions = {
         **analyzed.conditions(),
-        "text": list(traced.text),
-        "data": {task: own.source for task, own in sets.items()},
+        **read,
         "limit": traced.data.limit,
         "draws": traced.draws,
         "seed": traced.seed,
@@ -98,9 +100,9 @@ def _print(trace: Trace, title: str, console: Console) -> None:
     print_whole(table, console)
     console.print(
         Text(
-            "Specialisation: the information that a round gives about the expert, 0 (none) to 1 (each round has "
-            "experts of its own). By chance: where each token's experts are dealt out anew among its rounds. Kept: the "
-            "share of later rounds' choices that the first round made too."
+            "Specialisation: the information that a round gives about the expert, 0 (none) to 1 (the most there can "
+            "be, as where each round has experts of its own). By chance: where each token's experts are dealt out anew "
+            "among its rounds. Kept: the share of later rounds' choices that the first round made too."
         )
     )
 

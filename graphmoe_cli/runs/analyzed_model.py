@@ -77,16 +77,21 @@ class AnalyzedModel:
         encoder = QuestionEncoder(self.tokenizer, self.max_length)
         return [encoder.prompt_ids(question) for question in questions]
 
+    def asked(self) -> dict[str, Any]:
+        """Say which model and adapters are analyzed, before they are loaded."""
+        return {
+            "model": self.options.model,
+            "gguf_file": self.options.gguf_file,
+            "adapters": {name: adapter_settings(config) for name, config in self.configs.items()},
+        }
+
     def conditions(self) -> dict[str, Any]:
         """Say with what and when, for the JSON."""
-        options = self.options
         return {
             **conditions_of(self.base, self.device),
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": options.model,
-            "gguf_file": options.gguf_file,
-            "adapters": {name: adapter_settings(config) for name, config in self.configs.items()},
-            "batch_size": options.batch_size,
+            **self.asked(),
+            "batch_size": self.options.batch_size,
             "max_length": self.max_length,
         }
 

@@ -21,13 +21,13 @@ from graphmoe_model.evaluation.adapters import attach_adapter, saved_config
 from graphmoe_model.evaluation.document import (
     adapter_settings,
     averages,
-    check_overwriting,
     conditions_of,
     evaluation_document,
     training_result,
     write_document,
     write_records,
 )
+from graphmoe_model.evaluation.overwriting import EVALUATION, check_overwriting
 from graphmoe_model.evaluation.standard import check_reachable, evaluate_standard
 from graphmoe_model.machine import chosen_device
 from graphmoe_model.questions import QuestionSet, load_questions, load_sets
@@ -56,7 +56,7 @@ def run(options: EvaluateOptions, console: Console) -> list[TaskResult]:
     check_reachable(options.tasks)
     tasks, sources = _tasks(options)
     asked = _asked(options, config, sources)
-    check_overwriting(options.output, asked)
+    check_overwriting(options.output, EVALUATION, asked)
     tokenizer = load_tokenizer(source)
     model: Any = load_base_model(source)
     if config is not None:

@@ -15,8 +15,10 @@ DRAWS = 1000
 class Specialisation(NamedTuple):
     """How much a round tells about the expert that a token goes to, and what chance would give.
 
-    The index is the mutual information of round and expert over its largest possible value, log min(T, n): 0 where
-    every round sends its tokens to the experts in the same shares, 1 where each has experts that no other one uses.
+    The index is the mutual information of round and expert over log min(T, n / k), the most that k different experts
+    per token and round leave: 0 where every round sends its tokens to the experts in the same shares, 1 where each has
+    k experts that no other one uses. That takes T k experts. With fewer, 1 is where each round has k experts alone and
+    every expert is in as many rounds; where T k is no multiple of n, the index stays below it. Where k is n, it is 0.
 
     The null distribution is that of the index where rounds mean nothing: each token's T sets of experts are dealt
     out anew among the rounds, in each of the draws the same way for all routers. Tokens are dealt independently of
@@ -77,15 +79,15 @@ def specialisation(
 
 
 def round_index(ids: Tensor, num_experts: int, order: Tensor | None = None) -> float:
-    """Return the index of the choices [T, N, k] of one router with n experts.
+    """Return the index of the choices [T, N, k] of one router with n experts; 0 where every token has all of them.
 
     Args:
         order: [T, N], for each token a permutation: which round its choices count for. None: their own.
     """
-    rounds = ids.shape[0]
-    most = math.log(min(rounds, num_experts))
+    rounds, _, k = ids.shape
+    most = math.log(min(rounds, num_experts / k))  # H(E) <= log n, and H(E | T) >= log k
     if most == 0:
-        return 0.0  # one expert
+        return 0.0  # k is n, so no round can differ from another
     at = torch.arange(rounds)[:, None] if order is None else order  # [T, 1] or [T, N]
     cells = (at[..., None] * num_experts + ids).flatten()
     counts = torch.bincount(cells, minlength=rounds * num_experts).view(rounds, num_experts).double()

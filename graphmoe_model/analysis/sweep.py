@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from graphmoe_model.analysis.base_digest import base_digest
 from graphmoe_model.analysis.differences import differences
 from graphmoe_model.analysis.one_process import alone
 from graphmoe_model.analysis.one_run import marks, run_once
@@ -66,7 +67,7 @@ class Sweep:
 
     Attributes:
         kind: ``"sensitivity"``, ``"parameters"`` or ``"activated"``.
-        recipe: what all settings start from, `graphmoe_model.training.run.fitted`; its output is not used.
+        recipe: what all settings start from, `graphmoe_model.training.run.fitted`; its output and seed are not used.
         settings: what is run, each with every seed, the base model once.
         series: how they are shown.
         seeds: at least one.
@@ -74,7 +75,8 @@ class Sweep:
         asked: task -> its questions.
 
     Raises:
-        ValueError: no seed, one twice, more than intervals are known for, or a process of several.
+        ValueError: no seed, one twice or out of range, more than intervals are known for; a recipe that reports to a
+            service, or that no adapter can be trained by; or a process of several.
     """
 
     kind: str
@@ -86,8 +88,16 @@ class Sweep:
     asked: Mapping[str, QuestionSet]
 
     def __post_init__(self) -> None:
-        if not 1 <= len(set(self.seeds)) == len(self.seeds) <= MOST_SEEDS:
-            raise ValueError(f"--seeds must be 1 to {MOST_SEEDS} different numbers, got {list(self.seeds)}")
+        told_apart = 1 <= len(set(self.seeds)) == len(self.seeds) <= MOST_SEEDS
+        if not told_apart or not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise ValueError(
+                f"--seeds must be 1 to {MOST_SEEDS} different numbers of 0 to {2**32 - 1}, got {list(self.seeds)}"
+            )
+        if self.recipe.report_to not in ("auto", "none"):
+            raise ValueError(
+                f"a sweep reports to no one, and the recipe has report_to: {self.recipe.report_to}; leave it out, or "
+                "set it to none"
+            )
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("a sweep runs in one process; start it without torchrun and accelerate launch")
         for setting in self.settings:  # what a recipe or a configuration refuses is said before hours are spent
@@ -117,11 +127,13 @@ class Sweep:
     def described(self) -> dict[str, Any]:
         """Say all that the results depend on but the machine, as JSON takes it."""
         recipe = dataclasses.asdict(self.recipe)
-        left_out = {*FREE_ON_RESUME, "seed", "save_steps"}  # what changes nothing, and what the runs have of their own
+        # What changes nothing, and what the runs have of their own. The load is a mean over the last log entries.
+        left_out = {*FREE_ON_RESUME, "seed", "save_steps"} - {"logging_steps"}
         sets = {"train": self.train, "asked": list(self.asked.values())}
         described = {
             "kind": self.kind,
             "recipe": {name: value for name, value in recipe.items() if name not in left_out},
+            "base_files": base_digest(self.recipe.model, self.recipe.gguf_file),
             "settings": {setting.name: setting.changes for setting in self.settings},
             "seeds": self.seeds,
             **{name: {own.source: _digest(own) for own in own_sets} for name, own_sets in sets.items()},
@@ -167,7 +179,10 @@ def run_sweep(sweep: Sweep, folder: Path, say: Callable[[str], None]) -> Documen
                     + ("" if setting.changes is None else f", seed {seed}")
                 )
                 write_document(_run(sweep, setting, seed, folder, say), file)
-            done[setting.name, seed] = read_document(file, "a result of the sweep; remove it, and it is run again")
+            document = read_document(file, "a result of the sweep; remove it, and it is run again")
+            # After the result, and again where it was there: a kill may have come in between.
+            _tidy(folder / ADAPTERS / run_name(setting, seed), keep=document["diverged"] is None)
+            done[setting.name, seed] = document
     return done
 
 
@@ -214,8 +229,6 @@ def _run(sweep: Sweep, setting: Setting, seed: int, folder: Path, say: Callable[
     asked = {task: own.questions for task, own in sweep.asked.items()}
     questions = [question for own in sweep.train for question in own.questions]
     done = run_once(recipe, questions, sweep.source(), asked, batch_size=BATCH, say=lambda line: say(f"  {line}"))
-    if recipe is not None:
-        _tidy(Path(recipe.output), keep=done.answered is not None)
     answered = done.answered
     return {
         "right": {} if answered is None else {task: marks(asked[task], own) for task, own in answered.chosen.items()},
@@ -225,10 +238,9 @@ def _run(sweep: Sweep, setting: Setting, seed: int, folder: Path, say: Callable[
 
 
 def _tidy(adapter: Path, keep: bool) -> None:
-    """Remove what a finished run does not need: its checkpoints, and all of one that diverged."""
-    if not keep:
+    """Remove what a finished run does not need: its checkpoints, and all of one that diverged, if it is there."""
+    if not keep and adapter.exists():
         shutil.rmtree(adapter)
-        return
     for checkpoint in checkpoints(adapter):
         remove(checkpoint)
 

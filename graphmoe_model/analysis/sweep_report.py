@@ -54,15 +54,37 @@ def results_of(sweep: Sweep, documents: Documents) -> list[SettingResult]:
 
 
 def document_of(sweep: Sweep, results: Sequence[SettingResult], documents: Documents) -> dict[str, Any]:
-    """Return a sweep's JSON: its description, what each setting came to, the lines of its picture, the conditions."""
-    conditions = [document["conditions"] for document in documents.values()]
+    """Return a sweep's JSON: its description, what each setting came to, the lines of its picture, the conditions.
+
+    Those are of the last run that answered, and under ``varied`` all values of what differs between the runs: a sweep
+    may have been gone on with on another machine.
+    """
+    conditions = _of_answers(documents)
     return {
         "sweep": sweep.described(),
         "results": [own.as_dict() for own in results],
         "series": [{**own._asdict(), "points": list(own.points.items())} for own in sweep.series],
         "conditions": conditions[-1],
-        "commits": sorted({str(own.get("commit")) for own in conditions}),
+        "varied": _varied(conditions),
+        "commits": sorted({own["commit"] for own in conditions if own.get("commit")}),
     }
+
+
+def _of_answers(documents: Documents) -> list[dict[str, Any]]:
+    """The conditions of the runs that answered; a diverged one has none but its time. The base model always answers."""
+    return [own["conditions"] for own in documents.values() if "device" in own["conditions"]]
+
+
+def _varied(conditions: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """What is not the same in all runs of a sweep though it could be -> its values, the first run's first."""
+    flat = [
+        {**own, **{f"{name}'s version": version for name, version in own.get("versions", {}).items()}}
+        for own in conditions
+    ]
+    own_of_each = ("created_at", "parameters", "versions", "commit")  # commits have a list of their own
+    names = dict.fromkeys(name for own in flat for name in own if name not in own_of_each)
+    values = {name: list(dict.fromkeys(str(own.get(name, "none")) for own in flat)) for name in names}
+    return {name: own for name, own in values.items() if len(own) > 1}
 
 
 def _of_setting(setting: Setting, documents: Mapping[int, Mapping[str, Any]], tasks: Sequence[str]) -> SettingResult:

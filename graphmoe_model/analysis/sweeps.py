@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from graphmoe_model.analysis.sweep import BASE, Series, Setting, slug
 from graphmoe_model.base_models import load_base_config
+from graphmoe_model.config import GraphMoEConfig
 from graphmoe_model.parameters import adapter_parameters
 from graphmoe_model.training.models import adapter_config, base_source
 from graphmoe_tables.methods import METHODS, PRESETS
@@ -55,14 +58,15 @@ def sensitivity(recipe: TrainingRecipe, rounds: Sequence[int], scales: Sequence[
 
 def parameters(recipe: TrainingRecipe, ranks: Sequence[int]) -> Plan:
     """Plan accuracy against trained parameters (Table 5): the recipe at each rank, and its base method beside it at the
-    rank that gives it as many.
+    rank that gives it as many, all at the recipe's scale s.
 
     Args:
         recipe: resolved, of two rounds or more.
         ranks: of the recipe's method.
 
     Raises:
-        ValueError: a rank twice, none at all, or a recipe of one round, which is its own base method.
+        ValueError: a rank twice, none at all, or one that would need an alpha that is no whole number; or a recipe of
+            one round, which is its own base method.
     """
     _check_recipe(recipe)
     _check("--ranks", ranks)
@@ -70,26 +74,26 @@ def parameters(recipe: TrainingRecipe, ranks: Sequence[int]) -> Plan:
         raise ValueError("the recipe has one round, so it is its own base method; give it two rounds or more")
     config = load_base_config(base_source(recipe))
 
-    def share(changes: dict[str, Any]) -> float:
+    def share(**changes: Any) -> float:
         return adapter_parameters(adapter_config(dataclasses.replace(recipe, **changes)), config).share
 
-    title, alpha = adapter_config(recipe).title, (recipe.lora_alpha or 1) / (recipe.r or 1)
-    base_title = METHODS[adapter_config(recipe).method].name(bool(recipe.use_dora), 1)
+    own_config = adapter_config(recipe)
+    title, base_title = own_config.title, METHODS[own_config.method].name(own_config.use_dora, 1)
+    one, two = (share(**_one_round(), r=rank) for rank in (1, 2))
     settings: list[Setting] = [UNTOUCHED]
     own_line: dict[float, str] = {}
     base_line: dict[float, str] = {}
     for r in ranks:
-        changes = {"r": r, "lora_alpha": max(1, round(alpha * r))}
-        own = Setting(f"own-r{r}", f"{title}, r {r}", changes)
-        own_line[share(changes)] = own.name
-        settings.append(own)
-        wanted = share(changes)
-        one, two = (share({**_one_round(), "r": rank, "lora_alpha": 1}) for rank in (1, 2))
+        wanted = share(r=r)
         rank = max(1, round(1 + (wanted - one) / (two - one)))  # parameters are linear in the rank
-        beside = {**_one_round(), "r": rank, "lora_alpha": max(1, round(alpha * rank))}
-        base = Setting(f"base-method-r{rank}", f"{base_title}, r {rank}", beside)
-        base_line[share(beside)] = base.name
-        settings.append(base)
+        own_title, other_title = f"{title}, r {r}", f"{base_title}, r {rank}"
+        alpha = _alpha(own_config, r, own_title)
+        other_alpha = _alpha(own_config, rank, f"{other_title}, beside {own_title}")
+        own = Setting(f"own-r{r}", own_title, {"r": r, "lora_alpha": alpha})
+        other = Setting(f"base-method-r{rank}", other_title, {**_one_round(), "r": rank, "lora_alpha": other_alpha})
+        own_line[wanted] = own.name
+        base_line[share(**_one_round(), r=rank)] = other.name
+        settings += [own, other]
     axis = "trained parameters, % of the model's"
     lines = [
         Series(name, axis, {100 * place: own for place, own in line.items()})
@@ -123,7 +127,8 @@ def activated(recipe: TrainingRecipe, top_k: Sequence[int]) -> Plan:
 def _rounds_and_scale(recipe: TrainingRecipe, rounds: int, scale: float | None) -> Setting:
     if rounds == 1:
         return Setting("t1", "T = 1", _one_round())
-    scale = scale or 0.1  # of a recipe of one round, whose preset may have none
+    if scale is None:  # a recipe of one round, whose preset may have none
+        scale = adapter_config(dataclasses.replace(recipe, rounds=rounds)).gru_hidden_scale
     title = f"T = {rounds}, GRU {scale:g}"
     return Setting(slug(title), title, {"rounds": rounds, "gru_hidden_scale": scale})
 
@@ -133,8 +138,32 @@ def _one_round() -> dict[str, Any]:
     return {"rounds": 1, "gru_hidden_scale": None, "gru_learning_rate": None}
 
 
+def _alpha(config: GraphMoEConfig, rank: int, title: str) -> int:
+    """The alpha that gives a rank the recipe's scale s; ``ValueError`` if that is no whole number, as a recipe's is."""
+    # Squared, so that rsLoRA's needs no root: s = alpha / sqrt(r), and alpha / r without it.
+    squared = Fraction(config.lora_alpha) ** 2 * Fraction(rank, config.r) ** (1 if config.use_rslora else 2)
+    alpha = math.isqrt(int(squared))
+    if alpha**2 != squared:
+        scale = "alpha / sqrt(r), by use_rslora," if config.use_rslora else "alpha / r"
+        without = "leave use_rslora out of the recipe and " if config.use_rslora else ""
+        raise ValueError(
+            f"{title}: the recipe's scale, {scale} of alpha {config.lora_alpha} and r {config.r}, needs alpha "
+            f"{math.sqrt(squared):g} at this rank, and alpha is a whole number. So that a sweep of ranks changes no "
+            f"scale, {without}give the recipe an alpha that is a multiple of its r"
+        )
+    return alpha
+
+
 def _each_once(settings: Sequence[Setting]) -> tuple[Setting, ...]:
-    return tuple({setting.name: setting for setting in settings}.values())
+    """One setting of each name; ``ValueError`` for two that have one and are not the same."""
+    named: dict[str, Setting] = {}
+    for own in settings:
+        if named.setdefault(own.name, own).changes != own.changes:
+            raise ValueError(
+                f"two settings are both called {own.title!r}, as names have six digits: {named[own.name].changes} and "
+                f"{own.changes}; give numbers that differ in those"
+            )
+    return tuple(named.values())
 
 
 def _check_recipe(recipe: TrainingRecipe) -> None:

@@ -25,7 +25,7 @@ AXES = {"decode": "tokens in the cache", "prefill": "tokens"}
 
 def draw_latency(found: Sequence[Timings], path: Path) -> list[str]:
     """Write the picture of Fig. 5c: milliseconds of a decoded token and of a prefill against the length, by adapter,
-    and of a layer against T; a row for each file."""
+    and of a layer against T; a row for each file, in it a panel for each model."""
     rows = [_panels(own) for own in found]
     columns = max(map(len, rows))
     with matplotlib.rc_context(STYLE):
@@ -43,21 +43,17 @@ def draw_latency(found: Sequence[Timings], path: Path) -> list[str]:
 
 def draw_composition(found: Sequence[Timings], path: Path) -> list[str]:
     """Write the picture of Fig. 6: shares of attention, MLP, experts, routing and GRU, a bar for each adapter."""
-    panels = [
-        (own, phase, [each for each in own.models if each.phase == phase])
-        for own in found
-        for phase in dict.fromkeys(each.phase for each in own.models)
-    ]
-    bars = max(len(models) for _, _, models in panels)
+    panels = [(own, *place, models) for own in found for place, models in own.by_phase().items()]
+    bars = max(len(models) for *_, models in panels)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.6 + 4.6 * len(panels), 1.7 + 0.36 * bars), layout="constrained")
         row = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (own, phase, models) in zip(row, panels, strict=True):
+        for axes, (own, model, phase, models) in zip(row, panels, strict=True):
             _composition(axes, models)
             device = f", {own.device}" if len(found) > 1 else ""
             length = f"{models[0].tokens:,} {AXES[phase]}"
             what = f"decode of one token, {length}" if phase == "decode" else f"prefill of {length}"
-            axes.set_title(f"{short_model(models[0].model)}{device}\n{what}", fontsize=9)
+            axes.set_title(f"{_short_names(own)[model]}{device}\n{what}", fontsize=9)
         handles, labels = row[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(CATEGORIES), frameon=False)
         figure.suptitle("Where the time of a forward goes", x=0.01, ha="left", fontsize=11)
@@ -70,15 +66,20 @@ Lines = dict[str, list[tuple[float, float]]]  # label -> (place, seconds)
 def _panels(own: Timings) -> list[tuple[str, str, Lines, dict[str, float]]]:
     """Title, axis, lines, and times that hang on nothing, of each panel of a file."""
     found: list[tuple[str, str, Lines, dict[str, float]]] = []
-    for phase in dict.fromkeys(each.phase for each in own.models):
-        models = [each for each in own.models if each.phase == phase]
-        title = f"{short_model(models[0].model)}, " + ("one token of decode" if phase == "decode" else "prefill")
+    for (model, phase), models in own.by_phase().items():
+        title = f"{_short_names(own)[model]}, " + ("one token of decode" if phase == "decode" else "prefill")
         found.append((title, AXES[phase], _by_adapter(models), {}))
     for case in dict.fromkeys(each.case for each in own.layers):
         layers = [each for each in own.layers if each.case == case]
         level = {each.provider: each.seconds for each in layers if each.rounds is None}
         found.append((f"layer, {case}", "rounds T", _by_provider(layers), level))
     return found
+
+
+def _short_names(own: Timings) -> dict[str, str]:
+    """What panels call the models of a file: their short names, where those differ."""
+    short = {model: short_model(model) for model in own.by_model()}
+    return short if len(set(short.values())) == len(short) else {model: model for model in short}
 
 
 def _by_adapter(models: Sequence[ModelTime]) -> Lines:

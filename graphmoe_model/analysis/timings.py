@@ -65,6 +65,20 @@ class Timings(NamedTuple):
     models: list[ModelTime]
     layers: list[LayerTime]
 
+    def by_model(self) -> dict[str, list[ModelTime]]:
+        """Return the times of each model, in the file's order."""
+        found: dict[str, list[ModelTime]] = {}
+        for each in self.models:
+            found.setdefault(each.model, []).append(each)
+        return found
+
+    def by_phase(self) -> dict[tuple[str, str], list[ModelTime]]:
+        """Return the times of each model and phase, in the file's order."""
+        found: dict[tuple[str, str], list[ModelTime]] = {}
+        for each in self.models:
+            found.setdefault((each.model, each.phase), []).append(each)
+        return found
+
 
 def read_timings(path: Path) -> Timings:
     """Read a file of `graphmoe profile` or of `pytest benchmarks`.
@@ -110,7 +124,9 @@ def with_times(found: Sequence[Timings]) -> list[Timings]:
 
 
 def with_shares(found: Sequence[Timings], tokens: int | None) -> list[Timings]:
-    """Return the files with the shares of one length: the one asked for, else each phase's longest.
+    """Return the files with the shares of one length: the one asked for, else the longest of each model and phase.
+
+    What has another length alone is not among them: `left_out` names it.
 
     Raises:
         ValueError: a file has no profile, or none of that length.
@@ -122,12 +138,26 @@ def with_shares(found: Sequence[Timings], tokens: int | None) -> list[Timings]:
             raise ValueError(f"{own.file} has no profile of prefill or decode; make one by graphmoe profile")
         if tokens is not None and tokens not in lengths:
             raise ValueError(f"{own.file} has no profile of {tokens} tokens; it has {', '.join(map(str, lengths))}")
-        wanted = {
-            phase: tokens or max(each.tokens for each in own.models if each.phase == phase)
-            for phase in dict.fromkeys(each.phase for each in own.models)
-        }
-        kept.append(own._replace(models=[each for each in own.models if each.tokens == wanted[each.phase]]))
+        wanted = {place: tokens or max(each.tokens for each in group) for place, group in own.by_phase().items()}
+        kept.append(own._replace(models=[each for each in own.models if each.tokens == wanted[each.model, each.phase]]))
     return kept
+
+
+def left_out(found: Sequence[Timings], shown: Sequence[Timings]) -> list[str]:
+    """Name the adapters and phases of files that `with_shares` found no profile of, with the lengths that they have."""
+    lines = []
+    for own, kept in zip(found, shown, strict=True):
+        there = {(each.model, each.adapter, each.phase) for each in kept.models}
+        lengths: dict[tuple[str, str, str], list[int]] = {}
+        for each in own.models:
+            if (place := (each.model, each.adapter, each.phase)) not in there:
+                lengths.setdefault(place, []).append(each.tokens)
+        lines += [
+            f"{own.file}: not shown is the {phase} of {model} with {adapter}, which is of "
+            f"{', '.join(f'{length:,}' for length in sorted(own_lengths))} tokens"
+            for (model, adapter, phase), own_lengths in lengths.items()
+        ]
+    return lines
 
 
 def _model_time(entry: Mapping[str, Any]) -> ModelTime:

@@ -23,8 +23,6 @@ from graphmoe_model.whole_files import write_whole
 PACKAGES = ("graphmoe", "torch", "triton", "transformers", "peft", "lm_eval", "tokenizers", "datasets", "bitsandbytes")
 # What train_result.json is called beside an adapter that `graphmoe train` made.
 TRAINING_RESULT = "train_result.json"
-# Of an evaluation's conditions, what says whose answers it has, and to what: another one is not written over.
-WHOSE = ("model", "gguf_file", "load_in_4bit", "load_in_8bit", "adapter", "data", "tasks")
 
 
 def evaluation_document(
@@ -117,50 +115,6 @@ def read_document(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}; name {what}")
     return found
-
-
-def check_overwriting(path: Path, conditions: dict[str, Any]) -> None:
-    """Refuse a file that holds something else than an earlier evaluation of the same model and adapter on the same
-    tasks; how many of their questions, in what form, may differ.
-
-    Args:
-        path: where the evaluation will be written.
-        conditions: those of it that are known before it runs, at least `WHOSE` of them.
-
-    Raises:
-        ValueError: says what the file holds.
-    """
-    if not path.exists():
-        return
-    other = "name another --output, or move that file away"
-    try:
-        earlier = read_document(path, "another file").get("conditions")
-    except ValueError as error:
-        raise ValueError(f"--output {path} holds something else than an evaluation; {other}") from error
-    if not isinstance(earlier, dict) or "model" not in earlier or "adapter" not in earlier:
-        raise ValueError(f"--output {path} holds something else than an evaluation; {other}")
-    if any(_plain(earlier.get(name)) != _plain(conditions.get(name)) for name in WHOSE):
-        raise ValueError(
-            f"--output {path} holds the evaluation of {_whose(earlier)}, and this one is of {_whose(conditions)}; "
-            f"{other}"
-        )
-
-
-def _plain(value: Any) -> Any:
-    """A condition as it is compared: folders by where they lead, tasks by their names, none at all as what is unset."""
-    if isinstance(value, str) and Path(value).is_dir():
-        return str(Path(value).resolve())
-    return (sorted(value) if isinstance(value, dict | list) else value) or None
-
-
-def _whose(conditions: dict[str, Any]) -> str:
-    """Say what was evaluated, and on what."""
-    model = [str(conditions["model"])]
-    model += [str(conditions["gguf_file"])] if conditions.get("gguf_file") else []
-    model += [f"in {bits} bits" for bits in (4, 8) if conditions.get(f"load_in_{bits}bit")]
-    adapter = conditions["adapter"]
-    whose = f"{' '.join(model)} without an adapter" if adapter is None else f"{' '.join(model)} with {adapter}"
-    return f"{whose} on {', '.join([*(conditions.get('data') or ()), *(conditions.get('tasks') or ())])}"
 
 
 def write_document(document: dict[str, Any], path: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -20,7 +19,6 @@ from graphmoe_model.analysis.prompts import read_prompts
 from graphmoe_model.questions import QuestionEncoder
 from graphmoe_model.questions.json_lines import write_questions
 from tests.cli.drawn_pictures import assert_picture
-from tests.model import training_runs
 from tests.model.questions_made import byte_level, made_questions, small_llama
 from tests.model.tiny_models import tiny_config
 
@@ -133,6 +131,36 @@ def test_a_trace_of_texts_and_questions(saved, tmp_path):
     assert "The picture has the first" not in result.stdout
 
 
+def test_results_of_something_else_are_not_written_over(saved, tmp_path):
+    """Nor their pictures; the same again may be, with more or fewer questions. As `graphmoe eval` has it."""
+    base, adapter, asked = saved["base"], saved["graphmoe"], saved["asked"]
+    for which, of in (
+        ("balance", f"{base} with {adapter} on asked"),
+        ("trace", f"{base} with {adapter} on asked, 'a'"),
+    ):
+        file, more = tmp_path / f"{which}.json", () if which == "balance" else ("--text", "a", "--draws", 3)
+        given = ("analyze", which, "--model", base, "--no-plot", "--out", tmp_path, "--adapter")
+        for limit in (2, 3):
+            result = graphmoe(*given, adapter, "--data", asked, "--limit", limit, *more)
+            assert result.exit_code == 0, result.output
+        before = file.read_bytes()
+        for words in ((saved["again"], "--data", asked), (adapter, "--data", saved["more"])):
+            refused = graphmoe(*given, *words, *more)
+            assert refused.exit_code == 2
+            now = f"{base} with {words[0]} on {words[2].stem}"
+            assert f"{file} holds the {which} of {of}, and this one is of {now}" in refused.stderr
+            assert "; name another --out, or move its files and pictures away" in refused.stderr
+        if which == "trace":
+            refused = graphmoe(*given, adapter, "--data", asked, "--text", "b")
+            assert f"holds the trace of {of}, and this one is of {base} with {adapter} on asked, 'b'" in refused.stderr
+        assert file.read_bytes() == before
+        for text in ("[]", "notes", json.dumps({"conditions": {"model": str(base), "adapter": "a"}})):
+            file.write_text(text)
+            said = graphmoe(*given, adapter, "--data", asked, *more).stderr
+            assert f"{file} holds something else than an earlier {which}" in said
+            assert file.read_text() == text
+
+
 def test_a_long_text_is_said_to_be_drawn_in_part(saved, tmp_path):
     given = ("--model", saved["base"], "--adapter", saved["graphmoe"], "--out", tmp_path, "--draws", 2)
     result = graphmoe("analyze", "trace", *given, "--text", "river " * 60)
@@ -150,7 +178,7 @@ WRONG = {
     "trace --adapter GRAPHMOE --router x": "--router x: there is no such router; there are model.layers.0.mlp",
     "balance --adapter GRAPHMOE --data ./x.jsonl": "there is no file x.jsonl",
     "trace --adapter GRAPHMOE --text LONG": "a text of --text has",
-    "balance --adapter GRAPHMOE --out ASKED": "is a file; it must be a folder",
+    "balance --adapter GRAPHMOE --out ASKED": "is a file; name a folder",
     "balance --adapter GRAPHMOE --model EMPTY": "so it is no model",
 }
 
@@ -197,100 +225,9 @@ def test_pictures_without_matplotlib(saved, tmp_path, monkeypatch):
     assert not (tmp_path / "trace.json").exists()
 
 
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory) -> Path:
-    """A recipe of two steps on a tiny model, and the questions that it names."""
-    pytest.importorskip("trl")
-    root = tmp_path_factory.mktemp("swept")
-    training_runs.make_base(root / "model")
-    training_runs.write_questions(root / "train.jsonl", 24)
-    training_runs.write_questions(root / "test.jsonl", 6, seed=1)
-    recipe = {**training_runs.SMALL, "model": str(root / "model"), "data": [str(root / "train.jsonl")], "max_steps": 2}
-    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return root
-
-
-def sweep(swept: Path, kind: str, *arguments: object, out: Path) -> Any:
-    given = ("--config", swept / "recipe.yaml", "--test-data", swept / "test.jsonl", "--out", out)
-    return graphmoe("analyze", kind, *given, *arguments)
-
-
-def test_a_sweep_over_rounds_and_scales(swept, tmp_path):
-    """Table, picture and JSON; the same command again runs nothing, another one is refused."""
-    grid = ("--rounds", 1, 2, "--scales", 0.25, 0.5, "--seeds", 0, 1)
-    result = sweep(swept, "sensitivity", *grid, out=tmp_path / "s")
-    assert result.exit_code == 0, result.output
-    document = json.loads((tmp_path / "s" / "sensitivity.json").read_text())
-    titles = ["the base model", "T = 1", "T = 2, GRU 0.25", "T = 2, GRU 0.5"]
-    assert [own["title"] for own in document["results"]] == titles
-    assert [own["seeds"] for own in document["results"]] == [[0], [0, 1], [0, 1], [0, 1]]
-    assert [own["axis"] for own in document["series"]] == ["rounds T", "GRU width over the hidden size"]
-    assert_picture(tmp_path / "s" / "sensitivity.png")
-    for own in document["results"]:
-        assert f"{100 * own['accuracy']['test']['mean']:.1f}" in result.stdout
-        assert own["title"] in result.stdout
-    again = sweep(swept, "sensitivity", *grid, out=tmp_path / "s")
-    assert again.exit_code == 0
-    assert "run 1 of" not in again.stdout
-    other = sweep(swept, "sensitivity", "--rounds", 1, out=tmp_path / "s")
-    assert other.exit_code == 2
-    assert "holds a sweep with seeds [0, 1], not [0]; settings.t-2-gru-0.25" in other.stderr
-
-
 def test_a_text_may_have_commas(saved, tmp_path):
     """Values of other lists with commas are refused, as several in one word."""
     given = ("--model", saved["base"], "--adapter", saved["graphmoe"], "--text", "yes, no, or neither", "--no-plot")
     result = graphmoe("analyze", "trace", *given, "--draws", 10, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "trace.json").read_text())["conditions"]["text"] == ["yes, no, or neither"]
-
-
-def test_a_sweep_does_not_ask_what_it_trained_on(swept, tmp_path):
-    """A file has one split, so without others to ask the accuracy would be that of what was learnt by heart."""
-    result = graphmoe("analyze", "activated", "--config", swept / "recipe.yaml", "--top-k", 1, "--out", tmp_path / "s")
-    assert result.exit_code == 2
-    assert "train.jsonl, which has no other questions to ask; name some by --test-data" in result.stderr
-    assert not (tmp_path / "s").exists()
-
-
-@pytest.mark.parametrize(
-    "kind, grid, titles",
-    [
-        ("parameters", ("--ranks", 2), ["GraphMoE(MixLoRA), r 2", "MixLoRA, r 3"]),
-        ("activated", ("--top-k", 1, 2), ["top 1", "top 2"]),
-    ],
-)
-def test_sweeps_over_ranks_and_experts_per_token(swept, tmp_path, kind, grid, titles):
-    result = sweep(swept, kind, *grid, "--limit", 4, out=tmp_path / "s")
-    assert result.exit_code == 0, result.output
-    document = json.loads((tmp_path / "s" / f"{kind}.json").read_text())
-    assert [own["title"] for own in document["results"]] == ["the base model", *titles]
-    assert document["sweep"]["kind"] == kind
-    assert next(iter(document["sweep"]["asked"].values())).startswith("4 questions, ")
-    assert_picture(tmp_path / "s" / f"{kind}.png")
-
-
-def test_wrong_sweeps_end_in_one_line_and_status_2(swept, tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").touch()
-    for changes, arguments, message in (
-        ({}, ("activated", "--top-k", 2, 9), "top 9: "),
-        ({}, ("activated", "--top-k", 2, 2), "--top-k has a number twice, got [2, 2]"),
-        ({}, ("sensitivity", "--rounds", 0), "--rounds must be numbers above 0, got 0"),
-        ({}, ("parameters", "--ranks", 4, "--seeds", 1, 1), "--seeds must be numbers of 0 or more, each once"),
-        ({}, ("parameters", "--ranks", 4, "--limit", 0), "--limit must be at least 1, got 0"),
-        ({"eval_data": ["boolq"]}, ("activated",), "the recipe has eval_data, which would choose a checkpoint"),
-        ({"use_cpu": False, "fsdp": True}, ("activated",), "a sweep runs in one process; leave fsdp and deepspeed out"),
-        ({"rounds": 1, "gru_hidden_scale": None}, ("parameters", "--ranks", 4), "it is its own base method"),
-        ({}, ("activated", "--out", tmp_path / "full"), "holds notes.txt and no sweep; name a new folder"),
-    ):
-        recipe = {**yaml.safe_load((swept / "recipe.yaml").read_text()), **changes}
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        which, *words = arguments
-        out = [] if "--out" in words else ["--out", tmp_path / "out"]
-        given = ("--config", tmp_path / "recipe.yaml", "--test-data", swept / "test.jsonl")
-        result = graphmoe("analyze", which, *given, *words, *out)
-        assert result.exit_code == 2, result.output
-        assert message in result.stderr
-        assert result.stderr.startswith(f"graphmoe analyze {which}: error: ")
-        assert not (tmp_path / "out").exists()

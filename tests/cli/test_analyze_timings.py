@@ -73,6 +73,73 @@ def test_composition_at_the_longest_or_at_a_named_length(tmp_path):
     assert_picture(tmp_path / "composition.png")
 
 
+def test_two_models_in_one_file_stand_apart(tmp_path):
+    """Both profiled without an adapter: merged, one would have the other's time under its name."""
+    small, large = ({**profile("none", "decode", 16, time), "model": name} for name, time in (("7b", 7), ("70b", 70)))
+    more = {**profile("none", "decode", 64, 80), "model": "70b"}
+    file = written(tmp_path, profiles=[small, large, more])
+    result = graphmoe("latency", file, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    first, second = result.stdout.split("\n70b, cpu (X): ms")
+    assert first.startswith("7b, cpu (X): ms")
+    assert [word for word in first.split() if word in ("7.7", "77", "88")] == ["7.7"]
+    assert [word for word in second.split() if word in ("7.7", "77", "88")] == ["77", "88"]
+    assert_picture(tmp_path / "out" / "latency.png")
+    result = graphmoe("composition", file, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    for title in ("7b, decode of 16 tokens, cpu (X)", "70b, decode of 64 tokens, cpu (X)"):
+        assert title in result.stdout.splitlines()
+    assert "not shown" not in result.stdout
+    assert_picture(tmp_path / "out" / "composition.png")
+
+
+@pytest.mark.parametrize("names, shown", [(("/a/m", "/b/m"), ("/a/m", "/b/m")), (("/a/m", "/b/n"), ("m", "n"))])
+def test_each_model_has_panels_under_a_name_of_its_own(names, shown, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from graphmoe_model.analysis import timing_plots
+
+    figures: list[Any] = []
+    monkeypatch.setattr(timing_plots, "write_picture", lambda figure, path: figures.append(figure))
+    file = written(tmp_path, profiles=[{**profile("none", "decode", 16, 7), "model": name} for name in names])
+    measured = [read_timings(file)]
+    timing_plots.draw_latency(with_times(measured), tmp_path / "a.png")
+    timing_plots.draw_composition(with_shares(measured, None), tmp_path / "b.png")
+    titles = [[axes.get_title(loc="left") for axes in figure.axes] for figure in figures]
+    assert titles[0] == [f"{name}, one token of decode" for name in shown]
+    assert titles[1] == [f"{name}\ndecode of one token, 16 tokens in the cache" for name in shown]
+
+
+def test_what_has_no_profile_of_the_length_is_named(tmp_path):
+    """A phase or an adapter that is not in the table is not there to be missed."""
+    file = written(tmp_path, profiles=[profile("none", "decode", 1024, 7), profile("none", "prefill", 512, 70)])
+    result = graphmoe("composition", file, "--tokens", 1024, "--out", tmp_path / "out", "--no-plot")
+    assert result.exit_code == 0, result.output
+    assert f"{file}: not shown is the prefill of m with none, which is of 512 tokens" in result.stdout
+    short = [profile("none", "decode", 64, 7), *(profile("LoRA", "decode", tokens, 7) for tokens in (16, 8))]
+    result = graphmoe("composition", written(tmp_path, profiles=short), "--out", tmp_path / "short", "--no-plot")
+    assert f"{file}: not shown is the decode of m with LoRA, which is of 8, 16 tokens" in result.stdout
+
+
+@pytest.mark.parametrize("which", ["latency", "composition"])
+def test_timings_of_something_else_are_not_written_over(which, tmp_path):
+    """The same file of another model is something else: `graphmoe profile` may have written it anew."""
+    file = written(tmp_path)
+    assert graphmoe(which, file, "--out", tmp_path / "out", "--no-plot").exit_code == 0
+    assert graphmoe(which, file, "--out", tmp_path / "out", "--no-plot").exit_code == 0
+    here = tmp_path / "out" / f"{which}.json"
+    before = here.read_bytes()
+    of = f"{file} (m with none, MixLoRA, T = 1, GraphMoE(MoLA), T = 3, cpu (X))"
+    (tmp_path / "other").mkdir()
+    other = written(tmp_path / "other")
+    refused = graphmoe(which, other, "--out", tmp_path / "out", "--no-plot")
+    assert refused.exit_code == 2
+    assert f"{here} holds the {which} of {of}, and this one is of {other} (m" in refused.stderr
+    written(tmp_path, profiles=[{**profile("none", "decode", 16, 7), "model": "n"}])
+    refused = graphmoe(which, file, "--out", tmp_path / "out", "--no-plot")
+    assert f"holds the {which} of {of}, and this one is of {file} (n with none, cpu (X)); name" in refused.stderr
+    assert here.read_bytes() == before
+
+
 def test_every_committed_result_can_be_read():
     """The forms of all that was measured so far; what has no times is named as such."""
     for path in [*sorted(RESULTS.glob("*.json")), *sorted((RESULTS / "profile").glob("*.json"))]:
@@ -124,7 +191,7 @@ def test_files_that_are_not_there_or_twice(tmp_path):
     for arguments, message in (
         (("latency", tmp_path / "no.json"), "there is no file"),
         (("composition", file, file), "is named twice"),
-        (("latency", file, "--out", file), "is a file; it must be a folder"),
+        (("latency", file, "--out", file), "is a file; name a folder"),
     ):
         result = graphmoe(*arguments)
         assert result.exit_code == 2

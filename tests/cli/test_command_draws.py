@@ -117,7 +117,8 @@ def not_swept(sweep, folder, say):
     from graphmoe_model.analysis.sweep import check_folder
 
     check_folder(sweep, folder)
-    document = {"diverged": "not run", "conditions": {"dtype": "float32", "device": "cpu"}}
+    conditions = {"dtype": "float32", "device": "cpu", "versions": {"torch": "2"}}
+    document = {"diverged": "not run", "conditions": conditions}
     return {(setting.name, seed): document for setting, seed in sweep.runs()}
 
 

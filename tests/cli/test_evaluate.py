@@ -146,7 +146,7 @@ def test_an_evaluation_of_something_else_is_not_written_over(saved, tmp_path):
         assert output.read_bytes() == before
     for text in ("{}", "notes", json.dumps({"conditions": {"seed": 0}})):
         output.write_text(text)
-        assert "holds something else than an evaluation" in graphmoe(*model, asked).stderr
+        assert "holds something else than an earlier evaluation" in graphmoe(*model, asked).stderr
         assert output.read_text() == text
 
 

@@ -145,7 +145,7 @@ WRONG = {
     "too long for a preset": ("--preset llama-3-8b --seq 9000", "longer than the model's 8192 positions"),
     "too long for a model": ("--model BASE --seq 200", "longer than the model's 128 positions"),
     "no batch": ("--model BASE --seq 4 --batch 0", "batch must be at least 1, got 0"),
-    "out is a file": ("--preset tiny --out FILE", "is a file; it must be a folder"),
+    "out is a file": ("--preset tiny --out FILE", "is a file; name a folder"),
 }
 
 

@@ -166,9 +166,41 @@ def test_the_index_by_hand():
     assert round_index(torch.tensor([[[0], [1]], [[2], [3]]]), 4) == pytest.approx(1)
     assert round_index(torch.tensor([[[0], [1]], [[1], [0]]]), 4) == 0
     assert round_index(torch.zeros(3, 5, 1, dtype=torch.long), 1) == 0
+    assert round_index(torch.tensor([[[0, 1]], [[1, 0]]]), 2) == 0  # every token has all experts
     # Round 1: expert 0 twice; round 2: experts 0 and 1. I = H(E) - H(E | T) = H(3/4, 1/4) - H(1/2, 1/2) / 2.
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) - math.log(2) / 2
     assert round_index(torch.tensor([[[0], [0]], [[0], [1]]]), 8) == pytest.approx(entropy / math.log(2))
+
+
+# What each round's tokens go to, n, and the index: I = H(E) - H(E | T), where H(E | T) is log 2.
+PAIRS = {
+    "T k <= n": ([[0, 1], [2, 3]], 5, 1.0),
+    "each expert in two rounds": ([[0, 1], [1, 2], [2, 0]], 3, 1.0),
+    # H(1/3, 1/3, 1/6, 1/6) is log 3 + log(2) / 3, and the most log(4 / 2).
+    "T k no multiple of n": ([[0, 1], [0, 1], [2, 3]], 4, (math.log(3) - math.log(2) * 2 / 3) / math.log(2)),
+    # H(1/2, 1/4, 1/4) is log(2) 3/2, and the most log T.
+    "one expert of two shared": ([[0, 1], [0, 2]], 8, 0.5),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_the_index_of_two_experts_per_token_by_hand(case):
+    """The most that two different experts per token and round leave is 1, whatever the number of tokens."""
+    rounds, num_experts, expected = PAIRS[case]
+    ids = torch.tensor(rounds)[:, None].expand(-1, 7, -1)  # [T, 7, 2]
+    assert round_index(ids, num_experts) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("T, num_experts, k", [(3, 4, 2), (3, 4, 3), (2, 8, 2), (4, 6, 2), (2, 3, 2)])
+def test_the_index_passes_1_nowhere(T, num_experts, k):
+    """Of all ways that send a round's tokens to the same experts."""
+    sets = list(itertools.combinations(range(num_experts), k))
+    every = itertools.combinations_with_replacement(sets, T)
+    largest = max(round_index(torch.tensor(own)[:, None], num_experts) for own in every)
+    if T * k <= num_experts or T * k % num_experts == 0:
+        assert largest == pytest.approx(1)
+    else:
+        assert 0.8 < largest < 0.999
 
 
 def test_the_null_distribution_is_that_of_all_permutations():

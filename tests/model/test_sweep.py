@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,26 +14,21 @@ pytest.importorskip("trl")
 pytest.importorskip("lm_eval")
 
 from graphmoe_model.analysis import one_run, sweeps
+from graphmoe_model.analysis import sweep as sweep_module
 from graphmoe_model.analysis.differences import differences
 from graphmoe_model.analysis.one_process import alone
 from graphmoe_model.analysis.sweep import (
     ADAPTERS,
     BASE,
     RUNS,
-    Setting,
-    Sweep,
-    fitted_recipe,
     run_name,
     run_sweep,
 )
 from graphmoe_model.analysis.sweep_report import document_of, results_of
-from graphmoe_model.base_models import ModelSource, load_base_config
-from graphmoe_model.parameters import adapter_parameters
-from graphmoe_model.questions import QuestionSet
 from graphmoe_model.training import DivergedError, train
-from graphmoe_model.training.models import adapter_config
 from graphmoe_tables.recipe import TrainingRecipe
-from tests.model.training_runs import make_base, make_questions, recipe
+from tests.model.small_sweeps import question_set, silent, started, sweep_of
+from tests.model.training_runs import make_base, make_questions
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -42,107 +38,16 @@ def base(tmp_path_factory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"))
 
 
-def started(base: Path, **changes: Any) -> TrainingRecipe:
-    return fitted_recipe(recipe(base, Path("unused"), max_steps=2, save_steps=1, **changes))
-
-
-def question_set(name: str, count: int, seed: int) -> QuestionSet:
-    return QuestionSet(name, "test", f"{name}.jsonl", tuple(make_questions(count, seed)))
-
-
-def sweep_of(base: Path, plan: sweeps.Plan | None = None, **changes: Any) -> Sweep:
-    start = started(base)
-    plan = plan or sweeps.sensitivity(start, [1, 2], [])
-    settings: dict[str, Any] = {
-        "kind": "sensitivity",
-        "recipe": start,
-        "settings": plan.settings,
-        "series": plan.series,
-        "seeds": (0, 1),
-        "train": (question_set("train", 24, 0),),
-        "asked": {"one": question_set("one", 7, 1), "two": question_set("two", 5, 2)},
-    }
-    return Sweep(**{**settings, **changes})
-
-
-def silent(line: str) -> None:
-    """Say nothing."""
-
-
-def test_sensitivity_has_each_setting_once(base):
-    """The point that both lines share is one run, and T = 1, which has no GRU, has no scale."""
-    plan = sweeps.sensitivity(started(base), [1, 2, 3], [0.25, 0.5])
-    assert [own.name for own in plan.settings] == ["base", "t1", "t-2-gru-0.25", "t-3-gru-0.25", "t-2-gru-0.5"]
-    assert [own.axis for own in plan.series] == ["rounds T", "GRU width over the hidden size"]
-    assert plan.series[0].points == {1: "t1", 2: "t-2-gru-0.25", 3: "t-3-gru-0.25"}
-    assert plan.series[1].points == {0.25: "t-2-gru-0.25", 0.5: "t-2-gru-0.5"}
-    assert plan.settings[1].changes == {"rounds": 1, "gru_hidden_scale": None, "gru_learning_rate": None}
-    one = sweeps.sensitivity(started(base, rounds=1, gru_hidden_scale=None), [1, 2], [])
-    assert [own.name for own in one.settings] == ["base", "t1", "t-2-gru-0.1"]
-
-
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_the_base_method_has_as_many_parameters_as_the_recipe(base, use_dora):
-    """No other rank of it is nearer."""
-    start = started(base, use_dora=use_dora)
-    plan = sweeps.parameters(start, [2, 5])
-    config = load_base_config(ModelSource(str(base)))
-
-    def count(setting: Setting, more: int = 0) -> int:
-        changed = {**setting.changes, "r": setting.changes["r"] + more}
-        return adapter_parameters(adapter_config(dataclasses.replace(start, **changed)), config).total
-
-    assert [own.name.rpartition("-r")[0] for own in plan.settings[1:]] == ["own", "base-method"] * 2
-    for own, other in zip(plan.settings[1::2], plan.settings[2::2], strict=True):
-        distances = [abs(count(other, more) - count(own)) for more in (-1, 0, 1)]
-        assert distances[1] == min(distances)
-        assert own.changes["lora_alpha"] == 2 * own.changes["r"]
-        assert other.changes["rounds"] == 1
-    shares = [adapter_parameters(adapter_config(start), config).base for _ in (0,)]
-    (own_line, base_line) = plan.series
-    assert list(own_line.points) == [pytest.approx(100 * count(s) / shares[0]) for s in plan.settings[1::2]]
-    assert list(base_line.points) == [pytest.approx(100 * count(s) / shares[0]) for s in plan.settings[2::2]]
-
-
-def test_activated_changes_the_experts_per_token(base):
-    plan = sweeps.activated(started(base), [1, 3])
-    assert [own.changes for own in plan.settings] == [None, {"top_k": 1}, {"top_k": 3}]
-    assert plan.series[0].points == {1: "top1", 3: "top3"}
-
-
-ONE_ROUND = {"rounds": 1, "gru_hidden_scale": None}
-
-
-@pytest.mark.parametrize(
-    "changes, plan, message",
-    [
-        ({}, lambda own: sweeps.sensitivity(own, [1, 1], []), "--rounds must be at least one number, each once"),
-        ({}, lambda own: sweeps.sensitivity(own, [], []), "--rounds must be at least one number"),
-        (ONE_ROUND, lambda own: sweeps.sensitivity(own, [1], [0.1]), "--scales are those of a GRU, which the recipe's"),
-        (ONE_ROUND, lambda own: sweeps.parameters(own, [4]), "the recipe has one round, so it is its own base method"),
-        ({"preset": "loramoe"}, lambda own: sweeps.activated(own, [2]), "LoRAMoE chooses no experts"),
-    ],
-)
-def test_plans_that_make_no_sense_are_refused(base, changes, plan, message):
-    with pytest.raises(ValueError, match=message):
-        plan(started(base, **changes))
-
-
-def test_a_recipe_that_starts_from_an_adapter_is_refused(base, tmp_path):
-    train(recipe(base, tmp_path / "first", max_steps=1), make_questions(8), say=silent)
-    start = {"r": None, "lora_alpha": None, "num_experts": None, "rounds": None, "gru_hidden_scale": None}
-    started_from = recipe(base, Path("unused"), start_from=str(tmp_path / "first"), **start)
-    with pytest.raises(ValueError, match="a sweep trains fresh adapters"):
-        sweeps.sensitivity(fitted_recipe(started_from), [1], [])
-
-
 def test_settings_that_no_recipe_has_are_refused_before_anything_runs(base):
     plan = sweeps.activated(started(base), [2, 9])
     with pytest.raises(ValueError, match=r"top 9: .*top_k"):
         sweep_of(base, plan)
-    for seeds in ((), (1, 1), tuple(range(11))):
-        with pytest.raises(ValueError, match="--seeds must be 1 to 10 different numbers"):
+    for seeds in ((), (1, 1), tuple(range(11)), (0, -1), (0, 2**32)):
+        with pytest.raises(ValueError, match="--seeds must be 1 to 10 different numbers of 0 to 4294967295, got"):
             sweep_of(base, seeds=seeds)
+    with pytest.raises(ValueError, match="a sweep reports to no one, and the recipe has report_to: wandb"):
+        sweep_of(base, recipe=started(base, report_to="wandb"))
+    sweep_of(base, recipe=started(base, report_to="auto"))  # as recipe.yaml has it beside an adapter
 
 
 def test_a_sweep_under_torchrun_is_refused(base, monkeypatch):
@@ -217,12 +122,29 @@ def test_a_folder_of_another_sweep_is_refused_with_both(base, tmp_path):
     before = r"one\.jsonl \(7 questions, \w+\) and two\.jsonl \(5 questions, \w+\)"
     with pytest.raises(ValueError, match=rf"asked {before}, not one\.jsonl \(7 questions, \w+\)"):
         run_sweep(sweep_of(base, asked={"one": question_set("one", 7, 5)}), tmp_path, silent)
+    with pytest.raises(ValueError, match=r"recipe\.logging_steps 1, not 2"):  # the load is a mean over what is logged
+        run_sweep(sweep_of(base, recipe=started(base, logging_steps=2)), tmp_path, silent)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"holds thesis\.tex and no sweep; name a new folder"):
         run_sweep(sweep_of(base), tmp_path / "other", silent)
     with pytest.raises(ValueError, match="cannot be written to"):
         run_sweep(sweep_of(base), tmp_path / "other" / "thesis.tex" / "x", silent)
+
+
+def test_another_base_model_in_the_same_folder_is_refused(tmp_path):
+    """Half of the points would be another model's."""
+    base = make_base(tmp_path / "base")
+    sweep, said = sweep_of(base, seeds=(0,)), []
+    run_sweep(sweep, tmp_path / "sweep", silent)
+    weights = base / "model.safetensors"
+    there = weights.read_bytes()
+    weights.write_bytes(there[:-4] + b"abcd")
+    with pytest.raises(ValueError, match=r"holds a sweep with base_files \w{12}, not \w{12}\. Name another folder"):
+        run_sweep(sweep, tmp_path / "sweep", silent)
+    weights.write_bytes(there)
+    run_sweep(sweep, tmp_path / "sweep", said.append)
+    assert said == []
 
 
 def test_two_processes_do_not_share_a_sweep(base, tmp_path):
@@ -270,6 +192,41 @@ def test_a_setting_that_diverges_is_a_result_and_the_sweep_goes_on(base, tmp_pat
     assert (two.seeds, two.diverged) == ([1], [0])
     assert two.average is not None
     assert not (tmp_path / ADAPTERS / "t-2-gru-0.25.seed0").exists()
+
+
+def test_a_sweep_that_is_killed_while_it_tidies_goes_on(base, tmp_path, monkeypatch):
+    """Of what diverged a part may be left, of what was trained its checkpoints."""
+
+    class KilledError(BaseException):
+        pass
+
+    def diverges(run: TrainingRecipe, *args: Any, **kwargs: Any) -> Any:
+        result = train(run, *args, **kwargs)
+        if run.rounds == 2:
+            raise DivergedError("the loss is nan at step 2")
+        return result
+
+    def killed(folder: Path) -> None:
+        (folder / "recipe.yaml").unlink(missing_ok=True)
+        raise KilledError
+
+    monkeypatch.setattr(one_run, "train", diverges)
+    sweep, adapters = sweep_of(base, seeds=(0,)), tmp_path / ADAPTERS
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep_module, "remove", killed)
+        with pytest.raises(KilledError):
+            run_sweep(sweep, tmp_path, silent)
+    assert len(list(adapters.glob("t1.seed0/checkpoint-*"))) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep_module, "shutil", SimpleNamespace(rmtree=killed))
+        with pytest.raises(KilledError):
+            run_sweep(sweep, tmp_path, silent)
+    assert (adapters / "t-2-gru-0.25.seed0" / "adapter_config.json").exists()
+    said: list[str] = []
+    _, one, two = results_of(sweep, run_sweep(sweep, tmp_path, said.append))
+    assert (one.seeds, two.diverged, said) == ([0], [0], [])
+    assert [path.name for path in adapters.iterdir()] == ["t1.seed0"]
+    assert not list(adapters.glob("*/checkpoint-*"))
 
 
 def test_all_seeds_of_a_setting_may_diverge_and_are_drawn_as_nothing(base, tmp_path, monkeypatch):
