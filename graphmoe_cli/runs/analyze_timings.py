@@ -16,7 +16,7 @@ from graphmoe_cli.runs.terminal import say_written
 from graphmoe_model.analysis.timings import Timings, left_out, read_timings, with_shares, with_times
 from graphmoe_model.evaluation.document import write_document
 from graphmoe_model.evaluation.overwriting import COMPOSITION, LATENCY, check_overwriting
-from graphmoe_model.profiling.result import CATEGORIES
+from graphmoe_model.profiling.result import CATEGORIES, TITLES
 from graphmoe_tables.printing import print_whole
 
 
@@ -121,7 +121,7 @@ def _print_composition(own: Timings, console: Console) -> None:
         table = Table(box=box.SIMPLE)
         table.add_column("adapter")
         for category in CATEGORIES:
-            table.add_column(category, justify="right")
+            table.add_column(TITLES[category], justify="right")
         for each in models:
             table.add_row(Text(each.adapter), *(f"{100 * each.shares[category]:.1f}%" for category in CATEGORIES))
         print_whole(table, console)

@@ -15,29 +15,35 @@ from graphmoe_model.analysis.timings import LayerTime, ModelTime, Timings
 from graphmoe_model.pictures import write_picture
 from graphmoe_model.presentation import INK, short_model
 from graphmoe_model.presentation import STYLE as BASE_STYLE
-from graphmoe_model.profiling.plot import COLOURS, LABELLED, TITLES
-from graphmoe_model.profiling.result import CATEGORIES
+from graphmoe_model.profiling.plot import COLOURS
+from graphmoe_model.profiling.result import CATEGORIES, TITLES
 
 STYLE = {**BASE_STYLE, "legend.frameon": False, "legend.fontsize": 8}
 MARKERS = "osD^vPX*"
+LABELLED = 0.06  # the smallest share whose figure fits into its bar
 AXES = {"decode": "tokens in the cache", "prefill": "tokens"}
 
 
 def draw_latency(found: Sequence[Timings], path: Path) -> list[str]:
     """Write the picture of Fig. 5c: milliseconds of a decoded token and of a prefill against the length, by adapter,
     and of a layer against T; a row for each file, in it a panel for each model."""
-    rows = [_panels(own) for own in found]
+    rows = [_panels(own, f", {own.device}" if len(found) > 1 else "") for own in found]
     columns = max(map(len, rows))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(0.6 + 4.2 * columns, 0.6 + 4.2 * len(rows)), layout="constrained")
         panels = figure.subplots(len(rows), columns, squeeze=False)
         for axes_row, row in zip(panels, rows, strict=True):
+            told: set[str] = set()  # what the legend to the left says already
             for axes, panel in zip(axes_row, row, strict=False):
                 _panel(axes, *panel)
+                handles, labels = axes.get_legend_handles_labels()
+                if set(labels) != told:
+                    axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
+                told = set(labels)
             for axes in axes_row[len(row) :]:
                 axes.axis("off")
         figure.suptitle("Latency", x=0.01, ha="left", fontsize=11)
-        add_conditions(figure, "; ".join(dict.fromkeys(own.device for own in found)))
+        add_conditions(figure, _measured(found))
         return write_picture(figure, path)
 
 
@@ -55,31 +61,38 @@ def draw_composition(found: Sequence[Timings], path: Path) -> list[str]:
             what = f"decode of one token, {length}" if phase == "decode" else f"prefill of {length}"
             axes.set_title(f"{_short_names(own)[model]}{device}\n{what}", fontsize=9)
         handles, labels = row[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(CATEGORIES), frameon=False)
+        figure.legend(handles, labels, loc="outside upper right", ncols=len(CATEGORIES), frameon=False)
         figure.suptitle("Where the time of a forward goes", x=0.01, ha="left", fontsize=11)
+        add_conditions(figure, _measured(found))
         return write_picture(figure, path)
 
 
 Lines = dict[str, list[tuple[float, float]]]  # label -> (place, seconds)
 
 
-def _panels(own: Timings) -> list[tuple[str, str, Lines, dict[str, float]]]:
+def _measured(found: Sequence[Timings]) -> str:
+    return "\n".join(dict.fromkeys(own.measured() for own in found))
+
+
+def _panels(own: Timings, device: str) -> list[tuple[str, str, Lines, dict[str, float]]]:
     """Title, axis, lines, and times that hang on nothing, of each panel of a file."""
     found: list[tuple[str, str, Lines, dict[str, float]]] = []
     for (model, phase), models in own.by_phase().items():
-        title = f"{_short_names(own)[model]}, " + ("one token of decode" if phase == "decode" else "prefill")
+        title = f"{_short_names(own)[model]}{device}\n" + ("one token of decode" if phase == "decode" else "prefill")
         found.append((title, AXES[phase], _by_adapter(models), {}))
     for case in dict.fromkeys(each.case for each in own.layers):
         layers = [each for each in own.layers if each.case == case]
         level = {each.provider: each.seconds for each in layers if each.rounds is None}
-        found.append((f"layer, {case}", "rounds T", _by_provider(layers), level))
+        found.append((f"layer{device}\n{case}", "rounds T", _by_provider(layers), level))
     return found
 
 
 def _short_names(own: Timings) -> dict[str, str]:
-    """What panels call the models of a file: their short names, where those differ."""
+    """What panels call the models of a file: their short names, where those differ, and how much of them was timed."""
     short = {model: short_model(model) for model in own.by_model()}
-    return short if len(set(short.values())) == len(short) else {model: model for model in short}
+    names = short if len(set(short.values())) == len(short) else {model: model for model in short}
+    layers = f", {own.conditions['layers']} layers" if "layers" in own.conditions else ""
+    return {model: f"{name}{layers}" for model, name in names.items()}
 
 
 def _by_adapter(models: Sequence[ModelTime]) -> Lines:
@@ -116,17 +129,14 @@ def _panel(axes: Axes, title: str, axis: str, lines: Lines, levels: dict[str, fl
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({place for points in lines.values() for place, _ in points}))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:,.0f}"))
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
 
 
 def _composition(axes: Axes, models: Sequence[ModelTime]) -> None:
     left = [0.0] * len(models)
     for category in CATEGORIES:
         shares = [each.shares[category] for each in models]
-        bars = axes.barh(
-            range(len(models)), shares, 0.8, left, color=COLOURS[category], label=TITLES.get(category, category)
-        )
+        bars = axes.barh(range(len(models)), shares, 0.8, left, color=COLOURS[category], label=TITLES[category])
         figures = [f"{share:.0%}" if share >= LABELLED else "" for share in shares]
         ink = "white" if category in ("attention", "routing", "gru") else INK
         axes.bar_label(bars, figures, label_type="center", color=ink, fontsize=8)

@@ -38,7 +38,8 @@ class LayerTime(NamedTuple):
 
     Attributes:
         case: what was timed: model, mode, tokens, experts, dtype.
-        provider: by what: ``"triton"``, ``"torch"``, ``"literal"``, ``"dense"``, ...
+        provider: by what: ``"triton"``, ``"torch"``, ``"literal"``, ``"dense"``, ..., and whether in a CUDA graph, in
+            which the host's time does not count.
         rounds: T; None for a provider without rounds.
         seconds: median.
     """
@@ -71,6 +72,20 @@ class Timings(NamedTuple):
         for each in self.models:
             found.setdefault(each.model, []).append(each)
         return found
+
+    def measured(self) -> str:
+        """Say how it was measured, for under a picture."""
+        of = self.conditions
+        host, versions = of.get("host", of), of.get("versions", of)
+        told = [
+            self.device,
+            *([str(of["dtype"])] if "dtype" in of else []),
+            *([f"batch {of['batch']}"] if "batch" in of else []),
+            *([f"{of['threads']} threads"] if "threads" in of else []),
+            *([f"torch {versions['torch']}"] if "torch" in versions else []),
+            *([f"load average {host['load average']} of {host['cores']} cores"] if "load average" in host else []),
+        ]
+        return ", ".join(told)
 
     def by_phase(self) -> dict[tuple[str, str], list[ModelTime]]:
         """Return the times of each model and phase, in the file's order."""
@@ -179,7 +194,7 @@ def _layer_time(entry: Mapping[str, Any]) -> LayerTime:
     label, _, rounds = str(entry["label"]).partition(", T=")
     return LayerTime(
         case=str(entry["case"]).removeprefix(f"{ROUNDS}, ").removesuffix(", by rounds").replace(", by rounds,", ","),
-        provider=label,
+        provider=label + (", in a CUDA graph" if entry["graph"] else ""),
         rounds=int(rounds) if rounds else None,
         seconds=float(entry["seconds"]["median"]),
     )

@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from graphmoe_model.pictures import write_picture
 from graphmoe_model.presentation import INK, MUTED, STYLE
-from graphmoe_model.profiling.result import CATEGORIES, Profile
+from graphmoe_model.profiling.result import CATEGORIES, TITLES, Profile
 
 # Distinguishable in every common form of colour blindness, and in their order also in grey.
 COLOURS = {
@@ -22,7 +22,6 @@ COLOURS = {
     "gru": "#2a9d6f",
     "other": "#d5dbe3",
 }
-TITLES = {"attention": "attention", "mlp": "base MLP", "experts": "experts", "routing": "routing", "gru": "GRU"}
 LABELLED = 0.045  # the smallest share whose figure fits into its bar
 
 
@@ -51,7 +50,7 @@ def _stack(axes: Axes, profiles: list[Profile]) -> None:
     bottoms = [0.0] * len(profiles)
     for category in CATEGORIES:
         shares = [profile.share(category) for profile in profiles]
-        title, colour = TITLES.get(category, category), COLOURS[category]
+        title, colour = TITLES[category], COLOURS[category]
         bars = axes.bar(range(len(profiles)), shares, 0.8, bottoms, color=colour, label=title)
         figures = [f"{share:.0%}" if share >= LABELLED else "" for share in shares]
         ink = "white" if category in ("attention", "routing", "gru") else INK

@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 CATEGORIES = ("attention", "mlp", "experts", "routing", "gru", "other")
+TITLES = {own: own for own in CATEGORIES} | {"mlp": "base MLP", "gru": "GRU"}  # in tables and pictures
 
 
 class Profile(NamedTuple):
