@@ -118,7 +118,7 @@ class SweepOptions:
     grid: Mapping[str, Sequence[float]]
     test_data: tuple[str, ...] = ()
     limit: int | None = None
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()  # none: the recipe's own
     out: Path = Path("sweep")
     plot: bool | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -246,7 +247,7 @@ def _tidy(adapter: Path, keep: bool) -> None:
 
 
 def _per_question(seconds: Mapping[str, float], asked: Mapping[str, Sequence[Any]]) -> float:
-    return round(sum(seconds.values()) / sum(map(len, asked.values())), 6)
+    return round(math.fsum(seconds.values()) / sum(map(len, asked.values())), 6)
 
 
 def _without_sets(described: Mapping[str, Any]) -> dict[str, Any]:

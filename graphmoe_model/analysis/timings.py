@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,7 +178,7 @@ def left_out(found: Sequence[Timings], shown: Sequence[Timings]) -> list[str]:
 
 def _model_time(entry: Mapping[str, Any]) -> ModelTime:
     seconds = {name: float(entry["seconds"][name]) for name in CATEGORIES}
-    total = sum(seconds.values())
+    total = math.fsum(seconds.values())
     if not total > 0:
         raise ValueError(f"the profile of {entry['adapter']} has no time in it")
     return ModelTime(
