@@ -27,7 +27,11 @@ AllowOtherBase = Annotated[
 Split = Annotated[str, typer.Option(help="Of tasks without a split of their own.")]
 BatchSize = Annotated[int, typer.Option(help="Prompts per forward.")]
 MaxLength = Annotated[
-    int | None, typer.Option(help="Tokens of a prompt; longer ones lose their start.", show_default="the model's limit")
+    int | None,
+    typer.Option(
+        help="Tokens of a prompt; longer questions lose their start, longer texts are refused.",
+        show_default="the model's limit",
+    ),
 ]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: the model's own.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is one.")]
@@ -276,5 +280,9 @@ def _sweep(
 
         from graphmoe_cli.runs import analyze_sweep
 
-        with results_folder(out):
-            analyze_sweep.run(options, Console())
+        try:
+            with results_folder(out):
+                analyze_sweep.run(options, Console())
+        except KeyboardInterrupt as error:
+            typer.echo(f"graphmoe analyze {kind}: interrupted; the same command goes on", err=True)
+            raise typer.Exit(130) from error  # as shells have it of what Ctrl-C ended

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 
 from graphmoe_model.analysis.balance import TaskBalance
 from graphmoe_model.analysis.trace import RouterTrace, Trace
@@ -192,9 +193,11 @@ def _short(name: str) -> str:
 
 
 def _visible(token: str) -> str:
-    """A token with its blanks to be seen, and no sign that starts a formula."""
-    shown = token.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥").replace("$", r"\$")
-    return shown or "∅"
+    """A token with its blanks to be seen, no sign that starts a formula, and signs that the font lacks by number."""
+    font = get_font(findfont("monospace"))
+    shown = token.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
+    shown = "".join(sign if font.get_char_index(ord(sign)) else f"<{ord(sign):X}>" for sign in shown)
+    return shown.replace("$", r"\$") or "∅"
 
 
 def add_conditions(figure: Figure, conditions: str) -> None:

@@ -20,7 +20,7 @@ from graphmoe_model.analysis.differences import differences
 from graphmoe_model.analysis.one_process import alone
 from graphmoe_model.analysis.one_run import marks, run_once
 from graphmoe_model.analysis.statistics import MOST_SEEDS
-from graphmoe_model.base_models import ModelSource
+from graphmoe_model.base_models import ModelSource, load_base_config
 from graphmoe_model.evaluation.document import read_document, write_document
 from graphmoe_model.questions import QuestionSet, questions_digest
 from graphmoe_model.training.models import adapter_config, base_source
@@ -77,7 +77,7 @@ class Sweep:
 
     Raises:
         ValueError: no seed, one twice or out of range, more than intervals are known for; a recipe that reports to a
-            service, or that no adapter can be trained by; or a process of several.
+            service; a setting that no adapter can be trained by on this base; or a process of several.
     """
 
     kind: str
@@ -101,20 +101,22 @@ class Sweep:
             )
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("a sweep runs in one process; start it without torchrun and accelerate launch")
+        base = load_base_config(base_source(self.recipe)).get_text_config()
         for setting in self.settings:  # what a recipe or a configuration refuses is said before hours are spent
-            if setting.changes is not None:
-                self.recipe_of(setting, self.seeds[0], Path("unused"))
+            if setting.changes is None:
+                continue
+            try:
+                config = adapter_config(self.recipe_of(setting, self.seeds[0], Path("unused")))
+                config.gru_width(base.hidden_size)
+                config.experts_by_layer(base.num_hidden_layers)
+            except ValueError as error:
+                raise ValueError(f"{setting.title}: {error}") from error
 
     def recipe_of(self, setting: Setting, seed: int, folder: Path) -> TrainingRecipe:
         """Return the recipe that a setting is trained by; ``ValueError`` if it is none."""
         assert setting.changes is not None
         output = str(folder / ADAPTERS / run_name(setting, seed))
-        try:
-            recipe = dataclasses.replace(self.recipe, **setting.changes, seed=seed, output=output, report_to="none")
-            adapter_config(recipe)
-            return recipe
-        except ValueError as error:
-            raise ValueError(f"{setting.title}: {error}") from error
+        return dataclasses.replace(self.recipe, **setting.changes, seed=seed, output=output, report_to="none")
 
     def runs(self) -> list[tuple[Setting, int]]:
         """List what is run: all settings with the first seed, then with the next one."""
@@ -200,6 +202,8 @@ def check_folder(sweep: Sweep, folder: Path) -> None:
             raise ValueError(f"--out {folder} cannot be written to: {error.strerror}; name another folder") from error
         return
     then, now = read_document(file, "a sweep"), sweep.described()
+    if then.get("kind") != now["kind"]:
+        raise ValueError(f"--out {folder} holds a sweep of graphmoe analyze {then.get('kind')}; name another folder")
     changed = differences(_without_sets(then), _without_sets(now))
     for key, verb in SETS.items():
         if then.get(key) != now[key]:

@@ -16,6 +16,12 @@ def questions_digest(questions: Sequence[Question]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
+def count_shared(asked: Sequence[Question], trained: Sequence[Question]) -> int:
+    """Count the questions that were also trained on: the same text, choices and context, whatever the answer."""
+    known = {(each.question, each.choices, each.context) for each in trained}
+    return sum((each.question, each.choices, each.context) in known for each in asked)
+
+
 @dataclass(frozen=True)
 class QuestionSet:
     """The questions of one split of a task, or of one file.

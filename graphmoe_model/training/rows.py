@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from graphmoe_model.questions import Question, QuestionEncoder
+from graphmoe_model.questions import Question, QuestionEncoder, count_shared
 from graphmoe_model.questions.encoding import IGNORED
 from graphmoe_tables.methods import preset_settings
 from graphmoe_tables.recipe import TrainingRecipe
@@ -78,9 +78,7 @@ def notes_on(
             f"{rows.truncated} of {rows.questions} questions are longer than {recipe.max_length} tokens and lose their "
             f"start; {more} sets how many there may be"
         )
-    trained = {(question.question, question.choices, question.context) for question in questions}
-    shared = sum((question.question, question.choices, question.context) in trained for question in eval_questions)
-    if shared:
+    if shared := count_shared(eval_questions, questions):
         yield (
             f"{shared:,} of {len(eval_questions):,} questions of --eval-data are in --data too: their loss is of what "
             "was learned by heart, and chooses the checkpoint by it; leave them out of one of the two"

@@ -161,6 +161,15 @@ def test_results_of_something_else_are_not_written_over(saved, tmp_path):
             assert file.read_text() == text
 
 
+def test_signs_that_the_font_lacks_are_drawn_by_number():
+    """Not as empty boxes, under a warning for each."""
+    pytest.importorskip("matplotlib")
+    from graphmoe_model.analysis.plots import _visible
+
+    assert _visible(" a\U0001f642$") == r"·a<1F642>\$"
+    assert _visible("") == "∅"
+
+
 def test_a_long_text_is_said_to_be_drawn_in_part(saved, tmp_path):
     given = ("--model", saved["base"], "--adapter", saved["graphmoe"], "--out", tmp_path, "--draws", 2)
     result = graphmoe("analyze", "trace", *given, "--text", "river " * 60)

@@ -113,6 +113,31 @@ def test_a_sweep_does_not_ask_what_it_trained_on(swept, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+def test_questions_that_were_trained_on_are_counted_in_a_line(swept, tmp_path):
+    """The same questions under another name are no others."""
+    lines = (swept / "train.jsonl").read_text().splitlines()[:2] + (swept / "test.jsonl").read_text().splitlines()[:1]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(lines) + "\n")
+    given = ("--top-k", 2, "--config", swept / "recipe.yaml", "--test-data", tmp_path / "mixed.jsonl", "--no-plot")
+    result = graphmoe("analyze", "activated", *given, "--out", tmp_path / "s")
+    assert result.exit_code == 0, result.output
+    assert "2 of 3 questions of mixed are trained on too: " in result.stdout
+    told = sweep(swept, "activated", "--top-k", 2, "--no-plot", out=tmp_path / "other").stdout
+    assert "trained on too" not in told
+    other_kind = sweep(swept, "sensitivity", "--rounds", 1, out=tmp_path / "s")
+    assert other_kind.exit_code == 2
+    assert "holds a sweep of graphmoe analyze activated; name another folder" in other_kind.stderr
+
+
+def test_an_interrupted_sweep_says_how_it_goes_on(swept, tmp_path, monkeypatch):
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("graphmoe_cli.runs.analyze_sweep.run_sweep", interrupted)
+    result = sweep(swept, "activated", "--top-k", 2, out=tmp_path / "s")
+    assert result.exit_code == 130
+    assert result.stderr == "graphmoe analyze activated: interrupted; the same command goes on\n"
+
+
 @pytest.mark.parametrize(
     "kind, grid, titles",
     [
@@ -142,6 +167,11 @@ def test_wrong_sweeps_end_in_one_line_and_status_2(swept, tmp_path):
         ({"eval_data": ["boolq"]}, ("activated",), "the recipe has eval_data, which would choose a checkpoint"),
         ({"use_cpu": False, "fsdp": True}, ("activated",), "a sweep runs in one process; leave fsdp and deepspeed out"),
         ({"rounds": 1, "gru_hidden_scale": None}, ("parameters", "--ranks", 4), "it is its own base method"),
+        (
+            {},
+            ("sensitivity", "--rounds", 1, "--scales", 0.001),
+            "T = 2, GRU 0.001: gru_hidden_scale=0.001 gives a GRU of width 0",
+        ),
         ({"lora_alpha": 5}, ("parameters", "--ranks", 3), "needs alpha 7.5 at this rank"),
         (
             {"report_to": "wandb"},

@@ -40,6 +40,15 @@ def graphmoe(*arguments: object) -> Any:
     return CliRunner().invoke(app, ["analyze", *map(str, arguments)])
 
 
+def drawn_text(draw: Any, found: Any, path: Path) -> str:
+    """All that a picture says."""
+    figures = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("graphmoe_model.analysis.timing_plots.write_picture", lambda figure, _: figures.append(figure))
+        draw(found, path)
+    return "\n".join(text.get_text() for text in figures[0].findobj(lambda own: hasattr(own, "get_text")))
+
+
 def test_latency_of_profiles_and_of_layers_by_rounds(tmp_path):
     """In milliseconds, as the files have them: a profile's elapsed time, a benchmark's median."""
     committed = RESULTS / "cuda-2026-11-26T202140.json"
@@ -58,7 +67,35 @@ def test_latency_of_profiles_and_of_layers_by_rounds(tmp_path):
     found = {(each["provider"], each["rounds"]): each["seconds"] for each in layers["layers"] if each["case"] == case}
     assert set(found) >= {("dense", None), ("triton", 1), ("triton", 5), ("literal", 3)}
     assert f"layer, {case}, NVIDIA H100 80GB HBM3: ms" in result.stdout
+    one = {each["provider"] for each in layers["layers"] if "inference, 1 tokens" in each["case"]}
+    assert one == {"dense, in a CUDA graph", "triton, in a CUDA graph", "literal"}  # the last is measured without
+    assert "triton, in a CUDA graph" in result.stdout
     assert_picture(tmp_path / "out" / "latency.png")
+
+
+def test_pictures_say_what_was_measured_and_how(tmp_path):
+    """Else two layers on a CPU pass for a whole model, and one device for another."""
+    pytest.importorskip("matplotlib")
+    from graphmoe_model.analysis.timing_plots import draw_composition, draw_latency
+
+    of = {"device": "cpu (X)", "dtype": "float32", "layers": 2, "batch": 1, "threads": 4, "torch": "2.13.0"}
+    own = read_timings(written(tmp_path, conditions={**of, "load average": 0.5, "cores": 8}))
+    layers = read_timings(RESULTS / "cuda-2026-11-26T202140.json")
+    told = "cpu (X), float32, batch 1, 4 threads, torch 2.13.0, load average 0.5 of 8 cores"
+    assert own.measured() == told
+    assert layers.measured().startswith("NVIDIA H100 80GB HBM3, torch 2.11.0, load average ")
+    for draw, found, titles in (
+        (draw_latency, [own], ["m, 2 layers\nprefill", "m, 2 layers\none token of decode"]),
+        (
+            draw_latency,
+            [own, layers],
+            ["m, 2 layers, cpu (X)\nprefill", "layer, NVIDIA H100 80GB HBM3\nllama-3-8b, inf"],
+        ),
+        (draw_composition, with_shares([own], None), ["m, 2 layers\nprefill of 64 tokens"]),
+    ):
+        text = drawn_text(draw, found, tmp_path / "picture.png")
+        assert all(title in text for title in titles), text
+        assert told in text
 
 
 def test_composition_at_the_longest_or_at_a_named_length(tmp_path):
@@ -105,7 +142,7 @@ def test_each_model_has_panels_under_a_name_of_its_own(names, shown, tmp_path, m
     timing_plots.draw_latency(with_times(measured), tmp_path / "a.png")
     timing_plots.draw_composition(with_shares(measured, None), tmp_path / "b.png")
     titles = [[axes.get_title(loc="left") for axes in figure.axes] for figure in figures]
-    assert titles[0] == [f"{name}, one token of decode" for name in shown]
+    assert titles[0] == [f"{name}\none token of decode" for name in shown]
     assert titles[1] == [f"{name}\ndecode of one token, 16 tokens in the cache" for name in shown]
 
 
