@@ -176,10 +176,10 @@ def parameters(
     out: Annotated[Path, typer.Option(help="The folder of the sweep.", parser=folder)] = Path("parameters"),
     plot: Plot = None,
 ) -> None:
-    """Accuracy against trained parameters, beside the base method with as many (Table 5).
+    """Accuracy against trained parameters, beside the base method with about as many (Table 5).
 
     The recipe at each rank, and the method without rounds at the rank that
-    has the same number of parameters. The same command goes on with what was
+    comes nearest in parameters. The same command goes on with what was
     interrupted. Writes parameters.json, and a picture.
 
     Example: graphmoe analyze parameters --config arc.yaml --ranks 8 16 32
