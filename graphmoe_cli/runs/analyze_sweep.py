@@ -19,7 +19,7 @@ from graphmoe_model.analysis.sweep import Sweep, fitted_recipe, run_sweep
 from graphmoe_model.analysis.sweep_report import SettingResult, document_of, results_of
 from graphmoe_model.evaluation.document import write_document
 from graphmoe_model.presentation import short_model
-from graphmoe_model.questions import QuestionSet, count_shared, load_questions, load_sets
+from graphmoe_model.questions import QuestionSet, load_questions, load_sets
 from graphmoe_tables.printing import print_whole
 from graphmoe_tables.recipe import TrainingRecipe
 
@@ -47,12 +47,6 @@ def run(options: SweepOptions, console: Console) -> list[SettingResult]:
         asked = {task: replace(own, questions=own.questions[: options.limit]) for task, own in asked.items()}
     plan = PLANS[options.kind](recipe, **options.grid)  # type: ignore[operator]
     sweep = Sweep(options.kind, recipe, plan.settings, plan.series, options.seeds or (recipe.seed,), train, asked)
-    trained = [question for own in train for question in own.questions]
-    for task, own in asked.items():
-        if shared := count_shared(own.questions, trained):
-            what = "their answers may be known by heart; ask others by --test-data"
-            line = f"{shared:,} of {len(own.questions):,} questions of {task} are trained on too: {what}"
-            console.print(Text(line), soft_wrap=True)
     documents = run_sweep(sweep, options.out, lambda line: console.print(Text(line), soft_wrap=True))
     results = results_of(sweep, documents)
     document = document_of(sweep, results, documents)

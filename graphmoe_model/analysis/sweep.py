@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from graphmoe_model.analysis.one_run import marks, run_once
 from graphmoe_model.analysis.statistics import MOST_SEEDS
 from graphmoe_model.base_models import ModelSource, load_base_config
 from graphmoe_model.evaluation.document import read_document, write_document
-from graphmoe_model.questions import QuestionSet, questions_digest
+from graphmoe_model.questions import QuestionSet, count_shared, questions_digest
 from graphmoe_model.training.models import adapter_config, base_source
 from graphmoe_model.training.run import fitted
 from graphmoe_model.training.run_folder import checkpoints, remove
@@ -172,6 +172,8 @@ def run_sweep(sweep: Sweep, folder: Path, say: Callable[[str], None]) -> Documen
         if not (folder / SWEEP_FILE).exists():
             write_document(sweep.described(), folder / SWEEP_FILE)
         (folder / RUNS).mkdir(exist_ok=True)
+        for line in _shared(sweep):
+            say(line)
         done: Documents = {}
         runs = sweep.runs()
         for i, (setting, seed) in enumerate(runs):
@@ -240,6 +242,17 @@ def _run(sweep: Sweep, setting: Setting, seed: int, folder: Path, say: Callable[
         "seconds_per_question": None if answered is None else _per_question(answered.seconds, asked),
         **done.document,
     }
+
+
+def _shared(sweep: Sweep) -> Iterator[str]:
+    """Yield a line for each task with questions that are trained on too, and so may be known by heart."""
+    trained = [question for own in sweep.train for question in own.questions]
+    for task, own in sweep.asked.items():
+        if shared := count_shared(own.questions, trained):
+            yield (
+                f"{shared:,} of {len(own.questions):,} questions of {task} are trained on too: their answers may be "
+                "known by heart; ask others by --test-data"
+            )
 
 
 def _tidy(adapter: Path, keep: bool) -> None:

@@ -143,7 +143,7 @@ def test_report_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
     """Without matplotlib nothing is written, and the error says what to install."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "graphmoe_model.demo.plots", raising=False)
-    with pytest.raises(ImportError, match=r"pip install graphmoe\[demo\]"):
+    with pytest.raises(ImportError, match=r"pip install 'graphmoe\[demo\]'"):
         write_report(made_up_results(), tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
