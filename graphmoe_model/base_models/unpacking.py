@@ -38,7 +38,8 @@ def unpack(folder: Path, gguf_file: str, dtype: torch.dtype = torch.bfloat16) ->
         with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder) as work:
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
-            for path in sorted(Path(work).iterdir(), key=lambda path: path.name == CONFIG):  # that one last
+            # config.json last: it is what makes the folder a model's.
+            for path in sorted(Path(work).iterdir(), key=lambda path: path.name == CONFIG):
                 os.replace(path, folder / path.name)
     except OSError as error:
         raise ValueError(f"{folder} cannot be written to: {error.strerror or error}; name another folder") from error

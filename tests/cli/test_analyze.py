@@ -5,27 +5,20 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 from graphmoe_cli import pictures
-from graphmoe_cli.app import app
 from graphmoe_model import collect_routing
 from graphmoe_model.analysis.prompts import read_prompts
 from graphmoe_model.questions import QuestionEncoder
 from graphmoe_model.questions.json_lines import write_questions
+from tests.cli.command import graphmoe
 from tests.cli.drawn_pictures import assert_picture
 from tests.model.questions_made import byte_level, made_questions, small_llama
 from tests.model.tiny_models import tiny_config
-
-
-def graphmoe(*arguments: object) -> Any:
-    """The command's result: exit_code, stdout, stderr, exception."""
-    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 @pytest.fixture(scope="module")

@@ -9,21 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 pytest.importorskip("trl")
 pytest.importorskip("lm_eval")
 
-from graphmoe_cli.app import app
 from graphmoe_model.analysis import one_run
 from graphmoe_model.training import DivergedError, train
+from tests.cli.command import graphmoe
 from tests.cli.drawn_pictures import assert_picture
 from tests.model import training_runs
-
-
-def graphmoe(*arguments: object) -> Any:
-    """The command's result: exit_code, stdout, stderr, exception."""
-    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 @pytest.fixture(scope="module")

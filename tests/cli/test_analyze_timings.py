@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from graphmoe_cli.app import app
 from graphmoe_model.analysis.timings import read_timings, with_shares, with_times
 from graphmoe_model.profiling.result import CATEGORIES
+from tests.cli import command
 from tests.cli.drawn_pictures import assert_picture
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -36,8 +35,8 @@ def written(folder: Path, name: str = "profile.json", **parts: Any) -> Path:
 
 
 def graphmoe(*arguments: object) -> Any:
-    """The command's result: exit_code, stdout, stderr, exception."""
-    return CliRunner().invoke(app, ["analyze", *map(str, arguments)])
+    """The result of an analysis: exit_code, stdout, stderr, exception."""
+    return command.graphmoe("analyze", *arguments)
 
 
 def drawn_text(draw: Any, found: Any, path: Path) -> str:

@@ -9,20 +9,14 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from typer.testing import CliRunner
 
-from graphmoe_cli.app import app
 from graphmoe_cli.evaluate_options import EvaluateOptions
 from graphmoe_model.base_models import hub_is_reachable
 from graphmoe_model.questions import questions_digest
 from graphmoe_model.questions.json_lines import write_questions
+from tests.cli.command import graphmoe
 from tests.model.questions_made import byte_level, label_logits, made_questions, small_llama
 from tests.model.tiny_models import tiny_config
-
-
-def graphmoe(*arguments: object) -> Any:
-    """The command's result: exit_code, stdout, stderr, exception."""
-    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 @pytest.fixture(scope="module")

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
-from graphmoe_cli.app import app
 from graphmoe_inference import load_for_inference
+from tests.cli.command import graphmoe
 from tests.model.questions_made import byte_level, small_llama
 from tests.model.tiny_models import tiny_config
-
-
-def graphmoe(*arguments: object) -> Any:
-    """The command's result: exit_code, stdout, stderr, exception."""
-    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 @pytest.fixture(scope="module")

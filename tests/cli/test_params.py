@@ -8,20 +8,14 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from typer.testing import CliRunner
 
-from graphmoe_cli.app import app
 from graphmoe_cli.runs import params as runs
 from graphmoe_model import GraphMoEConfig
 from graphmoe_model.base_models import MODEL_SHAPES, model_config
 from graphmoe_model.parameters import adapter_parameters
 from graphmoe_tables.methods import METHODS, PRESETS
+from tests.cli.command import graphmoe
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
-
-
-def graphmoe(*arguments: object) -> Any:
-    """The command's result: exit_code, stdout, stderr, exception."""
-    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 @pytest.fixture(scope="module")

@@ -5,24 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from typer.testing import CliRunner
 
 from graphmoe_cli import pictures
-from graphmoe_cli.app import app
 from graphmoe_cli.profile_options import FreshAdapter, ProfileOptions
 from graphmoe_cli.runs import profile as runs
 from graphmoe_model.profiling import CATEGORIES, out_of_memory
+from tests.cli.command import graphmoe
 from tests.cli.drawn_pictures import assert_picture
 from tests.model.tiny_models import tiny_config, tiny_model, tiny_peft_model
-
-
-def graphmoe(*arguments: object) -> Any:
-    """The command's result: exit_code, stdout, stderr, exception."""
-    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 def test_a_profile_writes_table_plot_data_and_traces(tmp_path):

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 pytest.importorskip("trl")
 
 from graphmoe_cli import train as command
-from graphmoe_cli.app import app
 from graphmoe_cli.runs import train as runs
 from graphmoe_tables.recipe import TrainingRecipe
+from tests.cli import command as command_line
 from tests.model import training_runs
 from tests.model.training_runs import SMALL
 
-
-def graphmoe(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+graphmoe = partial(command_line.graphmoe, columns=200)
 
 
 @pytest.fixture(scope="module")
